@@ -1,0 +1,43 @@
+"""Feature maps of a timm ViT: the one piece that every dense adapter (detectron2, mmsegmentation) builds on."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from mae_bench.errors import UserError
+from mae_bench.spec import BackboneSpec
+
+
+class FeatureMaps(nn.Module):
+    """Patch tokens after the blocks `out_indices` (0-based), as maps; build the ViT with `dynamic_img_size=True` for images of any size.
+
+    N batch, C channels, H W image, h w grid, D width. The position table is resampled to the image's grid by timm.
+    """
+
+    def __init__(self, vit: nn.Module, spec: BackboneSpec, out_indices: Sequence[int] | None = None, norm: bool = False):
+        super().__init__()
+        if bad := [i for i in out_indices or () if not 0 <= i < spec.depth]:
+            raise UserError(f"out_indices {bad} of a backbone of depth {spec.depth}", expected=f"0 to {spec.depth - 1}")
+        self.vit, self.spec, self.norm = vit, spec, norm
+        self.out_indices = list(out_indices) if out_indices is not None else quarter_indices(spec.depth)
+
+    def forward(self, imgs: torch.Tensor) -> list[torch.Tensor]:
+        """imgs (N, C, H, W), normalised as the spec says -> a list of (N, D, h, w), one an index."""
+        return self.vit.forward_intermediates(imgs, indices=self.out_indices, norm=self.norm, intermediates_only=True)
+
+
+def quarter_indices(depth: int) -> list[int]:
+    """The last block of each quarter, 0-based: 2, 5, 8, 11 for depth 12 (Li et al. 2021, arXiv 2111.11429)."""
+    return [(depth * quarter) // 4 - 1 for quarter in (1, 2, 3, 4)] if depth >= 4 else [depth - 1] * 4
+
+
+def layer_id(name: str, depth: int) -> int:
+    """Layer of a backbone's parameter for layer-wise decay: 0 for the embedding, i + 1 for block i, depth + 1 for the rest.
+
+    `name` is the parameter's name inside the timm ViT; scale = layer_decay ** (depth + 1 - layer_id)
+    (facebookresearch/mae util/lr_decay.py, arXiv 2111.06377 A.1).
+    """
+    if name.startswith(("cls_token", "reg_token", "pos_embed", "patch_embed")):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1

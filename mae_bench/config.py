@@ -1,0 +1,145 @@
+"""Typed, closed configs: YAML files, `base:` inheritance, `key=value` overrides, and errors that name the nearest known key."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mae_bench.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, complete (each field has a type), closed (an unknown key is an error)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class JobConfig(Config):
+    """What every job says of itself; each kind adds its own fields. `kind` is a key of `mae_bench.registry.KINDS`."""
+
+    kind: str
+    protocol: str = Field(description="the name in the record; only records of one protocol are compared")
+    data: str = Field(description="root folder of the data set, in the layout that the kind reads")
+    max_bad_images: float = Field(0.001, ge=0, le=1, description="share of images that may fail to decode before the job stops")
+
+
+class TrainConfig(JobConfig):
+    """The fields that every training job of ours shares. lr = base_lr x global_batch_size / 256 (paper A.1)."""
+
+    epochs: float = Field(gt=0)
+    warmup_epochs: float = Field(0, ge=0)
+    base_lr: float = Field(gt=0)
+    min_lr: float = Field(0, ge=0)
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    global_batch_size: int = Field(gt=0)
+    accum_iter: int = Field(1, ge=1, description="micro-batches an optimizer step")
+    clip_grad: float | None = Field(None, gt=0)
+    amp_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    checkpoint_seconds: float = Field(30, ge=0, description="seconds between two saved training states")
+    num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def resolve_path(name: str | Path, beside: Path | None = None) -> Path:
+    """The config file that `name` means: a path, a path relative to `beside`, or one of the packaged `configs/`."""
+    path = Path(name)
+    places = [p for p in (beside and beside / path, path, CONFIGS / path) if p]
+    for place in places:
+        if place.is_file():
+            return place
+    known = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
+    near = difflib.get_close_matches(str(path), known, n=3, cutoff=0.3)
+    raise UserError(f"no config file {name}", expected=f"a YAML file at {' or '.join(map(str, places))}",
+                    fix=f"did you mean {', '.join(near)}?" if near else "mae-bench plan --help shows where configs live")
+
+
+def load_yaml(name: str | Path, overrides: Sequence[str] = (), beside: Path | None = None) -> dict[str, Any]:
+    """Reads a config: `base: FILE` (at any depth) is loaded first and the rest merged over it, then `key=value` overrides.
+
+    `base` is looked for beside the file that names it, then in the packaged configs. `${a.b}` refers to another key of the whole.
+    Returns plain dicts and lists with every reference resolved. A key left at `???` stays the string "???" for `build`
+    to report. Raises UserError for a file that is missing or not YAML, and for an override that is not key=value.
+    """
+    merged = OmegaConf.create(_expand(_read(resolve_path(name, beside))))
+    for item in overrides:
+        key, equals, _ = item.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"override {item!r}", expected="key=value, for example data.root=../data or seeds=[0,1,2]")
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            raise UserError(f"override {item!r} does not fit the config: {error}") from error
+    assert isinstance(merged, DictConfig)
+    expanded = OmegaConf.create(_expand((OmegaConf.to_container(merged), Path.cwd())))  # an override may bring a base of its own
+    try:
+        resolved = OmegaConf.to_container(expanded, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{name}: a reference cannot be resolved: {str(error).splitlines()[0]}") from error
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def _read(path: Path) -> tuple[Any, Path]:
+    try:
+        value = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception as error:  # the YAML reader has many error types; each is the file's author's mistake
+        raise UserError(f"{path} is not a YAML config: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}", expected="a mapping of keys to values")
+    return value, path.parent
+
+
+def _expand(source: tuple[Any, Path], chain: tuple[Path, ...] = ()) -> Any:
+    """Replaces every `base: FILE` below `source` by that file's content with its siblings merged over it."""
+    value, folder = source
+    if isinstance(value, list):
+        return [_expand((item, folder), chain) for item in value]
+    if not isinstance(value, dict):
+        return value
+    own = {key: _expand((item, folder), chain) for key, item in value.items() if key != "base"}
+    if "base" not in value:
+        return own
+    path = resolve_path(value["base"], folder).resolve()
+    if path in chain:
+        raise UserError(f"configs that are each other's base: {' -> '.join(p.name for p in (*chain, path))}")
+    base = _expand(_read(path), (*chain, path))
+    return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(base), OmegaConf.create(own)), resolve=False)
+
+
+def build(cls: type[C], value: dict[str, Any], source: str) -> C:
+    """Validates `value` as `cls`; UserError lists every wrong key with its place, what was given and the nearest known name."""
+    if missing := _missing_keys(value):
+        raise UserError(f"{source}: {', '.join(missing)} must be given", expected="a value for each",
+                        fix=f"add {' '.join(f'{key}=VALUE' for key in missing)} to the command")
+    try:
+        return cls.model_validate(value)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_explain(cls, problem) for problem in error.errors())) from error
+
+
+def _missing_keys(value: Any, path: str = "") -> list[str]:
+    if isinstance(value, dict):
+        return [key for name, item in value.items() for key in _missing_keys(item, f"{path}.{name}" if path else str(name))]
+    return [path] if value == "???" else []
+
+
+def _explain(cls: type[BaseModel], problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        return f"{place}: {problem['msg']}" + ("" if problem["type"] == "missing" else f" (given {problem['input']!r})")
+    model: Any = cls
+    for part in problem["loc"][:-1]:  # walk down to the model that refused the key
+        model = getattr(model, "model_fields", {}).get(str(part))
+        model = getattr(model, "annotation", None)
+    known = sorted(getattr(model, "model_fields", None) or cls.model_fields)
+    near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.0)
+    return f"unknown key {place!r}; the nearest known key is {near[0]!r}" if near else f"unknown key {place!r}"

@@ -1,0 +1,43 @@
+"""The contract between the suite and everything that runs in it: a Job goes in, an Outcome comes out."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mae_bench.record import Metric
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell to run. Everything it writes goes into `dir`; a second run of the same job in the same `dir` goes on from there.
+
+    backbone: the SOURCE that `backbones.load.load_backbone` reads ("" for jobs that make one).
+    device: "cpu" or "cuda"; the runner has set the number of threads and the visible device.
+    """
+
+    name: str
+    kind: str
+    config: dict[str, Any]
+    dir: Path
+    seed: int
+    backbone: str = ""
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job measured; the runner adds identity, versions, hardware and times and writes the ResultRecord."""
+
+    task: str
+    dataset: str
+    split: str
+    num_samples: int
+    metrics: dict[str, Metric]
+    main_metric: str
+    data_digest: str
+    backbone_spec: dict[str, Any]
+    backbone_digest: str
+    conversion_report: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    artefacts: dict[str, str] = field(default_factory=dict)

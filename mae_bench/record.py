@@ -1,0 +1,114 @@
+"""ResultRecord: everything that is known of one finished cell, in one JSON file (standard library only)."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from mae_bench.errors import UserError
+from mae_bench.files import write_json
+
+SCHEMA_VERSION = 1
+RECORD_FILE = "record.json"
+
+
+class RecordError(UserError):
+    """A record that cannot be read or that contradicts itself."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured number: `unit` is "%" for every accuracy, AP and IoU, "nats" for losses, "s", "img/s", ...;
+    `direction` says which way is better."""
+
+    value: float
+    unit: str = "%"
+    direction: Literal["higher", "lower"] = "higher"
+
+
+@dataclass(frozen=True)
+class ResultRecord:
+    """One cell: a backbone, transferred by one protocol, measured on one split.
+
+    A score that was not measured is absent from `metrics`, never 0 and never NaN. Times are ISO 8601 in UTC, durations
+    seconds, digests SHA-256. `artefacts` maps a name to a file's path relative to the record's folder.
+    """
+
+    backbone: str  # the row's name, as the suite calls it
+    task: str  # "pretrain", "imagenet", "coco", "ade20k"
+    protocol: str  # "finetune-100ep", "linear-90ep", "maskrcnn-li2021-100ep", ...: only like is compared with like
+    dataset: str
+    split: str
+    num_samples: int
+    metrics: dict[str, Metric]
+    main_metric: str
+    seed: int
+    backbone_spec: dict[str, Any]
+    backbone_digest: str
+    config: dict[str, Any]
+    config_digest: str
+    data_digest: str
+    conversion_report: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)  # seconds_train, seconds_eval, images_per_second, gmacs, params, peak_memory_mib
+    versions: dict[str, str] = field(default_factory=dict)
+    git_hash: str = ""
+    hardware: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    started: str = ""
+    finished: str = ""
+    notes: list[str] = field(default_factory=list)
+    artefacts: dict[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.main_metric not in self.metrics:
+            raise RecordError(
+                f"main metric {self.main_metric!r} is not among the record's metrics {sorted(self.metrics)}",
+                expected="the metric that the protocol is judged by, measured",
+            )
+        if bad := sorted(name for name, metric in self.metrics.items() if not math.isfinite(metric.value)):
+            raise RecordError(f"metrics that are not finite: {bad}", expected="an absent metric where nothing was measured")
+        if self.num_samples < 1:
+            raise RecordError(f"num_samples is {self.num_samples}", expected="at least one sample behind a score")
+
+    @property
+    def score(self) -> Metric:
+        """The main metric."""
+        return self.metrics[self.main_metric]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "ResultRecord":
+        """Reads `to_dict`'s result; another schema version, unknown, missing or wrongly typed fields raise RecordError."""
+        if (version := value.get("schema_version")) != SCHEMA_VERSION:
+            raise RecordError(f"record of schema version {version!r}", expected=f"version {SCHEMA_VERSION}",
+                              fix="read it with the mae_bench version that wrote it")
+        if unknown := sorted(set(value) - {f.name for f in fields(cls)}):
+            raise RecordError(f"unknown fields in a record: {unknown}")
+        try:
+            metrics = {name: Metric(**metric) for name, metric in value["metrics"].items()}
+            return cls(**{**value, "metrics": metrics})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RecordError(f"a malformed record: {error}", expected="the fields of mae_bench.record.ResultRecord") from error
+
+
+def write_record(record: ResultRecord, path: str | Path) -> None:
+    """Writes the record atomically: a record file that exists is complete."""
+    write_json(path, record.to_dict())
+
+
+def read_record(path: str | Path) -> ResultRecord:
+    """Reads one record file; RecordError names the file and what is wrong with it."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecordError(f"{path} cannot be read as a record: {error}", expected="a JSON file that mae-bench wrote") from error
+    try:
+        if not isinstance(value, dict):
+            raise RecordError(f"a record that is a {type(value).__name__}", expected="a JSON object")
+        return ResultRecord.from_dict(value)
+    except RecordError as error:
+        raise RecordError(f"{path}: {error.given}", expected=error.expected, fix=error.fix) from error

@@ -1,0 +1,49 @@
+"""The visible table of job kinds: where each one's config and its run function live, imported only when chosen."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from mae_bench.errors import UserError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of job. `config` and `run` are "module:object"; modules of configs import no framework.
+
+    layout: the layout of the data that it reads ("imagenet", "coco", "ade20k"; "" reads none).
+    emits_backbone: the job ends with `export/` in its folder, which other jobs load as a backbone.
+    extra: the optional set of packages that it needs ("" for the core).
+    """
+
+    config: str
+    run: str
+    layout: str
+    emits_backbone: bool = False
+    extra: str = ""
+
+
+KINDS: dict[str, Kind] = {
+    "pretrain": Kind("mae_bench.pretrain_config:PretrainConfig", "mae_bench.pretrain:run", "imagenet", emits_backbone=True),
+    "random": Kind("mae_bench.pretrain_config:RandomConfig", "mae_bench.pretrain:run_random", "", emits_backbone=True),
+    "supervised": Kind("tasks.imagenet.config:SupervisedConfig", "tasks.imagenet.supervised:run", "imagenet", emits_backbone=True),
+    "checkpoint": Kind("backbones.config:CheckpointConfig", "backbones.job:run", "", emits_backbone=True),
+    "finetune": Kind("tasks.imagenet.config:FinetuneConfig", "tasks.imagenet.finetune:run", "imagenet"),
+    "linear_probe": Kind("tasks.imagenet.config:LinearProbeConfig", "tasks.imagenet.linear_probe:run", "imagenet"),
+    "maskrcnn": Kind("tasks.coco.config:MaskRCNNConfig", "tasks.coco.maskrcnn:run", "coco", extra="coco"),
+    "upernet": Kind("tasks.ade20k.config:UPerNetConfig", "tasks.ade20k.upernet:run", "ade20k", extra="ade20k"),
+}
+
+
+def kind(name: str) -> Kind:
+    """The kind of that name; UserError lists the known ones."""
+    try:
+        return KINDS[name]
+    except KeyError:
+        raise UserError(f"unknown job kind {name!r}", expected=f"one of {', '.join(KINDS)}") from None
+
+
+def load_object(path: str) -> Any:
+    """Imports "module:object"."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
