@@ -11,6 +11,7 @@ from mae_bench.files import write_json
 
 SCHEMA_VERSION = 1
 RECORD_FILE = "record.json"
+FAILURE_FILE = "failure.json"
 
 
 class RecordError(UserError):
@@ -93,6 +94,33 @@ class ResultRecord:
             return cls(**{**value, "metrics": metrics})
         except (KeyError, TypeError, AttributeError) as error:
             raise RecordError(f"a malformed record: {error}", expected="the fields of mae_bench.record.ResultRecord") from error
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell without a score: it stands in the place of its record and says why."""
+
+    backbone: str
+    task: str
+    protocol: str
+    seed: int
+    status: Literal["failed", "not installed"]
+    reason: str
+    fix: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+
+def write_failure(failure: Failure, path: str | Path) -> None:
+    """Writes the failure atomically."""
+    write_json(path, asdict(failure))
+
+
+def read_failure(path: str | Path) -> Failure:
+    """Reads one failure file; RecordError names the file and what is wrong with it."""
+    try:
+        return Failure(**json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        raise RecordError(f"{path} cannot be read as a failure: {error}") from error
 
 
 def write_record(record: ResultRecord, path: str | Path) -> None:
