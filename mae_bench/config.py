@@ -58,8 +58,11 @@ def resolve_path(name: str | Path, beside: Path | None = None) -> Path:
             return place
     known = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
     near = difflib.get_close_matches(str(path), known, n=3, cutoff=0.3)
-    raise UserError(f"no config file {name}", expected=f"a YAML file at {' or '.join(map(str, places))}",
-                    fix=f"did you mean {', '.join(near)}?" if near else "mae-bench plan --help shows where configs live")
+    raise UserError(
+        f"no config file {name}",
+        expected=f"a YAML file at {' or '.join(map(str, places))}",
+        fix=f"did you mean {', '.join(near)}?" if near else "mae-bench plan --help shows where configs live",
+    )
 
 
 def load_yaml(name: str | Path, overrides: Sequence[str] = (), beside: Path | None = None) -> dict[str, Any]:
@@ -118,8 +121,11 @@ def _expand(source: tuple[Any, Path], chain: tuple[Path, ...] = ()) -> Any:
 def build(cls: type[C], value: dict[str, Any], source: str) -> C:
     """Validates `value` as `cls`; UserError lists every wrong key with its place, what was given and the nearest known name."""
     if missing := _missing_keys(value):
-        raise UserError(f"{source}: {', '.join(missing)} must be given", expected="a value for each",
-                        fix=f"add {' '.join(f'{key}=VALUE' for key in missing)} to the command")
+        raise UserError(
+            f"{source}: {', '.join(missing)} must be given",
+            expected="a value for each",
+            fix=f"add {' '.join(f'{key}=VALUE' for key in missing)} to the command",
+        )
     try:
         return cls.model_validate(value)
     except ValidationError as error:

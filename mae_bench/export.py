@@ -35,6 +35,9 @@ def read_export(folder: str | Path) -> tuple[dict[str, torch.Tensor], BackboneSp
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not an exported backbone: {error}", expected=f"{SPEC_FILE} and {WEIGHTS_FILE}") from error
     if (found := file_digest(folder / WEIGHTS_FILE)) != digest:
-        raise UserError(f"{folder / WEIGHTS_FILE} has SHA-256 {found}", expected=f"{digest}, which {SPEC_FILE} names",
-                        fix="export the backbone again; these weights are not the ones described")
+        raise UserError(
+            f"{folder / WEIGHTS_FILE} has SHA-256 {found}",
+            expected=f"{digest}, which {SPEC_FILE} names",
+            fix="export the backbone again; these weights are not the ones described",
+        )
     return load_file(folder / WEIGHTS_FILE), spec, digest, described.get("provenance", {})

@@ -18,8 +18,8 @@ class Progress:
     """Writes events to `path` (None: nowhere) and tells the job when it has to stop.
 
     A job calls `stage` when a part of its work begins and `step` after each unit of it; `step` raises Interrupted after SIGTERM
-    or SIGINT (see `stop_on_signals`) or once the parent process is gone. Jobs with state to save test `should_stop` themselves, save, and
-    then call `check`.
+    or SIGINT (see `stop_on_signals`) or once the parent process is gone. Jobs with state to save test `should_stop` themselves,
+    save, and then call `check`.
     """
 
     def __init__(self, path: str | Path | None = None):

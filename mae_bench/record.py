@@ -51,7 +51,9 @@ class ResultRecord:
     config_digest: str
     data_digest: str
     conversion_report: dict[str, Any] = field(default_factory=dict)
-    cost: dict[str, float] = field(default_factory=dict)  # seconds_train, seconds_eval, images_per_second, gmacs, params, peak_memory_mib
+    cost: dict[str, float] = field(
+        default_factory=dict
+    )  # seconds_train, seconds_eval, images_per_second, gmacs, params, peak_memory_mib
     versions: dict[str, str] = field(default_factory=dict)
     git_hash: str = ""
     hardware: dict[str, Any] = field(default_factory=dict)
@@ -85,8 +87,11 @@ class ResultRecord:
     def from_dict(cls, value: dict[str, Any]) -> "ResultRecord":
         """Reads `to_dict`'s result; another schema version, unknown, missing or wrongly typed fields raise RecordError."""
         if (version := value.get("schema_version")) != SCHEMA_VERSION:
-            raise RecordError(f"record of schema version {version!r}", expected=f"version {SCHEMA_VERSION}",
-                              fix="read it with the mae_bench version that wrote it")
+            raise RecordError(
+                f"record of schema version {version!r}",
+                expected=f"version {SCHEMA_VERSION}",
+                fix="read it with the mae_bench version that wrote it",
+            )
         if unknown := sorted(set(value) - {f.name for f in fields(cls)}):
             raise RecordError(f"unknown fields in a record: {unknown}")
         try:

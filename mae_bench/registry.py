@@ -26,7 +26,9 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "pretrain": Kind("mae_bench.pretrain_config:PretrainConfig", "mae_bench.pretrain:run", "imagenet", emits_backbone=True),
     "random": Kind("mae_bench.pretrain_config:RandomConfig", "mae_bench.pretrain:run_random", "", emits_backbone=True),
-    "supervised": Kind("tasks.imagenet.config:SupervisedConfig", "tasks.imagenet.supervised:run", "imagenet", emits_backbone=True),
+    "supervised": Kind(
+        "tasks.imagenet.config:SupervisedConfig", "tasks.imagenet.supervised:run", "imagenet", emits_backbone=True
+    ),
     "checkpoint": Kind("backbones.config:CheckpointConfig", "backbones.job:run", "", emits_backbone=True),
     "finetune": Kind("tasks.imagenet.config:FinetuneConfig", "tasks.imagenet.finetune:run", "imagenet"),
     "linear_probe": Kind("tasks.imagenet.config:LinearProbeConfig", "tasks.imagenet.linear_probe:run", "imagenet"),

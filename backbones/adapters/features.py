@@ -10,7 +10,8 @@ from mae_bench.spec import BackboneSpec
 
 
 class FeatureMaps(nn.Module):
-    """Patch tokens after the blocks `out_indices` (0-based), as maps; build the ViT with `dynamic_img_size=True` for images of any size.
+    """Patch tokens after the blocks `out_indices` (0-based), as maps; build the ViT with `dynamic_img_size=True` for images of
+    any size.
 
     N batch, C channels, H W image, h w grid, D width. The position table is resampled to the image's grid by timm.
     """

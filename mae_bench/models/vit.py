@@ -13,33 +13,52 @@ from mae_bench.spec import BackboneSpec
 
 
 def build_vit(
-    spec: BackboneSpec, *, num_classes: int = 0, global_pool: str | None = None, drop_path_rate: float = 0.0, dynamic_img_size: bool = False
+    spec: BackboneSpec,
+    *,
+    num_classes: int = 0,
+    global_pool: str | None = None,
+    drop_path_rate: float = 0.0,
+    dynamic_img_size: bool = False,
 ) -> VisionTransformer:
     """A timm VisionTransformer of the spec's shape, freshly initialised as MAE does (xavier uniform, paper A.1).
 
-    `forward_features(imgs)` (N, C, H, W) -> (N, prefix + L, D), after the final norm. With `global_pool` "avg" timm moves the norm behind
-    the pooling as `fc_norm`, the layout of MAE's fine-tuned files. `dynamic_img_size` accepts any image size that the patch divides.
+    `forward_features(imgs)` (N, C, H, W) -> (N, prefix + L, D), after the final norm. With `global_pool` "avg" timm moves the
+    norm behind the pooling as `fc_norm`, the layout of MAE's fine-tuned files. `dynamic_img_size` accepts any image size that
+    the patch divides.
     """
     args: dict[str, Any] = {
-        "img_size": spec.img_size, "num_classes": num_classes, "global_pool": global_pool or spec.global_pool,
-        "drop_path_rate": drop_path_rate, "dynamic_img_size": dynamic_img_size,
-    }  # fmt: skip
+        "img_size": spec.img_size,
+        "num_classes": num_classes,
+        "global_pool": global_pool or spec.global_pool,
+        "drop_path_rate": drop_path_rate,
+        "dynamic_img_size": dynamic_img_size,
+    }
     if spec.arch != "vit":
         return create_model(spec.arch, pretrained=False, in_chans=spec.in_chans, **args)
     model = VisionTransformer(
-        **args, patch_size=spec.patch_size, in_chans=spec.in_chans, embed_dim=spec.embed_dim, depth=spec.depth, num_heads=spec.num_heads,
-        mlp_ratio=spec.mlp_ratio, class_token=spec.num_prefix_tokens > 0, reg_tokens=max(0, spec.num_prefix_tokens - 1),
-        norm_layer=partial(nn.LayerNorm, eps=spec.norm_eps), weight_init="skip",
-    )  # fmt: skip
+        **args,
+        patch_size=spec.patch_size,
+        in_chans=spec.in_chans,
+        embed_dim=spec.embed_dim,
+        depth=spec.depth,
+        num_heads=spec.num_heads,
+        mlp_ratio=spec.mlp_ratio,
+        class_token=spec.num_prefix_tokens > 0,
+        reg_tokens=max(0, spec.num_prefix_tokens - 1),
+        norm_layer=partial(nn.LayerNorm, eps=spec.norm_eps),
+        weight_init="skip",
+    )
     init_weights(model, spec)
     return model
 
 
 @torch.no_grad()
 def init_weights(model: VisionTransformer, spec: BackboneSpec) -> None:
-    """MAE's initialisation: xavier uniform for every Linear (the patch embedding as one), zero biases, normal(0.02) for the class token.
+    """MAE's initialisation: xavier uniform for every Linear (the patch embedding as one), zero biases, normal(0.02) for the
+    class token.
 
-    A sin-cos table stays a Parameter, frozen or not by whoever trains (MAE freezes it in pretraining and trains it in fine-tuning).
+    A sin-cos table stays a Parameter, frozen or not by whoever trains (MAE freezes it in pretraining and trains it in
+    fine-tuning).
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -1,0 +1,146 @@
+"""Pictures of what an MAE reconstructs, its loss on held-out images, and the file that holds it with its decoder."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from mae_bench.data.images import BadImage, ImageSet, decode
+from mae_bench.data.loader import Transform, evaluation_batches, seed_of
+from mae_bench.data.transforms import eval_transform, normalize
+from mae_bench.errors import UserError
+from mae_bench.files import write_atomic
+from mae_bench.models.mae import MAE
+from mae_bench.spec import BackboneSpec
+
+MAE_FILE = "mae.safetensors"
+GREY = 0.5  # of a removed patch
+
+
+def save_mae(model: MAE, folder: Path) -> None:
+    """Writes encoder and decoder with the reference's key names; what else is needed to rebuild it stands in the file's
+    metadata."""
+    decoder = {
+        "decoder_embed_dim": model.decoder_embed.out_features,
+        "decoder_depth": len(model.decoder_blocks),
+        "decoder_num_heads": model.decoder_blocks[0].attn.num_heads,
+        "norm_pix_loss": model.norm_pix_loss,
+    }
+    weights = {name.removeprefix("encoder."): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"format": "pt", "spec": json.dumps(model.spec.to_dict()), "decoder": json.dumps(decoder)}
+    write_atomic(folder / MAE_FILE, lambda file: file.write(save(weights, metadata=metadata)))
+
+
+def load_mae(path: str | Path) -> MAE:
+    """The autoencoder in eval mode from `mae.safetensors` or from the folder of the cell that holds it."""
+    path = Path(path) / MAE_FILE if Path(path).is_dir() else Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        spec, decoder = BackboneSpec.from_dict(json.loads(metadata["spec"])), json.loads(metadata["decoder"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} holds no masked autoencoder: {error}",
+            expected=f"the {MAE_FILE} that a pretraining wrote (encoder and decoder)",
+            fix="an exported backbone has no decoder and cannot reconstruct; name the pretraining's folder",
+        ) from error
+    model = MAE(spec, **decoder)
+    ours = {
+        name if name.startswith(("decoder_", "mask_token")) else f"encoder.{name}": tensor for name, tensor in weights.items()
+    }
+    model.load_state_dict(ours)
+    return model.eval()
+
+
+@torch.no_grad()
+def reconstruct(
+    model: MAE, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """imgs (N, C, H, W) uint8 -> original, masked, reconstructed, each (N, C, H, W) in [0, 1].
+
+    The reconstruction shows the image's own pixels where they were visible. Normalised predictions are given the removed
+    patch's own mean and deviation back, which the model never saw: the picture shows structure, not brightness.
+    """
+    model.eval()
+    device = model.mask_token.device
+    shown = imgs.to(device).float() / 255
+    inputs = normalize(imgs.to(device), model.spec.mean, model.spec.std)
+    _, pred, mask = model(inputs, mask_ratio, noise.to(device))
+    patches = model.patchify(inputs)
+    if model.norm_pix_loss:
+        pred = pred * (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt() + patches.mean(dim=-1, keepdim=True)
+    mean, std = (torch.tensor(value, device=device).view(1, -1, 1, 1) for value in (model.spec.mean, model.spec.std))
+    painted = (model.unpatchify(pred) * std + mean).clamp(0, 1)
+    removed = model.unpatchify(mask[..., None].expand_as(patches))
+    return shown, shown * (1 - removed) + GREY * removed, shown * (1 - removed) + painted * removed
+
+
+def draw_reconstructions(model: MAE, images: Sequence[bytes], mask_ratio: float, out: Path, seed: int = 0) -> None:
+    """A PNG with one row an image: original, masked, reconstructed. The masks depend on `seed` and the image's place alone."""
+    transform = eval_transform(model.spec.img_size, interpolation=model.spec.interpolation)
+    imgs = torch.stack([transform(decode(data)) for data in images])
+    columns = reconstruct(model, imgs, mask_ratio, _noise(model, range(len(imgs)), seed))
+    write_png(out, torch.stack(columns, dim=1))
+
+
+def write_png(out: Path, grid: torch.Tensor, gap: int = 4) -> None:
+    """grid (rows, columns, C, H, W) in [0, 1], drawn with white gaps; images under 96 pixels are enlarged without smoothing."""
+    rows, columns, c, h, w = grid.shape
+    scale = max(1, 96 // h)
+    canvas = torch.ones(c, rows * (h + gap) - gap, columns * (w + gap) - gap)
+    for row in range(rows):
+        for column in range(columns):
+            canvas[:, row * (h + gap) : row * (h + gap) + h, column * (w + gap) : column * (w + gap) + w] = grid[
+                row, column
+            ].cpu()
+    pixels = (canvas * 255).round().to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+    image = Image.fromarray(pixels)
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    write_atomic(out, lambda file: image.save(file, format="PNG"))
+
+
+def reconstruct_files(
+    checkpoint: str | Path, paths: Sequence[str | Path], out: str | Path, mask_ratio: float = 0.75, seed: int = 0
+) -> None:
+    """Draws the reconstructions of image files; an unreadable image raises UserError."""
+    model = load_mae(checkpoint)
+    data = []
+    for path in paths:
+        try:
+            content = Path(path).read_bytes()
+            decode(content)
+        except (OSError, BadImage) as error:
+            raise UserError(
+                f"{path} is not an image that can be read: {error}", expected="JPEG, PNG or another format that Pillow reads"
+            ) from error
+        data.append(content)
+    draw_reconstructions(model, data, mask_ratio, Path(out), seed)
+
+
+@torch.no_grad()
+def evaluation_loss(
+    model: MAE, images: ImageSet, transform: Transform, mask_ratio: float, device: torch.device, seed: int = 0
+) -> tuple[float, int]:
+    """Mean loss an image over the whole set, each image once under its own fixed mask, and the number of images."""
+    model.eval()
+    total, count = 0.0, 0
+    for batch in evaluation_batches(images, transform, batch_size=256, num_workers=0):
+        if not len(batch.targets):
+            continue
+        imgs = normalize(batch.imgs.to(device), model.spec.mean, model.spec.std)
+        loss: Any = model(imgs, mask_ratio, _noise(model, batch.indices.tolist(), seed).to(device))[0]
+        total += loss.item() * len(imgs)
+        count += len(imgs)
+    return total / count, count
+
+
+def _noise(model: MAE, indices: Sequence[int], seed: int) -> torch.Tensor:
+    """(N, L), a row an image index."""
+    generators = (torch.Generator().manual_seed(seed_of(seed, index, -4)) for index in indices)
+    return torch.stack([torch.rand(model.spec.num_patches, generator=generator) for generator in generators])
