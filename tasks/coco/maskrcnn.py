@@ -1,0 +1,89 @@
+"""Mask R-CNN on COCO with a pretrained ViT: trained by detectron2's trainer, scored by its COCOEvaluator."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from backbones.adapters.detectron2 import load_vit_backbone  # first of all: it names what is not installed
+from mae_bench.cost import num_params, peak_memory_mib
+from mae_bench.data.layouts import check_layout
+from mae_bench.data.loader import seed_everything
+from mae_bench.files import write_json
+from mae_bench.job import Job, Outcome
+from mae_bench.progress import Progress
+from tasks.coco.config import MaskRCNNConfig
+from tasks.coco.data import GoodImages, register, train_loader, val_loader
+from tasks.coco.evaluation import DETECTIONS_FILE, evaluate
+from tasks.coco.lazy_config import build, dump, lazy_config
+from tasks.coco.metrics import MAIN_METRIC
+from tasks.coco.training import train
+
+LOG_FILE = "detectron2.log"
+
+
+def run(config: MaskRCNNConfig, job: Job, progress: Progress) -> Outcome:
+    """Trains on train2017, scores on val2017 (box and mask AP, %); the same job run again goes on from its last checkpoint.
+
+    Raises UserError for data not in COCO's layout, too many unreadable images or a loss that is not finite; Interrupted on
+    request.
+    """
+    progress.stage("check data")
+    layout = check_layout("coco", config.data)
+    job.dir.mkdir(parents=True, exist_ok=True)
+    with log_to(job.dir / LOG_FILE):
+        backbone = load_vit_backbone(job.backbone)
+        spec, report = backbone.spec, backbone.report
+        names = register(Path(config.data), layout.digest)
+        setup = lazy_config(config, spec, job.backbone, names.num_classes)
+        dump(setup, job.dir)
+        write_json(job.dir / "config.json", config.model_dump(mode="json"))
+        seed_everything(job.seed)
+        model, optimizer, lr_multiplier = build(setup, job.device)
+        batches = partial(train_loader, config, names.train, job.seed)
+        seconds_train = train(model, optimizer, lr_multiplier, batches, config, job, progress)
+        loader, began = val_loader(config, names.val), time.perf_counter()
+        metrics, num_detections = evaluate(model, loader, names.val, job.dir / "detections", progress)
+    return Outcome(
+        task="coco", dataset=layout.name, split="val2017", num_samples=loader.num_images, metrics=metrics,
+        main_metric=MAIN_METRIC, data_digest=layout.digest, backbone_spec=spec.to_dict(), backbone_digest=report.digest,
+        conversion_report=report.to_dict(),
+        cost={
+            "seconds_train": seconds_train, "seconds_eval": time.perf_counter() - began,
+            "images_per_second": config.iterations * config.global_batch_size / seconds_train,
+            "params": float(num_params(model)), "peak_memory_mib": peak_memory_mib(torch.device(job.device)),
+        },
+        notes=_notes(loader, num_detections), artefacts={"detections": f"detections/{DETECTIONS_FILE}", "log": LOG_FILE},
+    )  # fmt: skip
+
+
+def _notes(loader: GoodImages, num_detections: int) -> list[str]:
+    notes = [] if num_detections else ["nothing was detected above score_threshold: the AP is 0 by definition"]
+    return notes + ([f"{len(loader.bad)} val images cannot be read and count as images without detections"] if loader.bad else [])
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Sends detectron2's and its libraries' log, warnings and prints to a file instead of the terminal."""
+    with open(path, "a", encoding="utf-8") as file, redirect_stdout(file):
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
+        loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "py.warnings")]
+        before = [(logger.level, logger.propagate) for logger in loggers]
+        logging.captureWarnings(True)
+        for logger in loggers:
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+            logger.propagate = False
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
+            for logger, (level, propagate) in zip(loggers, before, strict=True):
+                logger.removeHandler(handler)
+                logger.setLevel(level)
+                logger.propagate = propagate

@@ -1,0 +1,145 @@
+"""Mask R-CNN's training by detectron2's trainers: checkpoints, exact resume, stop on request and at a non-finite loss."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, hooks
+from detectron2.utils.events import JSONWriter
+from torch import nn
+
+from mae_bench.errors import Interrupted, UserError
+from mae_bench.files import write_atomic, write_text
+from mae_bench.job import Job
+from mae_bench.progress import Progress
+from tasks.coco.config import MaskRCNNConfig
+
+KEPT_CHECKPOINTS = 2
+
+
+class AutocastTrainer(SimpleTrainer):
+    """bfloat16 where AMPTrainer refuses to run: it asks for CUDA even where no loss scaling is needed."""
+
+    def run_step(self) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            super().run_step()
+
+
+class Checkpointer(DetectionCheckpointer):
+    """detectron2's checkpointer with files that appear whole or not at all, and no silent mismatch."""
+
+    def save(self, name: str, **extra: Any) -> None:
+        parts = {"model": self.model, **self.checkpointables}
+        data = {**{key: part.state_dict() for key, part in parts.items()}, **extra}
+        write_atomic(Path(self.save_dir) / f"{name}.pth", lambda file: torch.save(data, file))
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        if wrong := [*incompatible.missing_keys, *incompatible.unexpected_keys, *incompatible.incorrect_shapes]:
+            raise UserError(
+                f"{self.get_checkpoint_file()} does not fit the model: {wrong[:3]}", expected="a checkpoint of this very config",
+                fix=f"remove {self.save_dir} to train anew",
+            )  # fmt: skip
+
+
+class GradientHook(HookBase):
+    """Clips the gradient's norm, and stops before a gradient that is not finite reaches the weights."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], clip_grad: float | None):
+        self.parameters, self.clip_grad = list(parameters), clip_grad or math.inf
+
+    def after_backward(self) -> None:
+        if not torch.isfinite(nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)):
+            raise FloatingPointError("the gradient is not finite")
+
+
+class Clock(HookBase):
+    """Counts the seconds of the iterations over resumed runs."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def before_step(self) -> None:
+        self._began = time.perf_counter()
+
+    def after_step(self) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.seconds = state_dict["seconds"]
+
+
+class ProgressHook(HookBase):
+    """Reports each iteration; when the job has to stop it saves and leaves."""
+
+    def __init__(self, checkpointer: Checkpointer, progress: Progress):
+        self.checkpointer, self.progress = checkpointer, progress
+
+    def after_step(self) -> None:
+        latest = self.trainer.storage.latest()
+        try:
+            self.progress.step(self.trainer.iter + 1, loss=latest["total_loss"][0], lr=latest["lr"][0])
+        except Interrupted:
+            self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+            raise
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, lr_multiplier: Any, batches: Callable[[int], Any],
+    config: MaskRCNNConfig, job: Job, progress: Progress,
+) -> float:  # fmt: skip
+    """Trains to config.iterations, going on from the last checkpoint in the job's folder; returns the seconds over all runs.
+
+    `batches(start)` gives the loader from iteration `start` on. Raises Interrupted after saving when asked to stop, and UserError
+    at a loss or gradient that is not finite; weights are never saved after one.
+    """
+    trainer = _trainer(model, optimizer, config, job)
+    checkpointer = Checkpointer(model, str(job.dir / "checkpoints"), trainer=trainer)
+    clock = Clock()
+    trainer.register_hooks([
+        GradientHook(model.parameters(), config.clip_grad),
+        hooks.LRScheduler(scheduler=lr_multiplier),
+        clock,
+        hooks.PeriodicCheckpointer(checkpointer, config.checkpoint_period, max_to_keep=KEPT_CHECKPOINTS),
+        hooks.PeriodicWriter([JSONWriter(str(job.dir / "log.jsonl"))], period=20),
+        ProgressHook(checkpointer, progress),
+    ])  # fmt: skip
+    checkpointer.resume_or_load("", resume=True)
+    start = trainer.iter + 1 if checkpointer.has_checkpoint() else 0
+    progress.stage("train", config.iterations)
+    if start == config.iterations:
+        return clock.seconds
+    trainer.data_loader = batches(start)
+    try:
+        trainer.train(start, config.iterations)
+    except FloatingPointError as error:
+        raise UserError(
+            f"training stopped at iteration {trainer.iter + 1} of {config.iterations}: {str(error).splitlines()[0]}",
+            expected="a finite loss",
+            fix=f"lower lr (now {config.lr:g}) or raise warmup_iterations; {_last_good(checkpointer)}",
+        ) from error  # fmt: skip
+    return clock.seconds
+
+
+def _trainer(model: nn.Module, optimizer: torch.optim.Optimizer, config: MaskRCNNConfig, job: Job) -> SimpleTrainer:
+    if config.amp_dtype == "float32":
+        return SimpleTrainer(model, None, optimizer)
+    if job.device == "cpu":
+        return AutocastTrainer(model, None, optimizer)
+    return AMPTrainer(model, None, optimizer, grad_scaler=torch.amp.GradScaler("cuda", enabled=False), precision=torch.bfloat16)
+
+
+def _last_good(checkpointer: Checkpointer) -> str:
+    if not checkpointer.has_checkpoint():
+        return "no checkpoint was saved yet"
+    return f"the last good checkpoint is {checkpointer.get_checkpoint_file()}"
