@@ -12,7 +12,7 @@ from mae_bench.data.loader import Batch, TrainingOrder, seed_everything, seed_of
 from mae_bench.data.transforms import eval_transform, normalize, train_transform
 from mae_bench.engine.optim import adamw, param_groups, pretrain_no_decay
 from mae_bench.engine.trainer import Trainer, clear_state
-from mae_bench.export import write_export
+from mae_bench.export import EXPORT, write_export
 from mae_bench.job import Job, Outcome
 from mae_bench.models.mae import MAE
 from mae_bench.models.vit import build_vit
@@ -21,8 +21,6 @@ from mae_bench.progress import Progress
 from mae_bench.reconstruct import draw_reconstructions, evaluation_loss, save_mae
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
-
-EXPORT = "export"
 
 
 def run(config: PretrainConfig, job: Job, progress: Progress) -> Outcome:

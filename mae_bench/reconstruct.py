@@ -25,10 +25,11 @@ GREY = 0.5  # of a removed patch
 def save_mae(model: MAE, folder: Path) -> None:
     """Writes encoder and decoder with the reference's key names; what else is needed to rebuild it stands in the file's
     metadata."""
+    first_block: Any = model.decoder_blocks[0]
     decoder = {
         "decoder_embed_dim": model.decoder_embed.out_features,
         "decoder_depth": len(model.decoder_blocks),
-        "decoder_num_heads": model.decoder_blocks[0].attn.num_heads,
+        "decoder_num_heads": first_block.attn.num_heads,
         "norm_pix_loss": model.norm_pix_loss,
     }
     weights = {name.removeprefix("encoder."): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

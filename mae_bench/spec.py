@@ -71,7 +71,8 @@ class BackboneSpec:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(value) - known):
             raise UserError(f"unknown fields in a BackboneSpec: {unknown}", expected=f"only {sorted(known)}")
+        given: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
         try:
-            return cls(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
+            return cls(**given)
         except TypeError as error:
             raise UserError(f"an incomplete BackboneSpec: {error}") from error

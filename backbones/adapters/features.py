@@ -1,8 +1,10 @@
 """Feature maps of a timm ViT: the one piece that every dense adapter (detectron2, mmsegmentation) builds on."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae_bench.errors import UserError
@@ -16,7 +18,7 @@ class FeatureMaps(nn.Module):
     N batch, C channels, H W image, h w grid, D width. The position table is resampled to the image's grid by timm.
     """
 
-    def __init__(self, vit: nn.Module, spec: BackboneSpec, out_indices: Sequence[int] | None = None, norm: bool = False):
+    def __init__(self, vit: VisionTransformer, spec: BackboneSpec, out_indices: Sequence[int] | None = None, norm: bool = False):
         super().__init__()
         if bad := [i for i in out_indices or () if not 0 <= i < spec.depth]:
             raise UserError(f"out_indices {bad} of a backbone of depth {spec.depth}", expected=f"0 to {spec.depth - 1}")
@@ -25,7 +27,8 @@ class FeatureMaps(nn.Module):
 
     def forward(self, imgs: torch.Tensor) -> list[torch.Tensor]:
         """imgs (N, C, H, W), normalised as the spec says -> a list of (N, D, h, w), one an index."""
-        return self.vit.forward_intermediates(imgs, indices=self.out_indices, norm=self.norm, intermediates_only=True)
+        vit: Any = self.vit
+        return vit.forward_intermediates(imgs, indices=self.out_indices, norm=self.norm, intermediates_only=True)
 
 
 def quarter_indices(depth: int) -> list[int]:

@@ -4,6 +4,7 @@ Legend: N images, L patches, K kept, M = L - K removed, D encoder width, E decod
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,12 +36,13 @@ class MAE(nn.Module):
     ):
         super().__init__()
         self.spec, self.norm_pix_loss = spec, norm_pix_loss
-        self.encoder = build_vit(spec, global_pool="token")
-        self.encoder.pos_embed.requires_grad_(False)
+        encoder: Any = build_vit(spec)  # Any: timm's parts are typed as what they might be, not as what they are here
+        encoder.pos_embed.requires_grad_(False)
+        self.encoder = encoder
         self.decoder_embed = nn.Linear(spec.embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_2d(decoder_embed_dim, spec.grid_size), requires_grad=False)
-        norm = partial(nn.LayerNorm, eps=spec.norm_eps)
+        norm: Any = partial(nn.LayerNorm, eps=spec.norm_eps)
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_embed_dim, decoder_num_heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm, mlp_layer=Mlp)
             for _ in range(decoder_depth)
@@ -78,7 +80,7 @@ class MAE(nn.Module):
 
     def forward_encoder(self, patches: torch.Tensor, masking: Masking) -> torch.Tensor:
         """patches (N, L, C p p) -> latent (N, 1 + K, D): only kept patches are embedded and encoded."""
-        vit = self.encoder
+        vit: Any = self.encoder
         projection = vit.patch_embed.proj
         x = F.linear(gather_tokens(patches, masking.ids_keep), projection.weight.flatten(1), projection.bias)
         x = x + gather_tokens(vit.pos_embed[:, 1:], masking.ids_keep)
@@ -128,7 +130,7 @@ class MAE(nn.Module):
         return loss, pred, masking.mask
 
 
-def last_tokens(block: Block, x: torch.Tensor, first: int) -> torch.Tensor:
+def last_tokens(block: Any, x: torch.Tensor, first: int) -> torch.Tensor:
     """block(x)[:, first:] for x (N, T, E), without the queries, projections and MLP of the tokens before `first`."""
     attn = block.attn
     n, t, width = x.shape

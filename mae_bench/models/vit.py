@@ -16,7 +16,7 @@ def build_vit(
     spec: BackboneSpec,
     *,
     num_classes: int = 0,
-    global_pool: str | None = None,
+    global_pool: str = "token",
     drop_path_rate: float = 0.0,
     dynamic_img_size: bool = False,
 ) -> VisionTransformer:
@@ -29,12 +29,13 @@ def build_vit(
     args: dict[str, Any] = {
         "img_size": spec.img_size,
         "num_classes": num_classes,
-        "global_pool": global_pool or spec.global_pool,
+        "global_pool": global_pool,
         "drop_path_rate": drop_path_rate,
         "dynamic_img_size": dynamic_img_size,
     }
     if spec.arch != "vit":
-        return create_model(spec.arch, pretrained=False, in_chans=spec.in_chans, **args)
+        named: Any = create_model(spec.arch, pretrained=False, in_chans=spec.in_chans, **args)
+        return named
     model = VisionTransformer(
         **args,
         patch_size=spec.patch_size,
@@ -71,7 +72,8 @@ def init_weights(model: VisionTransformer, spec: BackboneSpec) -> None:
     for token in (model.cls_token, model.reg_token):
         if token is not None:
             nn.init.normal_(token, std=0.02)
-    if spec.pos_embed == "sincos":
-        model.pos_embed.copy_(sincos_2d(spec.embed_dim, spec.grid_size, spec.num_prefix_tokens))
-    elif model.pos_embed is not None:
-        nn.init.trunc_normal_(model.pos_embed, std=0.02)
+    table = model.pos_embed
+    if spec.pos_embed == "sincos" and table is not None:
+        table.copy_(sincos_2d(spec.embed_dim, spec.grid_size, spec.num_prefix_tokens))
+    elif table is not None:
+        nn.init.trunc_normal_(table, std=0.02)

@@ -1,0 +1,36 @@
+"""End-to-end fine-tuning on the ImageNet layout (arXiv 2111.06377, Table 9)."""
+
+import torch
+
+from backbones.adapters.features import layer_id
+from backbones.load import load_backbone
+from mae_bench.data.loader import seed_everything, seed_of
+from mae_bench.engine.optim import adamw, finetune_no_decay, param_groups
+from mae_bench.engine.trainer import clear_state
+from mae_bench.job import Job, Outcome
+from mae_bench.progress import Progress
+from tasks.imagenet.classify import Classifier, open_data, require_vit, score, train_classifier
+from tasks.imagenet.config import FinetuneConfig
+
+
+def run(config: FinetuneConfig, job: Job, progress: Progress) -> Outcome:
+    """Fine-tunes every weight of job.backbone and scores the last epoch. Main metric top1."""
+    data = open_data(config)
+    device = torch.device(job.device)
+    seed_everything(seed_of(job.seed, 0, -5))
+    vit, spec, report = load_backbone(job.backbone, drop_path_rate=config.drop_path)
+    img_size = require_vit(config, spec)
+    if img_size != spec.img_size:
+        vit.set_input_size(img_size=img_size)
+    model = Classifier(vit, spec, len(data.report.classes), config.global_pool, fc_norm=config.global_pool == "avg").to(device)
+    model.requires_grad_(True)  # the position table too: MAE freezes it in pretraining only
+
+    def lr_scale(name: str) -> float:
+        layer = layer_id(name.removeprefix("vit."), spec.depth)
+        return config.layer_decay ** (spec.depth + 1 - layer)
+
+    groups = param_groups(model.named_parameters(), config.weight_decay, finetune_no_decay, lr_scale)
+    trainer = train_classifier(config, job, progress, data, model, spec, adamw(groups, config.base_lr, config.betas))
+    outcome = score(trainer.ema.module if trainer.ema else model, trainer, data, config, spec, report, job, progress)
+    clear_state(job.dir)
+    return outcome

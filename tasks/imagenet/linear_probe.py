@@ -1,0 +1,74 @@
+"""Linear probing: a linear classifier on frozen features (arXiv 2111.06377, Table 10)."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.optim import Lars
+from torch import nn
+
+from backbones.load import load_backbone
+from mae_bench.data.loader import Batch, seed_everything, seed_of
+from mae_bench.data.transforms import normalize
+from mae_bench.engine.trainer import Trainer, clear_state
+from mae_bench.job import Job, Outcome
+from mae_bench.progress import Progress
+from mae_bench.spec import BackboneSpec
+from tasks.imagenet.classify import Classifier, open_data, order_of, require_vit, score, stream
+from tasks.imagenet.config import LinearProbeConfig
+
+HEAD_STD = 0.01
+BATCH_NORM_EPS = 1e-6
+
+
+class Probe(nn.Module):
+    """A frozen backbone in eval mode, BatchNorm without affine parameters, a linear head. Its parameters are the head's alone."""
+
+    def __init__(self, backbone: Classifier, num_classes: int):
+        super().__init__()
+        self._backbone = [backbone.requires_grad_(False).eval()]  # in a list: no part of the module, so no train() and no state
+        width = backbone.head.in_features
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=BATCH_NORM_EPS)
+        self.head = nn.Linear(width, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, imgs: torch.Tensor) -> torch.Tensor:
+        """imgs (N, C, H, W) -> logits (N, K)."""
+        with torch.no_grad():
+            features = self._backbone[0].features(imgs)
+        return self.head(self.norm(features))
+
+
+def run(config: LinearProbeConfig, job: Job, progress: Progress) -> Outcome:
+    """Trains the head by LARS under weak augmentation (crop and flip) and scores the last epoch. Main metric top1."""
+    data = open_data(config)
+    device = torch.device(job.device)
+    num_classes = len(data.report.classes)
+    seed_everything(seed_of(job.seed, 0, -5))
+    vit, spec, report = load_backbone(job.backbone)
+    img_size = require_vit(config, spec)
+    if img_size != spec.img_size:
+        vit.set_input_size(img_size=img_size)
+    model = Probe(Classifier(vit, spec, num_classes, config.global_pool, fc_norm=False).to(device), num_classes).to(device)
+    optimizer = lars(model, config)
+    order = order_of(config, data, job.seed)
+    trainer = Trainer(job, config, model, optimizer, order.steps_per_epoch, progress, data.bad_train)
+    trainer.fit(stream(data, config, order, spec, auto_augment=None), partial(_loss, model, spec, device))
+    outcome = score(model, trainer, data, config, spec, report, job, progress)
+    clear_state(job.dir)
+    return outcome
+
+
+def lars(model: nn.Module, config: LinearProbeConfig) -> Lars:
+    """LARS as the reference's (util/lars.py): trust scaling and weight decay for matrices, plain momentum SGD for 1-D
+    parameters."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "always_adapt": True}, {"params": vectors, "weight_decay": 0.0}]
+    return Lars(groups, lr=config.base_lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def _loss(model: Probe, spec: BackboneSpec, device: torch.device, batch: Batch, step: int) -> torch.Tensor:
+    imgs = normalize(batch.imgs.to(device, non_blocking=True), spec.mean, spec.std)
+    return F.cross_entropy(model(imgs), batch.targets.to(device, non_blocking=True))

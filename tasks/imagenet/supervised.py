@@ -1,0 +1,42 @@
+"""The supervised baseline: the same ViT trained from scratch with labels (arXiv 2111.06377, Table 11), then exported."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from backbones.report import ConversionReport
+from mae_bench.data.loader import seed_everything, seed_of
+from mae_bench.engine.optim import adamw, finetune_no_decay, param_groups
+from mae_bench.engine.trainer import clear_state
+from mae_bench.export import EXPORT, write_export
+from mae_bench.job import Job, Outcome
+from mae_bench.models.vit import build_vit
+from mae_bench.progress import Progress
+from tasks.imagenet.classify import Classifier, open_data, require_vit, score, train_classifier
+from tasks.imagenet.config import SupervisedConfig
+
+
+def run(config: SupervisedConfig, job: Job, progress: Progress) -> Outcome:
+    """Trains with labels from scratch and exports the backbone with its final norm (EMA weights if there is an EMA).
+
+    The record's top1 is the baseline's own accuracy; transfers start from the export.
+    """
+    data = open_data(config)
+    device = torch.device(job.device)
+    seed_everything(seed_of(job.seed, 0, -3))
+    spec = config.model.spec(pretrain_method="supervised", pretrain_data=data.report.name, global_pool=config.global_pool)
+    require_vit(config, spec)
+    vit = build_vit(spec, global_pool="token", drop_path_rate=config.drop_path)
+    model = Classifier(vit, spec, len(data.report.classes), config.global_pool, fc_norm=False).to(device)
+    optimizer = adamw(
+        param_groups(model.named_parameters(), config.weight_decay, finetune_no_decay), config.base_lr, config.betas
+    )
+    trainer = train_classifier(config, job, progress, data, model, spec, optimizer)
+    best: Any = trainer.ema.module if trainer.ema else model
+    provenance = {"config": job.config, "seed": job.seed, "data_digest": data.report.digest}
+    digest = write_export(job.dir / EXPORT, best.vit.state_dict(), spec, provenance)
+    report = ConversionReport(source="trained here", format="mae_bench", digest=digest)
+    outcome = score(best, trainer, data, config, spec, report, job, progress)
+    clear_state(job.dir)
+    return replace(outcome, task="pretrain")

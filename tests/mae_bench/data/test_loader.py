@@ -1,0 +1,113 @@
+"""Order, augmentation and exactness of the batches."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mae_bench.data.images import ImageSet
+from mae_bench.data.loader import TrainingOrder, evaluation_batches, seed_of, training_batches
+from mae_bench.data.transforms import eval_transform, normalize, train_transform
+from mae_bench.errors import UserError
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> ImageSet:
+    """14 images of 2 classes; the red channel is the image's number."""
+    for number in range(14):
+        folder = tmp_path / "train" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 255, (24, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    return ImageSet(tmp_path, "train")
+
+
+def test_every_image_once_an_epoch_over_any_number_of_processes() -> None:
+    for world_size in (1, 2, 4):
+        orders = [TrainingOrder(18, 8, seed=3, rank=rank, world_size=world_size) for rank in range(world_size)]
+        steps = [[sorted(i for order in parts for _, i in order) for parts in zip(*(list(o.batches(0, 4)) for o in orders), strict=True)]]
+        if world_size == 1:
+            whole = steps
+        assert steps == whole, "the same global batches"
+        first_epoch = [i for step in steps[0][:2] for i in step]
+        assert len(set(first_epoch)) == 16
+
+
+def test_order_starts_anywhere() -> None:
+    order = TrainingOrder(18, 8, seed=3)
+    assert list(order.batches(0, 7))[3:] == list(order.batches(3, 7))
+
+
+def test_order_changes_with_epoch_and_seed() -> None:
+    order = list(TrainingOrder(16, 16, seed=3).batches(0, 2))
+    assert [i for _, i in order[0]] != [i for _, i in order[1]]
+    assert order[0] != list(TrainingOrder(16, 16, seed=4).batches(0, 1))[0]
+
+
+def test_batches_too_large_or_indivisible_are_refused() -> None:
+    with pytest.raises(UserError, match="global_batch_size 32 with 16"):
+        TrainingOrder(16, 32, seed=0)
+    with pytest.raises(UserError, match="on 3 processes"):
+        TrainingOrder(16, 8, seed=0, world_size=3)
+
+
+def test_augmentation_depends_on_the_image_and_epoch_not_on_the_loader(images: ImageSet) -> None:
+    transform = train_transform((16, 16), (0.2, 1.0), auto_augment="rand-m9-mstd0.5-inc1")
+    order = TrainingOrder(len(images), 7, seed=1)
+    alone = list(training_batches(images, transform, order, 0, 4, num_workers=0))
+    torch.manual_seed(99)  # whatever else the process drew
+    workers = list(training_batches(images, transform, order, 1, 4, num_workers=2))
+    for batch, other in zip(alone[1:], workers, strict=True):
+        assert torch.equal(batch.imgs, other.imgs)
+        assert torch.equal(batch.indices, other.indices)
+    assert alone[0].imgs.dtype == torch.uint8
+    first, second = (dict(zip(b.indices.tolist(), b.imgs, strict=True)) for b in (alone[0], alone[2]))
+    shared = first.keys() & second.keys()
+    assert any(not torch.equal(first[i], second[i]) for i in shared), "another epoch, another crop"
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_evaluation_sees_each_image_once(images: ImageSet, world_size: int, batch_size: int) -> None:
+    seen = []
+    for rank in range(world_size):
+        for batch in evaluation_batches(images, eval_transform((16, 16)), batch_size, 0, rank, world_size):
+            seen += batch.indices.tolist()
+            assert batch.targets.tolist() == [images.targets[i] for i in batch.indices.tolist()]
+    assert sorted(seen) == list(range(14))
+
+
+def test_bad_image_gives_its_place_in_training_and_none_in_evaluation(images: ImageSet, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 20)).save(buffer, format="PNG")
+    (tmp_path / "train" / "class0" / "04.png").write_bytes(buffer.getvalue()[:40])
+    order = TrainingOrder(len(images), 14, seed=1)
+    batch = next(training_batches(images, eval_transform((16, 16)), order, 0, 1, 0))
+    assert len(batch.imgs) == 14
+    assert [Path(name).name for name, _ in batch.bad] == ["04.png"]
+    evaluated = list(evaluation_batches(images, eval_transform((16, 16)), 5, 0))
+    assert sum(len(b.targets) for b in evaluated) == 13
+    assert sum(len(b.bad) for b in evaluated) == 1
+
+
+def test_normalize_equals_the_formula() -> None:
+    imgs = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    want = (imgs.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(3, 1, 1)
+    torch.testing.assert_close(normalize(imgs, mean, std).double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_evaluation_resizes_the_short_side_and_crops_the_centre() -> None:
+    ramp = np.tile(np.arange(80, dtype=np.uint8)[None, :, None], (64, 1, 3))
+    out = eval_transform((56, 56), crop_pct=0.875)(Image.fromarray(ramp))
+    assert out.shape == (3, 56, 56)
+    assert out[0, 0, 0] == 12, "(80 - 56) / 2 columns are cut on the left"
+
+
+def test_seeds_do_not_collide_and_are_stable() -> None:
+    seeds = {seed_of(a, b, c) for a in range(10) for b in range(-5, 10) for c in range(10)}
+    assert len(seeds) == 1500
+    assert seed_of(1, 2, 3) == 9108276951006439246
