@@ -1,0 +1,28 @@
+// Sorting is an extra: without scripts the page holds the same content.
+for (const table of document.querySelectorAll("table.sortable")) {
+  const body = table.tBodies[0];
+  table.querySelectorAll("thead th").forEach((header, index) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...header.childNodes);
+    header.append(button);
+    header.setAttribute("aria-sort", "none");
+    button.addEventListener("click", () => {
+      const down = header.getAttribute("aria-sort") !== "descending";
+      table.querySelectorAll("thead th").forEach((other) => other.setAttribute("aria-sort", "none"));
+      header.setAttribute("aria-sort", down ? "descending" : "ascending");
+      body.append(...[...body.rows].sort((a, b) => compare(a.cells[index], b.cells[index], down ? -1 : 1)));
+    });
+  });
+}
+
+// Cells without a value stay last in either order.
+function compare(a, b, sign) {
+  const [x, y] = [a.dataset.value, b.dataset.value];
+  if (x === undefined && y === undefined) return sign * a.textContent.localeCompare(b.textContent);
+  if (x === "" || y === "") return (x === "") - (y === "");
+  return sign * (Number(x) - Number(y));
+}
+
+// Paper has no clicks.
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((item) => (item.open = true)));
