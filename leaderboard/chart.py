@@ -15,9 +15,10 @@ def chart(column: Column, cells: dict[str, Cell], baseline: str) -> str:
     values = [value for cell in cells.values() for value in cell.values]
     low, high = (-_nice(-min(values)) if min(values) < 0 else 0.0), _nice(max(values))
     height = TOP + ROW * len(cells)
-    marks = [_reference(cells[baseline], low, high, height)] if baseline in cells else []
+    marks = []
     for i, (row, cell) in enumerate(cells.items()):
         marks.append(_bar(row, cell, column, row == baseline, (low, high), TOP + ROW * i))
+        marks.append(_reference(cells.get(baseline, Cell()), (low, high), TOP + ROW * i))
     label = f"{column_name(column)}: " + ", ".join(f"{row} {score(cell, column)}" for row, cell in cells.items())
     place = escape(f"{column.dataset} {column.split}, {column_metric(column)}")
     return (
@@ -59,11 +60,11 @@ def _value(cell: Cell, column: Column) -> str:
     return score(cell, column) if cell.mean is None else number(cell.mean, column)
 
 
-def _reference(cell: Cell, low: float, high: float, height: int) -> str:
+def _reference(cell: Cell, limits: tuple[float, float], y: int) -> str:
     if cell.mean is None:
         return ""
-    x = _x(cell.mean, low, high)
-    return f'<line class="reference" x1="{x}" x2="{x}" y1="{TOP}" y2="{height}"/>'
+    x = _x(cell.mean, *limits)
+    return f'<line class="reference" x1="{x}" x2="{x}" y1="{y + 15}" y2="{y + 21 + BAR}"/>'
 
 
 def _axis(low: float, high: float, height: int) -> str:

@@ -10,7 +10,7 @@ from leaderboard.table import Column
 from mae_bench.record import Failure, ResultRecord
 
 PRETRAIN = "pretrain"  # the task of the jobs that make a backbone: a cost and a picture, never a column
-TASKS = ("imagenet", "coco", "ade20k")  # shown first and in this order; any other follows by name
+TASKS = (PRETRAIN, "imagenet", "coco", "ade20k")  # shown first and in this order; any other follows by name
 NOT_THE_METHOD = ("seed", "data", "num_workers", "checkpoint_seconds")  # config keys that may differ between like cells
 
 
@@ -107,8 +107,13 @@ def columns_of_failures(failures: list[Failure], columns: list[Column]) -> list[
 
 
 def column_order(column: Column) -> tuple[Any, ...]:
-    place = TASKS.index(column.task) if column.task in TASKS else len(TASKS)
-    return place, column.task, column.protocol, column.dataset, column.split, column.metric, column.variant
+    """Sorts columns by task, then by name."""
+    return task_order(column.task), column.protocol, column.dataset, column.split, column.metric, column.variant
+
+
+def task_order(task: str) -> tuple[int, str]:
+    """Sorts tasks: the making of the backbone, the known ones, any other by name."""
+    return (TASKS.index(task) if task in TASKS else len(TASKS)), task
 
 
 def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:

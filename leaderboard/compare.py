@@ -32,7 +32,7 @@ def compare(runs: Runs, baseline: str = "supervised") -> Comparison:
         for row, cell in _fill(runs, column, rows, members.get(id(column), []), baseline, problems).items():
             cells[row].append(cell)
     verdicts = [verdict(baseline, column, {row: cells[row][i] for row in rows}) for i, column in enumerate(columns)]
-    costs, totals = costs_of(runs.records), totals_of(runs.records, rows)
+    costs, totals = costs_of(runs.records, rows), totals_of(runs.records, rows)
     notes = _notes(runs.records, cells, baseline)
     return Comparison(baseline, rows, columns, cells, costs, totals, runs.failures, verdicts, notes, problems)
 

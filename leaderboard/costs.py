@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from leaderboard.columns import PRETRAIN, TASKS, grouped
+from leaderboard.columns import PRETRAIN, grouped, task_order
 from leaderboard.index import Run
 from leaderboard.table import Cost, Total
 from mae_bench.record import ResultRecord
 
 
-def costs_of(records: list[Run]) -> list[Cost]:
-    """A line for each row and protocol, the making of the backbone first."""
+def costs_of(records: list[Run], rows: list[str]) -> list[Cost]:
+    """A line for each row and protocol, in the order of `rows`, the making of the backbone first."""
     fields = ("seconds_train", "seconds_eval", "images_per_second", "params", "gmacs", "peak_memory_mib")
     lines = []
     for (backbone, task, protocol), members in grouped(
@@ -18,8 +18,7 @@ def costs_of(records: list[Run]) -> list[Cost]:
     ):
         means = {name: mean_of([record.cost.get(name) for record in members]) for name in fields}
         lines.append(Cost(backbone, task, protocol, len(members), **means))
-    order = (PRETRAIN, *TASKS)
-    return sorted(lines, key=lambda line: (line.backbone, order.index(line.task) if line.task in order else len(order)))
+    return sorted(lines, key=lambda line: (rows.index(line.backbone), task_order(line.task)))
 
 
 def totals_of(records: list[Run], rows: list[str]) -> list[Total]:

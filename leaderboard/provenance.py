@@ -4,7 +4,7 @@ import json
 from html import escape
 from typing import Any
 
-from leaderboard.columns import PRETRAIN, grouped
+from leaderboard.columns import grouped, task_order
 from leaderboard.index import Run, Runs
 from leaderboard.wording import duration
 from mae_bench.record import ResultRecord
@@ -12,12 +12,14 @@ from mae_bench.record import ResultRecord
 
 def provenance(runs: Runs) -> str:
     """One fold a protocol and data set, one inside it a record."""
-    groups = grouped(runs.records, lambda run: (run.record.task != PRETRAIN, *_place(run.record)))
-    return "".join(_fold(" ".join(key[1:]), "".join(_record(runs, run) for run in members)) for key, members in groups)
+    groups = grouped(runs.records, lambda run: _place(run.record))
+    return "".join(
+        _fold(" ".join((key[0][1], *key[1:])), "".join(_record(runs, run) for run in members)) for key, members in groups
+    )
 
 
-def _place(record: ResultRecord) -> tuple[str, ...]:
-    return record.task, record.protocol, record.dataset, record.split
+def _place(record: ResultRecord) -> tuple[Any, ...]:
+    return task_order(record.task), record.protocol, record.dataset, record.split
 
 
 def _record(runs: Runs, run: Run) -> str:

@@ -11,7 +11,7 @@ HEADING = "Published, for orientation: not comparable with the runs above"
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One quoted number. `source` and `place` say which paper or repository and where in it, `url` leads there."""
+    """One quoted number. `source` is a short name, `title` the whole one, `place` where in it, `url` leads there."""
 
     method: str
     backbone: str
@@ -24,6 +24,7 @@ class PublishedRow:
     unit: str
     direction: str
     source: str
+    title: str
     place: str
     url: str
     note: str = ""
@@ -39,7 +40,7 @@ def published_rows() -> tuple[PublishedRow, ...]:
 def _row(table: dict, row: dict) -> PublishedRow:
     shared = {name: table[name] for name in ("task", "dataset", "split", "metric", "unit", "direction", "note")}
     source = table["source"]
-    return PublishedRow(**row, **shared, source=source["title"], place=source["place"], url=source["url"])
+    return PublishedRow(**row, **shared, source=source["name"], title=source["title"], place=source["place"], url=source["url"])
 
 
 def published_for(tasks: set[str]) -> list[PublishedRow]:

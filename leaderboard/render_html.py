@@ -4,6 +4,7 @@ from html import escape
 from pathlib import Path
 
 from leaderboard.chart import chart
+from leaderboard.columns import grouped, task_order
 from leaderboard.gallery import gallery
 from leaderboard.index import Runs
 from leaderboard.provenance import provenance
@@ -79,7 +80,7 @@ def _table(name: str, caption: str, head: str, body: str, kind: str) -> str:
 def _main(comparison: Comparison) -> str:
     caption = (
         f"Mean and sample deviation over n seeds; below, the difference to {escape(comparison.baseline)} with its 95 % interval. "
-        "Bold: best of the column. A missing score is -."
+        "Bold: best of the column. Coloured: the interval leaves 0 out. A missing score is -."
     )
     head = '<th scope="col">backbone</th>' + "".join(map(_header, comparison.columns))
     body = "".join(_row(comparison, row) for row in comparison.rows)
@@ -120,7 +121,7 @@ def _missing(cell: Cell, column: Column) -> str:
 
 def _change(change: Difference, column: Column) -> str:
     word = judgement(change)
-    return f'<div class="change {word}">{escape(_minus(difference(change, column)))} {word}</div>'
+    return f'<div class="change{f" {word}" if change.is_clear else ""}">{escape(_minus(difference(change, column)))} {word}</div>'
 
 
 def _minus(text: str) -> str:
@@ -145,7 +146,6 @@ def _costs(comparison: Comparison) -> str:
     return _section(
         "Cost",
         _table("Total cost", "All seeds together. - where a record does not say.", head, totals, "costs")
-        + "<br>"
         + _table("Cost of a run", "Mean of a run.", heads, "".join(map(_cost, comparison.costs)), "costs"),
     )
 
@@ -169,11 +169,18 @@ def _number(value: float | None, text: str) -> str:
 
 
 def _published(rows: list[PublishedRow]) -> str:
+    folds = "".join(_quoted_task(task, members) for (_, task), members in grouped(rows, lambda row: task_order(row.task)))
+    titles = sorted({(row.source, row.title, row.url) for row in rows})
+    items = (f'<li>{escape(name)}: <a href="{escape(url)}">{escape(title)}</a></li>' for name, title, url in titles)
+    return _section(HEADING, f"{folds}<h3>Sources</h3><ul>{''.join(items)}</ul>" if rows else "")
+
+
+def _quoted_task(task: str, rows: list[PublishedRow]) -> str:
     names = ("method", "backbone", "protocol", "data", "metric", "value", "source")
     head = "".join(f'<th scope="col"{"" if name == "value" else " class=text"}>{name}</th>' for name in names)
-    body = "".join(map(_quoted, rows))
-    caption = "Quoted as printed, in full-size training on the full data sets."
-    return _section(HEADING, _table("Published", caption, head, body, "quoted") if rows else "")
+    caption = "Quoted as printed: full-size models on the full data sets."
+    table = _table(f"Published, {task}", caption, head, "".join(map(_quoted, rows)), "quoted")
+    return f"<details><summary>{escape(task)}: {len(rows)} published numbers</summary>{table}</details>"
 
 
 def _quoted(row: PublishedRow) -> str:
@@ -181,6 +188,5 @@ def _quoted(row: PublishedRow) -> str:
     note = f"<small>{escape(row.note)}</small>" if row.note else ""
     return (
         f'<tr><th scope="row">{escape(row.method)}</th>{"".join(f"<td class=text>{escape(text)}</td>" for text in texts)}'
-        f'{_number(row.value, f"{row.value}")}<td class="text"><a href="{escape(row.url)}">{escape(row.source)}</a>, '
-        f"{escape(row.place)}{note}</td></tr>"
+        f'{_number(row.value, f"{row.value}")}<td class="long">{escape(row.source)}, {escape(row.place)}{note}</td></tr>'
     )

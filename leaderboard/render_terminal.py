@@ -48,8 +48,8 @@ def _header(column: Column) -> Text:
 def _cell(cell: Cell, column: Column) -> Text:
     text = Text(score(cell, column), style="bold" if cell.is_best else "")
     if cell.difference:
-        word = judgement(cell.difference)
-        text.append("\n" + difference(cell.difference, column).replace(" ", "\n", 1), style=f"not bold {STYLES.get(word, 'dim')}")
+        style = STYLES[judgement(cell.difference)] if cell.difference.is_clear else "dim"
+        text.append("\n" + difference(cell.difference, column).replace(" ", "\n", 1), style=f"not bold {style}")
     return text
 
 

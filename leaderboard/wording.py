@@ -51,7 +51,7 @@ def column_metric(column: Column) -> str:
 def failure(lost: Failure) -> str:
     """One line: what, which seed, why, and what to do."""
     place = f"{lost.backbone}, {lost.task} {lost.protocol}, seed {lost.seed}"
-    return f"{place}: {lost.status}: {lost.reason}" + (f" Next: {lost.fix}" if lost.fix else "")
+    return f"{place}: {lost.status}: {lost.reason}" + (f" (next: {lost.fix})" if lost.fix else "")
 
 
 def duration(seconds: float | None) -> str:

@@ -1,0 +1,84 @@
+"""Reading a folder of runs: everything is found, nothing is dropped without a word."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from leaderboard.index import load_runs
+from mae_bench.record import RecordError
+
+if TYPE_CHECKING:
+    from tests.leaderboard.conftest import Folder
+
+
+def test_reads_records_and_failures_at_any_depth(folder: Folder) -> None:
+    folder.add("mae", 60)
+    folder.fail("random")
+    runs = load_runs(folder.root)
+    assert [run.record.backbone for run in runs.records] == ["mae"]
+    assert [failure.backbone for failure in runs.failures] == ["random"]
+    assert runs.problems == []
+    assert runs.name(runs.records[0].path) == "cells/001/record.json"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema_version": 99},
+        {"seed": "0"},
+        {"backbone": ["mae"]},
+        {"cost": {"seconds_train": "long"}},
+        {"metrics": {"top1": {"value": 1.0, "unit": "%", "direction": "up"}}},
+        {"metrics": {}},
+        {"config": None},
+    ],
+)
+def test_a_broken_record_is_named_and_the_rest_is_shown(folder: Folder, change: dict) -> None:
+    folder.add("supervised", 60)
+    path = folder.add("mae", 61)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    runs = load_runs(folder.root)
+    assert [run.record.backbone for run in runs.records] == ["supervised"]
+    assert len(runs.problems) == 1
+    assert "cells/002/record.json" in runs.problems[0]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"null"])
+def test_files_that_are_no_records_are_named(folder: Folder, content: bytes) -> None:
+    folder.add("supervised", 60)
+    folder.add("mae", 61).write_bytes(content)
+    folder.fail("mae").write_bytes(content)
+    runs = load_runs(folder.root)
+    assert len(runs.records) == 1
+    assert [("cells/002/record.json" in p, "cells/003/failure.json" in p) for p in runs.problems] == [
+        (True, False),
+        (False, True),
+    ]
+
+
+def test_a_failure_beside_a_record_is_stale(folder: Folder) -> None:
+    path = folder.add("mae", 61)
+    folder.fail("mae").rename(path.parent / "failure.json")
+    runs = load_runs(folder.root)
+    assert runs.failures == []
+    assert "the record counts" in runs.problems[0]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_no_result_at_all_says_what_to_do(folder: Folder, exists: bool) -> None:
+    if exists:
+        folder.root.mkdir()
+    with pytest.raises(RecordError) as caught:
+        load_runs(folder.root)
+    assert str(folder.root) in caught.value.given
+    assert "record.json" in caught.value.expected
+    assert "mae-bench demo" in caught.value.fix
+
+
+def test_only_broken_records_are_an_error_that_names_them(folder: Folder) -> None:
+    folder.add("mae", 61).write_text("{")
+    with pytest.raises(RecordError, match="cells/001/record.json"):
+        load_runs(folder.root)

@@ -1,0 +1,39 @@
+"""Quoted numbers: each has its source, and the ones that readers look for are right."""
+
+import pytest
+
+from leaderboard.published import published_for, published_rows
+
+
+def test_every_row_says_whose_number_it_is() -> None:
+    for row in published_rows():
+        assert row.url.startswith("https://")
+        assert all((row.method, row.backbone, row.task, row.protocol, row.dataset, row.split, row.source, row.title, row.place))
+        assert 0 < row.value < 100
+        assert (row.unit, row.direction) == ("%", "lower" if row.metric == "mCE" else "higher")
+
+
+def test_no_number_stands_twice() -> None:
+    keys = [(r.method, r.backbone, r.protocol, r.dataset, r.metric, r.source, r.place, r.note) for r in published_rows()]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "protocol", "metric", "dataset", "place", "value"),
+    [
+        ("ViT-B/16", "finetune-100ep", "top1", "ImageNet-1K", "Table 3", 83.6),
+        ("ViT-L/16", "linear-90ep", "top1", "ImageNet-1K", "Table 12", 75.8),
+        ("ViT-B/16", "maskrcnn-li2021-100ep", "AP_box", "COCO", "Table 4", 50.3),
+        ("ViT-L/16", "maskrcnn-vitdet-100ep", "AP_mask", "COCO", "Table 5", 49.2),
+        ("ViT-L/16", "upernet-100ep", "mIoU", "ADE20K", "Table 5", 53.6),
+        ("ViT-H/14", "finetune-50ep", "mCE", "ImageNet-C", "Table 13", 33.8),
+    ],
+)
+def test_the_papers_mae_rows(backbone: str, protocol: str, metric: str, dataset: str, place: str, value: float) -> None:
+    key = ("MAE", backbone, protocol, metric, dataset, place)
+    found = [r.value for r in published_rows() if (r.method, r.backbone, r.protocol, r.metric, r.dataset, r.place) == key]
+    assert found == [value]
+
+
+def test_only_the_tasks_that_were_run_are_quoted() -> None:
+    assert {row.task for row in published_for({"coco", "pretrain"})} == {"coco"}
