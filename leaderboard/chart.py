@@ -13,7 +13,8 @@ NICE = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
 def chart(column: Column, cells: dict[str, Cell], baseline: str) -> str:
     """A figure with a bar a row, in the rows' order; rows without a score have their status in its place."""
     values = [value for cell in cells.values() for value in cell.values]
-    low, high = (-_nice(-min(values)) if min(values) < 0 else 0.0), _nice(max(values))
+    low = -_nice(-min(values)) if min(values) < 0 else 0.0
+    high = 0.0 if max(values) <= 0 and low < 0 else _nice(max(values))
     height = TOP + ROW * len(cells)
     marks = []
     for i, (row, cell) in enumerate(cells.items()):
@@ -69,7 +70,7 @@ def _reference(cell: Cell, limits: tuple[float, float], y: int) -> str:
 
 def _axis(low: float, high: float, height: int) -> str:
     ticks = [f'<line class="axis" x1="0" x2="{WIDTH}" y1="{height}" y2="{height}"/>']
-    for value in (low, (low + high) / 2, high) if low == 0 else (low, 0.0, high):
+    for value in dict.fromkeys((low, (low + high) / 2, high) if low == 0 else (low, 0.0, high)):
         x = _x(value, low, high)
         anchor = "start" if x == 0 else "end" if x == WIDTH else "middle"
         ticks.append(f'<text class="tick" x="{x}" y="{height + 16}" text-anchor="{anchor}">{value:g}</text>')

@@ -1,6 +1,7 @@
 """Reads a folder of runs: every record, every failure, and what could not be read."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from numbers import Real
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def _add_failure(runs: Runs, path: Path) -> None:
         texts = (failure.backbone, failure.task, failure.protocol, failure.status, failure.reason, failure.fix)
         if not all(isinstance(text, str) for text in texts) or not isinstance(failure.seed, int):
             raise RecordError(f"{path}: a field of the failure has the wrong type")
+        _check_writable(asdict(failure), path)
         runs.failures.append(failure)
     except RecordError as error:
         runs.problems.append(f"left out: {_relative(runs, error.given)}")
@@ -75,12 +77,22 @@ def _check_types(record: ResultRecord, path: Path) -> None:
     wrong = [name for name in TEXTS if not isinstance(getattr(record, name), str)]
     wrong += [name for name in MAPPINGS if not isinstance(getattr(record, name), dict)]
     wrong += [name for name in ("seed", "num_samples") if not isinstance(getattr(record, name), int)]
+    wrong += ["notes"] if not isinstance(record.notes, list) else []
     wrong += [
         f"cost.{name}" for name, value in (record.cost if "cost" not in wrong else {}).items() if not isinstance(value, Real)
     ]
     wrong += [f"metrics.{name}" for name, metric in record.metrics.items() if metric.direction not in ("higher", "lower")]
     if wrong:
         raise RecordError(f"{path}: fields of the wrong type: {', '.join(wrong)}")
+    _check_writable(record.to_dict(), path)
+
+
+def _check_writable(value: object, path: Path) -> None:
+    """Python reads NaN and lone surrogates from JSON, and no report can hold them."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise RecordError(f"{path}: a value that no report can hold: {error}") from error
 
 
 def _relative(runs: Runs, message: str) -> str:

@@ -80,7 +80,7 @@ def verdict(baseline: str, column: Column, cells: dict[str, Cell]) -> str:
     if not column.metric:
         return f"{name}: no row has a score."
     if base.mean is None:
-        return f"{name}: {baseline} has no score, so there is nothing to compare with."
+        return f"{name}: {baseline} has no score here, so there is nothing to compare with."
     score_of_baseline = f"{baseline} {number(base.mean, column)}"
     if not others:
         return f"{name}: only {score_of_baseline}."

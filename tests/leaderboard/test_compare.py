@@ -178,7 +178,7 @@ def test_without_the_baseline_the_table_stands(folder: Folder, seeds: Callable) 
     assert comparison.cells["mae"][0].mean == 61.5
     assert comparison.cells["mae"][0].difference is None
     assert "no row named supervised" in comparison.notes[0]
-    assert "supervised has no score" in comparison.verdicts[0]
+    assert "supervised has no score here" in comparison.verdicts[0]
 
 
 def test_another_baseline_can_be_named(folder: Folder, seeds: Callable) -> None:

@@ -34,6 +34,10 @@ def test_reads_records_and_failures_at_any_depth(folder: Folder) -> None:
         {"metrics": {"top1": {"value": 1.0, "unit": "%", "direction": "up"}}},
         {"metrics": {}},
         {"config": None},
+        {"config": {"lr": float("nan")}},
+        {"cost": {"seconds_train": float("inf")}},
+        {"notes": 5},
+        {"command": "\ud800"},
     ],
 )
 def test_a_broken_record_is_named_and_the_rest_is_shown(folder: Folder, change: dict) -> None:

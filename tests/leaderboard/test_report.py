@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from tests.leaderboard.conftest import Folder
 
 EVIL = "<script>alert(1)</script>"
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
 
@@ -183,6 +185,21 @@ def test_charts_start_at_zero(folder: Folder, seeds: Callable, tmp_path: Path) -
     # the axis ends at 50, so the baseline's bar is the whole width (320) and the other one half of it
     assert '<rect class="plain" x="0.0" y="22" width="320.0"' in html
     assert '<rect class="bar" x="0.0" y="60" width="160.0"' in html
+
+
+def test_negative_scores_hang_below_zero(folder: Folder, seeds: Callable, tmp_path: Path) -> None:
+    seeds("supervised", -2.0)
+    seeds("mae", -1.0)
+    html = write_report(folder.root, tmp_path / "out")[-1].read_text()
+    assert '<rect class="plain" x="0.0" y="22" width="320.0"' in html
+    assert '<rect class="bar" x="160.0" y="60" width="160.0"' in html
+
+
+def test_the_package_is_light() -> None:
+    heavy = "{'torch', 'pandas', 'numpy', 'rich'} & set(sys.modules)"
+    code = f"import sys, leaderboard.report; print({heavy})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_only_failures_make_a_report(folder: Folder, tmp_path: Path) -> None:
