@@ -1,0 +1,285 @@
+"""One seeded procedural scene generator behind all three demo data sets: textured shapes, lit and occluded, on textured ground."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFilter
+
+Array = npt.NDArray[Any]
+
+GENERATOR_VERSION = 1  # rises whenever the same seed would give other pixels or labels
+THINGS = ("arrow", "crescent", "cross", "disc", "heart", "hexagon", "ring", "square", "star", "triangle")
+STUFF = ("sky", "gravel", "furrows", "water", "foliage")
+SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a data set asks of its scenes. `radius` is a share of the image's side; ranges are (low, high), both included."""
+
+    size: int
+    num_things: tuple[int, int] = (2, 6)
+    radius: tuple[float, float] = (0.07, 0.3)
+    crowd_share: float = 0.0  # of the scenes, with one group of many small things of a class
+    max_grounds: int = 3
+    max_bars: int = 2
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object, or a crowd of objects of one class.
+
+    outlines: full polygons, float [points, 2] as (x, y) in pixels, the hidden parts and those outside the image included.
+    mask: its visible pixels, bool [H, W]. full_area: pixels inside the image that it would show without occlusion.
+    """
+
+    label: int  # index in THINGS
+    outlines: tuple[Array, ...]
+    mask: Array
+    full_area: int
+    crowd: bool = False
+
+    @property
+    def area(self) -> int:
+        """Visible pixels."""
+        return int(self.mask.sum())
+
+
+@dataclass(frozen=True)
+class Scene:
+    """image: uint8 RGB [H, W, 3]. stuff: uint8 [H, W], 0 where void, else 1 + index in STUFF (also below things)."""
+
+    image: Array
+    stuff: Array
+    things: tuple[Thing, ...]
+
+
+@dataclass(frozen=True)
+class Light:
+    """Of one scene: a unit vector towards the light, how much it models the surfaces, how dark shadows are."""
+
+    direction: Array
+    shading: float
+    shadow: float
+
+
+def scene_rng(seed: int, data_set: str, split: str, index: int) -> np.random.Generator:
+    """The random numbers of one image: they depend on nothing but the four arguments."""
+    key = hashlib.sha256(f"{seed}/{data_set}/{split}/{index}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "little")))
+
+
+def make_scene(rng: np.random.Generator, recipe: Recipe, label: int | None = None) -> Scene:
+    """Draws one scene; `label` fixes the class of all its things (each has a random one otherwise)."""
+    canvas, stuff = _background(rng, recipe)
+    owner = np.zeros(stuff.shape, np.int16)
+    angle = rng.uniform(0, 2 * np.pi)
+    light = Light(np.array([np.cos(angle), np.sin(angle)]), rng.uniform(0, 0.45), rng.uniform(0, 0.6))
+    drawn: list[tuple[int, tuple[Array, ...], int, bool]] = []
+    members = [1] * int(rng.integers(recipe.num_things[0], recipe.num_things[1] + 1))
+    if rng.random() < recipe.crowd_share:
+        members.insert(0, int(rng.integers(7, 13)))  # a crowd stands behind single things
+    for number, count in enumerate(members, start=1):
+        chosen = int(rng.integers(len(THINGS))) if label is None else label
+        outlines = _place(rng, recipe, chosen, count)
+        full = [_draw(rng, canvas, outline, light, owner, number) for outline in outlines]
+        drawn.append((chosen, outlines, int(np.logical_or.reduce(full).sum()), count > 1))
+    for _ in range(rng.integers(recipe.max_bars + 1)):
+        full_bar = _draw(rng, canvas, _bar(rng, recipe.size), light, owner, 0)
+        stuff[full_bar] = 0
+    things = tuple(Thing(label_, outlines_, owner == number, area, crowd)
+                   for number, (label_, outlines_, area, crowd) in enumerate(drawn, start=1))
+    return Scene(_expose(rng, canvas), stuff, things)
+
+
+def _ring(radius: float = 1.0, points: int = 40, start: float = 0.0, turn: float = 2 * np.pi) -> Array:
+    angles = start + turn * np.arange(points + 1) / points
+    return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _star() -> Array:
+    return _ring(points=10)[:-1] * np.where(np.arange(10) % 2, 0.42, 1.0)[:, None]
+
+
+def _crescent() -> Array:
+    """The unit disc without a disc of the same size, moved by 0.6."""
+    meet = np.arccos(0.3)
+    inner = _ring(points=24, start=np.pi - meet, turn=2 * meet) + [0.6, 0.0]
+    return np.concatenate([_ring(points=30, start=meet, turn=2 * np.pi - 2 * meet), inner[::-1]])
+
+
+def _heart() -> Array:
+    t = 2 * np.pi * np.arange(40) / 40
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([16 * np.sin(t) ** 3, -2.5 - y], axis=1) / 16
+
+
+A, B = 0.33, 0.95  # half width and half length of the cross's arms
+OUTLINES: dict[str, Array] = {
+    "arrow": np.array([[-1, -0.28], [0.1, -0.28], [0.1, -0.8], [1, 0], [0.1, 0.8], [0.1, 0.28], [-1, 0.28]]),
+    "crescent": _crescent(),
+    "cross": np.array([[-A, -B], [A, -B], [A, -A], [B, -A], [B, A], [A, A], [A, B], [-A, B], [-A, A], [-B, A], [-B, -A], [-A, -A]]),
+    "disc": _ring(0.9),
+    "heart": _heart(),
+    "hexagon": _ring(points=6)[:-1],
+    "ring": np.concatenate([_ring(), _ring(0.55)[::-1]]),  # both ways along one slit of no width
+    "square": _ring(points=4)[:-1],
+    "star": _star(),
+    "triangle": _ring(points=3)[:-1],
+}
+
+
+def _pose(rng: np.random.Generator, label: int, radius: float, centre: Array) -> Array:
+    """The class's outline, stretched, rotated by any angle and moved: float [points, 2] in pixels."""
+    stretch = np.exp(rng.uniform(-0.2, 0.2))
+    angle = rng.uniform(0, 2 * np.pi)
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return (OUTLINES[THINGS[label]] * [stretch, 1 / stretch]) @ rotation.T * radius + centre
+
+
+def _place(rng: np.random.Generator, recipe: Recipe, label: int, count: int) -> tuple[Array, ...]:
+    """Outlines of one thing, or of the `count` small ones of a crowd around one point."""
+    low, high = np.log(recipe.radius)
+    radius = recipe.size * np.exp(rng.uniform(low, high))
+    if count == 1:
+        margin = min(0.8 * radius, recipe.size / 2)
+        return (_pose(rng, label, radius, rng.uniform(margin, recipe.size - margin, 2)),)
+    middle, small = rng.uniform(0.3, 0.7, 2) * recipe.size, recipe.size * rng.uniform(0.045, 0.075)
+    centres = middle + rng.normal(0, 2.2 * small, (count, 2))
+    return tuple(_pose(rng, label, small * rng.uniform(0.8, 1.2), centre) for centre in centres)
+
+
+def _bar(rng: np.random.Generator, size: int) -> Array:
+    """A pole across the whole image, 4 to 10 % of its side wide."""
+    angle, width = rng.uniform(0, np.pi), size * rng.uniform(0.02, 0.05)
+    along, across = np.array([np.cos(angle), np.sin(angle)]) * 2 * size, np.array([-np.sin(angle), np.cos(angle)]) * width
+    centre = rng.uniform(0.1, 0.9, 2) * size
+    return centre + np.stack([along + across, along - across, -along - across, -along + across])
+
+
+def _draw(rng: np.random.Generator, canvas: Array, outline: Array, light: Light, owner: Array, number: int) -> Array:
+    """Paints a textured, shaded thing and its shadow onto `canvas`, enters `number` in `owner`; bool [H, W]: where it is."""
+    size = len(canvas)
+    reach = min(max(2.0, 0.2 * float(np.ptp(outline, axis=0).min())), 0.06 * size)  # of the shadow, in pixels
+    x0, y0 = np.clip(np.floor(outline.min(axis=0) - 2 * reach), 0, size - 1).astype(int)
+    x1, y1 = np.clip(np.ceil(outline.max(axis=0) + 2 * reach), 1, size).astype(int)
+    window = (slice(y0, max(y1, y0 + 1)), slice(x0, max(x1, x0 + 1)))
+    alpha = _coverage(outline - [x0, y0], canvas[window].shape[:2])
+    where = np.zeros((size, size), bool)
+    where[window] = alpha > 0.5
+    if not where.any():
+        return where
+    shade = _coverage(outline - [x0, y0] - light.direction * reach, alpha.shape, blur=reach / 3)
+    ground = canvas[window] * (1 - light.shadow * shade)[..., None]
+    paint = _paint(rng, outline - [x0, y0], alpha.shape, light, avoid=canvas[where].mean(axis=0))
+    canvas[window] = ground + (paint - ground) * alpha[..., None]
+    owner[where] = number
+    return where
+
+
+def _coverage(outline: Array, shape: tuple[int, ...], blur: float = 0.0) -> Array:
+    """Share of each pixel inside the polygon, float32 [h, w]; blurred, a soft shadow at a quarter of the cost."""
+    scale = 1 if blur else SUPERSAMPLING
+    image = Image.new("L", (shape[1] * scale, shape[0] * scale))
+    ImageDraw.Draw(image).polygon([(x * scale - 0.5, y * scale - 0.5) for x, y in outline.tolist()], fill=255)
+    image = image.filter(ImageFilter.BoxBlur(blur)) if blur else image.reduce(scale)
+    return np.asarray(image, np.float32) / 255
+
+
+def _paint(rng: np.random.Generator, outline: Array, shape: tuple[int, ...], light: Light, avoid: Array) -> Array:
+    """The surface of a thing: two colours in a pattern that turns with it, shaded by the light; float32 [h, w, 3]."""
+    centre, radius = outline.mean(axis=0), max(np.ptp(outline, axis=0).max() / 2, 1.0)
+    y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
+    x, y = (x - np.float32(centre[0])) / np.float32(radius), (y - np.float32(centre[1])) / np.float32(radius)
+    base = _colour(rng, avoid)
+    second = np.clip(base + rng.uniform(0.12, 0.4) * rng.choice([-1, 1]) * rng.uniform(0.4, 1, 3), 0, 1)
+    shaded = 1 + np.float32(light.shading) * (x * np.float32(light.direction[0]) + y * np.float32(light.direction[1]))
+    paint = base + _pattern(rng, x, y)[..., None] * (second - base)
+    return np.clip(paint * shaded[..., None], 0, 1).astype(np.float32)
+
+
+def _pattern(rng: np.random.Generator, x: Array, y: Array) -> Array:
+    """A random surface pattern over coordinates in units of the thing's radius: float [h, w] in [0, 1]."""
+    angle, frequency = rng.uniform(0, np.pi), np.float32(rng.uniform(5, 14))
+    c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    u, v = frequency * (c * x + s * y), frequency * (c * y - s * x)
+    kind = rng.integers(5)
+    if kind == 0:  # plain
+        return np.zeros_like(x)
+    if kind == 1:  # stripes
+        return np.clip(0.5 + 2 * np.sin(u), 0, 1)
+    if kind == 2:  # checks
+        return np.clip(0.5 + 3 * np.sin(u) * np.sin(v), 0, 1)
+    if kind == 3:  # dots
+        return np.clip(3 * (np.cos(u) + np.cos(v)) - 2, 0, 1)
+    return _noise(rng, x.shape, cell=rng.uniform(2, 5))
+
+
+def _colour(rng: np.random.Generator, avoid: Array | None = None) -> Array:
+    """A random colour, at a visible distance from `avoid`: nothing would be left to see of a thing in the ground's colour."""
+    colours = rng.uniform(0.05, 0.95, (4, 3)).astype(np.float32)
+    return colours[0] if avoid is None else colours[np.argmax(np.linalg.norm(colours - avoid, axis=1) > 0.35)]
+
+
+def _noise(rng: np.random.Generator, shape: tuple[int, ...], cell: float, flat: float = 1.0) -> Array:
+    """Smooth value noise, float32 [h, w] in [0, 1]; cells are `cell` pixels high and `flat` times as wide."""
+    height, width = shape[0], shape[1]
+    grid = rng.random((int(height / cell) + 2, int(width / (cell * flat)) + 2), dtype=np.float32)
+    return np.clip(np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)), 0, 1)
+
+
+def _background(rng: np.random.Generator, recipe: Recipe) -> tuple[Array, Array]:
+    """Ground in up to `max_grounds` regions with wavy borders: float32 RGB [H, W, 3] and its stuff classes, uint8 [H, W]."""
+    size = recipe.size
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size
+    kinds = rng.permutation(len(STUFF))[: rng.integers(1, recipe.max_grounds + 1)]
+    angle, wave = rng.uniform(-0.6, 0.6), rng.uniform(0, 0.12)
+    height = y * np.cos(angle) + x * np.sin(angle) + wave * np.sin(x * rng.uniform(3, 12) + rng.uniform(0, 6))
+    borders = np.sort(rng.uniform(0.2, 0.85, len(kinds) - 1))
+    region = np.digitize(height, borders)
+    canvas = np.empty((size, size, 3), np.float32)
+    for place, kind in enumerate(kinds):
+        inside = region == place
+        canvas[inside] = _ground(rng, int(kind), x, y)[inside]
+    stuff = (kinds + 1).astype(np.uint8)[region]
+    for border in borders:  # a thin seam of void, as annotators leave it
+        stuff[np.abs(height - border) < 1.2 / size] = 0
+    return canvas, stuff
+
+
+def _ground(rng: np.random.Generator, kind: int, x: Array, y: Array) -> Array:
+    """One stuff class all over the image: its texture tells the class, its colours do not; float32 [H, W, 3]."""
+    size = len(x)
+    first, second = _colour(rng), _colour(rng)
+    second = np.clip(first + (second - first) * rng.uniform(0.35, 0.8), 0, 1).astype(np.float32)
+    if STUFF[kind] == "sky":
+        mix = 0.8 * y + 0.2 * _noise(rng, x.shape, size / 3, 2.0)
+    elif STUFF[kind] == "gravel":
+        mix = 0.75 * _noise(rng, x.shape, 1.5) + 0.25 * _noise(rng, x.shape, size / 6)
+    elif STUFF[kind] == "furrows":
+        angle, frequency = rng.uniform(0, np.pi), rng.uniform(35, 80)
+        bend = 0.05 * _noise(rng, x.shape, size / 3)
+        mix = 0.5 + 0.5 * np.sin(frequency * (x * np.cos(angle) + y * np.sin(angle) + bend))
+    elif STUFF[kind] == "water":
+        mix = 0.7 * _noise(rng, x.shape, size / 36, 6.0) + 0.3 * y
+    else:
+        mix = np.clip(0.5 + 5 * (_noise(rng, x.shape, size / rng.uniform(8, 14)) - 0.5), 0, 1)
+    return first + mix.astype(np.float32)[..., None] * (second - first)
+
+
+def _expose(rng: np.random.Generator, canvas: Array) -> Array:
+    """The camera: a gradient of illumination, white balance, contrast, blur and noise; uint8 [H, W, 3]."""
+    size = len(canvas)
+    slope, angle = rng.uniform(0, 0.4), rng.uniform(0, 2 * np.pi)
+    line = np.linspace(-1, 1, size, dtype=np.float32)
+    field = 1 + np.float32(slope) * (line[None, :] * np.float32(np.cos(angle)) + line[:, None] * np.float32(np.sin(angle)))
+    gain = (rng.uniform(0.6, 1.15) * rng.uniform(0.9, 1.1, 3)).astype(np.float32)
+    image = (canvas * field[..., None] * gain - 0.5) * np.float32(rng.uniform(0.6, 1.2)) + 0.5
+    if (sigma := rng.uniform(-0.03, 0.06)) > 0:
+        image = image + rng.standard_normal(image.shape, dtype=np.float32) * np.float32(sigma)
+    pixels = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+    blur = rng.uniform(-1, 1) * size / 100
+    return pixels if blur <= 0.2 else np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(blur)))
