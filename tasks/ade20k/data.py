@@ -1,0 +1,111 @@
+"""ADE20K's layout for mmsegmentation: a stream that resumes exactly, and images that do not decode named and left out."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.dataset import InfiniteSampler
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import DATA_SAMPLERS, DATASETS
+from PIL import Image
+from torch.utils.data import get_worker_info
+
+from mae_bench.data.loader import seed_everything, seed_of
+from mae_bench.errors import UserError
+
+READ_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError)  # SyntaxError: a broken PNG
+STEP, SAMPLE = 0, 1  # seed_of's streams: randomness of the model's step, of a sample's augmentation
+
+
+class BadImages:
+    """The images of a split that do not decode, a line each in a file: loader processes write it, the training process counts."""
+
+    def __init__(self, path: Path, num_images: int, max_bad_images: float):
+        self.path, self.limit = path, num_images * max_bad_images
+
+    def add(self, image: str, reason: str) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"{image}: {reason}\n")
+
+    def lines(self) -> list[str]:
+        """One an image, in the order of their discovery."""
+        return list(dict.fromkeys(self.path.read_text(encoding="utf-8").splitlines())) if self.path.exists() else []
+
+    def check(self) -> list[str]:
+        """`lines`, unless they are too many: then UserError."""
+        if len(lines := self.lines()) > self.limit:
+            raise UserError(
+                f"{len(lines)} images do not decode, the last {lines[-1]}",
+                expected=f"at most {self.limit:g} (max_bad_images of the split)",
+                fix=f"replace the files that {self.path} names, or raise max_bad_images",
+            )  # fmt: skip
+        return lines
+
+
+@DATASETS.register_module()
+class ADE20KLayout(BaseSegDataset):
+    """One split of `images|annotations/training|validation`: label 0 is ignored (255 to the model), label i is class i - 1.
+
+    Images are addressed by position * num_images + index (see `AddressSampler`): the position in the whole training seeds the
+    augmentation. One that does not decode gives its place to another in training; from a validation split it is left out.
+    """
+
+    def __init__(
+        self, data_root: str, split: str, classes: list[str], bad_images: str, max_bad_images: float, seed: int, **kwargs: Any
+    ):
+        self.seed, self.bad_file, self.max_bad_images = seed, Path(bad_images), max_bad_images
+        super().__init__(
+            data_root=data_root, data_prefix={"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"},
+            metainfo={"classes": tuple(classes)}, reduce_zero_label=True, **kwargs,
+        )  # fmt: skip
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        images = super().load_data_list()
+        self.bad = BadImages(self.bad_file, len(images), self.max_bad_images)
+        if not self.test_mode:
+            return images
+        good = [info for info in images if not self._name_unreadable(info)]
+        self.bad.check()
+        return good
+
+    def __getitem__(self, address: int) -> dict[str, Any]:
+        position, index = divmod(address, len(self))
+        seed_everything(seed_of(self.seed, SAMPLE, position))
+        return super().__getitem__(index)
+
+    def prepare_data(self, idx: int) -> dict[str, Any] | None:
+        """The packed sample, or None for mmengine to draw another image instead."""
+        try:
+            return super().prepare_data(idx)
+        except READ_ERRORS:
+            if not self._name_unreadable(self.get_data_info(idx)):
+                raise
+            if get_worker_info() is None:  # an error of a loader process would come with its traceback; the hook finds those
+                self.bad.check()
+            return None
+
+    def _name_unreadable(self, info: dict[str, Any]) -> bool:
+        for path in (info["img_path"], info["seg_map_path"]):
+            try:
+                with Image.open(path) as image:
+                    np.asarray(image)
+            except READ_ERRORS as error:
+                self.bad.add(path, str(error))
+                return True
+        return False
+
+
+@DATA_SAMPLERS.register_module()
+class AddressSampler(InfiniteSampler):
+    """mmengine's endless shuffled stream as the addresses of an `ADE20KLayout`."""
+
+    position = 0
+
+    def skip(self, num_samples: int) -> None:
+        super().skip(num_samples)
+        self.position = num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        for position, index in enumerate(super().__iter__(), self.position):
+            yield position * self.size + index

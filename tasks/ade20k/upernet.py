@@ -1,0 +1,118 @@
+"""UperNet on ADE20K's layout with a pretrained ViT: trained by mmengine's Runner, scored by mmsegmentation's IoUMetric."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import backbones.adapters.mmseg  # noqa: F401 - first of all: it names what is not installed
+from backbones.load import load_backbone
+from mae_bench.cost import num_params, peak_memory_mib
+from mae_bench.data.layouts import check_layout
+from mae_bench.digest import json_digest
+from mae_bench.files import write_atomic, write_json
+from mae_bench.job import Job, Outcome
+from mae_bench.progress import Progress
+from tasks.ade20k.config import UPerNetConfig
+from tasks.ade20k.metrics import MAIN_METRIC, Areas, metrics, per_class
+from tasks.ade20k.mmseg_config import bad_file, mmseg_config
+from tasks.ade20k.training import CHECKPOINT_FILE, LOG_FILE, JobHook, JobRunner, build_runner, dump_config
+
+CONFIG_FILE = "mmseg_config.py"
+PER_CLASS_FILE = "per_class.json"
+PER_IMAGE_FILE = "per_image.npz"
+
+Seconds = float
+
+
+def run(config: UPerNetConfig, job: Job, progress: Progress) -> Outcome:
+    """Trains on training, scores on validation (mIoU, mAcc, aAcc in %); the same job run again goes on from its last checkpoint.
+
+    Raises UserError for data not in ADE20K's layout, too many images that do not decode or a loss that is not finite; Interrupted
+    on request, after saving.
+    """
+    progress.stage("check data")
+    layout = check_layout("ade20k", config.data)
+    classes = list(layout.classes)
+    job.dir.mkdir(parents=True, exist_ok=True)
+    with log_to(job.dir / LOG_FILE):
+        _, spec, report = load_backbone(job.backbone)
+        parts = mmseg_config(config, job, spec, classes)
+        dump_config(parts, job.dir / CONFIG_FILE)
+        runner, seconds_train = _train(config, job, progress, parts, identity(config, job.seed, report.digest, layout.digest))
+        areas, seconds_eval = _evaluate(runner, progress)
+    _write_artefacts(job.dir, runner, areas, classes)
+    left_out = len(runner.val_dataloader.dataset.bad.lines())
+    return Outcome(
+        task="ade20k", dataset=layout.name, split="validation", num_samples=len(areas), metrics=metrics(areas),
+        main_metric=MAIN_METRIC, data_digest=layout.digest, backbone_spec=spec.to_dict(), backbone_digest=report.digest,
+        conversion_report=report.to_dict(),
+        cost={
+            "seconds_train": seconds_train, "seconds_eval": seconds_eval,
+            "images_per_second": config.iterations * config.global_batch_size / seconds_train,
+            "params": float(num_params(runner.model)), "peak_memory_mib": peak_memory_mib(torch.device(job.device)),
+        },
+        notes=[f"{left_out} validation images do not decode and are left out"] if left_out else [],
+        artefacts={"per_class": PER_CLASS_FILE, "per_image": PER_IMAGE_FILE, "mmseg_config": CONFIG_FILE, "log": LOG_FILE},
+    )  # fmt: skip
+
+
+def identity(config: UPerNetConfig, seed: int, backbone_digest: str, data_digest: str) -> str:
+    """What makes a training the same one, whatever its folders, processes and patience."""
+    settings = config.model_dump(mode="json", exclude={"data", "num_workers", "checkpoint_seconds", "max_bad_images"})
+    return json_digest({"config": settings, "seed": seed, "backbone": backbone_digest, "data": data_digest})
+
+
+def _train(
+    config: UPerNetConfig, job: Job, progress: Progress, parts: dict[str, Any], identity: str
+) -> tuple[JobRunner, Seconds]:
+    for split in ("training", "validation"):
+        bad_file(job, split).unlink(missing_ok=True)
+    checkpoint = job.dir / CHECKPOINT_FILE
+    runner, seconds = build_runner(parts, checkpoint, identity)
+    hook = JobHook(
+        progress, checkpoint, runner.train_dataloader.dataset.bad, seed=job.seed, identity=identity,
+        checkpoint_seconds=config.checkpoint_seconds, seconds=seconds,
+    )  # fmt: skip
+    runner.register_hook(hook)
+    progress.stage("train", config.iterations)
+    runner.train()
+    return runner, hook.seconds
+
+
+def _evaluate(runner: JobRunner, progress: Progress) -> tuple[Areas, Seconds]:
+    progress.stage("evaluate", len(runner.val_dataloader))
+    began = time.perf_counter()
+    runner.val()
+    (metric,) = runner.val_evaluator.metrics
+    return metric.areas, time.perf_counter() - began
+
+
+def _write_artefacts(folder: Path, runner: JobRunner, areas: Areas, classes: list[str]) -> None:
+    """IoU a class, and the pixel sums an image, from which any subset's score or an interval follows."""
+    dataset = runner.val_dataloader.dataset
+    names = np.array([Path(dataset.get_data_info(i)["img_path"]).name for i in range(len(dataset))])
+    write_json(folder / PER_CLASS_FILE, per_class(areas, classes))
+    write_atomic(folder / PER_IMAGE_FILE, lambda file: np.savez_compressed(file, names=names, areas=areas))
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Sends the frameworks' prints and warnings to the log file that mmengine writes too."""
+    with open(path, "a", encoding="utf-8", buffering=1) as file, redirect_stdout(file):
+        handler, logger = logging.StreamHandler(file), logging.getLogger("py.warnings")
+        propagate = logger.propagate
+        logging.captureWarnings(True)
+        logger.addHandler(handler)
+        logger.propagate = False
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
+            logger.removeHandler(handler)
+            logger.propagate = propagate

@@ -1,0 +1,207 @@
+"""UperNet end to end on a tiny data set with the real mmsegmentation: outcome, resume, faults."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from mae_bench.config import CONFIGS, build, load_yaml
+from mae_bench.errors import Interrupted, NotInstalled, UserError
+from mae_bench.job import Job
+from mae_bench.progress import Progress
+from tasks.ade20k.config import UPerNetConfig
+
+pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
+
+from mmengine.config import Config
+from mmengine.runner import IterBasedTrainLoop
+from PIL import Image
+
+from tasks.ade20k.upernet import run
+
+SETTINGS = {
+    "kind": "upernet", "protocol": "upernet-test", "crop_size": 32, "img_scale": (64, 40), "iterations": 4,
+    "global_batch_size": 2, "lr": 1e-3, "warmup_iterations": 2, "amp_dtype": "float32", "head_channels": 8, "pool_scales": (1, 2), "aux_channels": 4,
+    "test_mode": "whole", "checkpoint_seconds": 0, "max_bad_images": 0,
+}  # fmt: skip
+
+
+class StopAfter(Progress):
+    """Asks for a stop once that many training steps are done, and keeps what it was told."""
+
+    def __init__(self, steps: int | None = None):
+        super().__init__()
+        self.steps, self.seen, self.notes = steps, [], []
+
+    @property
+    def should_stop(self) -> bool:
+        return bool(self.steps) and self.done >= self.steps
+
+    @property
+    def done(self) -> float:
+        return max([done for stage, done, _ in self.seen if stage == "train"], default=0)
+
+    def step(self, done, **values):
+        self.seen.append((self._stage, done, values))
+        super().step(done, **values)
+
+    def note(self, message):
+        self.notes.append(message)
+
+
+@pytest.fixture
+def work(ade20k, backbone, tmp_path):
+    def start(folder="job", progress=None, seed=3, **changes):
+        config = UPerNetConfig(**{**SETTINGS, "data": str(ade20k), **changes})
+        job = Job("segment", "upernet", config.model_dump(mode="json"), tmp_path / folder, seed, backbone)
+        return run(config, job, progress or StopAfter())
+
+    return start
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoint.pth", weights_only=True)["state_dict"]
+
+
+def test_outcome(work, tmp_path, capfd):
+    progress = StopAfter()
+    outcome = work(progress=progress, checkpoint_seconds=1000)
+    assert (outcome.task, outcome.split, outcome.num_samples, outcome.main_metric) == ("ade20k", "validation", 3, "mIoU")
+    assert set(outcome.metrics) == {"mIoU", "mAcc", "aAcc"}
+    assert all(0 <= metric.value <= 100 for metric in outcome.metrics.values())
+    assert outcome.backbone_spec["embed_dim"] == 16
+    assert len(outcome.backbone_digest) == 64
+    assert {"seconds_train", "seconds_eval", "images_per_second", "params", "peak_memory_mib"} <= set(outcome.cost)
+    assert [done for stage, done, _ in progress.seen if stage == "train"] == [1, 2, 3, 4]
+    assert [done for stage, done, _ in progress.seen if stage == "evaluate"] == [1, 2, 3]
+    assert [values["lr"] for stage, _, values in progress.seen if stage == "train"] == pytest.approx([1e-9, 1e-3, 1e-3, 0])
+    assert "".join(capfd.readouterr()) == ""  # all that the frameworks say is in the log
+    job = tmp_path / "job"
+    assert "per class results" in (job / "mmseg.log").read_text()
+    assert Config.fromfile(job / "mmseg_config.py").model.decode_head.num_classes == 3
+    assert [row["class"] for row in json.loads((job / "per_class.json").read_text())] == ["sky", "grass", "ball"]
+    with np.load(job / "per_image.npz") as saved:
+        assert list(saved["names"]) == ["0.jpg", "1.jpg", "2.jpg"]
+        assert saved["areas"][:, 3].sum() == 3 * 36 * 40  # every labelled pixel at the images' own size, none of label 0
+    assert all((job / path).is_file() for path in outcome.artefacts.values())
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(work, tmp_path):
+    with pytest.raises(Interrupted):
+        work("stopped", StopAfter(2), drop_path=0.5, checkpoint_seconds=1000)
+    assert torch.load(tmp_path / "stopped" / "checkpoint.pth", weights_only=True)["meta"]["iter"] == 2
+    progress = StopAfter()
+    resumed = work("stopped", progress, drop_path=0.5, checkpoint_seconds=1000)
+    whole = work("whole", drop_path=0.5, checkpoint_seconds=1000, num_workers=1)
+    assert [done for stage, done, _ in progress.seen if stage == "train"] == [3, 4]
+    assert resumed.metrics == whole.metrics
+    one, other = weights(tmp_path / "stopped"), weights(tmp_path / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    again = StopAfter()
+    assert work("stopped", again, drop_path=0.5).metrics == whole.metrics  # a finished training is only evaluated
+    assert again.done == 0
+
+
+def test_seed_decides(work, tmp_path):
+    for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
+        work(folder, seed=seed, iterations=2, warmup_iterations=0)
+    a, b, c = (weights(tmp_path / folder)["decode_head.conv_seg.weight"] for folder in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_a_checkpoint_of_another_run_is_refused(work, tmp_path):
+    work(iterations=3)
+    with pytest.raises(UserError, match="belongs to another config"):
+        work(iterations=3, lr=2e-3)
+    (tmp_path / "job" / "checkpoint.pth").write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot be read"):
+        work(iterations=3)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(work, tmp_path, monkeypatch):
+    step = IterBasedTrainLoop.run_iter
+
+    def poison(loop, batch):
+        if loop.iter == 2:
+            batch["inputs"][0] = batch["inputs"][0].float() * torch.nan
+        step(loop, batch)
+
+    monkeypatch.setattr(IterBasedTrainLoop, "run_iter", poison)
+    with pytest.raises(UserError, match=r"iteration 3 of 4: loss nan(.|\n)*last good checkpoint is .*checkpoint.pth"):
+        work()
+    assert torch.load(tmp_path / "job" / "checkpoint.pth", weights_only=True)["meta"]["iter"] == 2
+    assert all(value.isfinite().all() for value in weights(tmp_path / "job").values())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_images_that_do_not_decode_are_named_and_left_out(work, ade20k, tmp_path, num_workers):
+    torn = ade20k / "images" / "training" / "1.jpg"
+    torn.write_bytes(torn.read_bytes()[:300])
+    (ade20k / "annotations" / "validation" / "2.png").write_bytes(b"no image")
+    progress = StopAfter()
+    outcome = work(progress=progress, max_bad_images=0.4, num_workers=num_workers)
+    assert outcome.num_samples == 2
+    assert outcome.notes == ["1 validation images do not decode and are left out"]
+    assert any(str(torn) in note for note in progress.notes)
+    assert "2.png" in (tmp_path / "job" / "bad_images_validation.txt").read_text()
+
+
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_too_many_images_that_do_not_decode(work, ade20k, split):
+    for image in (ade20k / "images" / split).iterdir():
+        image.write_bytes(image.read_bytes()[:300])
+    with pytest.raises(UserError, match=r"images do not decode(.|\n)*max_bad_images"):
+        work()
+
+
+def test_slide_and_bfloat16_on_images_that_the_patch_does_not_divide(work, ade20k):
+    Image.open(ade20k / "images" / "validation" / "0.jpg").resize((61, 47)).save(ade20k / "images" / "validation" / "0.jpg")
+    label = Image.open(ade20k / "annotations" / "validation" / "0.png").resize((61, 47), Image.Resampling.NEAREST)
+    label.save(ade20k / "annotations" / "validation" / "0.png")
+    outcome = work(iterations=3, test_mode="slide", test_stride=24, amp_dtype="bfloat16", img_scale=(80, 45), aux_channels=0)
+    assert outcome.num_samples == 3
+
+
+def test_label_0_takes_no_part_in_the_loss(work, ade20k, tmp_path):
+    """Where nothing is labelled there is nothing to learn."""
+    for path in (ade20k / "annotations" / "training").iterdir():
+        Image.fromarray(np.zeros((40, 44), np.uint8)).save(path)
+    progress = StopAfter()
+    work(progress=progress, iterations=3)
+    assert [values["loss"] for stage, _, values in progress.seen if stage == "train"] == [0, 0, 0]
+
+
+def test_a_warmup_of_one_iteration_is_none(work):
+    progress = StopAfter()
+    work(progress=progress, iterations=3, warmup_iterations=1)
+    assert [values["lr"] for stage, _, values in progress.seen if stage == "train"] == pytest.approx([1e-3, 5e-4, 0])
+
+
+def test_crop_must_fit_the_patch(work):
+    with pytest.raises(UserError, match="set crop_size=40"):
+        work(crop_size=36)
+
+
+@pytest.mark.parametrize("wrong", [{"warmup_iterations": 4}, {"ratio_range": (2, 1)}, {"test_mode": "slide", "test_stride": 33},
+                                   {"global_batch_size": 1}, {"img_scale": (0, 1)}])  # fmt: skip
+def test_contradictions_in_the_config_are_refused(wrong):
+    with pytest.raises(UserError, match=next(reversed(wrong))):
+        build(UPerNetConfig, {**SETTINGS, "data": "x", **wrong}, "test")
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "tasks" / "ade20k").glob("*.yaml")), ids=lambda path: path.stem)
+def test_packaged_configs_are_valid(path):
+    assert build(UPerNetConfig, load_yaml(path, ["data=x"]), str(path)).kind == "upernet"
+
+
+def test_missing_mmseg_is_a_cell_not_installed(monkeypatch):
+    from mae_bench.registry import kind, load_object
+
+    monkeypatch.setitem(sys.modules, "mmengine.model", None)
+    for module in ("backbones.adapters.mmseg", "tasks.ade20k.upernet"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(NotInstalled, match="make setup"):
+        load_object(kind("upernet").run)
