@@ -1,4 +1,4 @@
-"""One seeded procedural scene generator behind all three demo data sets: textured shapes, lit and occluded, on textured ground."""
+"""One seeded scene generator behind all three demo data sets: textured shapes, lit and occluded, on textured ground."""
 
 import hashlib
 from dataclasses import dataclass
@@ -117,11 +117,17 @@ def _heart() -> Array:
     return np.stack([16 * np.sin(t) ** 3, -2.5 - y], axis=1) / 16
 
 
-A, B = 0.33, 0.95  # half width and half length of the cross's arms
+def _cross() -> Array:
+    half_width, half_length = 0.33, 0.95
+    quarter = np.array([[half_width, -half_length], [half_width, -half_width], [half_length, -half_width]])
+    turn = np.array([[0, 1], [-1, 0]])  # each quarter follows the one before, turned by 90 degrees
+    return np.concatenate([quarter, quarter @ turn, quarter @ turn @ turn, quarter @ turn @ turn @ turn])
+
+
 OUTLINES: dict[str, Array] = {
     "arrow": np.array([[-1, -0.28], [0.1, -0.28], [0.1, -0.8], [1, 0], [0.1, 0.8], [0.1, 0.28], [-1, 0.28]]),
     "crescent": _crescent(),
-    "cross": np.array([[-A, -B], [A, -B], [A, -A], [B, -A], [B, A], [A, A], [A, B], [-A, B], [-A, A], [-B, A], [-B, -A], [-A, -A]]),
+    "cross": _cross(),
     "disc": _ring(0.9),
     "heart": _heart(),
     "hexagon": _ring(points=6)[:-1],
