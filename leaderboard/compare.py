@@ -18,8 +18,8 @@ def compare(runs: Runs, baseline: str = "supervised") -> Comparison:
     """Rows are backbones, columns are (task, protocol, dataset, split, main metric).
 
     Records of one column that differ in images, in their number or in config stand in separate columns (A, B, ...), and
-    `problems` names what differs. Of two records of one row, column and seed the first by path counts, and `problems`
-    names both. A baseline without scores leaves the table without differences.
+    `problems` names what differs. Of two records of one row, column and seed the newer counts, and `problems` names
+    both. A baseline without scores leaves the table without differences.
     """
     problems = list(runs.problems)
     groups = columns_of([run for run in runs.records if run.record.task != PRETRAIN], problems)
@@ -64,11 +64,11 @@ def _fill(runs: Runs, column: Column, rows: list[str], members: list[Run], basel
 
 def _one_a_seed(runs: Runs, column: Column, members: list[Run], problems: list[str]) -> dict[int, ResultRecord]:
     chosen: dict[int, Run] = {}
-    for run in members:
-        if first := chosen.get(run.record.seed):
+    for run in sorted(members, key=lambda run: (run.record.finished, run.path), reverse=True):
+        if newer := chosen.get(run.record.seed):
             problems.append(
-                f"{run.record.backbone}, {column_name(column)}, seed {run.record.seed} was recorded twice: "
-                f"{runs.name(first.path)} counts, {runs.name(run.path)} is left out"
+                f"{run.record.backbone}, {column_name(column)}, seed {run.record.seed} was recorded more than once: "
+                f"{runs.name(newer.path)} is the newest and counts, {runs.name(run.path)} is left out"
             )
         else:
             chosen[run.record.seed] = run

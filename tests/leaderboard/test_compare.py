@@ -156,13 +156,13 @@ def test_where_the_data_lies_and_who_loads_it_is_no_difference(folder: Folder, s
     assert comparison.problems == []
 
 
-def test_a_seed_recorded_twice_counts_once_and_is_named(folder: Folder) -> None:
+def test_of_a_seed_recorded_twice_the_newer_counts_and_both_are_named(folder: Folder) -> None:
     folder.add("supervised", 60.0)
-    folder.add("mae", 61.0)
-    folder.add("mae", 99.0)
+    folder.add("mae", 61.0, finished="2026-11-21T13:00:00Z")
+    folder.add("mae", 99.0, finished="2026-11-20T13:00:00Z")
     comparison = read(folder)
     assert comparison.cells["mae"][0].values == (61.0,)
-    assert "cells/002/record.json counts, cells/003/record.json is left out" in comparison.problems[0]
+    assert "cells/002/record.json is the newest and counts, cells/003/record.json is left out" in comparison.problems[0]
 
 
 def test_seeds_of_different_architectures_are_named(folder: Folder) -> None:
