@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from timm.models.vision_transformer import VisionTransformer
 
 from backbones.adapters.features import FeatureMaps, layer_id
 from backbones.load import load_backbone
@@ -34,7 +34,7 @@ class ViTBackbone(Backbone):
     """
 
     def __init__(
-        self, vit: nn.Module, spec: BackboneSpec, report: ConversionReport | None = None, out_indices: Sequence[int] | None = None
+        self, vit: VisionTransformer, spec: BackboneSpec, report: ConversionReport, out_indices: Sequence[int] | None = None
     ):
         super().__init__()
         self.features = FeatureMaps(vit, spec, [spec.depth - 1] if out_indices is None else out_indices)

@@ -158,7 +158,8 @@ def train_loader(config: MaskRCNNConfig, name: str, seed: int, start: int) -> Go
     )  # fmt: skip
     loader = build_detection_train_loader(
         TrainingStream(dicts, NameBadImages(mapper), seed), mapper=None,
-        sampler=ContinuedSampler(len(dicts), seed, start * config.global_batch_size), total_batch_size=config.global_batch_size, aspect_ratio_grouping=False, num_workers=config.num_workers, seed=seed,
+        sampler=ContinuedSampler(len(dicts), seed, start * config.global_batch_size),
+        total_batch_size=config.global_batch_size, aspect_ratio_grouping=False, num_workers=config.num_workers, seed=seed,
     )  # fmt: skip
     return GoodImages(loader, len(dicts), config.max_bad_images, seed, start)
 

@@ -56,7 +56,9 @@ def adamw(model: Any, lr: float, betas: tuple[float, float], weight_decay: float
         model, base_lr=lr, weight_decay_norm=0.0, lr_factor_func=lr_scale(model.backbone.net.spec, layer_decay),
         overrides={name: {"weight_decay": 0.0} for name in NO_WEIGHT_DECAY},
     )  # fmt: skip
-    return torch.optim.AdamW(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay)  # tuple: plain data in the state
+    return torch.optim.AdamW(
+        params, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay
+    )  # tuple: plain data in the state
 
 
 def _lr_multiplier(config: MaskRCNNConfig) -> Any:

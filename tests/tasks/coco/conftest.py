@@ -42,7 +42,8 @@ def coco(tmp_path: Path) -> Path:
         (root / split).mkdir()
         made = [_image(root / split, number, rng) for number in numbers]
         content = {
-            "info": {}, "licenses": [], "images": [image for image, _ in made], "annotations": [a for _, each in made for a in each],
+            "info": {}, "licenses": [], "images": [image for image, _ in made],
+            "annotations": [annotation for _, each in made for annotation in each],
             "categories": [{"id": number, "name": f"class{number}"} for number in CATEGORY_IDS],
         }  # fmt: skip
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))

@@ -1,0 +1,209 @@
+"""Mask R-CNN end to end at toy size with the real detectron2: outcome, exact resume, bad images, diverging losses."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="detectron2 is optional: make setup")
+
+from detectron2.config import LazyConfig, instantiate  # noqa: E402
+
+from backbones.adapters.detectron2 import load_vit_backbone  # noqa: E402
+from mae_bench.digest import file_digest  # noqa: E402
+from mae_bench.errors import Interrupted, UserError  # noqa: E402
+from mae_bench.job import Job  # noqa: E402
+from mae_bench.progress import Progress  # noqa: E402
+from tasks.coco import maskrcnn  # noqa: E402
+from tasks.coco.config import MaskRCNNConfig  # noqa: E402
+from tasks.coco.data import register, train_loader  # noqa: E402
+from tasks.coco.lazy_config import build, lazy_config  # noqa: E402
+
+MakeConfig = Callable[..., MaskRCNNConfig]
+
+
+class StopAfter(Progress):
+    """Asks to stop once `iteration` training iterations are done."""
+
+    def __init__(self, iteration: int):
+        super().__init__()
+        self.iteration = iteration
+        self.seen: list[float] = []
+
+    def step(self, done: float, **values: float | str) -> None:
+        self.seen.append(done)
+        self._stop = self._stop or done == self.iteration
+        super().step(done, **values)
+
+
+@pytest.fixture(autouse=True)
+def _layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout check has its own tests, and wants more of a data set than these six images are."""
+
+    def check(layout: str, root: str) -> SimpleNamespace:
+        return SimpleNamespace(name="toy", digest=file_digest(Path(root) / "annotations" / "instances_val2017.json"))
+
+    monkeypatch.setattr(maskrcnn, "check_layout", check)
+
+
+def job(folder: Path, backbone: str) -> Job:
+    return Job(name="toy", kind="maskrcnn", config={}, dir=folder, seed=3, backbone=backbone)
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "model_final.pth", weights_only=True)["model"]
+
+
+def test_a_run_ends_with_an_outcome(make_config: MakeConfig, backbone: str, tmp_path: Path) -> None:
+    outcome = maskrcnn.run(make_config(), job(tmp_path / "job", backbone), Progress(tmp_path / "events.jsonl"))
+    assert outcome.main_metric == "AP_box"
+    assert {"AP_box", "AP50_box", "AP75_box", "AP_mask", "AP50_mask", "AP75_mask"} <= set(outcome.metrics)
+    assert all(0 <= metric.value <= 100 and metric.unit == "%" for metric in outcome.metrics.values())
+    assert (outcome.num_samples, outcome.split, outcome.notes) == (3, "val2017", [])
+    assert set(outcome.cost) == {"seconds_train", "seconds_eval", "images_per_second", "params", "peak_memory_mib"}
+    assert all(value > 0 for value in outcome.cost.values())
+    detections = json.loads((tmp_path / "job" / outcome.artefacts["detections"]).read_text())
+    assert {detection["category_id"] for detection in detections} <= {3, 7}
+    assert {detection["image_id"] for detection in detections} <= {11, 12, 13}
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["done"] for event in events if event["stage"] == "train"][-1] == 4
+    assert (tmp_path / "job" / "detectron2.log").stat().st_size > 0
+
+
+def test_the_dumped_setup_builds_the_same_model(make_config: MakeConfig, backbone: str, tmp_path: Path) -> None:
+    maskrcnn.run(make_config(), job(tmp_path / "job", backbone), Progress())
+    setup = LazyConfig.load(str(tmp_path / "job" / "detectron2.yaml"))
+    instantiate(setup.model).load_state_dict(final_weights(tmp_path / "job"))
+    assert (setup.optimizer.lr, setup.optimizer.weight_decay) == (1e-3, 0.1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_weights(
+    make_config: MakeConfig, backbone: str, tmp_path: Path, num_workers: int
+) -> None:
+    maskrcnn.run(make_config(), job(tmp_path / "whole", backbone), Progress())
+    config = make_config(num_workers=num_workers)
+    with pytest.raises(Interrupted):
+        maskrcnn.run(config, job(tmp_path / "parts", backbone), StopAfter(2))
+    assert not (tmp_path / "parts" / "checkpoints" / "model_final.pth").exists()
+    again = StopAfter(-1)
+    maskrcnn.run(config, job(tmp_path / "parts", backbone), again)
+    assert again.seen[:2] == [3, 4]
+    whole, parts = final_weights(tmp_path / "whole"), final_weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_finished_training_is_only_scored_again(make_config: MakeConfig, backbone: str, tmp_path: Path) -> None:
+    first = maskrcnn.run(make_config(), job(tmp_path / "job", backbone), Progress())
+    progress = StopAfter(-1)
+    second = maskrcnn.run(make_config(), job(tmp_path / "job", backbone), progress)
+    assert progress.seen == [1, 2]  # the two batches of val2017
+    assert (second.metrics, second.cost["seconds_train"]) == (first.metrics, first.cost["seconds_train"])
+
+
+def test_the_seed_decides(make_config: MakeConfig, coco: Path) -> None:
+    names = register(coco, "seeds")
+
+    def first_ids(seed: int, start: int) -> list[list[int]]:
+        return [
+            [sample["image_id"] for sample in batch]
+            for batch, _ in zip(train_loader(make_config(), names.train, seed, start), range(6), strict=False)
+        ]
+
+    assert first_ids(0, 0) == first_ids(0, 0) != first_ids(1, 0)
+    assert first_ids(0, 2)[:4] == first_ids(0, 0)[2:]
+    assert sorted(sum(first_ids(0, 0)[:3], [])) == [1, 2, 3, 4, 5, 6]  # an epoch has each image once
+
+
+def test_images_enter_the_backbone_as_its_spec_says(make_config: MakeConfig, backbone: str) -> None:
+    spec = load_vit_backbone(backbone).spec
+    model: Any = build(lazy_config(make_config(), spec, backbone, 2), "cpu")[0]
+    image = torch.full((3, 64, 64), 255, dtype=torch.uint8)
+    fed = model.preprocess_image([{"image": image}]).tensor
+    expected = (1 - torch.tensor(spec.mean)) / torch.tensor(spec.std)
+    torch.testing.assert_close(fed[0, :, 0, 0], expected)
+    assert model.input_format == "RGB"
+
+
+def test_parameter_groups(make_config: MakeConfig, backbone: str) -> None:
+    model, optimizer, _ = build(lazy_config(make_config(layer_decay=0.5), load_vit_backbone(backbone).spec, backbone, 2), "cpu")
+    groups = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    found = {name: groups[id(p)] for name, p in model.named_parameters()}
+    vit = "backbone.net.features.vit."
+    assert found[vit + "patch_embed.proj.weight"] == (1e-3 * 0.5**3, 0.1)
+    assert found[vit + "pos_embed"] == found[vit + "cls_token"] == (1e-3 * 0.5**3, 0.0)
+    assert found[vit + "blocks.0.mlp.fc1.weight"] == (1e-3 * 0.25, 0.1)
+    assert found[vit + "blocks.1.norm1.weight"] == (1e-3 * 0.5, 0.0)
+    assert found["roi_heads.box_predictor.cls_score.weight"] == (1e-3, 0.1)
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("cosine", [1.0, 0.5, 0.0]), ("step", [1.0, 1.0, 0.01])])
+def test_schedules(make_config: MakeConfig, backbone: str, schedule: str, expected: list[float]) -> None:
+    config = make_config(lr_schedule=schedule, iterations=1000, warmup_iterations=10)
+    *_, multiplier = build(lazy_config(config, load_vit_backbone(backbone).spec, backbone, 2), "cpu")
+    assert multiplier(0.0) == pytest.approx(0.001)
+    assert [multiplier(share) for share in (0.01, 0.5, 0.9999)] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+def test_unreadable_images_up_to_the_limit(
+    make_config: MakeConfig, backbone: str, coco: Path, tmp_path: Path, split: str
+) -> None:
+    bad = sorted((coco / split).iterdir())[0]
+    bad.write_bytes(b"no image")
+    outcome = maskrcnn.run(make_config(max_bad_images=0.4), job(tmp_path / "lenient", backbone), Progress())
+    log = (tmp_path / "lenient" / "detectron2.log").read_text()
+    assert log.count(f"skipped {bad}") == 1
+    assert outcome.num_samples == 3
+    assert len(outcome.notes) == (split == "val2017")
+    with pytest.raises(UserError, match=bad.name) as error:
+        maskrcnn.run(make_config(num_workers=1), job(tmp_path / "strict", backbone), Progress())
+    assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_divergence_names_the_iteration_and_keeps_the_last_good_checkpoint(
+    make_config: MakeConfig, backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    build_sound: Any = maskrcnn.build
+
+    def build_faulty(*args: Any) -> Any:
+        model, optimizer, multiplier = build_sound(*args)
+        calls = iter(range(100))
+
+        def spoil(value: torch.Tensor) -> torch.Tensor:
+            return value * (math.nan if next(calls) == 2 else 1)
+
+        if fault == "loss":  # of the class scores, which only training's third iteration sees spoiled
+            model.roi_heads.box_predictor.cls_score.register_forward_hook(lambda module, inputs, scores: spoil(scores))
+        else:
+            model.roi_heads.box_predictor.bbox_pred.bias.register_hook(spoil)
+        return model, optimizer, multiplier
+
+    monkeypatch.setattr(maskrcnn, "build", build_faulty)
+    with pytest.raises(UserError, match="iteration 3 of 4") as error:
+        maskrcnn.run(make_config(checkpoint_period=1), job(tmp_path / "job", backbone), Progress())
+    assert "model_0000001.pth" in error.value.fix
+    kept = torch.load(tmp_path / "job" / "checkpoints" / "model_0000001.pth", weights_only=True)
+    assert kept["iteration"] == 1
+    assert all(torch.isfinite(weight).all() for weight in kept["model"].values())
+
+
+def test_bfloat16_trains_on_the_cpu(make_config: MakeConfig, backbone: str, tmp_path: Path) -> None:
+    outcome = maskrcnn.run(make_config(amp_dtype="bfloat16"), job(tmp_path / "job", backbone), Progress())
+    assert math.isfinite(outcome.metrics["AP_box"].value)
+    assert all(weight.dtype == torch.float32 for weight in final_weights(tmp_path / "job").values())
+
+
+def test_splits_with_different_categories_are_refused(coco: Path) -> None:
+    path = coco / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["categories"].append({"id": 9, "name": "more"})
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"\[3, 7\] and \[3, 7, 9\]"):
+        register(coco, "different")
