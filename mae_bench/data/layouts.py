@@ -1,0 +1,277 @@
+"""Checks that a folder holds data in the true ImageNet, COCO or ADE20K layout, and says what it holds."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from mae_bench.data.images import is_image, scan_tar
+from mae_bench.digest import file_digest
+from mae_bench.errors import UserError
+
+Layout = Literal["imagenet", "coco", "ade20k"]
+
+EXPECTED: dict[str, str] = {
+    "imagenet": "train/CLASS/NAME.JPEG and val/CLASS/NAME.JPEG, or train.tar and val.tar with members CLASS/NAME.JPEG",
+    "coco": "train2017/*.jpg, val2017/*.jpg and annotations/instances_{train,val}2017.json",
+    "ade20k": "images/{training,validation}/*.jpg, annotations/{training,validation}/*.png and objectInfo*.txt",
+}
+MARKS: dict[str, tuple[str, ...]] = {  # one of them is there: this is, or was meant to be, the layout's root
+    "imagenet": ("train", "val", "train.tar", "val.tar"),
+    "coco": ("annotations/instances_train2017.json", "annotations/instances_val2017.json", "train2017", "val2017"),
+    "ade20k": ("images/training", "images/validation", "annotations/training", "annotations/validation"),
+}
+COCO_KEYS: dict[str, tuple[str, ...]] = {
+    "images": ("id", "file_name", "height", "width"),
+    "categories": ("id", "name"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"),
+}
+MAX_OPENED = 200  # label maps a split whose pixels are read
+
+
+@dataclass(frozen=True)
+class LayoutReport:
+    """What a checked folder holds. splits: images a split. classes: names in the order of their labels.
+
+    digest: SHA-256 over the sorted relative paths of the layout's files with their sizes, for annotations with their contents;
+    a tar counts as the files in it. notes: oddities that do not stop a job.
+    """
+
+    layout: str
+    name: str
+    root: Path
+    splits: dict[str, int]
+    classes: tuple[str, ...]
+    digest: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Content:
+    """files: relative path -> size in bytes, or SHA-256 of the content."""
+
+    splits: dict[str, int]
+    classes: tuple[str, ...]
+    files: dict[str, int | str]
+    notes: tuple[str, ...] = ()
+
+
+def check_layout(layout: Layout, root: str | Path) -> LayoutReport:
+    """Looks through `root` without decoding images; UserError names the folder, what was expected in it and what was found."""
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root} is {'a file' if root.exists() else 'missing'}", expected=f"a folder with {EXPECTED[layout]}",
+                        fix=_elsewhere(layout, root))
+    if not _is_root(layout, root):
+        raise UserError(f"{root} does not hold the {layout} layout; found: {_listing(root)}", expected=EXPECTED[layout],
+                        fix=_elsewhere(layout, root))
+    content = CHECKS[layout](root)
+    lines = "".join(f"{path}\0{mark}\n" for path, mark in sorted(content.files.items()))
+    return LayoutReport(layout, _name(root), root, content.splits, content.classes,
+                        hashlib.sha256(lines.encode()).hexdigest(), content.notes)
+
+
+def _name(root: Path) -> str:
+    try:
+        return str(json.loads((root / "dataset.json").read_text(encoding="utf-8"))["name"])
+    except FileNotFoundError:
+        return root.resolve().name
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{root / 'dataset.json'} gives no name: {error!r}", expected='{"name": ...}') from error
+
+
+def _is_root(layout: str, folder: Path) -> bool:
+    return any((folder / mark).exists() for mark in MARKS[layout])
+
+
+def _elsewhere(layout: str, root: Path) -> str:
+    """The next thing to do: the folder beside, above or below that has the layout, if there is one."""
+    above = list(root.absolute().parents)[:2]
+    below = [Path(entry) for entry in sorted(os.scandir(root), key=lambda e: e.name) if entry.is_dir()] if root.is_dir() else []
+    for folder in [*above, *below]:
+        if _is_root(layout, folder):
+            return f"give {folder}, which has the {layout} layout"
+    return f"give the folder that holds {MARKS[layout][0]}"
+
+
+def _shown(names: Collection[Any], most: int = 5) -> str:
+    return ", ".join(map(str, sorted(names)[:most])) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
+def _listing(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder"
+    return _shown([entry.name + "/" * entry.is_dir() for entry in os.scandir(folder)]) or "an empty folder"
+
+
+def _images(folder: Path) -> dict[str, int]:
+    """Names and sizes of the images directly in `folder`."""
+    return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if is_image(entry.name)}
+
+
+def _need(folder: Path, expected: str) -> dict[str, int]:
+    """The images of a folder that must hold some."""
+    found = _images(folder) if folder.is_dir() else {}
+    if not found:
+        problem = f"no images in {folder}" if folder.is_dir() else f"{folder} is missing"
+        raise UserError(f"{problem}; found: {_listing(folder if folder.is_dir() else folder.parent)}", expected=expected)
+    return found
+
+
+def _check_imagenet(root: Path) -> Content:
+    splits = {split: _classes(root, split) for split in ("train", "val")}
+    train, val = splits["train"], splits["val"]
+    if difference := set(train) ^ set(val):
+        raise UserError(
+            f"{root}: the classes of val are not those of train: only in train: {_shown(set(train) - set(val)) or 'none'}; "
+            f"only in val: {_shown(difference - set(train)) or 'none'}",
+            expected="the same class folders in both", fix="ImageNet's val is flat as published: sort it into class folders")
+    if len(train) == 1:
+        raise UserError(f"{root / 'train'} has one class only: {_shown(train)}", expected="at least two class folders",
+                        fix="give the folder whose train/ holds one folder a class")
+    files: dict[str, int | str] = {f"{split}/{name}/{image}": size for split, classes in splits.items()
+                                   for name, images in classes.items() for image, size in images.items()}
+    return Content({split: sum(map(len, classes.values())) for split, classes in splits.items()}, tuple(sorted(train)), files)
+
+
+def _classes(root: Path, split: str) -> dict[str, dict[str, int]]:
+    """Class -> its images and their sizes, from folders or from the tar."""
+    folder, tar = root / split, root / f"{split}.tar"
+    classes: dict[str, dict[str, int]] = {}
+    if folder.is_dir():
+        for entry in os.scandir(folder):
+            if entry.is_dir() and not entry.name.startswith("."):
+                classes[entry.name] = _need(Path(entry.path), "at least one image in every class folder")
+    elif tar.is_file():
+        for name, (_, size) in scan_tar(tar).items():
+            classes.setdefault(name.split("/")[0], {})[name.split("/")[1]] = size
+    else:
+        raise UserError(f"{folder} is missing; found in {root}: {_listing(root)}", expected=EXPECTED["imagenet"])
+    if not classes:
+        raise UserError(f"no class folders in {folder if folder.is_dir() else tar}; found: {_listing(folder)}",
+                        expected=f"{split}/CLASS/NAME.JPEG", fix="sort the images into one folder a class")
+    return classes
+
+
+def _check_coco(root: Path) -> Content:
+    splits: dict[str, int] = {}
+    files: dict[str, int | str] = {}
+    notes: list[str] = []
+    classes: dict[str, dict[int, str]] = {}
+    for split in ("train2017", "val2017"):
+        path = root / "annotations" / f"instances_{split}.json"
+        images = _need(root / split, "the images that the annotations name")
+        data = _read_coco(path)
+        _check_references(path, data, images)
+        if odd := _odd_boxes(data):
+            notes.append(f"{odd} of {len(data['annotations'])} boxes in {path.name} reach outside their image or are degenerate")
+        classes[split] = {category["id"]: category["name"] for category in data["categories"]}
+        splits[split] = len(data["images"])
+        files |= {f"{split}/{image['file_name']}": images[image["file_name"]] for image in data["images"]}
+        files[f"annotations/{path.name}"] = file_digest(path)
+    if classes["train2017"] != classes["val2017"]:
+        raise UserError(f"{root}: the categories of train2017 and val2017 differ in "
+                        f"{_shown({name for _, name in classes['train2017'].items() ^ classes['val2017'].items()})}",
+                        expected="the same ids and names in both")
+    return Content(splits, tuple(name for _, name in sorted(classes["train2017"].items())), files, tuple(notes))
+
+
+def _read_coco(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The annotation file, with all keys that detectron2 and pycocotools read, and unique ids."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; found in {path.parent}: {_listing(path.parent)}",
+                        expected=EXPECTED["coco"]) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a JSON file: {error}", expected="COCO's instances file",
+                        fix="fetch or unpack it again: it may be cut short") from error
+    for part, keys in COCO_KEYS.items():
+        items = data.get(part) if isinstance(data, dict) else None
+        if not isinstance(items, list) or not items:
+            found = _shown(data) if isinstance(data, dict) else type(data).__name__
+            raise UserError(f"{path} has no {part}; found: {found}", expected=f"a list {part!r} that is not empty")
+        if lacking := {key for item in items for key in keys if not isinstance(item, dict) or key not in item}:
+            raise UserError(f"{path}: entries of {part!r} lack {_shown(lacking)}", expected=f"{', '.join(keys)} in each")
+        if twice := [number for number, count in Counter(item["id"] for item in items).items() if count > 1]:
+            raise UserError(f"{path}: ids that occur more than once in {part!r}: {_shown(twice)}", expected="unique ids")
+    return data
+
+
+def _check_references(path: Path, data: dict[str, list[dict[str, Any]]], present: dict[str, int]) -> None:
+    if absent := {image["file_name"] for image in data["images"]} - set(present):
+        raise UserError(f"{path} names {len(absent)} images that are absent: {_shown(absent)}",
+                        expected=f"each of its {len(data['images'])} images in {path.parents[1]}",
+                        fix="unpack the images again, or remove their entries")
+    for key, part in (("image_id", "images"), ("category_id", "categories")):
+        if unknown := {annotation[key] for annotation in data["annotations"]} - {item["id"] for item in data[part]}:
+            raise UserError(f"{path}: annotations refer to unknown {part}: {key} {_shown(unknown)}",
+                            expected=f"an id among {part!r}")
+
+
+def _odd_boxes(data: dict[str, list[dict[str, Any]]]) -> int:
+    sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
+    count = 0
+    for annotation in data["annotations"]:
+        (x, y, w, h), (width, height) = annotation["bbox"], sizes[annotation["image_id"]]
+        count += w <= 0 or h <= 0 or x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1  # a pixel is rounding
+    return count
+
+
+def _check_ade20k(root: Path) -> Content:
+    classes, files = _object_info(root)
+    splits = {}
+    for split in ("training", "validation"):
+        images = {Path(name).stem: (name, size) for name, size in _need(root / "images" / split, "the images").items()}
+        maps = {Path(name).stem: name for name in _need(root / "annotations" / split, "a label map (PNG) an image")}
+        for what, alone in (("images without a label map", images.keys() - maps), ("label maps without an image", maps.keys() - images)):
+            if alone:
+                raise UserError(f"{root}: {len(alone)} {what} in {split}: {_shown(alone)}", expected=EXPECTED["ade20k"])
+        for stem in _sample(sorted(images)):
+            _check_map(root / "images" / split / images[stem][0], root / "annotations" / split / maps[stem], len(classes))
+        splits[split] = len(images)
+        files |= {f"images/{split}/{name}": size for name, size in images.values()}
+        files |= {f"annotations/{split}/{name}": file_digest(root / "annotations" / split / name) for name in maps.values()}
+    return Content(splits, classes, files)
+
+
+def _sample(names: list[str]) -> Iterable[str]:
+    return (names[i] for i in np.linspace(0, len(names) - 1, min(len(names), MAX_OPENED)).astype(int))
+
+
+def _object_info(root: Path) -> tuple[tuple[str, ...], dict[str, int | str]]:
+    """Class names of labels 1, 2, ... from objectInfo.txt (or objectInfo150.txt): tab-separated, Idx first and Name last."""
+    path = next(iter(sorted(root.glob("objectInfo*.txt"))), None)
+    if path is None:
+        raise UserError(f"no objectInfo*.txt in {root}; found: {_listing(root)}",
+                        expected="a table of the classes: Idx, tab, Name")
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
+    if not rows or [row[0].strip() for row in rows] != [str(i) for i in range(1, len(rows) + 1)]:
+        raise UserError(f"{path} does not number its classes 1, 2, ...",
+                        expected="a heading, then a line a class: Idx, tab, Name")
+    return tuple(row[-1].strip() for row in rows), {path.name: file_digest(path)}
+
+
+def _check_map(image_path: Path, path: Path, num_classes: int) -> None:
+    try:
+        with Image.open(image_path) as image, Image.open(path) as labels:
+            if labels.mode not in ("L", "P"):
+                raise UserError(f"{path} has mode {labels.mode}", expected="one channel of 8 bits: 0 = ignore, 1 ... the classes")
+            if labels.size != image.size:
+                raise UserError(f"{path} is {labels.width} x {labels.height} pixels",
+                                expected=f"its image's {image.width} x {image.height}")
+            if (highest := int(np.asarray(labels).max())) > num_classes:
+                raise UserError(f"{path} has label {highest}",
+                                expected=f"0 (ignore) to {num_classes}, the last class in objectInfo")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise UserError(f"{image_path} or its label map {path} cannot be read: {error}", expected="whole images") from error
+
+
+CHECKS: dict[str, Callable[[Path], Content]] = {"imagenet": _check_imagenet, "coco": _check_coco, "ade20k": _check_ade20k}
