@@ -33,20 +33,21 @@ class Runs:
         return path.relative_to(self.root).as_posix()
 
 
-def load_runs(root: str | Path) -> Runs:
+def load_runs(root: str | Path, only: Collection[Path] | None = None) -> Runs:
     """Reads `record.json` and `failure.json` at any depth below `root`, in the order of their paths.
 
+    only: the folders that count (a suite whose config was changed leaves cells of the old one behind); by default all.
     A file that is broken goes to `problems`; RecordError only when there is nothing at all to show.
     """
     runs = Runs(Path(root))
-    for path in sorted(runs.root.rglob(RECORD_FILE)):
+    for path in _files(runs.root, RECORD_FILE, only):
         try:
             record = read_record(path)
             _check_types(record, path)
             runs.records.append(Run(record, path))
         except RecordError as error:
             runs.problems.append(f"left out: {_relative(runs, error.given)}")
-    for path in sorted(runs.root.rglob(FAILURE_FILE)):
+    for path in _files(runs.root, FAILURE_FILE, only):
         _add_failure(runs, path)
     if not runs.records and not runs.failures:
         raise RecordError(
@@ -55,6 +56,10 @@ def load_runs(root: str | Path) -> Runs:
             fix="mae-bench demo makes one, and so does mae-bench run SUITE",
         )
     return runs
+
+
+def _files(root: Path, name: str, only: Collection[Path] | None) -> list[Path]:
+    return sorted(path for path in root.rglob(name) if only is None or path.parent in only)
 
 
 def _add_failure(runs: Runs, path: Path) -> None:

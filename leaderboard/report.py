@@ -1,6 +1,7 @@
 """Writes the leaderboard of a folder of runs as Markdown, CSV, JSON and HTML."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from leaderboard.compare import compare
@@ -14,13 +15,17 @@ from mae_bench.record import RecordError
 
 
 def write_report(
-    runs_dir: str | Path, out_dir: str | Path, baseline: str = "supervised", title: str = "mae_bench leaderboard"
+    runs_dir: str | Path,
+    out_dir: str | Path,
+    baseline: str = "supervised",
+    title: str = "mae_bench leaderboard",
+    only: Collection[Path] | None = None,
 ) -> list[Path]:
     """Writes `leaderboard.md`, `.csv`, `.json` and `.html` into `out_dir` and returns their paths.
 
-    Published numbers of the same tasks stand apart. RecordError: no run to show, or a folder that cannot be written.
+    `only`: see load_runs. Published numbers of the same tasks stand apart. RecordError: no run to show, or a folder that cannot be written.
     """
-    runs = load_runs(runs_dir)
+    runs = load_runs(runs_dir, only)
     comparison = compare(runs, baseline)
     published = published_for({column.task for column in comparison.columns})
     texts = {
