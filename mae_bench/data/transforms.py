@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms import v2 as T
 
 
 def train_transform(
@@ -18,7 +18,7 @@ def train_transform(
 ) -> T.Compose:
     """RandomResizedCrop and flip, then RandAugment if named (MAE: scale (0.2, 1) in pretraining; fine-tuning (0.08, 1) and
     rand-m9-mstd0.5-inc1)."""
-    steps: list[Any] = [T.RandomResizedCrop(img_size, scale, interpolation=InterpolationMode(interpolation), antialias=True)]
+    steps: list[Any] = [RandomResizedCropAndInterpolation(img_size, scale, interpolation=interpolation)]
     if hflip:
         steps.append(T.RandomHorizontalFlip(hflip))
     if auto_augment:
@@ -42,8 +42,3 @@ def normalize(imgs: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...
     scale = torch.tensor(std, device=imgs.device).mul(255).reciprocal().view(1, -1, 1, 1)
     shift = (torch.tensor(mean, device=imgs.device) / torch.tensor(std, device=imgs.device)).view(1, -1, 1, 1)
     return torch.addcmul(-shift, imgs.float(), scale)
-
-
-def open_image(path: str) -> Image.Image:
-    """An image file as RGB."""
-    return Image.open(path).convert("RGB")

@@ -21,6 +21,7 @@ from mae_bench.errors import UserError
 from mae_bench.job import Job
 from mae_bench.progress import Progress
 
+LOG_FILE = "log.jsonl"
 LOSSES_HELD = 20  # steps between two reads of the losses on a GPU: each read waits for the device
 
 BatchLoss = Callable[[Batch, int], torch.Tensor]
@@ -63,7 +64,7 @@ class Trainer:
         self.lr = absolute_lr(config.base_lr, config.global_batch_size)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp_dtype == "float16")
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True) if ema_decay else None
-        self.step, self.seconds, self.final_loss = 0, 0.0, math.nan
+        self.step, self.seconds, self.final_loss, self.log_bytes = 0, 0.0, math.nan, 0
         self._held: list[torch.Tensor] = []
         self._resume()
 
@@ -74,7 +75,8 @@ class Trainer:
         asked to stop.
         """
         self.progress.stage("train", self.total_steps)
-        with open(self.job.dir / "log.jsonl", "a", encoding="utf-8") as log:
+        with open(self.job.dir / LOG_FILE, "a", encoding="utf-8") as log:
+            log.truncate(self.log_bytes)  # lines after the state that we go on from belong to steps that are run again
             saved = began = time.monotonic()
             seconds_before = self.seconds
             for batch in batches(self.step, self.total_steps):
@@ -89,10 +91,10 @@ class Trainer:
                     self._read_losses(log)
                     due = time.monotonic() - saved >= self.config.checkpoint_seconds or self.progress.should_stop
                     if due and self.step < self.total_steps:
-                        self._save()
+                        self._save(log)
                         saved = time.monotonic()
                     self.progress.step(self.step, loss=self.final_loss, lr=self.lr_at(self.step))
-        self._save()
+            self._save(log)
 
     @property
     def images_per_second(self) -> float:
@@ -152,11 +154,13 @@ class Trainer:
             f"{self.job.dir} keeps the last good state",
         )
 
-    def _save(self) -> None:
+    def _save(self, log: TextIO) -> None:
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise self._not_finite(
                 f"weights are no longer finite after step {self.step - 1}, though its loss was {self.final_loss}"
             )
+        log.flush()
+        self.log_bytes = log.tell()
         save_state(
             self.job.dir,
             {
@@ -166,6 +170,7 @@ class Trainer:
                 "ema": self.ema.state_dict() if self.ema else None,
                 "step": self.step,
                 "seconds": self.seconds,
+                "log_bytes": self.log_bytes,
                 "final_loss": self.final_loss,
                 "bad_images": self.bad_images.names,
             },
@@ -187,6 +192,7 @@ class Trainer:
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         self.step, self.seconds, self.final_loss = state["step"], state["seconds"], state["final_loss"]
+        self.log_bytes = state["log_bytes"]
         for name, reason in state["bad_images"].items():
             self.bad_images.add(name, reason)
         self.progress.note(f"resumed at step {self.step} of {self.total_steps}")

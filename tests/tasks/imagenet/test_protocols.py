@@ -1,0 +1,222 @@
+"""The ImageNet protocols on a toy set whose answers are known."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from backbones.adapters.features import layer_id
+from backbones.load import load_backbone
+from mae_bench.config import build
+from mae_bench.export import read_export, write_export
+from mae_bench.job import Job, Outcome
+from mae_bench.models.vit import build_vit
+from mae_bench.progress import Progress
+from mae_bench.spec import BackboneSpec
+from tasks.imagenet import finetune, linear_probe, supervised
+from tasks.imagenet.classify import Classifier, MixedLoss, evaluate, open_data
+from tasks.imagenet.config import FinetuneConfig, LinearProbeConfig, SupervisedConfig
+
+SPEC = BackboneSpec("vit", (16, 16), (8, 8), 3, embed_dim=16, depth=2, num_heads=2, pos_embed="sincos")
+MODEL = {"img_size": (16, 16), "patch_size": (8, 8), "embed_dim": 16, "depth": 2, "num_heads": 2}
+TRAIN = {"protocol": "toy", "epochs": 4, "base_lr": 1.0, "global_batch_size": 8, "crop_scale": (0.9, 1.0), "crop_pct": 1.0}
+PLAIN = {"auto_augment": None, "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0, "drop_path": 0.0}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes that a colour tells apart: 24 training and 9 validation images."""
+    root = tmp_path_factory.mktemp("imagenet")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 9)):
+        for number in range(count):
+            folder = root / split / f"class{number % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 60, (16, 16, 3), dtype=np.uint8)
+            pixels[..., number % 3] += 150
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("backbone")
+    write_export(folder, build_vit(SPEC).state_dict(), SPEC, {})
+    return str(folder)
+
+
+def job(folder: Path, backbone: str = "", seed: int = 0) -> Job:
+    folder.mkdir(exist_ok=True)
+    return Job("toy", "toy", {}, folder, seed, backbone)
+
+
+def probe(data: Path, folder: Path, backbone: str, **changes: object) -> Outcome:
+    config = build(
+        LinearProbeConfig, {"kind": "linear_probe", "data": str(data), **TRAIN, "base_lr": 30.0, "epochs": 12, **changes}, "test"
+    )
+    return linear_probe.run(config, job(folder, backbone), Progress())
+
+
+@pytest.mark.parametrize("global_pool", ["avg", "token"])
+def test_linear_probe_separates_what_is_separable(data: Path, tmp_path: Path, backbone: str, global_pool: str) -> None:
+    outcome = probe(data, tmp_path, backbone, global_pool=global_pool)
+    assert outcome.metrics["top1"].value == 100
+    assert outcome.num_samples == 9
+    assert outcome.backbone_digest == read_export(backbone)[2]
+
+
+def test_linear_probe_leaves_the_backbone_as_it_was(data: Path, backbone: str) -> None:
+    vit, spec, _ = load_backbone(backbone, drop_path_rate=0.5)
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    model = linear_probe.Probe(Classifier(vit, spec, 3, "avg", fc_norm=False), 3)
+    optimizer = linear_probe.lars(model, LinearProbeConfig(kind="linear_probe", data="", **TRAIN))  # type: ignore[arg-type]
+    model.train()
+    loss = F.cross_entropy(model(torch.randn(6, 3, 16, 16)), torch.arange(6) % 3)
+    loss.backward()
+    optimizer.step()
+    assert {name for name, _ in model.named_parameters()} == {"head.weight", "head.bias"}
+    assert not vit.training, "no drop path under a frozen backbone"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())
+
+
+def test_lars_equals_the_reference_rule() -> None:
+    """Two steps of facebookresearch/mae util/lars.py by hand: trust 0.001 and momentum 0.9, biases without trust."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    weight, bias = (p.detach().clone() for p in (model.weight, model.bias))
+    config = LinearProbeConfig(kind="linear_probe", data="", **{**TRAIN, "base_lr": 2.0})  # type: ignore[arg-type]
+    optimizer = linear_probe.lars(model, config)
+    momentum_weight = momentum_bias = torch.zeros(())
+    for step in range(2):
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        assert model.weight.grad is not None
+        assert model.bias.grad is not None
+        trust = 0.001 * weight.norm() / model.weight.grad.norm()
+        momentum_weight = 0.9 * momentum_weight + trust * model.weight.grad
+        momentum_bias = 0.9 * momentum_bias + model.bias.grad
+        optimizer.step()
+        weight, bias = weight - 2.0 * momentum_weight, bias - 2.0 * momentum_bias
+    torch.testing.assert_close(model.weight.detach(), weight, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(model.bias.detach(), bias, rtol=1e-5, atol=1e-7)
+
+
+def test_layer_ids_of_the_reference() -> None:
+    names = [
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.11.mlp.fc2.bias",
+        "fc_norm.weight",
+        "head.bias",
+    ]
+    assert [layer_id(name, 12) for name in names] == [0, 0, 0, 1, 12, 13, 13]
+    assert pytest.approx(3.70e-3, rel=1e-2) == 0.65 ** (13 - 0), "ViT-B's patch embedding (mae.md, from util/lr_decay.py)"
+
+
+def test_finetune_trains_everything_and_beats_chance(data: Path, tmp_path: Path, backbone: str) -> None:
+    values = {"kind": "finetune", "data": str(data), **TRAIN, **PLAIN, "base_lr": 0.3, "epochs": 8, "layer_decay": 0.9}
+    outcome = finetune.run(build(FinetuneConfig, values, "test"), job(tmp_path, backbone), Progress())
+    assert outcome.metrics["top1"].value > 60
+    predictions = np.load(tmp_path / "predictions.npz")
+    top1 = 100 * np.mean(predictions["top5"][:, 0] == predictions["targets"])
+    assert top1 == pytest.approx(outcome.metrics["top1"].value), "the kept predictions give the score"
+    assert sorted(predictions["indices"]) == list(range(9))
+    assert not (tmp_path / "state.pt").exists(), "a finished cell keeps no training state"
+
+
+def test_finetune_is_reproducible_and_depends_on_the_seed(data: Path, tmp_path: Path, backbone: str) -> None:
+    values = {"kind": "finetune", "data": str(data), **TRAIN, "base_lr": 0.3, "epochs": 2, "mixup": 0.8, "random_erasing": 0.25}
+    config = build(FinetuneConfig, values, "test")
+    losses = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        losses.append(finetune.run(config, job(tmp_path / name, backbone, seed), Progress()).metrics["loss"].value)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_supervised_exports_what_it_trained(data: Path, tmp_path: Path) -> None:
+    values = {
+        "kind": "supervised",
+        "data": str(data),
+        "model": MODEL,
+        **TRAIN,
+        **PLAIN,
+        "base_lr": 0.1,
+        "epochs": 8,
+        "ema_decay": 0.5,
+    }
+    outcome = supervised.run(build(SupervisedConfig, values, "test"), job(tmp_path), Progress())
+    assert outcome.task == "pretrain"
+    vit, spec, report = load_backbone(tmp_path / "export")
+    assert report.digest == outcome.backbone_digest
+    assert spec.pretrain_method == "supervised"
+    assert spec.global_pool == "avg"
+    fresh = build_vit(spec)
+    assert not torch.equal(vit.blocks[0].attn.qkv.weight, fresh.blocks[0].attn.qkv.weight)
+
+
+def test_evaluation_counts_each_image_once_whatever_the_batch(data: Path, tmp_path: Path, backbone: str) -> None:
+    vit, spec, _ = load_backbone(backbone)
+    torch.manual_seed(0)
+    model = Classifier(vit, spec, 3, "avg", fc_norm=False)
+    torch.nn.init.normal_(model.head.weight)
+    results = []
+    for batch_size in (1, 4, 100):
+        values = {"kind": "linear_probe", "data": str(data), **TRAIN, "eval_batch_size": batch_size}
+        config = build(LinearProbeConfig, values, "test")
+        results.append(evaluate(model, open_data(config), config, spec, job(tmp_path), Progress()))
+    assert {count for _, count in results} == {9}
+    for metrics, _ in results[1:]:
+        assert metrics["top1"] == results[0][0]["top1"]
+        assert metrics["loss"].value == pytest.approx(results[0][0]["loss"].value, rel=1e-6)
+
+
+def test_mixed_loss_without_mixing_is_smoothed_cross_entropy(backbone: str) -> None:
+    vit, spec, _ = load_backbone(backbone)
+    model = Classifier(vit, spec, 3, "token", fc_norm=False)
+    torch.nn.init.normal_(model.head.weight)
+    values = {"kind": "finetune", "data": "", **TRAIN, **PLAIN, "label_smoothing": 0.1}
+    loss = MixedLoss(model, build(FinetuneConfig, values, "test"), spec, 3, torch.device("cpu"))
+    from mae_bench.data.loader import Batch
+    from mae_bench.data.transforms import normalize
+
+    imgs, targets = torch.randint(0, 255, (4, 3, 16, 16), dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
+    log = F.log_softmax(model(normalize(imgs, spec.mean, spec.std)), dim=1)
+    want = -(0.9 * log[range(4), targets] + 0.1 * log.mean(dim=1)).mean()
+    torch.testing.assert_close(loss(Batch(imgs, targets, targets), 0), want)
+
+
+def test_fine_tuning_layout_replaces_the_final_norm(backbone: str) -> None:
+    """global_pool=avg: mean of the patch tokens without the backbone's norm, then fc_norm (facebookresearch/mae models_vit.py)."""
+    vit, spec, _ = load_backbone(backbone)
+    imgs = torch.randn(2, 3, 16, 16)
+    tokens = vit.blocks(vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(imgs)))))
+    model = Classifier(vit, spec, 3, "avg", fc_norm=True)
+    torch.testing.assert_close(model.features(imgs), model.fc_norm(tokens[:, 1:].mean(dim=1)))
+
+
+def test_size_that_the_patch_does_not_divide_is_refused(data: Path, tmp_path: Path, backbone: str) -> None:
+    from mae_bench.errors import UserError
+
+    with pytest.raises(UserError, match="patch"):
+        probe(data, tmp_path, backbone, img_size=(20, 20))
+
+
+def test_larger_images_resample_the_position_table(data: Path, tmp_path: Path, backbone: str) -> None:
+    outcome = probe(data, tmp_path, backbone, img_size=(32, 32))
+    assert outcome.metrics["top1"].value == 100
+    assert outcome.cost["gmacs"] > 3 * probe(data, tmp_path / "small", backbone).cost["gmacs"]
+
+
+def test_backbone_without_class_token(data: Path, tmp_path: Path) -> None:
+    spec = replace(SPEC, num_prefix_tokens=0, pos_embed="learned")
+    write_export(tmp_path / "export", build_vit(spec, global_pool="avg").state_dict(), spec, {})
+    with pytest.raises(Exception, match="global_pool"):
+        probe(data, tmp_path / "run", str(tmp_path / "export"), global_pool="token")
