@@ -1,6 +1,7 @@
 """Reads a folder of runs: every record, every failure, and what could not be read."""
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from pathlib import Path

@@ -23,7 +23,8 @@ def write_report(
 ) -> list[Path]:
     """Writes `leaderboard.md`, `.csv`, `.json` and `.html` into `out_dir` and returns their paths.
 
-    `only`: see load_runs. Published numbers of the same tasks stand apart. RecordError: no run to show, or a folder that cannot be written.
+    `only` as in load_runs. Published numbers of the same tasks stand apart. RecordError: no run to
+    show, or a folder that cannot be written.
     """
     runs = load_runs(runs_dir, only)
     comparison = compare(runs, baseline)
