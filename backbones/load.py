@@ -1,20 +1,129 @@
 """One door for every checkpoint: `load_backbone(SOURCE)` gives a timm model, its BackboneSpec and a ConversionReport."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from backbones.detect import detect, format_named
+from backbones.infer import infer_spec
 from backbones.report import ConversionReport
-from mae_bench.export import read_export
+from backbones.safe import check_values
+from backbones.source import Checkpoint, open_source
+from backbones.translation import Translation
+from mae_bench.errors import UserError
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
 
 
 def load_backbone(
-    source: str | Path, *, global_pool: str | None = None, drop_path_rate: float = 0.0, dynamic_img_size: bool = False
+    source: str | Path,
+    *,
+    global_pool: str | None = None,
+    drop_path_rate: float = 0.0,
+    dynamic_img_size: bool = False,
+    format: str | None = None,
+    sha256: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> tuple[VisionTransformer, BackboneSpec, ConversionReport]:
-    """Loads an exported folder. The model has no head; its `forward_features` gives prefix and patch tokens after the final norm."""
-    weights, spec, digest, _ = read_export(source)
-    model = build_vit(spec, drop_path_rate=drop_path_rate, dynamic_img_size=dynamic_img_size)
-    model.load_state_dict(weights)
-    return model, spec, ConversionReport(source=str(source), format="mae_bench", digest=digest, renamed={name: name for name in weights})
+    """Loads any known checkpoint into a timm VisionTransformer without a head, in float32.
+
+    `forward_features` gives prefix and patch tokens after the final norm; weights whose norm stands behind the average pooling
+    (`fc_norm`) keep it there, and `forward_head(..., pre_logits=True)` applies it. `global_pool` "avg" asks for that layout:
+    a final norm is then dropped and a new one put behind the pooling, as MAE fine-tunes.
+    source: a path, file:PATH, run:DIR, timm:NAME. format: a name of `backbones.detect.FORMATS` where detection cannot decide.
+    sha256: the weight file's digest, which must match. overrides: spec fields that the file does not tell (num_heads, ...).
+    Raises UserError for whatever is wrong with the file: nothing is loaded in part.
+    """
+    checkpoint = open_source(source, sha256)
+    name, translation, spec = translate(checkpoint, format, overrides)
+    translation.weights = {key: tensor.float() for key, tensor in translation.weights.items()}
+    layout = _fit_pooling(translation, global_pool, checkpoint.source, spec)
+    options: Any = {"drop_path_rate": drop_path_rate, "dynamic_img_size": dynamic_img_size}
+    with torch.device("meta" if spec.arch == "vit" else "cpu"):  # a plain ViT is filled wholly by its weights
+        model = build_vit(spec, global_pool=layout, **options)
+    check_fit(model, translation.weights, checkpoint.source, name)
+    model.load_state_dict({key: tensor.clone() for key, tensor in translation.weights.items()}, assign=True)
+    return model, spec, make_report(checkpoint, name, translation)
+
+
+def translate(
+    checkpoint: Checkpoint, format: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> tuple[str, Translation, BackboneSpec]:
+    """Format, translation (weights still in the stored precision, all finite) and spec of an opened checkpoint."""
+    name = format or detect(checkpoint)
+    translation = format_named(name).read(checkpoint)
+    if lost := sorted(set(checkpoint.tensors) - set(translation.renamed) - set(translation.dropped)):
+        raise UserError(f"{checkpoint.source}: {name} does not explain {', '.join(lost)}", expected="a reason for every key")
+    check_values(translation.weights, checkpoint.source)
+    if other := sorted({str(tensor.dtype) for tensor in translation.weights.values()} - {"torch.float32"}):
+        translation.notes.append(f"stored as {', '.join(other)}; loaded as torch.float32")
+    if averaged := sorted({"state_dict_ema", "model_ema"} & set(checkpoint.extras)):
+        translation.notes.append(f"{checkpoint.wrapper!r} was read; the file also holds averaged weights: {', '.join(averaged)}")
+    return name, translation, infer_spec(translation, checkpoint.source, checkpoint.stated_spec, overrides)
+
+
+def _fit_pooling(translation: Translation, global_pool: str | None, source: str, spec: BackboneSpec) -> str:
+    """timm's pooling for the model; moves the final norm behind the pooling where that is asked for."""
+    weights = translation.weights
+    if "fc_norm.weight" in weights:
+        if global_pool == "token":
+            raise UserError(
+                f"{source}: its last norm was trained behind the average pooling (fc_norm)", expected="global_pool avg",
+            )  # fmt: skip
+        return "avg"
+    if global_pool == "avg" and "norm.weight" in weights:
+        for key in ("weight", "bias"):
+            del weights[f"norm.{key}"]
+            stored = next(name for name, ours in translation.renamed.items() if ours == f"norm.{key}")
+            del translation.renamed[stored]
+            translation.dropped[stored] = "average pooling was asked for: MAE puts a new norm behind it (fc_norm)"
+            translation.new[f"fc_norm.{key}"] = "a fresh LayerNorm behind the average pooling"
+            weights[f"fc_norm.{key}"] = torch.full((spec.embed_dim,), 1.0 if key == "weight" else 0.0)
+    return global_pool or stored_pooling(weights)
+
+
+def stored_pooling(weights: Mapping[str, torch.Tensor]) -> str:
+    """timm's pooling for the layout that the weights are in; "" (none) keeps the norm of a ViT without a class token."""
+    if "fc_norm.weight" in weights:
+        return "avg"
+    return "token" if "cls_token" in weights else ""
+
+
+def check_fit(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], source: str, format: str) -> None:
+    """Every weight of the model is filled by one of its shape, and none is left over; else UserError lists them."""
+    target = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    differ = {key for key in set(found) & set(target) if found[key] != target[key]}
+    problems = {
+        "missing": sorted(set(target) - set(found)),
+        "unexpected": sorted(set(found) - set(target)),
+        "of another shape": [f"{key} {found[key]} for {target[key]}" for key in sorted(differ)],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{what}: {_listed(keys)}" for what, keys in problems.items() if keys)
+        raise UserError(
+            f"{source}, read as {format}, does not fill a {type(model).__name__}: {told}",
+            expected="one tensor for every weight, and a reason for each that is left out",
+            fix="is it of another family? --format NAME reads it as another format",
+        )
+
+
+def _listed(keys: list[str], limit: int = 12) -> str:
+    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+
+
+def make_report(checkpoint: Checkpoint, format: str, translation: Translation) -> ConversionReport:
+    """The account of a translated checkpoint."""
+    return ConversionReport(
+        source=checkpoint.source,
+        format=format,
+        digest=checkpoint.digest,
+        renamed=translation.renamed,
+        reshaped=translation.reshaped,
+        dropped=translation.dropped,
+        new=translation.new,
+        notes=translation.notes,
+    )

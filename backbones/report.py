@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Every source key is renamed, reshaped or dropped with a reason; every target key is filled or declared new with a reason."""
+    """Every source key is renamed, reshaped or dropped with a reason; every target key is filled or declared new with one."""
 
     source: str
     format: str
@@ -15,6 +15,7 @@ class ConversionReport:
     reshaped: dict[str, str] = field(default_factory=dict)  # target key -> what was done to it
     dropped: dict[str, str] = field(default_factory=dict)  # source key -> reason
     new: dict[str, str] = field(default_factory=dict)  # target key -> reason
+    notes: list[str] = field(default_factory=list)  # what was assumed, and what a reader should know of these weights
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,0 +1,18 @@
+"""Config of the job that brings a foreign checkpoint into a suite (imports no framework)."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mae_bench.config import Config
+
+
+class CheckpointConfig(Config):
+    """A checkpoint as a row of the comparison: read, verified, exported."""
+
+    kind: Literal["checkpoint"]
+    protocol: str = "checkpoint"
+    source: str = Field(description="a path, file:PATH, run:DIR or timm:NAME")
+    format: str | None = Field(None, description="a name of backbones.detect.FORMATS, where the file alone cannot decide")
+    sha256: str | None = Field(None, pattern="^[0-9a-fA-F]{64}$", description="digest of the weight file, which must match")
+    spec: dict[str, Any] = Field({}, description="fields of the BackboneSpec that the file does not tell, e.g. num_heads")

@@ -1,0 +1,38 @@
+"""The table of checkpoint formats, and which of them a file is in: by its keys and shapes, never by a guess."""
+
+from importlib import import_module
+from typing import cast
+
+from backbones.source import Checkpoint
+from backbones.translation import Format
+from mae_bench.errors import UserError
+
+FORMATS: dict[str, str] = {
+    "mae_bench": "backbones.formats.mae_bench",
+    "official_mae": "backbones.formats.official_mae",
+    "timm": "backbones.formats.timm",
+    "hf_vitmae": "backbones.formats.hf_vitmae",
+}
+
+
+def format_named(name: str) -> Format:
+    """The translator of that name; UserError lists the known ones."""
+    if name not in FORMATS:
+        raise UserError(f"unknown format {name!r}", expected=f"one of {', '.join(FORMATS)}")
+    return cast(Format, import_module(FORMATS[name]))
+
+
+def detect(checkpoint: Checkpoint) -> str:
+    """The one format that the checkpoint fits; UserError lists what was found if there is none or more than one."""
+    fitting = [name for name in FORMATS if format_named(name).fits(checkpoint)]
+    if len(fitting) == 1:
+        return fitting[0]
+    keys = list(checkpoint.tensors)
+    found = f"{len(keys)} tensors, {', '.join(keys[:4])} ... {keys[-1]}" if len(keys) > 4 else ", ".join(keys)
+    where = f" under {checkpoint.wrapper!r} beside {sorted(checkpoint.extras)}" if checkpoint.wrapper else ""
+    why = f"fits {' and '.join(fitting)}" if fitting else "fits no known format"
+    raise UserError(
+        f"{checkpoint.source} {why}: {found}{where}",
+        expected=f"one of {', '.join(FORMATS)}",
+        fix="say which with --format NAME" if fitting else "if it is one of these under other names, rename its keys first",
+    )

@@ -1,0 +1,111 @@
+"""The BackboneSpec of a translated checkpoint: sizes from shapes, the rest from the file, its family or the user."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from backbones.translation import Translation, is_sincos
+from mae_bench.errors import UserError
+from mae_bench.spec import BackboneSpec
+
+# Width -> heads of the standard ViTs: Ti and S (arXiv 2012.12877), B, L and H (arXiv 2010.11929). Shapes do not tell heads.
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+PAIRS = ("img_size", "patch_size", "mean", "std")
+
+
+def infer_spec(
+    translation: Translation, source: str, stated: Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None
+) -> BackboneSpec:
+    """What the shapes say stands; beneath it the user's `overrides`, the file's facts, the spec that it carries, its family.
+
+    UserError where they contradict the shapes, for an unknown override, and where nothing tells the number of heads.
+    """
+    try:
+        return _infer(translation, source, stated or {}, overrides or {})
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{source}: its description cannot be read: {error}", expected="the fields of a BackboneSpec") from error
+
+
+def _infer(translation: Translation, source: str, stated: Mapping[str, Any], overrides: Mapping[str, Any]) -> BackboneSpec:
+    given = {**translation.assumed, **_tuples(stated), **translation.facts, **_checked(overrides)}
+    shapes = shape_facts(translation.weights, source, given)
+    if wrong := {key: (given[key], value) for key, value in shapes.items() if key in given and given[key] != value}:
+        told = ", ".join(f"{key} {said!r} where the shapes say {found!r}" for key, (said, found) in wrong.items())
+        raise UserError(f"{source}: {told}", expected="a description that fits the weights")
+    merged = {"arch": "vit", **given, **shapes}
+    merged.setdefault("pos_embed", pos_embed_kind(translation.weights, merged))
+    if "num_heads" not in merged:
+        merged["num_heads"] = _standard_heads(merged["embed_dim"], source)
+    return BackboneSpec(**merged)
+
+
+def _checked(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    known = [f.name for f in fields(BackboneSpec)]
+    if unknown := sorted(set(overrides) - set(known)):
+        raise UserError(f"a BackboneSpec has no {', '.join(unknown)}", expected=f"some of {', '.join(known)}")
+    return _tuples(overrides)
+
+
+def _tuples(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(item) if key in PAIRS and isinstance(item, list) else item for key, item in value.items()}
+
+
+def _standard_heads(embed_dim: int, source: str) -> int:
+    if embed_dim not in HEADS:
+        raise UserError(
+            f"{source}: nothing tells how many heads its {embed_dim} channels are split into",
+            expected=f"a standard width ({', '.join(map(str, HEADS))}) or a file that says it",
+            fix="give it: --set num_heads=N",
+        )
+    return HEADS[embed_dim]
+
+
+def shape_facts(weights: Mapping[str, torch.Tensor], source: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that the tensors' shapes decide. A table that is not square needs `img_size` in `given`."""
+    try:
+        proj, fc1 = weights["patch_embed.proj.weight"], weights["blocks.0.mlp.fc1.weight"]
+        embed_dim, in_chans, *patch = proj.shape
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{source}: no usable {error}", expected="a ViT with a patch embedding and numbered blocks") from error
+    if len(patch) != 2 or not all((*proj.shape, *fc1.shape)):
+        raise UserError(f"{source}: patch_embed.proj.weight is {tuple(proj.shape)}", expected="(width, channels, height, width)")
+    registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
+    prefix = int("cls_token" in weights) + registers
+    facts = {
+        "patch_size": tuple(patch),
+        "in_chans": in_chans,
+        "embed_dim": embed_dim,
+        "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+        "mlp_ratio": fc1.shape[0] / embed_dim,
+        "num_prefix_tokens": prefix,
+    }
+    if given.get("arch", "vit") == "vit" and (table := weights.get("pos_embed")) is not None:
+        facts["img_size"] = _img_size(table, prefix, tuple(patch), given.get("img_size"), source)
+    if "img_size" not in facts and "img_size" not in given:
+        raise UserError(f"{source}: no position table tells the image size", fix="give it: --set img_size=[H,W]")
+    return facts
+
+
+def _img_size(table: torch.Tensor, prefix: int, patch: tuple[int, ...], given: Any, source: str) -> tuple[int, int]:
+    """Image size of a table (1, prefix + L, D): the given one if it has L patches, else the square one."""
+    num_patches = table.shape[1] - prefix if table.ndim == 3 else 0
+    if given and (given[0] // patch[0]) * (given[1] // patch[1]) == num_patches:
+        return tuple(given)
+    side = round(max(num_patches, 0) ** 0.5)
+    if not num_patches or side * side != num_patches:
+        raise UserError(
+            f"{source}: a position table of shape {tuple(table.shape)} with {prefix} prefix tokens is for no square image",
+            expected="one row a prefix token and one a patch",
+            fix="if the images were not square: --set img_size=[H,W]",
+        )
+    return side * patch[0], side * patch[1]
+
+
+def pos_embed_kind(weights: Mapping[str, torch.Tensor], spec: Mapping[str, Any]) -> str:
+    """ "sincos" if the table is MAE's fixed one, "learned" for another table, "none" without one."""
+    if "pos_embed" not in weights:
+        return "none"
+    grid = tuple(size // patch for size, patch in zip(spec["img_size"], spec["patch_size"], strict=True))
+    return "sincos" if is_sincos(weights["pos_embed"], spec["num_prefix_tokens"], grid) else "learned"

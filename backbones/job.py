@@ -1,0 +1,35 @@
+"""The job that brings a foreign checkpoint into a suite: verified, translated and exported like one of ours."""
+
+from backbones.config import CheckpointConfig
+from backbones.load import load_backbone
+from mae_bench.cost import backbone_gmacs, num_params
+from mae_bench.export import EXPORT, write_export
+from mae_bench.job import Job, Outcome
+from mae_bench.progress import Progress
+from mae_bench.record import Metric
+
+
+def run(config: CheckpointConfig, job: Job, progress: Progress) -> Outcome:
+    """Exports the backbone of `config.source`. Nothing is trained or scored here: the record's only metric is its size.
+
+    The record keeps the digest of the export (which the transfers' records bear) and, in the report, that of the source.
+    """
+    progress.stage("load")
+    model, spec, report = load_backbone(config.source, format=config.format, sha256=config.sha256, overrides=config.spec)
+    progress.stage("export")
+    provenance = {"config": job.config, "converted": report.to_dict()}
+    digest = write_export(job.dir / EXPORT, model.state_dict(), spec, provenance)
+    return Outcome(
+        task="pretrain",
+        dataset=spec.pretrain_data,
+        split="none",
+        num_samples=1,
+        main_metric="params",
+        metrics={"params": Metric(num_params(model), "parameters", "lower")},
+        data_digest="",
+        backbone_spec=spec.to_dict(),
+        backbone_digest=digest,
+        conversion_report=report.to_dict(),
+        cost={"params": num_params(model), "gmacs": backbone_gmacs(spec)},
+        notes=list(report.notes),
+    )

@@ -1,0 +1,229 @@
+"""load_backbone: every toy file arrives whole, gives the published features, and whatever is unexplained is refused."""
+
+import math
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from backbones.load import load_backbone
+from mae_bench.digest import file_digest
+from mae_bench.errors import UserError
+from mae_bench.export import write_export
+
+NAMES = ["encoder", "full", "fine", "probe", "checkpoint-7", "timm.safetensors", "timm.bin", "timm.pth", "hf"]
+
+
+def published_vit(weights, imgs, num_heads, eps=1e-6):
+    """Tokens after the last block of the ViT of arXiv 2010.11929 with pre-norm blocks, in plain tensor algebra.
+
+    imgs (N, C, H, W) -> (N, 1 + L, D).
+    """
+    n, (width, _, patch, _) = len(imgs), weights["patch_embed.proj.weight"].shape
+    patches = F.unfold(imgs, patch, stride=patch).transpose(1, 2)
+    x = patches @ weights["patch_embed.proj.weight"].flatten(1).T + weights["patch_embed.proj.bias"]
+    x = torch.cat([weights["cls_token"].expand(n, -1, -1), x], dim=1) + weights["pos_embed"]
+    norm = lambda z, name: F.layer_norm(z, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"], eps)  # noqa: E731
+    linear = lambda z, name: z @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]  # noqa: E731
+    for i in range(len({name.split(".")[1] for name in weights if name.startswith("blocks.")})):
+        block = f"blocks.{i}"
+        qkv = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv")
+        q, k, v = qkv.reshape(n, -1, 3, num_heads, width // num_heads).permute(2, 0, 3, 1, 4)
+        attention = (q @ k.transpose(-2, -1) / math.sqrt(width // num_heads)).softmax(-1)
+        x = x + linear((attention @ v).transpose(1, 2).reshape(n, -1, width), f"{block}.attn.proj")
+        hidden = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
+        x = x + linear(hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))), f"{block}.mlp.fc2")
+    return norm(x, "norm") if "norm.weight" in weights else x
+
+
+@pytest.fixture
+def imgs():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layout_gives_the_published_features(files, toys, imgs, name):
+    path, format = files[name]
+    model, spec, report = load_backbone(path)
+    expected = published_vit(toys["fine" if name == "fine" else "encoder"], imgs, 3, spec.norm_eps)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval().forward_features(imgs), expected, rtol=1e-5, atol=1e-5)
+    assert report.format == format
+    assert (spec.embed_dim, spec.depth, spec.num_heads, spec.patch_size, spec.img_size) == (192, 2, 3, (8, 8), (32, 32))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_report_explains_every_key(files, name):
+    path, _ = files[name]
+    model, _, report = load_backbone(path)
+    stored = set(report.renamed) | set(report.dropped)
+    filled = set(report.renamed.values()) | set(report.new)
+    assert filled == set(model.state_dict())
+    assert not set(report.renamed) & set(report.dropped)
+    weight_file = path / "model.safetensors" if path.is_dir() else path
+    content = timm.models.load_state_dict(str(weight_file), use_ema=False) if name.startswith("timm") else None
+    assert content is None or stored == set(content)
+    assert report.digest == file_digest(weight_file)
+    assert all(report.dropped.values())
+
+
+def test_facts_that_differ_by_layout(files):
+    specs = {name: load_backbone(files[name][0])[1] for name in NAMES}
+    assert [specs[name].pos_embed for name in ("encoder", "fine", "hf")] == ["sincos", "learned", "sincos"]
+    assert [specs[name].global_pool for name in ("encoder", "fine")] == ["token", "avg"]
+    assert specs["hf"].norm_eps == 1e-12
+    assert specs["encoder"].norm_eps == 1e-6
+    methods = {name: spec.pretrain_method for name, spec in specs.items()}
+    assert methods["full"] == methods["probe"] == methods["hf"] == "mae"
+    assert methods["fine"] == "mae, fine-tuned"
+    assert methods["timm.pth"] == "unknown"  # it has a classifier: trained with labels, by whom the file does not say
+
+
+def test_an_export_and_a_run_folder_are_one(tmp_path, files, imgs):
+    model, spec, _ = load_backbone(files["encoder"][0])
+    digest = write_export(tmp_path / "cell/export", model.state_dict(), spec, {})
+    for source in (tmp_path / "cell/export", f"run:{tmp_path / 'cell'}", tmp_path / "cell/export/backbone.safetensors"):
+        again, same_spec, report = load_backbone(source)
+        assert same_spec == spec
+        assert (report.format, report.digest) == ("mae_bench", digest)
+        assert torch.equal(again.forward_features(imgs), model.forward_features(imgs))
+    with pytest.raises(UserError, match="run:"):
+        load_backbone(tmp_path / "cell")
+    save_file({name: tensor * 2 for name, tensor in model.state_dict().items()}, tmp_path / "cell/export/backbone.safetensors")
+    with pytest.raises(UserError, match="not the ones described"):
+        load_backbone(tmp_path / "cell/export")
+
+
+def test_average_pooling_moves_the_norm(files, encoder, imgs):
+    model, _, report = load_backbone(files["encoder"][0], global_pool="avg")
+    pooled = model.eval().forward_head(model.forward_features(imgs), pre_logits=True)
+    without = {name: tensor for name, tensor in encoder.items() if not name.startswith("norm.")}
+    tokens = published_vit(without, imgs, 3)[:, 1:].mean(dim=1)
+    torch.testing.assert_close(pooled, F.layer_norm(tokens, (192,), eps=1e-6), rtol=1e-5, atol=1e-5)
+    assert set(report.new) == {"fc_norm.weight", "fc_norm.bias"}
+    assert {"norm.weight", "norm.bias"} <= set(report.dropped)
+    with pytest.raises(UserError, match="fc_norm"):
+        load_backbone(files["fine"][0], global_pool="token")
+
+
+def test_drop_path_and_dynamic_size_reach_the_model(files):
+    model, _, _ = load_backbone(files["encoder"][0], drop_path_rate=0.2, dynamic_img_size=True)
+    last_block: Any = model.blocks[1]
+    assert last_block.drop_path1.drop_prob == pytest.approx(0.2)
+    assert model.forward_features(torch.zeros(1, 3, 48, 24)).shape == (1, 1 + 6 * 3, 192)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda w: w.update({"blocks.0.mystery": torch.zeros(3)}), "unexpected: blocks.0.mystery"),
+        (lambda w: w.pop("blocks.1.norm2.bias"), "missing: blocks.1.norm2.bias"),
+        (lambda w: w.update({"norm.bias": torch.zeros(3)}), "of another shape: norm.bias"),
+        (lambda w: w.update({"pos_embed": torch.zeros(1, 16, 192)}), "no square image"),
+        (lambda w: w.update({"norm.bias": torch.full((192,), float("nan"))}), "NaN"),
+        (lambda w: w.update({"norm.bias": torch.full((192,), float("inf"))}), "infinity"),
+        (lambda w: w.update({"norm.bias": torch.zeros(192, dtype=torch.int8)}), "int8"),
+        (lambda w: w.update({"patch_embed.proj.weight": torch.zeros(192, 3)}), "patch_embed"),
+    ],
+)
+def test_whatever_is_unexplained_is_refused(tmp_path, encoder, change, told):
+    change(encoder)
+    save_file(encoder, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=told):
+        load_backbone(tmp_path / "x.safetensors")
+
+
+def test_an_ambiguous_file_asks_for_its_format(tmp_path, encoder):
+    encoder["pos_embed"] = torch.randn(1, 17, 192)  # wrapped like the reference's and DeiT's files, marked as neither
+    torch.save({"model": encoder}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="official_mae and timm") as error:
+        load_backbone(tmp_path / "x.pth")
+    assert "--format" in str(error.value)
+    assert load_backbone(tmp_path / "x.pth", format="timm")[2].format == "timm"
+    assert load_backbone(tmp_path / "x.pth", format="official_mae")[1].pretrain_method == "mae"
+    with pytest.raises(UserError, match="unknown format"):
+        load_backbone(tmp_path / "x.pth", format="mea")
+
+
+def test_an_unknown_file_lists_what_was_found(tmp_path):
+    save_file({"layer1.0.conv.weight": torch.zeros(2, 2)}, tmp_path / "resnet.safetensors")
+    with pytest.raises(UserError, match=r"layer1\.0\.conv\.weight"):
+        load_backbone(tmp_path / "resnet.safetensors")
+
+
+def test_heads_are_never_guessed(tmp_path, layouts):
+    shapes = layouts[0](32, 1, 16, 8)
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="--set num_heads=N"):
+        load_backbone(tmp_path / "x.safetensors")
+    model, spec, _ = load_backbone(tmp_path / "x.safetensors", overrides={"num_heads": 4, "pretrain_data": "mine"})
+    block: Any = model.blocks[0]
+    assert (spec.num_heads, block.attn.num_heads, spec.pretrain_data) == (4, 4, "mine")
+    with pytest.raises(UserError, match="no depht"):
+        load_backbone(tmp_path / "x.safetensors", overrides={"depht": 4})
+    with pytest.raises(UserError, match="where the shapes say"):
+        load_backbone(tmp_path / "x.safetensors", overrides={"num_heads": 4, "depth": 7})
+
+
+def test_a_table_of_oblong_images_needs_its_size(tmp_path, encoder):
+    encoder["pos_embed"] = torch.randn(1, 1 + 8, 192)
+    save_file(encoder, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="img_size"):
+        load_backbone(tmp_path / "x.safetensors")
+    model, spec, _ = load_backbone(tmp_path / "x.safetensors", overrides={"img_size": [16, 32]})
+    assert spec.grid_size == (2, 4)
+    assert model.forward_features(torch.zeros(1, 3, 16, 32)).shape == (1, 9, 192)
+
+
+def test_half_precision_is_loaded_in_float32_and_said(tmp_path, encoder):
+    save_file({name: tensor.half() for name, tensor in encoder.items()}, tmp_path / "x.safetensors")
+    model, spec, report = load_backbone(tmp_path / "x.safetensors")
+    assert model.norm.weight.dtype == torch.float32
+    assert torch.equal(model.state_dict()["norm.weight"], encoder["norm.weight"].half().float())
+    assert spec.pos_embed == "sincos"
+    assert any("float16" in note for note in report.notes)
+
+
+def test_the_source_has_to_exist(tmp_path):
+    for source in (tmp_path / "none.pth", f"file:{tmp_path}/none.pth", "ftp:somewhere", f"run:{tmp_path}"):
+        with pytest.raises(UserError):
+            load_backbone(source)
+    with pytest.raises(UserError, match="did you mean"):
+        load_backbone("timm:vit_bas_patch16_224")
+
+
+class TestTimmByName:
+    """timm's own download is replaced: there is no network in a test."""
+
+    def create(self, monkeypatch, change=None):
+        real = timm.create_model
+
+        def create(name, pretrained=False, **kwargs):
+            if pretrained and change:
+                raise change
+            torch.manual_seed(0)
+            return real(name, pretrained=False, **kwargs)
+
+        monkeypatch.setattr(timm, "create_model", create)
+        return real
+
+    @pytest.mark.parametrize(("name", "arch"), [("test_vit", "vit"), ("test_vit2", "test_vit2"), ("test_vit3", "test_vit3")])
+    def test_features_are_timms(self, monkeypatch, name, arch):
+        real = self.create(monkeypatch)
+        model, spec, report = load_backbone(f"timm:{name}")
+        torch.manual_seed(0)
+        theirs = real(name, num_classes=0).eval()
+        imgs = torch.randn(1, 3, *spec.img_size)
+        torch.testing.assert_close(model.eval().forward_features(imgs), theirs.forward_features(imgs))
+        assert spec.arch == arch
+        assert spec.mean == tuple(theirs.pretrained_cfg["mean"])
+        assert report.format == "timm"
+
+    def test_without_a_network_the_user_is_told(self, monkeypatch):
+        self.create(monkeypatch, OSError("Network is unreachable"))
+        with pytest.raises(UserError, match="Network is unreachable"):
+            load_backbone("timm:vit_base_patch16_224.mae")
