@@ -231,7 +231,8 @@ def _check_ade20k(root: Path) -> Content:
     for split in ("training", "validation"):
         images = {Path(name).stem: (name, size) for name, size in _need(root / "images" / split, "the images").items()}
         maps = {Path(name).stem: name for name in _need(root / "annotations" / split, "a label map (PNG) an image")}
-        for what, alone in (("images without a label map", images.keys() - maps), ("label maps without an image", maps.keys() - images)):
+        unpaired = {"images without a label map": images.keys() - maps, "label maps without an image": maps.keys() - images}
+        for what, alone in unpaired.items():
             if alone:
                 raise UserError(f"{root}: {len(alone)} {what} in {split}: {_shown(alone)}", expected=EXPECTED["ade20k"])
         for stem in _sample(sorted(images)):

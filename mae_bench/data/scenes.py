@@ -139,9 +139,9 @@ OUTLINES: dict[str, Array] = {
 
 
 def _pose(rng: np.random.Generator, label: int, radius: float, centre: Array) -> Array:
-    """The class's outline, stretched, rotated by any angle and moved: float [points, 2] in pixels."""
+    """The class's outline, stretched, turned by up to 45 degrees to either side and moved: float [points, 2] in pixels."""
     stretch = np.exp(rng.uniform(-0.2, 0.2))
-    angle = rng.uniform(0, 2 * np.pi)
+    angle = rng.uniform(-np.pi / 4, np.pi / 4)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     return (OUTLINES[THINGS[label]] * [stretch, 1 / stretch]) @ rotation.T * radius + centre
 
@@ -201,7 +201,7 @@ def _paint(rng: np.random.Generator, outline: Array, shape: tuple[int, ...], lig
     y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
     x, y = (x - np.float32(centre[0])) / np.float32(radius), (y - np.float32(centre[1])) / np.float32(radius)
     base = _colour(rng, avoid)
-    second = np.clip(base + rng.uniform(0.12, 0.4) * rng.choice([-1, 1]) * rng.uniform(0.4, 1, 3), 0, 1)
+    second = np.clip(base + rng.uniform(0.1, 0.3) * rng.choice([-1, 1]) * rng.uniform(0.4, 1, 3), 0, 1)
     shaded = 1 + np.float32(light.shading) * (x * np.float32(light.direction[0]) + y * np.float32(light.direction[1]))
     paint = base + _pattern(rng, x, y)[..., None] * (second - base)
     return np.clip(paint * shaded[..., None], 0, 1).astype(np.float32)
@@ -226,8 +226,8 @@ def _pattern(rng: np.random.Generator, x: Array, y: Array) -> Array:
 
 def _colour(rng: np.random.Generator, avoid: Array | None = None) -> Array:
     """A random colour, at a visible distance from `avoid`: nothing would be left to see of a thing in the ground's colour."""
-    colours = rng.uniform(0.05, 0.95, (4, 3)).astype(np.float32)
-    return colours[0] if avoid is None else colours[np.argmax(np.linalg.norm(colours - avoid, axis=1) > 0.35)]
+    colours = rng.uniform(0.05, 0.95, (8, 3)).astype(np.float32)
+    return colours[0] if avoid is None else colours[np.argmax(np.linalg.norm(colours - avoid, axis=1) > 0.55)]
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, ...], cell: float, flat: float = 1.0) -> Array:
@@ -260,7 +260,7 @@ def _ground(rng: np.random.Generator, kind: int, x: Array, y: Array) -> Array:
     """One stuff class all over the image: its texture tells the class, its colours do not; float32 [H, W, 3]."""
     size = len(x)
     first, second = _colour(rng), _colour(rng)
-    second = np.clip(first + (second - first) * rng.uniform(0.35, 0.8), 0, 1).astype(np.float32)
+    second = np.clip(first + (second - first) * rng.uniform(0.2, 0.6), 0, 1).astype(np.float32)
     if STUFF[kind] == "sky":
         mix = 0.8 * y + 0.2 * _noise(rng, x.shape, size / 3, 2.0)
     elif STUFF[kind] == "gravel":
@@ -284,7 +284,7 @@ def _expose(rng: np.random.Generator, canvas: Array) -> Array:
     field = 1 + np.float32(slope) * (line[None, :] * np.float32(np.cos(angle)) + line[:, None] * np.float32(np.sin(angle)))
     gain = (rng.uniform(0.6, 1.15) * rng.uniform(0.9, 1.1, 3)).astype(np.float32)
     image = (canvas * field[..., None] * gain - 0.5) * np.float32(rng.uniform(0.6, 1.2)) + 0.5
-    if (sigma := rng.uniform(-0.03, 0.06)) > 0:
+    if (sigma := rng.uniform(-0.03, 0.04)) > 0:
         image = image + rng.standard_normal(image.shape, dtype=np.float32) * np.float32(sigma)
     pixels = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
     blur = rng.uniform(-1, 1) * size / 100
