@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mae_bench.errors import UserError
@@ -72,7 +72,17 @@ def load_yaml(name: str | Path, overrides: Sequence[str] = (), beside: Path | No
     Returns plain dicts and lists with every reference resolved. A key left at `???` stays the string "???" for `build`
     to report. Raises UserError for a file that is missing or not YAML, and for an override that is not key=value.
     """
-    merged = OmegaConf.create(_expand(_read(resolve_path(name, beside))))
+    return resolve(*_read(resolve_path(name, beside)), overrides)
+
+
+def resolve(
+    value: dict[str, Any], folder: Path, overrides: Sequence[str] = (), defaults: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `load_yaml` does with a config that is already read; its `base:` files are looked for in `folder` first.
+
+    `defaults` are top-level keys for where the config names none.
+    """
+    merged: Any = OmegaConf.create({**(defaults or {}), **_expand((value, folder))})
     for item in overrides:
         key, equals, _ = item.partition("=")
         if not equals or not key.strip():
@@ -81,12 +91,13 @@ def load_yaml(name: str | Path, overrides: Sequence[str] = (), beside: Path | No
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise UserError(f"override {item!r} does not fit the config: {error}") from error
-    assert isinstance(merged, DictConfig)
     expanded = OmegaConf.create(_expand((OmegaConf.to_container(merged), Path.cwd())))  # an override may bring a base of its own
     try:
         resolved = OmegaConf.to_container(expanded, resolve=True)
+    except InterpolationToMissingValueError as error:
+        raise _must_be_given([str(error).partition("Missing mandatory value: ")[2].split()[0]]) from error
     except OmegaConfBaseException as error:
-        raise UserError(f"{name}: a reference cannot be resolved: {str(error).splitlines()[0]}") from error
+        raise UserError(f"a reference cannot be resolved: {str(error).splitlines()[0]}") from error
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
@@ -121,15 +132,19 @@ def _expand(source: tuple[Any, Path], chain: tuple[Path, ...] = ()) -> Any:
 def build(cls: type[C], value: dict[str, Any], source: str) -> C:
     """Validates `value` as `cls`; UserError lists every wrong key with its place, what was given and the nearest known name."""
     if missing := _missing_keys(value):
-        raise UserError(
-            f"{source}: {', '.join(missing)} must be given",
-            expected="a value for each",
-            fix=f"add {' '.join(f'{key}=VALUE' for key in missing)} to the command",
-        )
+        raise _must_be_given(missing, f"{source}: ")
     try:
         return cls.model_validate(value)
     except ValidationError as error:
         raise UserError(f"{source}: " + "; ".join(_explain(cls, problem) for problem in error.errors())) from error
+
+
+def _must_be_given(keys: list[str], prefix: str = "") -> UserError:
+    return UserError(
+        f"{prefix}{', '.join(keys)} must be given",
+        expected="a value for each",
+        fix=f"add {' '.join(f'{key}=VALUE' for key in keys)} to the command",
+    )
 
 
 def _missing_keys(value: Any, path: str = "") -> list[str]:

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save
 from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
 from mae_bench.files import write_atomic, write_json
+from mae_bench.job import EXPORT as EXPORT
 from mae_bench.spec import BackboneSpec
 
-EXPORT = "export"  # the folder of a cell that holds its backbone
 WEIGHTS_FILE = "backbone.safetensors"
 SPEC_FILE = "backbone.json"
 

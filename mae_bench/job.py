@@ -6,6 +6,7 @@ from typing import Any
 
 from mae_bench.record import Metric
 
+EXPORT = "export"  # the folder, inside a job's, that holds the backbone that it made
 
 @dataclass(frozen=True)
 class Job:

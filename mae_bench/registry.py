@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from mae_bench.errors import UserError
@@ -13,7 +14,8 @@ class Kind:
 
     layout: the layout of the data that it reads ("imagenet", "coco", "ade20k"; "" reads none).
     emits_backbone: the job ends with `export/` in its folder, which other jobs load as a backbone.
-    extra: the optional set of packages that it needs ("" for the core).
+    extra: the optional set of packages that it needs ("" for the core), a key of EXTRAS.
+    version: raised when a change of its code changes its results: cells that an older version finished are then run again.
     """
 
     config: str
@@ -21,6 +23,12 @@ class Kind:
     layout: str
     emits_backbone: bool = False
     extra: str = ""
+    version: int = 1
+
+    @property
+    def task(self) -> str:
+        """What its records and failures say under `task`."""
+        return "pretrain" if self.emits_backbone else self.layout
 
 
 KINDS: dict[str, Kind] = {
@@ -34,6 +42,27 @@ KINDS: dict[str, Kind] = {
     "linear_probe": Kind("tasks.imagenet.config:LinearProbeConfig", "tasks.imagenet.linear_probe:run", "imagenet"),
     "maskrcnn": Kind("tasks.coco.config:MaskRCNNConfig", "tasks.coco.maskrcnn:run", "coco", extra="coco"),
     "upernet": Kind("tasks.ade20k.config:UPerNetConfig", "tasks.ade20k.upernet:run", "ade20k", extra="ade20k"),
+}
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An optional set of packages: the modules that must be there, what they serve, and the command that installs them."""
+
+    modules: tuple[str, ...]
+    serves: str
+    command: str
+
+    def missing(self) -> list[str]:
+        """The modules that are not there; none of them is imported."""
+        return [name for name in self.modules if find_spec(name) is None]
+
+
+EXTRAS: dict[str, Extra] = {
+    "coco": Extra(("detectron2", "pycocotools", "shapely"), "Mask R-CNN on COCO", "make setup   (in a source checkout)"),
+    "ade20k": Extra(
+        ("mmseg", "mmengine", "mmcv"), "UperNet on ADE20K", 'make setup   (or: python -m pip install "mae_bench[ade20k]")'
+    ),
 }
 
 

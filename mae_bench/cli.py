@@ -1,0 +1,289 @@
+"""The command line `mae-bench`: a roof that nobody imports; each command imports what it needs when it is chosen."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mae_bench.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from mae_bench.cell import Cell
+    from mae_bench.record import Failure, ResultRecord
+    from mae_bench.suite import SuiteConfig
+
+FAILED, WRONG_USE, STOPPED = 1, 2, 130  # exit codes; 130 is the shell's for SIGINT
+DEMO = "suites/demo.yaml"
+
+app = typer.Typer(name="mae-bench", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+data_app = typer.Typer(no_args_is_help=True, help="Look at data.")
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the config, e.g. tasks.linear.epochs=10.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Where everything is written; by default runs/NAME.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Worker processes at a time.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read, and nothing else, on stdout.")]
+Format = Annotated[str | None, typer.Option("--format", help="The checkpoint's format, where the file alone cannot decide.")]
+Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A path, file:PATH, run:DIR (a cell's folder) or timm:NAME.")]
+
+
+def main() -> None:
+    """The entry point. Exit codes: 0 done, 1 some cell failed, 2 wrong use, 130 stopped."""
+    try:
+        app()
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(WRONG_USE)
+    except Interrupted:
+        print("Stopped; what is done is saved. The same command goes on from here.", file=sys.stderr)
+        sys.exit(STOPPED)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"mae-bench {version('mae_bench')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Downstream transfer benchmark for masked autoencoders: pretrain, transfer, compare.
+
+    Exit codes: 0 done, 1 some cell failed (the others still ran), 2 wrong use.
+    """
+
+
+@app.command()
+def demo(overrides: Overrides = None, out: Out = None, jobs: Jobs = None, as_json: Json = False) -> None:
+    """The whole way once, on data that is made on the spot: three backbones, four transfers, a leaderboard."""
+    _run(DEMO, overrides, out, jobs, as_json)
+
+
+@app.command()
+def run(
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="A suite's YAML: a path, or a packaged one (suites/demo.yaml).")],
+    overrides: Overrides = None,
+    out: Out = None,
+    jobs: Jobs = None,
+    as_json: Json = False,
+) -> None:
+    """Run every cell of a suite that is not finished, then render the comparison."""
+    _run(suite, overrides, out, jobs, as_json)
+
+
+@app.command()
+def pretrain(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A job that makes a backbone, e.g. pretrain/demo.yaml.")],
+    overrides: Overrides = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Make one backbone; its folder then holds `export/`, which every other command reads as a checkpoint."""
+    from mae_bench.config import load_yaml
+    from mae_bench.suite import complete_job
+
+    name = Path(config).stem
+    job = complete_job(config, load_yaml(config, overrides or []))
+    _run({"name": name, "backbones": {name: job}}, None, out, None, as_json)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[list[str], typer.Option("--checkpoint", help="What `inspect` reads; give it again for more rows.")],
+    tasks: Annotated[str, typer.Option("--tasks", help="Names below configs/tasks, or YAML files, separated by commas.")],
+    overrides: Overrides = None,
+    out: Out = None,
+    jobs: Jobs = None,
+    as_json: Json = False,
+) -> None:
+    """Transfer given checkpoints to given tasks; where the data is: data.root=PATH, or data.imagenet=PATH and its like."""
+    named = [name.strip() for name in tasks.split(",") if name.strip()]
+    files = {Path(name).stem: name if name.endswith((".yaml", ".yml")) else f"tasks/{name}.yaml" for name in named}
+    suite = {
+        "name": "evaluate",
+        "backbones": {name: {"kind": "checkpoint", "source": source} for name, source in _rows_of(checkpoint).items()},
+        "tasks": {name: {"base": file} for name, file in files.items()},
+    }
+    _run(suite, overrides, out, jobs, as_json)
+
+
+def _rows_of(sources: list[str]) -> dict[str, str]:
+    """A name for each checkpoint: that of its file, or of the nearest folder that has one of its own."""
+    general = {"", "export", "backbone", "model", "pytorch_model", "mae", "checkpoint", "cells"}
+    rows: dict[str, str] = {}
+    for source in sources:
+        path = Path(source.rpartition(":")[2])
+        own = [part.stem for part in (path, *path.parents) if part.stem not in general and not part.stem.startswith("backbone-")]
+        name = next(iter(own), "checkpoint")
+        rows[name if name not in rows else f"{name}-{len(rows) + 1}"] = source
+    return rows
+
+
+@app.command()
+def plan(
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="A suite's YAML.")],
+    overrides: Overrides = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Show the cells of a suite: what is done, what is left, what would fail and why. Nothing is run."""
+    from mae_bench.plan import plan_of, render
+    from mae_bench.suite import load_suite
+
+    found = plan_of(load_suite(suite, overrides or [], out))
+    _answer(found, render(found), as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="A folder of runs, at any depth.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Where the report is written; by default RUNS/report.")] = None,
+    baseline: Annotated[str, typer.Option("--baseline", help="The backbone that the others are compared with.")] = "supervised",
+    title: Annotated[str, typer.Option("--title", help="Of the page.")] = "mae_bench leaderboard",
+    as_json: Json = False,
+) -> None:
+    """Render the leaderboard of all records below a folder: terminal, Markdown, CSV, JSON and HTML."""
+    files = _report(runs, out or runs / "report", baseline, title, None, quiet=as_json)
+    if as_json:
+        _print_json({"report": files})
+
+
+@app.command()
+def inspect(ckpt: Checkpoint, format: Format = None, as_json: Json = False) -> None:
+    """Print what is in a checkpoint: format, architecture, sizes, digest, and what becomes of every key."""
+    from backbones.inspection import inspect_checkpoint, render
+
+    found = inspect_checkpoint(ckpt, format)
+    _answer(found, render(found), as_json)
+
+
+@app.command()
+def convert(
+    ckpt: Checkpoint,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file or folder to write; it must not exist.")],
+    to: Annotated[str, typer.Option("--to", help="mae_bench, timm, hf_vitmae or official_mae.")],
+    format: Format = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint's backbone in another format; what is written is read back and must be bit-equal."""
+    from backbones.convert import convert as write_as
+
+    done = write_as(ckpt, out, to, format)
+    counts = f"{len(done.renamed)} keys carried over, {len(done.dropped)} dropped with a reason, {len(done.new)} new"
+    _answer({"out": str(out), "to": to, "report": done.to_dict()}, f"{ckpt} ({done.format}) -> {out} ({to}): {counts}", as_json)
+
+
+@app.command()
+def reconstruct(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files.")],
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="A pretraining's folder, or its mae.safetensors.")],
+    out: Annotated[Path, typer.Option("--out", help="The PNG to write.")],
+    mask_ratio: Annotated[float, typer.Option("--mask-ratio", min=0.01, max=0.99, help="Share of patches removed.")] = 0.75,
+    seed: Annotated[int, typer.Option("--seed", help="Of the masks.")] = 0,
+) -> None:
+    """Draw what a masked autoencoder makes of images: original, masked, reconstructed, a row an image."""
+    from mae_bench.reconstruct import reconstruct_files
+
+    reconstruct_files(checkpoint, images, out, mask_ratio, seed)
+    print(out)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Print versions, devices, which optional parts are there, and the command for what is missing."""
+    from mae_bench.doctor import examine, render
+
+    found = examine()
+    _answer(found, render(found), as_json)
+    if found["problems"]:
+        raise typer.Exit(FAILED)
+
+
+@data_app.command("check")
+def data_check(
+    layout: Annotated[Literal["imagenet", "coco", "ade20k"], typer.Argument(help="What the data should look like.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The folder that should hold data in that layout.")],
+    as_json: Json = False,
+) -> None:
+    """Check that a folder holds data in a layout; name what was expected and what was found where it does not."""
+    from dataclasses import asdict
+
+    from mae_bench.data.layouts import check_layout
+
+    found = check_layout(layout, path)
+    splits = ", ".join(f"{split}: {count} images" for split, count in found.splits.items())
+    lines = [f"{found.name} ({layout}): {splits}; {len(found.classes)} classes", f"digest {found.digest}", *found.notes]
+    _answer(asdict(found), "\n".join(lines), as_json)
+
+
+def _run(source: str | dict[str, Any], overrides: list[str] | None, out: Path | None, jobs: int | None, as_json: bool) -> None:
+    from rich.console import Console
+
+    from mae_bench.live import view_for
+    from mae_bench.provenance import command_line
+    from mae_bench.runner import run_suite
+    from mae_bench.suite import load_suite
+
+    suite = load_suite(source, [*(overrides or []), *([f"jobs={jobs}"] if jobs else [])], out)
+    with view_for(Console(stderr=True)) as view:
+        results = run_suite(suite, view, command_line())
+    folder, only = Path(suite.out), {cell.dir for cell, _ in results}
+    files = _report(folder, folder / "report", suite.row_of_baseline, suite.name, only, quiet=as_json)
+    _conclude(suite, results, files, as_json)
+
+
+def _conclude(
+    suite: "SuiteConfig", results: "list[tuple[Cell, ResultRecord | Failure]]", files: list[str], as_json: bool
+) -> None:
+    """The last words of a run, and its exit code."""
+    from mae_bench.plan import as_dict, counts
+
+    cells = [as_dict(cell, result) for cell, result in results]
+    if as_json:
+        _print_json({"suite": suite.name, "out": suite.out, "cells": cells, "report": files})
+    else:
+        print(f"\n{counts(cells)}, in {suite.out}")
+        print("\n".join(files))
+    if any(cell["state"] == "failed" for cell in cells):
+        raise typer.Exit(FAILED)
+
+
+def _report(runs: Path, out: Path, baseline: str, title: str, only: set[Path] | None, *, quiet: bool) -> list[str]:
+    """Writes the report, prints its table unless `quiet`, returns the files' paths."""
+    from leaderboard.compare import compare
+    from leaderboard.index import load_runs
+    from leaderboard.render_terminal import print_comparison
+    from leaderboard.report import write_report
+
+    files = write_report(runs, out, baseline, title, only)
+    if not quiet:
+        from rich.console import Console
+
+        print_comparison(compare(load_runs(runs, only), baseline), Console())
+    return [str(file) for file in files]
+
+
+def _answer(value: Any, rendered: Any, as_json: bool) -> None:
+    """Prints one answer: for a program, or for a person."""
+    if as_json:
+        _print_json(value)
+    else:
+        from rich.console import Console
+
+        Console(highlight=False, markup=False, soft_wrap=isinstance(rendered, str)).print(rendered)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""The view of a run: bars that follow every worker on a terminal, plain lines anywhere else."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from mae_bench.progress import EVENTS_FILE
+from mae_bench.record import Failure, ResultRecord
+
+FRAME_SECONDS = 0.25
+STYLES = {"failed": "bold red", "not installed": "yellow"}
+
+
+@dataclass
+class Tail:
+    """What a worker's `events.jsonl` says since the view began to follow it."""
+
+    name: str
+    path: Path
+    offset: int = 0
+    began: float = field(default_factory=time.time)
+    stage: str = "start"
+    done: float = 0.0
+    total: float = 0.0
+    values: dict[str, Any] = field(default_factory=dict)
+    first: tuple[float, float] = (0.0, 0.0)  # time and steps done at the stage's first step: a resumed stage does not begin at 0
+
+    def poll(self) -> list[str]:
+        """Reads the new events; returns the notes among them."""
+        if not self.path.is_file():
+            return []
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]  # a line that is being written is read the next time
+        self.offset += len(whole)
+        return [note for line in whole.splitlines() if (note := self._take(json.loads(line)))]
+
+    def _take(self, event: dict[str, Any]) -> str:
+        if event["stage"] != self.stage:
+            self.stage, self.values, self.first = event["stage"], {}, (0.0, 0.0)
+        if "done" in event:
+            self.done, self.total = event["done"], event["total"]
+            self.values = event.get("values", self.values)
+            if not self.first[0] and self.done:
+                self.first = event["time"], self.done
+        return str(event.get("note", ""))
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of this stage, at the pace so far; None before two steps are seen."""
+        began, at = self.first
+        pace = (self.done - at) / (time.time() - began) if began and self.done > at else 0
+        return (self.total - self.done) / pace if pace and self.total else None
+
+
+class View:
+    """Plain lines: one when a cell starts, one when it ends, one a note. Nothing for a program to read: that is stdout's."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._tails: dict[Path, Tail] = {}
+        self._began, self._total, self._ended, self._failed = time.monotonic(), 0, 0, 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def begin(self, total: int, finished: int) -> None:
+        """A run of `total` cells begins, `finished` of which need not be run again."""
+        self._total, self._ended = total, finished
+        done = f", {finished} finished before" if finished else ""
+        self._print(f"{total} cells{done}, {total - finished} to run")
+
+    def start(self, folder: Path, name: str) -> None:
+        """A worker starts in `folder`."""
+        path = folder / EVENTS_FILE
+        self._tails[folder] = Tail(name, path, path.stat().st_size if path.is_file() else 0)
+        self._print(f"[dim]start[/]  {escape(name)}", passing=True)
+
+    def end(self, folder: Path, name: str = "", result: ResultRecord | Failure | None = None) -> None:
+        """The worker in `folder` has ended; a cell's result is printed for good."""
+        self.tick()
+        tail = self._tails.pop(folder, None)
+        if result:
+            self._ended += 1
+            self._failed += isinstance(result, Failure) and result.status == "failed"
+            took = f"  [dim]{clock(time.time() - tail.began)}[/]" if tail else ""
+            self._print(f"{outcome(result)}  {escape(name)}{took}{detail(result)}")
+
+    def tick(self) -> None:
+        """Looks at what the workers have written."""
+        for tail in self._tails.values():
+            for note in tail.poll():
+                self._print(f"[dim]note[/]   {escape(tail.name)}: {escape(note)}")
+
+    def _print(self, markup: str, passing: bool = False) -> None:
+        """`passing`: of no interest once it is over."""
+        self.console.print(markup, highlight=False, soft_wrap=True)
+
+
+class LiveView(View):
+    """On a terminal: finished cells scroll by, the running ones stand below with bars, values and the time that is left."""
+
+    def __init__(self, console: Console):
+        super().__init__(console)
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._drawn = 0.0
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._live.update(Text(""), refresh=True)
+        self._live.__exit__(*error)
+
+    def tick(self) -> None:
+        super().tick()
+        if time.monotonic() - self._drawn >= FRAME_SECONDS:
+            self._drawn = time.monotonic()
+            self._live.update(self._frame(), refresh=True)
+
+    def _print(self, markup: str, passing: bool = False) -> None:
+        if not passing:
+            super()._print(markup)
+
+    def _frame(self) -> RenderableType:
+        grid = Table.grid(padding=(0, 1))
+        for tail in self._tails.values():
+            grid.add_row(*row(tail))
+        failed = f", [bold red]{self._failed} failed[/]" if self._failed else ""
+        counted = f"{self._ended} of {self._total} cells{failed}, " if self._total else ""
+        return Group(grid, Text.from_markup(f"[dim]{counted}{clock(time.monotonic() - self._began)} so far[/]"))
+
+
+def row(tail: Tail) -> list[RenderableType]:
+    """One running worker: name, stage, bar, count, values, elapsed, left."""
+    bar = ProgressBar(total=tail.total or None, completed=tail.done, width=20, pulse=not tail.total)
+    count = f"{tail.done:g}/{tail.total:g}" if tail.total else ""
+    values = " ".join(f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in tail.values.items())
+    left = f"{clock(tail.seconds_left)} left" if tail.seconds_left is not None else ""
+    texts = (count, values, clock(time.time() - tail.began), left)
+    return [Text(tail.name, style="bold", no_wrap=True), Text(tail.stage), bar, *(Text(text, style="dim") for text in texts)]
+
+
+def outcome(result: ResultRecord | Failure) -> str:
+    """ "done" or why not, as markup."""
+    if isinstance(result, Failure):
+        return f"[{STYLES[result.status]}]{result.status}[/]"
+    return "[green]done[/]  "
+
+
+def detail(result: ResultRecord | Failure) -> str:
+    """The score, or the reason and what to do next, as markup."""
+    if isinstance(result, Failure):
+        return f"\n       {escape(result.reason)}" + (f"\n       Next: {escape(result.fix)}" if result.fix else "")
+    unit = "" if result.score.unit == "%" else f" {result.score.unit}"
+    return f"  {escape(result.main_metric)} [bold]{result.score.value:.5g}[/]{' %' if not unit else escape(unit)}"
+
+
+def clock(seconds: float) -> str:
+    """m:ss, or h:mm:ss from an hour on."""
+    minutes, rest = divmod(int(max(0, seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def view_for(console: Console) -> View:
+    """Bars where a person watches, lines where a file or another program does."""
+    return LiveView(console) if console.is_terminal else View(console)

@@ -1,0 +1,162 @@
+"""The suite: a typed YAML of backbones, tasks and seeds, expanded to the graph of cells that it stands for."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from mae_bench.cell import BACKBONE, Cell
+from mae_bench.config import Config, build, resolve
+from mae_bench.data.demo import DemoConfig
+from mae_bench.data.layouts import Layout
+from mae_bench.digest import file_digest, json_digest
+from mae_bench.errors import UserError
+from mae_bench.job import EXPORT
+from mae_bench.registry import KINDS, kind, load_object
+
+CELLS = "cells"  # the folder of a suite's cells
+Place = tuple[Layout, str]  # a layout and the folder that holds data in it
+
+
+class SuiteConfig(Config):
+    """Backbones x tasks x seeds. A job's `data` that its config does not give is the suite's folder of the layout that it reads.
+
+    out: where everything is written (`--out`). data: `root` and a folder for each layout, by default root/LAYOUT.
+    demo_data: data that is made below data.root before anything else. jobs: worker processes at a time; "auto" is one a GPU,
+    or one a CPU core and at most 4. threads: of each worker on the CPU; scores can depend on it in the last digits.
+    """
+
+    name: str
+    out: str
+    baseline: str = Field("", description="the backbone that others are compared with; by default the first")
+    seeds: list[int] = Field([0], min_length=1, description="of the transfers")
+    backbone_seed: int = 0
+    data: dict[str, str | None] = {}
+    demo_data: DemoConfig | None = None
+    backbones: dict[str, dict[str, Any]] = Field(min_length=1)
+    tasks: dict[str, dict[str, Any]] = {}
+    jobs: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    threads: int = Field(1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @property
+    def row_of_baseline(self) -> str:
+        return self.baseline or next(iter(self.backbones))
+
+
+def load_suite(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), out: str | Path | None = None) -> SuiteConfig:
+    """Reads a suite (a file, or its content) and validates it with every job in it; the jobs' configs come back complete.
+
+    The default `out` is runs/NAME. UserError names the key, what was given and the nearest known name.
+    """
+    value = dict(source) if isinstance(source, dict) else {"base": str(source)}
+    raw = resolve(value | ({"out": str(out)} if out else {}), Path.cwd(), overrides, {"out": "runs/${name}"})
+    name = str(raw.get("name", source))
+    _refuse_unknown("data", raw.get("data") or {}, ["root", *sorted({kind.layout for kind in KINDS.values() if kind.layout})])
+    for _, job in _jobs(raw):
+        _fill_data(job, raw.get("data") or {})
+    suite = build(SuiteConfig, raw, name)
+    if suite.baseline and suite.baseline not in suite.backbones:
+        raise UserError(f"baseline {suite.baseline!r} is none of the backbones", expected=f"one of {', '.join(suite.backbones)}")
+    jobs = {place: complete_job(place, job) for place, job in _jobs(suite.model_dump())}
+    for place, job in jobs.items():
+        _check_group(place, job)
+    return suite.model_copy(
+        update={group: {name: jobs[f"{group}.{name}"] for name in getattr(suite, group)} for group in ("backbones", "tasks")}
+    )
+
+
+def _jobs(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every job with its place in the YAML, for example "tasks.finetune"."""
+    for group in ("backbones", "tasks"):
+        members = raw.get(group)
+        for name, job in (members if isinstance(members, dict) else {}).items():
+            yield f"{group}.{name}", job
+
+
+def _refuse_unknown(place: str, value: Any, known: list[str]) -> None:
+    if isinstance(value, dict) and (unknown := [key for key in value if key not in known]):
+        near = difflib.get_close_matches(str(unknown[0]), known, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown key '{place}.{unknown[0]}'; the nearest known key is '{place}.{near}'")
+
+
+def _fill_data(job: Any, data: dict[str, Any]) -> None:
+    layout = KINDS[job["kind"]].layout if isinstance(job, dict) and job.get("kind") in KINDS else ""
+    if layout and job.get("data", "???") == "???":
+        root = data.get("root")
+        folder = data.get(layout) or (f"{root}/{layout}" if root and root != "???" else None)
+        if folder in (None, "???"):
+            raise UserError(
+                f"data.{layout} must be given", expected=f"a folder in the layout {layout!r}",
+                fix=f"add data.root=PATH (the folder that holds {layout}/) or data.{layout}=PATH to the command",
+            )  # fmt: skip
+        job["data"] = folder
+
+
+def complete_job(place: str, job: dict[str, Any]) -> dict[str, Any]:
+    """The job's config with every default filled in, as JSON; UserError names what is wrong with it, and its place."""
+    if "kind" not in job:
+        raise UserError(
+            f"{place} has no kind", expected=f"one of {', '.join(KINDS)}", fix="if an override was meant, look at its spelling"
+        )
+    chosen = kind(job["kind"])
+    value = {"data": "???"} | job if chosen.layout else job
+    config: dict[str, Any] = build(load_object(chosen.config), value, place).model_dump(mode="json")
+    return config
+
+
+def _check_group(place: str, job: dict[str, Any]) -> None:
+    if kind(job["kind"]).emits_backbone != place.startswith("backbones."):
+        verb = "makes a backbone" if kind(job["kind"]).emits_backbone else "transfers one"
+        raise UserError(f"{place} is of kind {job['kind']!r}, which {verb}", expected="makers in backbones:, transfers in tasks:")
+
+
+def places(suite: SuiteConfig) -> list[Place]:
+    """The data that the suite reads, each once."""
+    found: list[Any] = [
+        (kind(job["kind"]).layout, job["data"]) for _, job in _jobs(suite.model_dump()) if kind(job["kind"]).layout
+    ]
+    return list(dict.fromkeys(found))
+
+
+def expand(suite: SuiteConfig, digests: Mapping[Place, str]) -> list[Cell]:
+    """One cell a backbone, then one a backbone, task and seed. Cells of data without a digest get keys that change with it."""
+    makers = {
+        name: _cell(suite, digests, name, BACKBONE, job, suite.backbone_seed, None) for name, job in suite.backbones.items()
+    }
+    transfers = [
+        _cell(suite, digests, name, task, job, seed, maker)
+        for task, job in suite.tasks.items()
+        for seed in suite.seeds
+        for name, maker in makers.items()
+    ]
+    return [*makers.values(), *transfers]
+
+
+def _cell(
+    suite: SuiteConfig, digests: Mapping[Place, str], name: str, task: str, job: dict[str, Any], seed: int, maker: Cell | None
+) -> Cell:
+    chosen = kind(job["kind"])
+    place: Any = (chosen.layout, job.get("data"))
+    identity = {
+        "version": chosen.version,
+        "config": {key: _content(key, value) for key, value in job.items() if key != "data"},
+        "data": digests.get(place, ""),
+        "seed": seed,
+        "backbone": maker.key if maker else "",
+    }
+    key = json_digest(identity)
+    folder = Path(suite.out) / CELLS / name / f"{task}-s{seed}-{key[:8]}"
+    return Cell(name, task, job["kind"], job, seed, key, folder, maker.dir if maker else None)
+
+
+def _content(key: str, value: Any) -> Any:
+    """A checkpoint counts by its files' bytes: the same path with other weights is another cell."""
+    if key != "source":
+        return value
+    scheme, _, rest = str(value).partition(":")
+    path = Path(rest) / EXPORT if scheme == "run" else Path(rest if scheme == "file" else value)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [file_digest(file) for file in files if file.is_file()] or value
