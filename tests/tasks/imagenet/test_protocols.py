@@ -57,7 +57,7 @@ def job(folder: Path, backbone: str = "", seed: int = 0) -> Job:
 
 def probe(data: Path, folder: Path, backbone: str, **changes: object) -> Outcome:
     config = build(
-        LinearProbeConfig, {"kind": "linear_probe", "data": str(data), **TRAIN, "base_lr": 30.0, "epochs": 12, **changes}, "test"
+        LinearProbeConfig, {"kind": "linear_probe", "data": str(data), **TRAIN, "base_lr": 200.0, "epochs": 30, **changes}, "test"
     )
     return linear_probe.run(config, job(folder, backbone), Progress())
 
