@@ -19,7 +19,7 @@ ALLOWED: dict[Any, str] = {
 }
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_INFLATION = 4  # bytes of tensors over bytes of the file; honest files have 1
-_NAMED_GLOBAL = re.compile(r"(?:GLOBAL|global)\s+`?([A-Za-z_][\w.]*\.\w+)")
+_NAMED_GLOBAL = re.compile(r"GLOBAL ([\w.]+) (?:was|whose)")  # in torch's message
 _LOOKS = {b"version https://git-lfs": "a Git LFS pointer, not the file", b"<!DOCTYPE": "a web page", b"<html": "a web page"}
 
 
@@ -83,7 +83,8 @@ def _check_zip(path: Path) -> None:
 
 def _refusal(path: Path, message: str) -> UserError:
     if not (named := _NAMED_GLOBAL.search(message)):
-        return _broken(path, f"a checkpoint that cannot be read as data: {_first_line(message)}")
+        reason = message.rpartition("WeightsUnpickler error:")[2]  # what stands before it advises to switch the safety off
+        return _broken(path, f"a pickle that cannot be read as data: {_first_line(reason)}")
     return UserError(
         f"{path} wants to build {named[1]!r} while it is read; nothing of it was run",
         expected=f"tensors, containers, numbers and strings{''.join(f', {a.__module__}.{a.__qualname__}' for a in ALLOWED)}",

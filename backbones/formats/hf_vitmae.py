@@ -1,14 +1,13 @@
 """hf_vitmae: transformers' ViTMAEModel and ViTMAEForPreTraining, as their save_pretrained writes them."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
-from backbones.source import CONFIG_FILE, PREPROCESSOR_FILE, SPEC_KEY, Checkpoint
+from backbones.carry import to_safetensors
+from backbones.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
 from backbones.translation import Translation, is_sincos, numbers, require_plain
 from mae_bench.errors import UserError
 from mae_bench.files import write_atomic, write_json
@@ -113,9 +112,8 @@ def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, prove
     require_plain(spec, weights, "hf_vitmae", fc_norm=False)
     if len(set(spec.img_size)) > 1 or len(set(spec.patch_size)) > 1:
         raise UserError(f"images {spec.img_size}, patches {spec.patch_size}", expected="squares for transformers' ViTMAE")
-    theirs = {name: part.contiguous() for ours, tensor in weights.items() for name, part in _their_tensors(ours, tensor).items()}
-    metadata = {"format": "pt", SPEC_KEY: json.dumps(spec.to_dict()), "provenance": json.dumps(provenance)}
-    write_atomic(out / "model.safetensors", lambda file: file.write(save(theirs, metadata=metadata)))
+    theirs = {name: part for ours, tensor in weights.items() for name, part in _their_tensors(ours, tensor).items()}
+    write_atomic(out / "model.safetensors", lambda file: file.write(to_safetensors(theirs, spec, provenance)))
     write_json(out / PREPROCESSOR_FILE, _processor(spec))
     write_json(out / CONFIG_FILE, _config(spec))
 

@@ -1,16 +1,15 @@
 """timm: the state_dict of a timm VisionTransformer, with the model's name and data config where they are known."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 
+from backbones.carry import to_safetensors
 from backbones.formats.official_mae import is_marked
-from backbones.source import CONFIG_FILE, SPEC_KEY, Checkpoint
+from backbones.source import CONFIG_FILE, Checkpoint
 from backbones.translation import HEAD, Translation, is_sincos, is_vit, keep_names, numbers
 from mae_bench.errors import UserError
 from mae_bench.export import SPEC_FILE
@@ -88,6 +87,4 @@ def _built_as(name: str, model: Any) -> dict[str, Any]:
 
 def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
     """A safetensors file that `timm.create_model(..., checkpoint_path=out)` loads; spec and provenance stand in its metadata."""
-    metadata = {"format": "pt", SPEC_KEY: json.dumps(spec.to_dict()), "provenance": json.dumps(provenance)}
-    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-    write_atomic(out, lambda file: file.write(save(contiguous, metadata=metadata)))
+    write_atomic(out, lambda file: file.write(to_safetensors(weights, spec, provenance)))

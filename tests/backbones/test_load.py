@@ -1,5 +1,6 @@
 """load_backbone: every toy file arrives whole, gives the published features, and whatever is unexplained is refused."""
 
+import json
 import math
 from typing import Any
 
@@ -13,6 +14,9 @@ from backbones.load import load_backbone
 from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
 from mae_bench.export import write_export
+from mae_bench.models.mae import MAE
+from mae_bench.reconstruct import save_mae
+from mae_bench.spec import BackboneSpec
 
 NAMES = ["encoder", "full", "fine", "probe", "checkpoint-7", "timm.safetensors", "timm.bin", "timm.pth", "hf"]
 
@@ -96,6 +100,40 @@ def test_an_export_and_a_run_folder_are_one(tmp_path, files, imgs):
     save_file({name: tensor * 2 for name, tensor in model.state_dict().items()}, tmp_path / "cell/export/backbone.safetensors")
     with pytest.raises(UserError, match="not the ones described"):
         load_backbone(tmp_path / "cell/export")
+
+
+def test_our_pretraining_file_with_its_decoder_is_one_of_the_official_layout(tmp_path, imgs):
+    spec = BackboneSpec("vit", (32, 32), (8, 8), 3, 48, 2, 4, mean=(0.5,) * 3, pos_embed="sincos", pretrain_method="mae")
+    mae = MAE(spec, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2).eval()
+    save_mae(mae, tmp_path)
+    model, same_spec, report = load_backbone(tmp_path / "mae.safetensors")
+    assert (report.format, same_spec) == ("official_mae", spec)
+    assert torch.equal(model.eval().forward_features(imgs), mae.encoder.forward_features(imgs))
+
+
+def test_a_folder_of_timms_hub_says_how_to_feed_it(tmp_path):
+    cfg = {"mean": [0.5, 0.5, 0.5], "std": [0.4, 0.4, 0.4], "interpolation": "bilinear"}
+    save_file(timm.create_model("test_vit2", num_classes=7).state_dict(), tmp_path / "model.safetensors")
+
+    def describe(**config):
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit2", "pretrained_cfg": cfg} | config))
+        return load_backbone(tmp_path)[1]
+
+    spec = describe()
+    assert (spec.arch, spec.mean, spec.std, spec.interpolation) == ("test_vit2", (0.5,) * 3, (0.4,) * 3, "bilinear")
+    for wrong in ({"architecture": "no_such"}, {"architecture": "resnet18"}, {"pretrained_cfg": {"mean": 5}}):
+        with pytest.raises(UserError):
+            describe(**wrong)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json"):
+        load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize("stated", [{"depth": 9}, {"nonsense": 1}, {"img_size": "big"}, {"mean": 3}, {"patch_size": [8]}])
+def test_a_spec_that_contradicts_its_weights_is_refused(tmp_path, encoder, stated):
+    torch.save({"model": encoder, "spec": stated}, tmp_path / "x.pth")
+    with pytest.raises(UserError):
+        load_backbone(tmp_path / "x.pth")
 
 
 def test_average_pooling_moves_the_norm(files, encoder, imgs):

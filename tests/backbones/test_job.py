@@ -1,0 +1,45 @@
+"""The checkpoint job: a foreign file becomes an export that transfers load, and its record says where it came from."""
+
+import pytest
+import torch
+
+from backbones.config import CheckpointConfig
+from backbones.job import run
+from backbones.load import load_backbone
+from mae_bench.config import build
+from mae_bench.digest import file_digest
+from mae_bench.errors import UserError
+from mae_bench.job import Job
+from mae_bench.progress import Progress
+
+
+def job_of(tmp_path, **config) -> tuple[CheckpointConfig, Job]:
+    value = {"kind": "checkpoint", **config}
+    return build(CheckpointConfig, value, "test"), Job("x", "checkpoint", value, tmp_path / "cell", 0)
+
+
+def test_the_export_is_the_checkpoint(tmp_path, files):
+    path = files["full"][0]
+    config, job = job_of(tmp_path, source=str(path), sha256=file_digest(path), spec={"pretrain_data": "ImageNet-1K"})
+    outcome = run(config, job, Progress())
+    model, spec, report = load_backbone(f"run:{job.dir}")
+    expected = load_backbone(path)[0].state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert (outcome.backbone_digest, outcome.conversion_report["digest"]) == (report.digest, file_digest(path))
+    assert outcome.backbone_spec == spec.to_dict()
+    assert (spec.pretrain_method, spec.pretrain_data, outcome.dataset) == ("mae", "ImageNet-1K", "ImageNet-1K")
+    assert set(outcome.metrics) == {"params"}
+    assert outcome.metrics["params"].value == sum(p.numel() for p in model.parameters())
+
+
+def test_a_wrong_digest_leaves_no_export(tmp_path, files):
+    config, job = job_of(tmp_path, source=str(files["full"][0]), sha256="0" * 64)
+    with pytest.raises(UserError, match="SHA-256"):
+        run(config, job, Progress())
+    assert not (job.dir / "export").exists()
+
+
+def test_the_config_is_closed(tmp_path):
+    for wrong in ({"source": "x", "sha": "0"}, {}, {"source": "x", "sha256": "abc"}):
+        with pytest.raises(UserError):
+            job_of(tmp_path, **wrong)
