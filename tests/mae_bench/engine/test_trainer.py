@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,10 @@ def train(folder: Path, stop_at: int | None = None, poison: int | None = None, *
     return trainer
 
 
+def plain_loss(model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
+    return F.cross_entropy(model(batch.imgs), batch.targets)
+
+
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     assert trainer.ema is not None
     return {**trainer.model.state_dict(), **{f"ema.{name}": tensor for name, tensor in trainer.ema.state_dict().items()}}
@@ -119,7 +124,7 @@ def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
         trainer = Trainer(
             Job("t", "t", {}, folder, 0), config, model, optimizer, STEPS_PER_EPOCH, Progress(), BadImages(0.1, 100)
         )
-        trainer.fit(batches, lambda batch, step, model=model: F.cross_entropy(model(batch.imgs), batch.targets))
+        trainer.fit(batches, partial(plain_loss, model))
         results.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
