@@ -11,6 +11,7 @@ from mmseg.registry import DATA_SAMPLERS, DATASETS
 from PIL import Image
 from torch.utils.data import get_worker_info
 
+from mae_bench.data.images import is_image
 from mae_bench.data.loader import seed_everything, seed_of
 from mae_bench.errors import UserError
 
@@ -61,7 +62,10 @@ class ADE20KLayout(BaseSegDataset):
         )  # fmt: skip
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        images = super().load_data_list()
+        images, folder = super().load_data_list(), Path(self.data_prefix["img_path"])
+        if strange := sorted(path.name for path in folder.iterdir() if is_image(path.name) and path.suffix != self.img_suffix):
+            raise UserError(f"{len(strange)} images in {folder} are not {self.img_suffix}: {strange[0]}",
+                            expected="JPEG files named so, as in ADE20K", fix="convert or rename them")  # fmt: skip
         self.bad = BadImages(self.bad_file, len(images), self.max_bad_images)
         if not self.test_mode:
             return images

@@ -23,8 +23,8 @@ from tasks.ade20k.upernet import run
 
 SETTINGS = {
     "kind": "upernet", "protocol": "upernet-test", "crop_size": 32, "img_scale": (64, 40), "iterations": 4,
-    "global_batch_size": 2, "lr": 1e-3, "warmup_iterations": 2, "amp_dtype": "float32", "head_channels": 8, "pool_scales": (1, 2), "aux_channels": 4,
-    "test_mode": "whole", "checkpoint_seconds": 0, "max_bad_images": 0,
+    "global_batch_size": 2, "lr": 1e-3, "warmup_iterations": 2, "amp_dtype": "float32", "head_channels": 8, "pool_scales": (1, 2),
+    "aux_channels": 4, "test_mode": "whole", "checkpoint_seconds": 0, "max_bad_images": 0,
 }  # fmt: skip
 
 
@@ -136,24 +136,36 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(work
     assert all(value.isfinite().all() for value in weights(tmp_path / "job").values())
 
 
+def tear(image):
+    """Cuts off the last part: the header still tells the size."""
+    image.write_bytes(image.read_bytes()[: image.stat().st_size * 4 // 5])
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_images_that_do_not_decode_are_named_and_left_out(work, ade20k, tmp_path, num_workers):
     torn = ade20k / "images" / "training" / "1.jpg"
-    torn.write_bytes(torn.read_bytes()[:300])
-    (ade20k / "annotations" / "validation" / "2.png").write_bytes(b"no image")
+    tear(torn)
+    tear(ade20k / "images" / "validation" / "2.jpg")
     progress = StopAfter()
     outcome = work(progress=progress, max_bad_images=0.4, num_workers=num_workers)
     assert outcome.num_samples == 2
     assert outcome.notes == ["1 validation images do not decode and are left out"]
     assert any(str(torn) in note for note in progress.notes)
-    assert "2.png" in (tmp_path / "job" / "bad_images_validation.txt").read_text()
+    assert "2.jpg" in (tmp_path / "job" / "bad_images_validation.txt").read_text()
 
 
 @pytest.mark.parametrize("split", ["training", "validation"])
 def test_too_many_images_that_do_not_decode(work, ade20k, split):
     for image in (ade20k / "images" / split).iterdir():
-        image.write_bytes(image.read_bytes()[:300])
+        tear(image)
     with pytest.raises(UserError, match=r"images do not decode(.|\n)*max_bad_images"):
+        work()
+
+
+def test_images_that_mmsegmentation_would_pass_over_are_an_error(work, ade20k):
+    image = ade20k / "images" / "training" / "0.jpg"
+    image.rename(image.with_suffix(".jpeg"))
+    with pytest.raises(UserError, match="are not .jpg: 0.jpeg"):
         work()
 
 
