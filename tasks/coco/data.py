@@ -1,6 +1,5 @@
 """COCO for detectron2: registered splits, large-scale jitter, and loaders that resume exactly and survive bad images."""
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -23,16 +22,15 @@ from detectron2.data.samplers import TrainingSampler
 from PIL import Image
 from torch.utils.data import Dataset
 
+from mae_bench.data.images import BadImages
 from mae_bench.data.loader import seed_everything, seed_of
 from mae_bench.digest import json_digest
 from mae_bench.errors import UserError
 from tasks.coco.config import MaskRCNNConfig
 
 Sample = dict[str, Any]
-READ_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError, SizeMismatchError)  # SyntaxError: a broken PNG
+READ_ERRORS = (OSError, SyntaxError, EOFError, Image.DecompressionBombError, SizeMismatchError)  # SyntaxError: a broken PNG
 STEP, SAMPLE = 0, 1  # seed_of's streams: randomness of the model's step, of a sample's augmentation
-
-logger = logging.getLogger("detectron2.mae_bench")
 
 
 @dataclass(frozen=True)
@@ -105,44 +103,26 @@ class ContinuedSampler(TrainingSampler):
 
 
 class GoodImages:
-    """Batches of `loader` without the images that cannot be read; these are logged once each.
+    """Batches of `loader` without the images that cannot be read, which `bad` counts; a seed fixes each step's randomness."""
 
-    More of them than the share `max_bad_images` of `num_images` raise UserError. With a seed, each step's randomness is set.
-    """
-
-    def __init__(self, loader: Any, num_images: int, max_bad_images: float, seed: int | None = None, first_step: int = 0):
-        self.loader, self.num_images, self.limit = loader, num_images, num_images * max_bad_images
-        self.seed, self.first_step = seed, first_step
-        self.bad: set[str] = set()
+    def __init__(self, loader: Any, bad: BadImages, seed: int | None = None, first_step: int = 0):
+        self.loader, self.bad, self.seed, self.first_step = loader, bad, seed, first_step
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        step = self.first_step
-        for batch in self.loader:
+        for step, batch in enumerate(self.loader, self.first_step):
             for sample in batch:
-                self._count(sample)
+                if "bad_image" in sample:
+                    self.bad.add(sample["bad_image"], sample["reason"])
+            if self.seed is not None:  # drop path and proposal sampling follow from the step, whoever loaded it
+                seed_everything(seed_of(self.seed, STEP, step))
             if good := [sample for sample in batch if "bad_image" not in sample]:
-                if self.seed is not None:  # drop path and proposal sampling follow from the step, whoever loaded it
-                    seed_everything(seed_of(self.seed, STEP, step))
                 yield good
-            step += 1
-
-    def _count(self, sample: Sample) -> None:
-        if "bad_image" not in sample or sample["bad_image"] in self.bad:
-            return
-        self.bad.add(sample["bad_image"])
-        logger.warning("skipped %s: %s", sample["bad_image"], sample["reason"])
-        if len(self.bad) > self.limit:
-            raise UserError(
-                f"{len(self.bad)} images cannot be read, the last {sample['bad_image']}: {sample['reason']}",
-                expected=f"at most {self.limit:g} (max_bad_images of the split)",
-                fix="replace the files that detectron2.log names, or raise max_bad_images",
-            )
 
 
-def train_loader(config: MaskRCNNConfig, name: str, seed: int, start: int) -> GoodImages:
+def train_loader(config: MaskRCNNConfig, name: str, bad: BadImages, seed: int, start: int) -> GoodImages:
     """Batches from iteration `start` on, the same whatever ran before and however many processes load them.
 
     Flip, scale jitter and crop as in detectron2's coco_loader_lsj; images without objects are left out.
@@ -161,10 +141,10 @@ def train_loader(config: MaskRCNNConfig, name: str, seed: int, start: int) -> Go
         sampler=ContinuedSampler(len(dicts), seed, start * config.global_batch_size),
         total_batch_size=config.global_batch_size, aspect_ratio_grouping=False, num_workers=config.num_workers, seed=seed,
     )  # fmt: skip
-    return GoodImages(loader, len(dicts), config.max_bad_images, seed, start)
+    return GoodImages(loader, bad, seed, start)
 
 
-def val_loader(config: MaskRCNNConfig, name: str) -> GoodImages:
+def val_loader(config: MaskRCNNConfig, name: str, bad: BadImages) -> GoodImages:
     """Every image of the split once, its longer side scaled to img_size."""
     dicts = get_detection_dataset_dicts(name, filter_empty=False)
     mapper = DatasetMapper(
@@ -173,7 +153,7 @@ def val_loader(config: MaskRCNNConfig, name: str) -> GoodImages:
     loader = build_detection_test_loader(
         dicts, mapper=NameBadImages(mapper), batch_size=config.eval_batch_size, num_workers=config.num_workers
     )
-    return GoodImages(loader, len(dicts), config.max_bad_images)
+    return GoodImages(loader, bad)
 
 
 def _mask_format(dicts: list[Sample]) -> str:

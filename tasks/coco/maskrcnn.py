@@ -11,18 +11,20 @@ import torch
 
 from backbones.adapters.detectron2 import load_vit_backbone  # first of all: it names what is not installed
 from mae_bench.cost import num_params, peak_memory_mib
+from mae_bench.data.images import BadImages
 from mae_bench.data.layouts import check_layout
 from mae_bench.data.loader import seed_everything
 from mae_bench.files import write_json
 from mae_bench.job import Job, Outcome
 from mae_bench.progress import Progress
 from tasks.coco.config import MaskRCNNConfig
-from tasks.coco.data import GoodImages, register, train_loader, val_loader
+from tasks.coco.data import register, train_loader, val_loader
 from tasks.coco.evaluation import DETECTIONS_FILE, evaluate
 from tasks.coco.lazy_config import build, dump, lazy_config
 from tasks.coco.metrics import MAIN_METRIC
 from tasks.coco.training import train
 
+SPLITS = ("train2017", "val2017")
 LOG_FILE = "detectron2.log"
 
 
@@ -44,12 +46,14 @@ def run(config: MaskRCNNConfig, job: Job, progress: Progress) -> Outcome:
         write_json(job.dir / "config.json", config.model_dump(mode="json"))
         seed_everything(job.seed)
         model, optimizer, lr_multiplier = build(setup, job.device)
-        batches = partial(train_loader, config, names.train, job.seed)
+        bad = {split: BadImages(config.max_bad_images, layout.splits[split]) for split in SPLITS}
+        batches = partial(train_loader, config, names.train, bad[SPLITS[0]], job.seed)
         seconds_train = train(model, optimizer, lr_multiplier, batches, config, job, progress)
-        loader, began = val_loader(config, names.val), time.perf_counter()
+        began = time.perf_counter()
+        loader = val_loader(config, names.val, bad[SPLITS[1]])
         metrics, num_detections = evaluate(model, loader, names.val, job.dir / "detections", progress)
     return Outcome(
-        task="coco", dataset=layout.name, split="val2017", num_samples=loader.num_images, metrics=metrics,
+        task="coco", dataset=layout.name, split=SPLITS[1], num_samples=layout.splits[SPLITS[1]], metrics=metrics,
         main_metric=MAIN_METRIC, data_digest=layout.digest, backbone_spec=spec.to_dict(), backbone_digest=report.digest,
         conversion_report=report.to_dict(),
         cost={
@@ -57,13 +61,16 @@ def run(config: MaskRCNNConfig, job: Job, progress: Progress) -> Outcome:
             "images_per_second": config.iterations * config.global_batch_size / seconds_train,
             "params": float(num_params(model)), "peak_memory_mib": peak_memory_mib(torch.device(job.device)),
         },
-        notes=_notes(loader, num_detections), artefacts={"detections": f"detections/{DETECTIONS_FILE}", "log": LOG_FILE},
+        notes=[*layout.notes, *_notes(bad, num_detections)],
+        artefacts={"detections": f"detections/{DETECTIONS_FILE}", "log": LOG_FILE},
     )  # fmt: skip
 
 
-def _notes(loader: GoodImages, num_detections: int) -> list[str]:
-    notes = [] if num_detections else ["nothing was detected above score_threshold: the AP is 0 by definition"]
-    return notes + ([f"{len(loader.bad)} val images cannot be read and count as images without detections"] if loader.bad else [])
+def _notes(bad: dict[str, BadImages], num_detections: int) -> list[str]:
+    notes = [f"{split}: {images.note()}" for split, images in bad.items() if images.count]
+    if bad[SPLITS[1]].count:
+        notes.append(f"unread images of {SPLITS[1]} count as images without detections")
+    return notes if num_detections else [*notes, "nothing was detected above score_threshold: the AP is 0 by definition"]
 
 
 @contextmanager
@@ -72,7 +79,7 @@ def log_to(path: Path) -> Iterator[None]:
     with open(path, "a", encoding="utf-8") as file, redirect_stdout(file):
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
-        loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "py.warnings")]
+        loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "mae_bench", "py.warnings")]
         before = [(logger.level, logger.propagate) for logger in loggers]
         logging.captureWarnings(True)
         for logger in loggers:

@@ -38,7 +38,7 @@ def test_packaged_recipes_need_nothing_but_data(path: str) -> None:
 
 
 def test_the_vitdet_recipe_is_the_published_one() -> None:
-    """arXiv 2203.16527 Table 11 and detectron2's ViTDet configs: 184,375 iterations of 64 images, lr / 10 at 163,889 and 177,546."""
+    """arXiv 2203.16527 Table 11 and detectron2: 184,375 iterations of 64 images, lr / 10 at 163,889 and 177,546."""
     config = build(MaskRCNNConfig, load_yaml("tasks/coco/maskrcnn_vitdet_100ep.yaml", ["data=somewhere"]), "recipe")
     assert (config.iterations, config.global_batch_size, config.lr, config.weight_decay) == (184_375, 64, 1e-4, 0.1)
     assert [round(step * config.iterations) for step in config.lr_steps] == [163_889, 177_546]

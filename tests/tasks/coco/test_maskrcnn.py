@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ pytest.importorskip("detectron2", reason="detectron2 is optional: make setup")
 from detectron2.config import LazyConfig, instantiate  # noqa: E402
 
 from backbones.adapters.detectron2 import load_vit_backbone  # noqa: E402
-from mae_bench.digest import file_digest  # noqa: E402
+from mae_bench.data.images import BadImages  # noqa: E402
 from mae_bench.errors import Interrupted, UserError  # noqa: E402
 from mae_bench.job import Job  # noqa: E402
 from mae_bench.progress import Progress  # noqa: E402
@@ -39,16 +38,6 @@ class StopAfter(Progress):
         self.seen.append(done)
         self._stop = self._stop or done == self.iteration
         super().step(done, **values)
-
-
-@pytest.fixture(autouse=True)
-def _layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layout check has its own tests, and wants more of a data set than these six images are."""
-
-    def check(layout: str, root: str) -> SimpleNamespace:
-        return SimpleNamespace(name="toy", digest=file_digest(Path(root) / "annotations" / "instances_val2017.json"))
-
-    monkeypatch.setattr(maskrcnn, "check_layout", check)
 
 
 def job(folder: Path, backbone: str) -> Job:
@@ -112,7 +101,7 @@ def test_the_seed_decides(make_config: MakeConfig, coco: Path) -> None:
     def first_ids(seed: int, start: int) -> list[list[int]]:
         return [
             [sample["image_id"] for sample in batch]
-            for batch, _ in zip(train_loader(make_config(), names.train, seed, start), range(6), strict=False)
+            for batch, _ in zip(train_loader(make_config(), names.train, BadImages(0, 6), seed, start), range(6), strict=False)
         ]
 
     assert first_ids(0, 0) == first_ids(0, 0) != first_ids(1, 0)
@@ -158,9 +147,10 @@ def test_unreadable_images_up_to_the_limit(
     bad.write_bytes(b"no image")
     outcome = maskrcnn.run(make_config(max_bad_images=0.4), job(tmp_path / "lenient", backbone), Progress())
     log = (tmp_path / "lenient" / "detectron2.log").read_text()
-    assert log.count(f"skipped {bad}") == 1
+    assert log.count(f"image {bad} does not decode") == 1
     assert outcome.num_samples == 3
-    assert len(outcome.notes) == (split == "val2017")
+    assert bad.name in outcome.notes[0]
+    assert len(outcome.notes) == 1 + (split == "val2017")
     with pytest.raises(UserError, match=bad.name) as error:
         maskrcnn.run(make_config(num_workers=1), job(tmp_path / "strict", backbone), Progress())
     assert "Traceback" not in str(error.value)
