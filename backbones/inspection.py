@@ -99,6 +99,8 @@ def render(inspection: Mapping[str, Any]) -> RenderableType:
 
 def _table(rows: Mapping[str, Any], title: str) -> Table:
     table = Table(title=Text(title, style="bold"), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(overflow="fold")  # a digest is worth nothing cut short
     for name, value in rows.items():
         table.add_row(Text(name, style="cyan"), Text(str(value)))  # Text: names in a file may look like markup
     return table

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from backbones.carry import to_safetensors
+from backbones.carry import write_safetensors
 from backbones.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
 from backbones.translation import Translation, is_sincos, numbers, require_plain
 from mae_bench.errors import UserError
-from mae_bench.files import write_atomic, write_json
+from mae_bench.files import write_json
 from mae_bench.spec import BackboneSpec
 
 MODULES = {  # theirs -> ours, with the tensor's own name (weight, bias) left off
@@ -113,7 +113,7 @@ def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, prove
     if len(set(spec.img_size)) > 1 or len(set(spec.patch_size)) > 1:
         raise UserError(f"images {spec.img_size}, patches {spec.patch_size}", expected="squares for transformers' ViTMAE")
     theirs = {name: part for ours, tensor in weights.items() for name, part in _their_tensors(ours, tensor).items()}
-    write_atomic(out / "model.safetensors", lambda file: file.write(to_safetensors(theirs, spec, provenance)))
+    write_safetensors(out / "model.safetensors", theirs, spec, provenance)
     write_json(out / PREPROCESSOR_FILE, _processor(spec))
     write_json(out / CONFIG_FILE, _config(spec))
 

@@ -7,13 +7,12 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from backbones.carry import to_safetensors
+from backbones.carry import write_safetensors
 from backbones.formats.official_mae import is_marked
 from backbones.source import CONFIG_FILE, Checkpoint
 from backbones.translation import HEAD, Translation, is_sincos, is_vit, keep_names, numbers
 from mae_bench.errors import UserError
 from mae_bench.export import SPEC_FILE
-from mae_bench.files import write_atomic
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
 
@@ -87,4 +86,4 @@ def _built_as(name: str, model: Any) -> dict[str, Any]:
 
 def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
     """A safetensors file that `timm.create_model(..., checkpoint_path=out)` loads; spec and provenance stand in its metadata."""
-    write_atomic(out, lambda file: file.write(to_safetensors(weights, spec, provenance)))
+    write_safetensors(out, weights, spec, provenance)

@@ -24,7 +24,7 @@ def test_every_layout_is_described_in_json(files, name):
     assert told["architecture"] == "ViT (width 192, depth 2, 3 heads)/8"
     weight_file = path / "model.safetensors" if path.is_dir() else path
     assert (told["sha256"], told["bytes"]) == (file_digest(weight_file), weight_file.stat().st_size)
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(render(told))
     assert told["sha256"] in console.export_text()
 
