@@ -89,7 +89,7 @@ class _Counter:
 
 
 def _write_imagenet(root: Path, size: DemoSet, seed: int, counter: _Counter) -> None:
-    recipe = Recipe(size.img_size, num_things=(1, 1), radius=(0.26, 0.48), max_grounds=2, max_bars=1)
+    recipe = Recipe(size.img_size, num_things=(1, 1), radius=(0.26, 0.48), turn=np.pi / 6, max_grounds=2, max_bars=1)
     for split, number in (("train", size.num_train), ("val", size.num_val)):
         for i in range(number):
             label = i % len(THINGS)
@@ -99,7 +99,7 @@ def _write_imagenet(root: Path, size: DemoSet, seed: int, counter: _Counter) -> 
 
 
 def _write_coco(root: Path, size: DemoSet, seed: int, counter: _Counter) -> None:
-    recipe = Recipe(size.img_size, crowd_share=0.15)
+    recipe = Recipe(size.img_size, turn=np.pi / 4, crowd_share=0.25)
     for split, number, first in (("train2017", size.num_train, 1), ("val2017", size.num_val, 500_001)):
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
@@ -135,7 +135,7 @@ def _annotation(thing: Thing) -> dict[str, Any]:
 
 
 def _write_ade20k(root: Path, size: DemoSet, seed: int, counter: _Counter) -> None:
-    recipe = Recipe(size.img_size, crowd_share=0.15)
+    recipe = Recipe(size.img_size, turn=np.pi / 4, crowd_share=0.25)
     for split, number in (("training", size.num_train), ("validation", size.num_val)):
         (root / "annotations" / split).mkdir(parents=True)
         for i in range(number):

@@ -23,6 +23,7 @@ class Recipe:
     size: int
     num_things: tuple[int, int] = (2, 6)
     radius: tuple[float, float] = (0.07, 0.3)
+    turn: float = np.pi  # things are rotated by up to this angle to either side
     crowd_share: float = 0.0  # of the scenes, with one group of many small things of a class
     max_grounds: int = 3
     max_bars: int = 2
@@ -138,10 +139,10 @@ OUTLINES: dict[str, Array] = {
 }
 
 
-def _pose(rng: np.random.Generator, label: int, radius: float, centre: Array) -> Array:
-    """The class's outline, stretched, turned by up to 45 degrees to either side and moved: float [points, 2] in pixels."""
+def _pose(rng: np.random.Generator, label: int, radius: float, turn: float, centre: Array) -> Array:
+    """The class's outline, stretched, turned and moved: float [points, 2] in pixels."""
     stretch = np.exp(rng.uniform(-0.2, 0.2))
-    angle = rng.uniform(-np.pi / 4, np.pi / 4)
+    angle = rng.uniform(-turn, turn)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     return (OUTLINES[THINGS[label]] * [stretch, 1 / stretch]) @ rotation.T * radius + centre
 
@@ -152,10 +153,10 @@ def _place(rng: np.random.Generator, recipe: Recipe, label: int, count: int) -> 
     radius = recipe.size * np.exp(rng.uniform(low, high))
     if count == 1:
         margin = min(0.8 * radius, recipe.size / 2)
-        return (_pose(rng, label, radius, rng.uniform(margin, recipe.size - margin, 2)),)
+        return (_pose(rng, label, radius, recipe.turn, rng.uniform(margin, recipe.size - margin, 2)),)
     middle, small = rng.uniform(0.3, 0.7, 2) * recipe.size, recipe.size * rng.uniform(0.045, 0.075)
     centres = middle + rng.normal(0, 2.2 * small, (count, 2))
-    return tuple(_pose(rng, label, small * rng.uniform(0.8, 1.2), centre) for centre in centres)
+    return tuple(_pose(rng, label, small * rng.uniform(0.8, 1.2), recipe.turn, centre) for centre in centres)
 
 
 def _bar(rng: np.random.Generator, size: int) -> Array:
@@ -190,7 +191,7 @@ def _coverage(outline: Array, shape: tuple[int, ...], blur: float = 0.0) -> Arra
     """Share of each pixel inside the polygon, float32 [h, w]; blurred, a soft shadow at a quarter of the cost."""
     scale = 1 if blur else SUPERSAMPLING
     image = Image.new("L", (shape[1] * scale, shape[0] * scale))
-    ImageDraw.Draw(image).polygon([(x * scale - 0.5, y * scale - 0.5) for x, y in outline.tolist()], fill=255)
+    ImageDraw.Draw(image).polygon([(x * scale, y * scale) for x, y in outline.tolist()], fill=255)
     image = image.filter(ImageFilter.BoxBlur(blur)) if blur else image.reduce(scale)
     return np.asarray(image, np.float32) / 255
 
