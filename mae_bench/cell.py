@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from mae_bench.record import FAILURE_FILE, RECORD_FILE, Failure, RecordError, ResultRecord, read_failure, read_record
-from mae_bench.registry import kind
 
 CELL_FILE = "cell.json"  # what the runner asks of the worker
 LOG_FILE = "log.txt"  # what the worker printed
@@ -16,12 +15,13 @@ BACKBONE = "backbone"  # stands for the task's name in cells that make a backbon
 class Cell:
     """A backbone to make (task "backbone", upstream None) or to transfer.
 
-    config: complete and validated. key: the digest of all that decides the result; `dir` ends with its first digits.
+    family: what its record says under `task`. config: complete and validated. key: the digest of all that decides the result; `dir` ends with its first digits.
     upstream: the folder of the cell that makes the backbone.
     """
 
     backbone: str
     task: str
+    family: str
     kind: str
     config: dict[str, Any]
     seed: int
@@ -51,4 +51,4 @@ class Cell:
         """What stands in the place of the record if the cell ends without a score."""
         status: Any = "not installed" if not_installed else "failed"
         protocol = self.config.get("protocol", self.kind)
-        return Failure(self.backbone, kind(self.kind).task, protocol, self.seed, status, reason, fix)
+        return Failure(self.backbone, self.family, protocol, self.seed, status, reason, fix)

@@ -119,10 +119,11 @@ def _expand(source: tuple[Any, Path], chain: tuple[Path, ...] = ()) -> Any:
         return [_expand((item, folder), chain) for item in value]
     if not isinstance(value, dict):
         return value
+    file = value.get("base")
+    if not isinstance(file, str):  # a mapping under that name is a row that is called so
+        return {key: _expand((item, folder), chain) for key, item in value.items()}
     own = {key: _expand((item, folder), chain) for key, item in value.items() if key != "base"}
-    if "base" not in value:
-        return own
-    path = resolve_path(value["base"], folder).resolve()
+    path = resolve_path(file, folder).resolve()
     if path in chain:
         raise UserError(f"configs that are each other's base: {' -> '.join(p.name for p in (*chain, path))}")
     base = _expand(_read(path), (*chain, path))

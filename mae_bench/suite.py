@@ -149,7 +149,7 @@ def _cell(
     }
     key = json_digest(identity)
     folder = Path(suite.out) / CELLS / name / f"{task}-s{seed}-{key[:8]}"
-    return Cell(name, task, job["kind"], job, seed, key, folder, maker.dir if maker else None)
+    return Cell(name, task, chosen.task, job["kind"], job, seed, key, folder, maker.dir if maker else None)
 
 
 def _content(key: str, value: Any) -> Any:

@@ -1,0 +1,77 @@
+"""Job kinds that need no framework: run as a script, this is `mae-bench` with them."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Literal
+
+from mae_bench.cli import main
+from mae_bench.config import Config
+from mae_bench.errors import NotInstalled, UserError
+from mae_bench.job import EXPORT, Job, Outcome
+from mae_bench.progress import Progress
+from mae_bench.record import Metric
+from mae_bench.registry import KINDS, Kind
+
+FAKES = {
+    "fake_maker": Kind("fake_kinds:MakerConfig", "fake_kinds:run", "", emits_backbone=True),
+    "fake_transfer": Kind("fake_kinds:TransferConfig", "fake_kinds:run", "imagenet"),
+}
+
+
+class MakerConfig(Config):
+    kind: str
+    protocol: str = "fake"
+    score: float = 1.0
+    behave: Literal["well", "user error", "not installed", "exception", "SIGKILL", "exit 3", "wait"] = "well"
+
+
+class TransferConfig(MakerConfig):
+    data: str
+
+
+def run(config: MakerConfig, job: Job, progress: Progress) -> Outcome:
+    with open(job.dir / "runs.txt", "a", encoding="utf-8") as file:
+        file.write("run\n")
+    if job.backbone and not Path(job.backbone, "weights").is_file():
+        raise UserError("started before its backbone was there")
+    misbehave(config.behave, job, progress)
+    if FAKES[config.kind].emits_backbone:
+        (job.dir / EXPORT).mkdir(exist_ok=True)
+        (job.dir / EXPORT / "weights").write_text(job.name)
+    return Outcome(
+        task=FAKES[config.kind].task, dataset="toy", split="val", num_samples=4, metrics={"top1": Metric(config.score + job.seed)},
+        main_metric="top1", data_digest="", backbone_spec={}, backbone_digest=job.backbone,
+    )  # fmt: skip
+
+
+def misbehave(how: str, job: Job, progress: Progress) -> None:
+    if how == "user error":
+        raise UserError("a given thing", expected="another thing", fix="mend it")
+    if how == "not installed":
+        raise NotInstalled("the module 'x' is not installed", fix="pip install x")
+    if how == "exception":
+        raise ZeroDivisionError("what nobody foresaw")
+    if how == "SIGKILL":
+        print("last words", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "exit 3":
+        os._exit(3)
+    if how == "wait" and not (job.dir / "state").exists():
+        wait_to_be_stopped(job, progress)
+
+
+def wait_to_be_stopped(job: Job, progress: Progress) -> None:
+    """Like a training: saves when asked to stop; the next run finds the state and ends."""
+    progress.stage("train", 1000)
+    for step in range(1000):
+        if progress.should_stop:
+            (job.dir / "state").write_text(str(step))
+        progress.step(step, loss=1.0)
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    KINDS.update(FAKES)
+    main()

@@ -1,0 +1,229 @@
+"""The runner on fake jobs: what is run, what is not run again, and what becomes of a cell that fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mae_bench.cell import Cell
+from mae_bench.errors import UserError
+from mae_bench.live import View
+from mae_bench.provenance import num_cores
+from mae_bench.record import FAILURE_FILE, RECORD_FILE, Failure, ResultRecord
+from mae_bench.runner import MOST_JOBS, Slot, locked, run_suite, slots_of
+from mae_bench.suite import load_suite
+
+Results = dict[tuple[str, str, int], ResultRecord | Failure]
+
+
+def run(suite: dict[str, Any], *overrides: str) -> tuple[Results, str]:
+    """Runs the suite here; returns the results and what the view printed."""
+    text = StringIO()
+    results = run_suite(load_suite(suite, overrides), View(Console(file=text, width=300)), "mae-bench run toy.yaml")
+    return {(cell.backbone, cell.task, cell.seed): result for cell, result in results}, text.getvalue()
+
+
+def times_run(suite: dict[str, Any]) -> dict[str, int]:
+    """How often each cell's job was started, by its folder below `cells`, less the key."""
+    files = Path(suite["out"]).rglob("runs.txt")
+    return {f"{f.parent.parent.name}/{f.parent.name.rsplit('-', 1)[0]}": len(f.read_text().split()) for f in files}
+
+
+def test_every_cell_gets_a_record_that_explains_itself(suite: dict[str, Any]) -> None:
+    results, printed = run(suite, "seeds=[0,3]")
+    assert set(results) == {(b, "backbone", 0) for b in ("good", "base")} | {
+        (b, "probe", seed) for b in ("good", "base") for seed in (0, 3)
+    }
+    record = results["good", "probe", 3]
+    assert isinstance(record, ResultRecord)
+    assert record.score.value == 4.0
+    assert (record.backbone, record.protocol, record.seed, record.task) == ("good", "probe", 3, "imagenet")
+    assert record.command == "mae-bench run toy.yaml"
+    assert record.config["score"] == 1.0, "a default that nobody wrote is in the record too"
+    assert len(record.config_digest) == 64
+    assert record.versions["python"].startswith("3.")
+    assert record.hardware["cores"] == num_cores()
+    assert record.started <= record.finished
+    assert "cells/good/backbone-s0-" in record.backbone_digest, "the transfer was given its own backbone's export"
+    assert printed.count("done") == 6
+
+
+def test_finished_cells_are_not_run_again(suite: dict[str, Any]) -> None:
+    run(suite)
+    _, printed = run(suite)
+    assert times_run(suite) == {"good/backbone-s0": 1, "base/backbone-s0": 1, "good/probe-s0": 1, "base/probe-s0": 1}
+    assert "4 finished before, 0 to run" in printed
+
+
+def test_a_changed_config_runs_what_depends_on_it_and_nothing_else(suite: dict[str, Any]) -> None:
+    run(suite)
+    results, printed = run(suite, "backbones.good.score=5")
+    assert "4 cells, 2 finished before, 2 to run" in printed
+    assert isinstance(record := results["good", "backbone", 0], ResultRecord)
+    assert record.score.value == 5.0
+    assert times_run(suite)["base/probe-s0"] == 1
+
+
+@pytest.mark.parametrize(
+    ("behave", "status", "reason", "fix"),
+    [
+        ("user error", "failed", "a given thing (expected: another thing)", "mend it"),
+        ("not installed", "not installed", "the module 'x' is not installed", "pip install x"),
+        ("exception", "failed", "ZeroDivisionError: what nobody foresaw", "log.txt"),
+        ("SIGKILL", "failed", "killed by SIGKILL, most often because the system ran out of memory", "--jobs 1"),
+        ("exit 3", "failed", "ended with exit code 3", "log.txt"),
+    ],
+)
+def test_a_cell_that_fails_says_why_and_the_others_still_run(
+    suite: dict[str, Any], behave: str, status: str, reason: str, fix: str
+) -> None:
+    suite["tasks"]["bad"] = {"kind": "fake_transfer", "protocol": "bad", "behave": behave}
+    del suite["backbones"]["base"]
+    results, printed = run(suite)
+    failure = results["good", "bad", 0]
+    assert isinstance(failure, Failure)
+    assert (failure.status, failure.backbone, failure.task, failure.protocol) == (status, "good", "imagenet", "bad")
+    assert reason in failure.reason
+    assert fix in failure.fix
+    assert isinstance(results["good", "probe", 0], ResultRecord)
+    assert reason in printed
+    assert "Traceback" not in printed + failure.reason
+
+
+def test_the_log_keeps_what_a_failure_leaves_out(suite: dict[str, Any]) -> None:
+    suite["backbones"] = {"good": {"kind": "fake_maker", "behave": "exception"}, "base": {"kind": "fake_maker", "behave": "SIGKILL"}}
+    results, _ = run(suite)
+    logs = {path.parent.parent.name: path.read_text() for path in Path(suite["out"]).rglob("log.txt")}
+    assert "Traceback" in logs["good"]
+    assert isinstance(failure := results["base", "backbone", 0], Failure)
+    assert "last words" in failure.reason
+
+
+@pytest.mark.parametrize("behave", ["user error", "not installed"])
+def test_cells_of_a_backbone_that_failed_fail_with_its_reason(suite: dict[str, Any], behave: str) -> None:
+    results, _ = run(suite, f"backbones.good.behave={behave}")
+    maker, transfer = results["good", "backbone", 0], results["good", "probe", 0]
+    assert isinstance(maker, Failure)
+    assert isinstance(transfer, Failure)
+    assert transfer.reason == f"its backbone 'good' could not be made: {maker.reason}"
+    assert (transfer.status, transfer.fix) == (maker.status, maker.fix)
+    assert isinstance(results["base", "probe", 0], ResultRecord)
+
+
+def test_what_failed_is_tried_again(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    suite["tasks"]["probe"]["behave"] = "user error"
+    run(suite)
+    (failed,) = [path.parent for path in Path(suite["out"]).rglob(FAILURE_FILE) if "good" in path.parts]
+    run(suite)
+    assert (failed / "runs.txt").read_text().split() == ["run", "run"]
+    assert times_run(suite)["good/backbone-s0"] == 1
+
+
+def test_a_damaged_record_does_not_count(suite: dict[str, Any]) -> None:
+    run(suite)
+    (path,) = [path for path in Path(suite["out"]).rglob(RECORD_FILE) if "good/probe" in str(path)]
+    path.write_text(path.read_text()[:100])
+    results, _ = run(suite)
+    assert isinstance(results["good", "probe", 0], ResultRecord)
+    assert times_run(suite)["good/probe-s0"] == 2
+
+
+def test_missing_data_is_named_before_anything_runs(suite: dict[str, Any], tmp_path: Path) -> None:
+    suite["tasks"]["other"] = {"kind": "fake_transfer", "data": str(tmp_path / "elsewhere")}
+    suite["data"]["root"] = str(tmp_path / "nowhere")
+    with pytest.raises(UserError) as error:
+        run(suite)
+    assert "nowhere/imagenet" in str(error.value)
+    assert "elsewhere" in str(error.value), "all of it at once"
+    assert times_run(suite) == {}
+
+
+def test_one_runner_a_folder(suite: dict[str, Any]) -> None:
+    with locked(Path(suite["out"])), pytest.raises(UserError, match=f"process {os.getpid()} runs a suite there"):
+        run(suite)
+    run(suite)
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_to_mend(suite: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        run(suite | {"out": str(tmp_path / "file" / "out")})
+
+
+def test_slots(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert slots_of(load_suite(suite, ["jobs=3"])) == [Slot("cpu")] * 3
+    assert len(slots_of(load_suite(suite, ["jobs=auto"]))) == min(MOST_JOBS, num_cores())
+    monkeypatch.setattr("mae_bench.runner.visible_gpus", lambda: ["2", "5"])
+    assert slots_of(load_suite(suite, ["jobs=auto", "device=auto"])) == [Slot("cuda", "2"), Slot("cuda", "5")]
+    assert slots_of(load_suite(suite, ["device=auto", "jobs=3"]))[2] == Slot("cuda", "2")
+    monkeypatch.setattr("mae_bench.runner.visible_gpus", list)
+    with pytest.raises(UserError, match="no GPU"):
+        slots_of(load_suite(suite, ["device=cuda"]))
+
+
+def start(script: Path, suite: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
+    path = Path(suite["out"]).with_name("toy.yaml")
+    path.write_text(json.dumps(suite))
+    command = [sys.executable, str(script), "run", str(path), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def waiting_worker(suite: dict[str, Any], process: subprocess.Popen[str]) -> Path:
+    """The folder of the cell that waits, once its job has begun to train."""
+    for _ in range(600):
+        for events in Path(suite["out"]).rglob("events.jsonl"):
+            if '"train"' in events.read_text():
+                return events.parent
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError("no job began to train")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_and_goes_on(fake_kinds: Path, suite: dict[str, Any], number: signal.Signals) -> None:
+    suite["tasks"]["probe"]["behave"] = "wait"
+    process = start(fake_kinds, suite)
+    folder = waiting_worker(suite, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "goes on from here" in err
+    assert "Traceback" not in err
+    assert (folder / "state").is_file()
+    assert not list(Path(suite["out"]).rglob(FAILURE_FILE))
+
+    process = start(fake_kinds, suite, "--json")
+    answer, err = process.communicate(timeout=60)
+    states = {cell["state"] for cell in json.loads(answer)["cells"]}
+    if states != {"done"}:  # the other waiting cell may not have begun before the signal came
+        pytest.fail(err)
+    assert times_run(suite)["good/backbone-s0"] == 1
+
+
+def test_a_worker_that_others_stop_is_a_failure_and_goes_on(fake_kinds: Path, suite: dict[str, Any]) -> None:
+    suite["backbones"]["good"]["behave"] = "wait"
+    process = start(fake_kinds, suite, "--json")
+    folder = waiting_worker(suite, process)
+    (worker,) = subprocess.run(["pgrep", "-f", f"mae_bench.worker {folder}"], capture_output=True, text=True).stdout.split()
+    os.kill(int(worker), signal.SIGTERM)
+    answer, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    cells = {(cell["backbone"], cell["task"]): cell for cell in json.loads(answer)["cells"]}
+    assert "asked it to stop" in cells["good", "backbone"]["reason"]
+    results, _ = run(suite)
+    assert isinstance(results["good", "backbone", 0], ResultRecord)
+
+
+def test_cells_know_their_place(suite: dict[str, Any]) -> None:
+    cell = Cell("mae", "linear", "imagenet", "fake_transfer", {"protocol": "linear-90ep"}, 1, "key", Path("there"))
+    assert cell.name == "mae · linear · seed 1"
+    assert cell.result() is None
+    assert cell.failure("why").protocol == "linear-90ep"
