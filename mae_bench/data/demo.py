@@ -89,7 +89,7 @@ class _Counter:
 
 
 def _write_imagenet(root: Path, size: DemoSet, seed: int, counter: _Counter) -> None:
-    recipe = Recipe(size.img_size, num_things=(1, 1), radius=(0.26, 0.48), turn=np.pi / 6, max_grounds=2, max_bars=1)
+    recipe = Recipe(size.img_size, num_things=(1, 1), radius=(0.24, 0.46), turn=np.pi / 5, max_grounds=2, max_bars=1)
     for split, number in (("train", size.num_train), ("val", size.num_val)):
         for i in range(number):
             label = i % len(THINGS)

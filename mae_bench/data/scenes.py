@@ -14,6 +14,7 @@ GENERATOR_VERSION = 1  # rises whenever the same seed would give other pixels or
 THINGS = ("arrow", "crescent", "cross", "disc", "heart", "hexagon", "ring", "square", "star", "triangle")
 STUFF = ("sky", "gravel", "furrows", "water", "foliage")
 SUPERSAMPLING = 4
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # weights of red, green and blue in brightness (Rec. 601)
 
 
 @dataclass(frozen=True)
@@ -226,9 +227,15 @@ def _pattern(rng: np.random.Generator, x: Array, y: Array) -> Array:
 
 
 def _colour(rng: np.random.Generator, avoid: Array | None = None) -> Array:
-    """A random colour, at a visible distance from `avoid`: nothing would be left to see of a thing in the ground's colour."""
-    colours = rng.uniform(0.05, 0.95, (8, 3)).astype(np.float32)
-    return colours[0] if avoid is None else colours[np.argmax(np.linalg.norm(colours - avoid, axis=1) > 0.55)]
+    """A random colour. Of a thing: brighter than the ground's mean colour `avoid`, so that there is something to see.
+
+    Hue and saturation stay free of the class; a fixed sign of the contrast is what lets a small model learn shapes in minutes.
+    """
+    if avoid is None:
+        return rng.uniform(0.02, 0.6, 3).astype(np.float32)
+    colours = rng.uniform(0.2, 1.0, (8, 3)).astype(np.float32)
+    gain = (colours - avoid) @ LUMA
+    return colours[np.argmax(gain > 0.3) if (gain > 0.3).any() else np.argmax(gain)]
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, ...], cell: float, flat: float = 1.0) -> Array:
@@ -261,7 +268,7 @@ def _ground(rng: np.random.Generator, kind: int, x: Array, y: Array) -> Array:
     """One stuff class all over the image: its texture tells the class, its colours do not; float32 [H, W, 3]."""
     size = len(x)
     first, second = _colour(rng), _colour(rng)
-    second = np.clip(first + (second - first) * rng.uniform(0.2, 0.6), 0, 1).astype(np.float32)
+    second = np.clip(first + (second - first) * rng.uniform(0.2, 0.5), 0, 1).astype(np.float32)
     if STUFF[kind] == "sky":
         mix = 0.8 * y + 0.2 * _noise(rng, x.shape, size / 3, 2.0)
     elif STUFF[kind] == "gravel":
