@@ -3,6 +3,8 @@ import pytest
 
 from mae_bench.data.outlines import box, polygons, run_lengths
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools 2.0.11, numpy 2
+
 
 def random_masks():
     rng = np.random.default_rng(0)
