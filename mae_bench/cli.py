@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FAILED, WRONG_USE, STOPPED = 1, 2, 130  # exit codes; 130 is the shell's for SIGINT
 DEMO = "suites/demo.yaml"
+GENERAL = ("", "export", "cells", "backbone.safetensors", "mae.safetensors", "model.safetensors", "pytorch_model.bin")  # no names
 
 app = typer.Typer(name="mae-bench", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="Look at data.")
@@ -117,11 +118,10 @@ def evaluate(
 
 def _rows_of(sources: list[str]) -> dict[str, str]:
     """A name for each checkpoint: that of its file, or of the nearest folder that has one of its own."""
-    general = {"", "export", "backbone", "model", "pytorch_model", "mae", "checkpoint", "cells"}
     rows: dict[str, str] = {}
     for source in sources:
         path = Path(source.rpartition(":")[2])
-        own = [part.stem for part in (path, *path.parents) if part.stem not in general and not part.stem.startswith("backbone-")]
+        own = [part.stem for part in (path, *path.parents) if part.name not in GENERAL and not part.name.startswith("backbone-s")]
         name = next(iter(own), "checkpoint")
         rows[name if name not in rows else f"{name}-{len(rows) + 1}"] = source
     return rows
@@ -236,7 +236,7 @@ def _run(source: str | dict[str, Any], overrides: list[str] | None, out: Path | 
     with view_for(Console(stderr=True)) as view:
         results = run_suite(suite, view, command_line())
     folder, only = Path(suite.out), {cell.dir for cell, _ in results}
-    files = _report(folder, folder / "report", suite.row_of_baseline, suite.name, only, quiet=as_json)
+    files = _report(folder, folder / "report", suite.row_of_baseline, suite.name, only, quiet=as_json or not suite.tasks)
     _conclude(suite, results, files, as_json)
 
 
@@ -244,14 +244,16 @@ def _conclude(
     suite: "SuiteConfig", results: "list[tuple[Cell, ResultRecord | Failure]]", files: list[str], as_json: bool
 ) -> None:
     """The last words of a run, and its exit code."""
+    from mae_bench.job import EXPORT
     from mae_bench.plan import as_dict, counts
 
     cells = [as_dict(cell, result) for cell, result in results]
+    exports = [cell.dir / EXPORT for cell, _ in results if (cell.dir / EXPORT).is_dir()]
     if as_json:
         _print_json({"suite": suite.name, "out": suite.out, "cells": cells, "report": files})
     else:
         print(f"\n{counts(cells)}, in {suite.out}")
-        print("\n".join(files))
+        print("\n".join(map(str, [*exports, *files])))
     if any(cell["state"] == "failed" for cell in cells):
         raise typer.Exit(FAILED)
 

@@ -103,11 +103,10 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
     )
 
 
-def environment(threads: int, visible_device: str | None) -> dict[str, str]:
-    """The environment of a worker: its number of threads and, on a GPU, the one device that it sees."""
+def environment(threads: int, visible_device: str) -> dict[str, str]:
+    """The environment of a worker: its number of threads and, the one GPU that it sees ("": none)."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-    device = {} if visible_device is None else {"CUDA_VISIBLE_DEVICES": visible_device}
-    return os.environ | dict.fromkeys(names, str(threads)) | device | {"PYTHONUNBUFFERED": "1"}
+    return os.environ | dict.fromkeys(names, str(threads)) | {"CUDA_VISIBLE_DEVICES": visible_device, "PYTHONUNBUFFERED": "1"}
 
 
 if __name__ == "__main__":

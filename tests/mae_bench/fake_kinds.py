@@ -41,8 +41,9 @@ def run(config: MakerConfig, job: Job, progress: Progress) -> Outcome:
         (job.dir / EXPORT).mkdir(exist_ok=True)
         (job.dir / EXPORT / "weights").write_text(job.name)
     return Outcome(
-        task=FAKES[config.kind].task, dataset="toy", split="val", num_samples=4, metrics={"top1": Metric(config.score + job.seed)},
-        main_metric="top1", data_digest="", backbone_spec={}, backbone_digest=job.backbone,
+        task=FAKES[config.kind].task, dataset="toy", split="val", num_samples=4,
+        metrics={"top1": Metric(config.score + job.seed)}, main_metric="top1", data_digest="", backbone_spec={},
+        backbone_digest=job.backbone,
     )  # fmt: skip
 
 
@@ -64,6 +65,7 @@ def misbehave(how: str, job: Job, progress: Progress) -> None:
 
 def wait_to_be_stopped(job: Job, progress: Progress) -> None:
     """Like a training: saves when asked to stop; the next run finds the state and ends."""
+    (job.dir / "pid").write_text(str(os.getpid()))
     progress.stage("train", 1000)
     for step in range(1000):
         if progress.should_stop:

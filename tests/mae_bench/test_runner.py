@@ -99,7 +99,10 @@ def test_a_cell_that_fails_says_why_and_the_others_still_run(
 
 
 def test_the_log_keeps_what_a_failure_leaves_out(suite: dict[str, Any]) -> None:
-    suite["backbones"] = {"good": {"kind": "fake_maker", "behave": "exception"}, "base": {"kind": "fake_maker", "behave": "SIGKILL"}}
+    suite["backbones"] = {
+        "good": {"kind": "fake_maker", "behave": "exception"},
+        "base": {"kind": "fake_maker", "behave": "SIGKILL"},
+    }
     results, _ = run(suite)
     logs = {path.parent.parent.name: path.read_text() for path in Path(suite["out"]).rglob("log.txt")}
     assert "Traceback" in logs["good"]
@@ -212,8 +215,7 @@ def test_a_worker_that_others_stop_is_a_failure_and_goes_on(fake_kinds: Path, su
     suite["backbones"]["good"]["behave"] = "wait"
     process = start(fake_kinds, suite, "--json")
     folder = waiting_worker(suite, process)
-    (worker,) = subprocess.run(["pgrep", "-f", f"mae_bench.worker {folder}"], capture_output=True, text=True).stdout.split()
-    os.kill(int(worker), signal.SIGTERM)
+    os.kill(int((folder / "pid").read_text()), signal.SIGTERM)
     answer, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     cells = {(cell["backbone"], cell["task"]): cell for cell in json.loads(answer)["cells"]}

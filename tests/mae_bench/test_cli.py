@@ -1,0 +1,154 @@
+"""The real `mae-bench` process: exit codes, answers for programs, and messages without a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mae_bench.cli import _rows_of, app
+
+MAIN = ("-m", "mae_bench.cli")
+COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
+
+
+def mae_bench(*arguments: str, script: Path | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`mae-bench` in a process of its own; with `script` the fake kinds' one."""
+    here = [str(script)] if script else list(MAIN)
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *here, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd,
+        env=os.environ | {"COLUMNS": "200", "PYTHONPATH": path, "NO_COLOR": "1"},
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr + done.stdout, done.stderr
+    return done
+
+
+@pytest.fixture
+def toy(suite: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "toy.yaml"
+    path.write_text(json.dumps(suite))
+    return path
+
+
+def test_help_imports_no_framework() -> None:
+    code = (
+        "import sys; from mae_bench.cli import main; sys.argv = ['mae-bench', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch', 'numpy', 'timm', 'omegaconf', 'detectron2', 'mmseg', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    for command in ([], *([name] for name in COMMANDS), ["data", "check"]):
+        done = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "Usage: mae-bench" in done.stdout
+
+
+def test_version() -> None:
+    assert mae_bench("--version").stdout.startswith("mae-bench 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evalute"], "Did you mean 'evaluate'?"),
+        (["run", "suites/demo.yaml", "--job", "2"], "--jobs"),
+        (["run", "suites/dmo.yaml"], "did you mean suites/demo.yaml"),
+        (["run"], "Missing argument 'SUITE'"),
+        (["pretrain", "pretrain/demo.yaml", "epohcs=3", "data=x"], "the nearest known key is 'epochs'"),
+        (["pretrain", "pretrain/demo.yaml"], "add data=VALUE to the command"),
+        (["pretrain", "tasks/imagenet/linear_demo.yaml", "data=x"], "which transfers one"),
+        (["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear"], "did you mean tasks/imagenet/linear"),
+        (["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear_demo"], "data.imagenet must be given"),
+        (["report", "/nowhere"], "no result under /nowhere"),
+        (["data", "check", "coco", "/nowhere"], "/nowhere is missing"),
+        (["data", "check", "cocoa", "/nowhere"], "'cocoa' is not one of"),
+        (["reconstruct", "--checkpoint", "/nowhere", "--out", "x.png", "image.png"], "holds no masked autoencoder"),
+        (["inspect", "/nowhere.pth"], "/nowhere.pth"),
+    ],
+)
+def test_wrong_use_is_2_and_says_what_to_do(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = mae_bench(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir()), "wrong use writes nothing"
+
+
+def test_a_run_that_is_done_is_0_and_ends_with_its_report(fake_kinds: Path, toy: Path, suite: dict[str, Any]) -> None:
+    done = mae_bench("run", str(toy), "baseline=base", "tasks.probe.score=61.5", script=fake_kinds)
+    assert done.returncode == 0, done.stderr
+    assert "4 cells: 4 done" in done.stdout
+    for name in ("leaderboard.md", "leaderboard.html", "leaderboard.csv", "leaderboard.json"):
+        path = Path(suite["out"]) / "report" / name
+        assert str(path) in done.stdout
+        assert path.is_file()
+    assert "61.5" in done.stdout
+    assert done.stderr.count("done") == 4
+
+
+def test_a_run_with_a_failed_cell_is_1(fake_kinds: Path, toy: Path) -> None:
+    done = mae_bench("run", str(toy), "tasks.probe.behave=user error", "--json", script=fake_kinds)
+    assert done.returncode == 1
+    answer = json.loads(done.stdout)
+    assert [cell["state"] for cell in answer["cells"]] == ["done", "done", "failed", "failed"]
+    assert answer["cells"][2]["fix"] == "mend it"
+    assert "a given thing" in done.stderr
+
+
+def test_a_cell_that_is_not_installed_is_no_failure(fake_kinds: Path, toy: Path) -> None:
+    done = mae_bench("run", str(toy), "tasks.probe.behave=not installed", script=fake_kinds)
+    assert done.returncode == 0, done.stderr
+    assert "4 cells: 2 done, 2 not installed" in done.stdout
+    assert "Next: pip install x" in done.stderr
+
+
+def test_a_report_shows_the_cells_of_the_suite_alone(fake_kinds: Path, toy: Path, suite: dict[str, Any]) -> None:
+    mae_bench("run", str(toy), "tasks.probe.score=11.5", script=fake_kinds)
+    done = mae_bench("run", str(toy), "tasks.probe.score=22.5", script=fake_kinds)
+    assert "22.5" in done.stdout
+    assert "11.5" not in done.stdout
+    everything = mae_bench("report", suite["out"], "--baseline", "base")
+    assert "11.5" in everything.stdout
+    assert "22.5" in everything.stdout
+
+
+def test_a_plan_is_json_for_programs(fake_kinds: Path, toy: Path, suite: dict[str, Any]) -> None:
+    cells = json.loads(mae_bench("plan", str(toy), "seeds=[0,1]", "--json", script=fake_kinds).stdout)["cells"]
+    assert len(cells) == 6
+    assert {cell["state"] for cell in cells} == {"left"}
+    assert "6 cells: 6 left" in mae_bench("plan", str(toy), "seeds=[0,1]", script=fake_kinds).stdout
+    assert not Path(suite["out"]).exists()
+
+
+def test_one_backbone_can_be_made_alone(fake_kinds: Path, tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("kind: fake_maker")
+    done = mae_bench("pretrain", str(config), "score=2", "--out", str(tmp_path / "out"), script=fake_kinds)
+    assert done.returncode == 0, done.stderr
+    (export,) = (tmp_path / "out" / "cells" / "mine").glob("*/export")
+    assert str(export) in done.stdout
+
+
+def test_data_check_answers_for_people_and_programs(toy_data: Path) -> None:
+    found = json.loads(mae_bench("data", "check", "imagenet", str(toy_data / "imagenet"), "--json").stdout)
+    assert found["splits"] == {"train": 2, "val": 2}
+    assert found["classes"] == ["a", "b"]
+    assert "2 classes" in mae_bench("data", "check", "imagenet", str(toy_data / "imagenet")).stdout
+
+
+def test_doctor_answers_in_json() -> None:
+    done = mae_bench("doctor", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["problems"] == []
+
+
+def test_checkpoints_are_named_after_their_files() -> None:
+    sources = ["a/mae_vit_base.pth", "timm:vit_tiny", "runs/demo/cells/mae/backbone-s0-12ab/export", "file:b/mae_vit_base.pth"]
+    assert _rows_of(sources) == {
+        "mae_vit_base": sources[0], "vit_tiny": sources[1], "mae": sources[2], "mae_vit_base-4": sources[3],
+    }  # fmt: skip

@@ -1,0 +1,114 @@
+"""YAML with bases, references and overrides; errors that name the nearest key."""
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from mae_bench.config import Config, build, load_yaml, resolve, resolve_path
+from mae_bench.errors import UserError
+
+
+class Inner(Config):
+    width: int = 3
+    depth: int
+
+
+class Outer(Config):
+    inner: Inner
+    mode: Literal["a", "b"] = "a"
+    lr: float = 0.1
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def test_a_base_is_merged_under_its_siblings_at_any_depth(tmp_path: Path) -> None:
+    write(tmp_path, low="a: 1\nb: {c: 2, d: 3}", high="base: low.yaml\nb: {c: 20}\njobs:\n  x: {base: low.yaml, a: 7}")
+    assert load_yaml(tmp_path / "high.yaml") == {"a": 1, "b": {"c": 20, "d": 3}, "jobs": {"x": {"a": 7, "b": {"c": 2, "d": 3}}}}
+
+
+def test_a_base_is_looked_for_beside_its_file_then_in_the_package(tmp_path: Path) -> None:
+    write(tmp_path, own="base: models/vit_demo.yaml")
+    assert load_yaml(tmp_path / "own.yaml") == load_yaml("models/vit_demo.yaml")
+
+
+def test_a_mapping_named_base_is_no_file(tmp_path: Path) -> None:
+    assert resolve({"rows": {"base": {"a": 1}}}, tmp_path) == {"rows": {"base": {"a": 1}}}
+
+
+def test_overrides_win_and_references_see_them(tmp_path: Path) -> None:
+    write(tmp_path, one="root: x\npath: ${root}/y\nseeds: [0]")
+    assert load_yaml(tmp_path / "one.yaml", ["root=z", "seeds=[1,2]"]) == {"root": "z", "path": "z/y", "seeds": [1, 2]}
+
+
+def test_an_override_may_bring_a_base(tmp_path: Path) -> None:
+    write(tmp_path, low="a: 1", high="x: {b: 2}")
+    assert load_yaml(tmp_path / "high.yaml", [f"x.base={tmp_path}/low.yaml"]) == {"x": {"a": 1, "b": 2}}
+
+
+def test_defaults_stand_where_the_config_is_silent(tmp_path: Path) -> None:
+    defaults = {"out": "runs/${name}", "name": "nobody"}
+    assert resolve({"name": "me"}, tmp_path, (), defaults) == {"out": "runs/me", "name": "me"}
+    assert resolve({"out": "here"}, tmp_path, ["name=other"], defaults) == {"out": "here", "name": "other"}
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("base: absent.yaml", [], "no config file absent.yaml"),
+        ("base: one.yaml", [], "each other's base: one.yaml -> one.yaml"),
+        ("- 1\n- 2", [], "holds a list"),
+        ("a: [1", [], "is not a YAML config"),
+        ("a: ${b}", [], "a reference cannot be resolved"),
+        ("a: ???\nb: ${a}/x", [], "a must be given"),
+        ("a: 1", ["a"], "override 'a'"),
+        ("a: 1", ["=3"], "override '=3'"),
+        ("a: [1, 2]", ["a.b.c=3"], "does not fit the config"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    write(tmp_path, one=text)
+    with pytest.raises(UserError) as error:
+        load_yaml(tmp_path / "one.yaml", overrides)
+    assert message in str(error.value)
+
+
+def test_the_nearest_files_are_named() -> None:
+    with pytest.raises(UserError, match=r"did you mean suites/demo\.yaml"):
+        resolve_path("suites/dmo.yaml")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"inner": {"depth": 2}, "mod": "a"}, "unknown key 'mod'; the nearest known key is 'mode'"),
+        ({"inner": {"depth": 2, "widht": 2}}, "unknown key 'inner.widht'; the nearest known key is 'width'"),
+        ({"inner": {"depth": "deep"}}, "inner.depth: Input should be a valid integer"),
+        ({"inner": {}}, "inner.depth: Field required"),
+        ({"inner": {"depth": 2}, "mode": "c"}, "(given 'c')"),
+        ({"inner": {"depth": "???"}}, "inner.depth must be given"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_its_place(value: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        build(Outer, value, "here.yaml")
+    assert str(error.value).startswith("here.yaml: ")
+    assert message in str(error.value)
+
+
+def test_all_mistakes_are_named_at_once() -> None:
+    with pytest.raises(UserError) as error:
+        build(Outer, {"inner": {"depth": 1}, "moed": 1, "lrr": 2}, "x")
+    assert "'moed'" in str(error.value)
+    assert "'lrr'" in str(error.value)
+
+
+def test_what_fits_is_frozen() -> None:
+    config = build(Outer, {"inner": {"depth": 2}}, "x")
+    assert config.inner.width == 3
+    with pytest.raises(ValueError, match="frozen"):
+        config.lr = 1.0  # type: ignore[misc]

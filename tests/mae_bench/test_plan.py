@@ -1,0 +1,60 @@
+"""The plan: what is done, what is left, what would fail."""
+
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mae_bench.live import View
+from mae_bench.plan import counts, plan_of, render
+from mae_bench.registry import EXTRAS, KINDS, Extra, Kind
+from mae_bench.runner import run_suite
+from mae_bench.suite import load_suite
+
+
+def states(suite: dict[str, Any], *overrides: str) -> dict[tuple[str, str], str]:
+    return {(cell["backbone"], cell["task"]): cell["state"] for cell in plan_of(load_suite(suite, overrides))["cells"]}
+
+
+def text(suite: dict[str, Any], *overrides: str) -> str:
+    shown = StringIO()
+    Console(file=shown, width=200).print(render(plan_of(load_suite(suite, overrides))))
+    return shown.getvalue()
+
+
+def test_it_follows_a_run_and_runs_nothing(suite: dict[str, Any]) -> None:
+    assert set(states(suite).values()) == {"left"}
+    assert not Path(suite["out"]).exists()
+    run_suite(load_suite(suite, ["tasks.probe.behave=user error"]), View(Console(file=StringIO())), "")
+    failed = states(suite, "tasks.probe.behave=user error")
+    assert failed["good", "backbone"] == "done"
+    assert failed["good", "probe"] == "failed"
+    assert states(suite)["good", "probe"] == "left", "with another config it was never tried"
+    assert "4 cells: 2 done, 2 failed" in text(suite, "tasks.probe.behave=user error")
+    assert "Next: mend it" in text(suite, "tasks.probe.behave=user error")
+
+
+def test_missing_data_would_fail(suite: dict[str, Any], tmp_path: Path) -> None:
+    missing = states(suite, f"data.root={tmp_path}")
+    assert missing["good", "probe"] == "would fail"
+    assert missing["good", "backbone"] == "left"
+    assert f"{tmp_path}/imagenet" in text(suite, f"data.root={tmp_path}")
+
+
+def test_data_that_the_suite_makes_is_no_reason_to_fail(suite: dict[str, Any], tmp_path: Path) -> None:
+    suite["demo_data"] = {"seed": 0}
+    assert set(states(suite, f"data.root={tmp_path}").values()) == {"left"}
+
+
+def test_what_is_not_installed_is_named_with_the_command(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXTRAS, "odd", Extra(("no_such_module",), "odd tasks", "pip install odd"))
+    monkeypatch.setitem(KINDS, "fake_transfer", Kind(**vars(KINDS["fake_transfer"]) | {"extra": "odd"}))
+    assert states(suite)["good", "probe"] == "not installed"
+    assert "no_such_module missing" in text(suite)
+    assert "pip install odd" in text(suite)
+
+
+def test_counts() -> None:
+    assert counts([{"state": "left"}, {"state": "done"}, {"state": "left"}]) == "3 cells: 1 done, 2 left"

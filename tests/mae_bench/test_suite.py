@@ -1,0 +1,139 @@
+"""What a suite expands to, what its cells' keys depend on, and what it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mae_bench.config import CONFIGS
+from mae_bench.errors import UserError
+from mae_bench.registry import KINDS, kind, load_object
+from mae_bench.suite import expand, load_suite, places
+
+
+def keys(suite: dict[str, Any], *overrides: str, digest: str = "d") -> dict[tuple[str, str, int], str]:
+    loaded = load_suite(suite, overrides)
+    cells = expand(loaded, dict.fromkeys(places(loaded), digest))
+    return {(cell.backbone, cell.task, cell.seed): cell.key for cell in cells}
+
+
+def changed(before: dict[Any, str], after: dict[Any, str]) -> set[Any]:
+    return {cell for cell in before if before[cell] != after[cell]}
+
+
+def test_cells_are_backbones_then_transfers_by_seed(suite: dict[str, Any]) -> None:
+    cells = expand(load_suite(suite, ["seeds=[0,1]"]), {})
+    assert [(cell.backbone, cell.task, cell.seed) for cell in cells] == [
+        ("good", "backbone", 0), ("base", "backbone", 0),
+        ("good", "probe", 0), ("base", "probe", 0), ("good", "probe", 1), ("base", "probe", 1),
+    ]  # fmt: skip
+    assert cells[2].upstream == cells[0].dir
+    assert cells[0].upstream is None
+    assert cells[4].dir == Path(suite["out"]) / "cells" / "good" / f"probe-s1-{cells[4].key[:8]}"
+    assert len({cell.key for cell in cells if cell.task == "probe" and cell.backbone == "good"}) == 2
+    assert cells[2].family == "imagenet"
+    assert cells[0].family == "pretrain"
+
+
+def test_a_key_changes_with_what_decides_the_result(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    suite["backbones"]["base"]["score"] = 2.0
+    before = keys(suite)
+    probes = {("good", "probe", 0), ("base", "probe", 0)}
+    assert changed(before, keys(suite, "tasks.probe.score=7")) == probes
+    assert changed(before, keys(suite, "backbones.good.score=7")) == {("good", "backbone", 0), ("good", "probe", 0)}
+    assert changed(before, keys(suite, digest="other")) == probes
+    reseeded = keys(suite, "backbone_seed=1")
+    assert not {reseeded[probe] for probe in probes} & set(before.values())
+    monkeypatch.setitem(KINDS, "fake_transfer", kind("fake_transfer").__class__(**vars(kind("fake_transfer")) | {"version": 2}))
+    assert changed(before, keys(suite)) == probes
+
+
+def test_a_key_does_not_change_with_where_things_are(suite: dict[str, Any], toy_data: Path) -> None:
+    assert keys(suite) == keys(suite | {"out": "elsewhere", "data": {"imagenet": str(toy_data)}, "jobs": 1, "name": "other"})
+
+
+@pytest.mark.parametrize("form", ["{}", "file:{}"])
+def test_a_checkpoint_counts_by_its_bytes(tmp_path: Path, form: str) -> None:
+    weights = tmp_path / "weights.pth"
+    suite = {"name": "x", "backbones": {"a": {"kind": "checkpoint", "source": form.format(weights)}}}
+    weights.write_bytes(b"one")
+    before = keys(suite)
+    assert keys(suite) == before
+    weights.write_bytes(b"two")
+    assert changed(before, keys(suite))
+
+
+def test_a_run_counts_by_its_export(tmp_path: Path) -> None:
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / "backbone.json").write_text("one")
+    suite = {"name": "x", "backbones": {"a": {"kind": "checkpoint", "source": f"run:{tmp_path}"}}}
+    before = keys(suite)
+    (tmp_path / "log.txt").write_text("a log is no weight")
+    assert keys(suite) == before
+    (export / "backbone.json").write_text("two")
+    assert changed(before, keys(suite))
+
+
+def test_defaults(suite: dict[str, Any]) -> None:
+    del suite["out"]
+    loaded = load_suite(suite)
+    assert loaded.out == "runs/toy"
+    assert loaded.row_of_baseline == "good"
+    assert loaded.tasks["probe"]["data"] == suite["data"]["root"] + "/imagenet"
+    assert loaded.tasks["probe"]["score"] == 1.0
+    assert load_suite(suite, out="there").out == "there"
+    assert load_suite(suite | {"out": "mine"}).out == "mine"
+    assert load_suite(suite | {"out": "mine"}, out="there").out == "there"
+
+
+def test_a_job_may_have_data_of_its_own(suite: dict[str, Any]) -> None:
+    suite["tasks"]["probe"]["data"] = "mine"
+    assert load_suite(suite).tasks["probe"]["data"] == "mine"
+    assert load_suite(suite, ["data.imagenet=whose"]).tasks["probe"]["data"] == "mine"
+    suite["tasks"]["probe"]["data"] = "???"
+    assert load_suite(suite, ["data.imagenet=whose"]).tasks["probe"]["data"] == "whose"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("taks.probe.score=1", "unknown key 'taks'; the nearest known key is 'tasks'"),
+        ("tasks.probe.scores=1", "tasks.probe: unknown key 'scores'; the nearest known key is 'score'"),
+        ("tasks.prob.score=1", "tasks.prob has no kind"),
+        ("tasks.probe.score=high", "tasks.probe: score: Input should be a valid number"),
+        ("data.imagnet=x", "unknown key 'data.imagnet'; the nearest known key is 'data.imagenet'"),
+        ("baseline=goood", "baseline 'goood' is none of the backbones"),
+        ("tasks.probe.kind=finetuning", "unknown job kind 'finetuning'"),
+        ("tasks.probe.kind=fake_maker", "tasks.probe is of kind 'fake_maker', which makes a backbone"),
+        ("jobs=0", "jobs"),
+        ("seeds=[]", "seeds"),
+        ("data.root=null", "data.imagenet must be given"),
+        ("nonsense", "override 'nonsense'"),
+    ],
+)
+def test_what_is_wrong_is_named(suite: dict[str, Any], override: str, message: str) -> None:
+    del suite["tasks"]["probe"]["protocol"]
+    with pytest.raises(UserError) as error:
+        load_suite(suite, [override])
+    assert message in str(error.value)
+
+
+def test_data_that_must_be_given_is_named_with_the_override(suite: dict[str, Any]) -> None:
+    suite["data"] = {"root": "???", "imagenet": "${data.root}/imagenet"}
+    with pytest.raises(UserError, match="data.root must be given") as error:
+        load_suite(suite)
+    assert "data.root=VALUE" in error.value.fix
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("suites/*.yaml")), ids=lambda path: path.stem)
+def test_every_packaged_suite_is_whole(path: Path) -> None:
+    """Every job of it validates; two backbones or more, and no two cells in one folder."""
+    cells = expand(load_suite(path, ["data.root=somewhere"]), {})
+    assert len({cell.dir for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith("fake")])
+def test_every_kind_has_a_config_and_a_place_for_its_results(name: str) -> None:
+    assert "kind" in load_object(kind(name).config).model_fields
+    assert kind(name).task

@@ -1,0 +1,78 @@
+"""The worker process: exit codes, and what lies in the cell's folder afterwards."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mae_bench.cell import CELL_FILE, Cell
+from mae_bench.digest import json_digest
+from mae_bench.record import read_failure, read_record
+from mae_bench.registry import kind
+from mae_bench.worker import Order, environment
+
+
+def order(folder: Path, **config: Any) -> Order:
+    full = {"kind": "fake_transfer", "protocol": "probe", "data": "there", **config}
+    cell = Cell("mae", "probe", "imagenet", "fake_transfer", full, 3, "key", folder)
+    written = Order(cell, kind("fake_transfer"), "cpu", 1, "mae-bench run x")
+    folder.mkdir(exist_ok=True)
+    written.write()
+    return written
+
+
+def work(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "mae_bench.worker", str(folder)], capture_output=True, text=True, timeout=60)
+
+
+def test_an_order_comes_back_as_it_was_written(fake_kinds: Path, tmp_path: Path) -> None:
+    written = order(tmp_path)
+    assert Order.read(tmp_path) == written
+    upstream = Order(Cell(**vars(written.cell) | {"upstream": tmp_path / "up"}), written.kind, "cuda", 2, "")
+    upstream.write()
+    assert Order.read(tmp_path) == upstream
+
+
+def test_a_record_is_written_last(fake_kinds: Path, tmp_path: Path) -> None:
+    order(tmp_path, score=2.5)
+    assert work(tmp_path).returncode == 0
+    record = read_record(tmp_path / "record.json")
+    assert (record.backbone, record.seed, record.protocol, record.score.value) == ("mae", 3, "probe", 5.5)
+    assert record.config_digest == json_digest({"kind": "fake_transfer", "protocol": "probe", "score": 2.5}), (
+        "the folder of the data is no method"
+    )
+    assert not (tmp_path / "failure.json").exists()
+
+
+@pytest.mark.parametrize("behave", ["user error", "not installed", "exception"])
+def test_a_failure_stands_in_the_records_place(fake_kinds: Path, tmp_path: Path, behave: str) -> None:
+    order(tmp_path, behave=behave)
+    done = work(tmp_path)
+    assert done.returncode == 1
+    assert ("Traceback" in done.stderr) == (behave == "exception")
+    failure = read_failure(tmp_path / "failure.json")
+    assert failure.status == ("not installed" if behave == "not installed" else "failed")
+    assert failure.seed == 3
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_a_config_that_does_not_fit_is_named(fake_kinds: Path, tmp_path: Path) -> None:
+    order(tmp_path, scor=1)
+    assert work(tmp_path).returncode == 1
+    assert "the nearest known key is 'score'" in read_failure(tmp_path / "failure.json").reason
+
+
+def test_the_environment_holds_threads_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    chosen = environment(2, "1")
+    assert (chosen["OMP_NUM_THREADS"], chosen["MKL_NUM_THREADS"], chosen["CUDA_VISIBLE_DEVICES"]) == ("2", "2", "1")
+    assert environment(2, "")["CUDA_VISIBLE_DEVICES"] == ""
+    assert "PATH" in chosen
+
+
+def test_an_order_is_plain_json(fake_kinds: Path, tmp_path: Path) -> None:
+    order(tmp_path)
+    assert json.loads((tmp_path / CELL_FILE).read_text())["kind"]["run"] == "fake_kinds:run"

@@ -1,0 +1,192 @@
+"""The house's rules, held on the source: who may import whom, no cycles, one sentence a module, nothing loaded carelessly."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("mae_bench", "backbones", "tasks", "leaderboard", "configs")
+MAY_IMPORT = {  # at module level; inside functions only the command line may cross a floor
+    "mae_bench": {"mae_bench"},
+    "backbones": {"backbones", "mae_bench"},
+    "tasks": {"tasks", "backbones", "mae_bench"},
+    "leaderboard": {"leaderboard"},
+    "configs": set(),
+}
+ROOF = "mae_bench.cli"
+RECORD = "mae_bench.record"  # all that the leaderboard knows of the core
+FRAMEWORKS = {"detectron2", "mmseg", "mmengine", "mmcv"}
+FRAMEWORK_PLACES = ("backbones.adapters.", "tasks.coco.", "tasks.ade20k.")
+STANDARD_LIBRARY_ONLY = ("mae_bench.errors", "mae_bench.spec", "mae_bench.record", "mae_bench.files", "mae_bench.registry")
+NAMELESS = {"utils", "util", "helpers", "misc", "common"}
+LONGEST_FUNCTION = 60  # lines; the median should be near 10
+
+
+def module_name(path: Path, root: Path) -> str:
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+def read_modules(root: Path) -> dict[str, ast.Module]:
+    paths = [path for package in PACKAGES for path in sorted((root / package).rglob("*.py"))]
+    return {module_name(path, root): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def imports(tree: ast.AST, *, inside_functions: bool) -> Iterator[str]:
+    """The dotted names that are imported (of `from a import b` both a and a.b), but for those that only types need."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        elif inside_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imports(node, inside_functions=inside_functions)
+
+
+def violations(modules: dict[str, ast.Module]) -> list[str]:
+    """Every rule that a set of modules breaks, as sentences."""
+    return [
+        *(found for name, tree in modules.items() for rule in RULES for found in rule(name, tree)),
+        *cycles(modules),
+    ]
+
+
+def floors(name: str, tree: ast.Module) -> Iterator[str]:
+    here = name.split(".")[0]
+    for target in imports(tree, inside_functions=name != ROOF):
+        there = target.split(".")[0]
+        record = here == "leaderboard" and (target == RECORD or target.startswith(f"{RECORD}."))
+        if there in PACKAGES and there not in MAY_IMPORT[here] and not record:
+            yield f"{name} imports {target} against the floors"
+        if target.startswith("."):
+            yield f"{name} imports {target} relatively"
+        if target.startswith(ROOF):
+            yield f"{name} imports the command line, a roof"
+
+
+def siblings(name: str, tree: ast.Module) -> Iterator[str]:
+    family = name.split(".")[1:2]
+    for target in imports(tree, inside_functions=True):
+        if name.startswith("tasks.") and target.startswith("tasks.") and target.split(".")[1:2] != family:
+            yield f"{name} imports its sibling {target}"
+
+
+def frameworks(name: str, tree: ast.Module) -> Iterator[str]:
+    for target in imports(tree, inside_functions=True):
+        if target.split(".")[0] in FRAMEWORKS and not name.startswith(FRAMEWORK_PLACES):
+            yield f"{name} imports the framework {target}"
+        third_party = target.split(".")[0] in {"torch", "numpy", "pydantic", "timm", "PIL", "omegaconf", "rich"}
+        if name in STANDARD_LIBRARY_ONLY and third_party:
+            yield f"{name} imports {target}, and not only the standard library"
+
+
+def sentence(name: str, tree: ast.Module) -> Iterator[str]:
+    """An `__init__` is empty; any other module opens with one sentence on its own."""
+    is_package = (ROOT / name.replace(".", "/") / "__init__.py").is_file()
+    if is_package and tree.body:
+        yield f"{name}/__init__.py is not empty"
+    first = (ast.get_docstring(tree) or "").split("\n\n")[0]
+    if not is_package and not (first.endswith(".") and " " in first):
+        yield f"{name} does not open with a sentence: {first!r}"
+    if name.rpartition(".")[2] in NAMELESS:
+        yield f"{name} has a name that says nothing"
+
+
+def careless(name: str, tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant) and node.value.value is False:
+            call = f"{name}:{node.value.lineno}"
+            if node.arg == "weights_only":
+                yield f"{call} unpickles a file"
+            if node.arg == "strict" and not _is_builtin_zip(node, tree):
+                yield f"{call} loads weights without looking at their keys"
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            yield f"{name}:{node.lineno} catches everything"
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= LONGEST_FUNCTION:
+            yield f"{name}:{node.lineno} {node.name} is longer than {LONGEST_FUNCTION} lines"
+
+
+def _is_builtin_zip(keyword: ast.keyword, tree: ast.Module) -> bool:
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and keyword in node.keywords)
+    return all(isinstance(call.func, ast.Name) and call.func.id == "zip" for call in calls)
+
+
+def cycles(modules: dict[str, ast.Module]) -> Iterator[str]:
+    graph = {name: {t for t in imports(tree, inside_functions=False) if t in modules} for name, tree in modules.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        yield f"modules in a circle: {' -> '.join(error.args[1])}"
+
+
+RULES = (floors, siblings, frameworks, sentence, careless)
+
+
+def test_the_source_keeps_the_rules() -> None:
+    modules = read_modules(ROOT)
+    assert len(modules) > 40
+    found = violations(modules)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "message"),
+    [
+        ("mae_bench.planted", "from tasks.coco import maskrcnn", "against the floors"),
+        ("mae_bench.planted", "def f():\n    import leaderboard.compare", "against the floors"),
+        ("backbones.planted", "import tasks.imagenet.finetune", "against the floors"),
+        ("leaderboard.planted", "from mae_bench.files import write_json", "against the floors"),
+        ("leaderboard.planted", "from mae_bench.recorder import x", "against the floors"),
+        ("tasks.planted", "from leaderboard.table import Cell", "against the floors"),
+        ("tasks.coco.planted", "from tasks.ade20k.data import x", "its sibling"),
+        ("mae_bench.planted", "from mae_bench.cli import app", "a roof"),
+        ("mae_bench.planted", "from . import config", "relatively"),
+        ("mae_bench.planted", "import detectron2.modeling", "the framework"),
+        ("tasks.imagenet.planted", "def f():\n    from mmengine import Config", "the framework"),
+        ("mae_bench.record", "import numpy as np", "not only the standard library"),
+        ("mae_bench.data.utils", "", "a name that says nothing"),
+        ("mae_bench.planted", "model.load_state_dict(x, strict=False)", "without looking"),
+        ("mae_bench.planted", "torch.load(x, weights_only=False)", "unpickles"),
+        ("mae_bench.planted", "try:\n    f()\nexcept:\n    pass", "catches everything"),
+        ("mae_bench.planted", "def f():\n" + "    x = 1\n" * 80, "longer than"),
+    ],
+)
+def test_a_planted_violation_is_found(name: str, source: str, message: str) -> None:
+    found = violations({name: ast.parse(f'"""A module."""\n{source}')})
+    assert [sentence for sentence in found if message in sentence], found
+
+
+@pytest.mark.parametrize("source", ["", "'''no sentence'''", "import os", "'''Two\n\nparts.'''", "'''Name.'''"])
+def test_a_module_without_its_sentence_is_found(source: str) -> None:
+    assert "does not open with a sentence" in violations({"mae_bench.planted": ast.parse(source)})[0]
+
+
+def test_a_full_init_and_a_circle_are_found() -> None:
+    text = '"""A module."""\n'
+    assert "is not empty" in violations({"mae_bench.data": ast.parse(text)})[0]
+    circle = {"mae_bench.a": ast.parse(f"{text}import mae_bench.b"), "mae_bench.b": ast.parse(f"{text}from mae_bench.a import x")}
+    assert violations(circle) == ["modules in a circle: mae_bench.a -> mae_bench.b -> mae_bench.a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("leaderboard.planted", "from mae_bench.record import ResultRecord"),
+        ("tasks.coco.planted", "import detectron2\nfrom backbones.load import load_backbone"),
+        ("mae_bench.cli", "def report():\n    from leaderboard.report import write_report"),
+        ("mae_bench.planted", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mae_bench.planted import x"),
+        ("mae_bench.planted", "pairs = zip(a, b, strict=False)"),
+    ],
+)
+def test_what_is_allowed_is_not_found(name: str, source: str) -> None:
+    assert violations({name: ast.parse(f'"""A module."""\n{source}')}) == []
+
+
+def test_tests_have_no_packages() -> None:
+    """A `tests/tasks/__init__.py` would shadow the real `tasks`."""
+    assert not list((ROOT / "tests").rglob("__init__.py"))
