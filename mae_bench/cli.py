@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FAILED, WRONG_USE, STOPPED = 1, 2, 130  # exit codes; 130 is the shell's for SIGINT
 DEMO = "suites/demo.yaml"
+WIDTH = 100  # columns of a table that goes into a file
 GENERAL = ("", "export", "cells", "backbone.safetensors", "mae.safetensors", "model.safetensors", "pytorch_model.bin")  # no names
 
 app = typer.Typer(name="mae-bench", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -269,7 +270,8 @@ def _report(runs: Path, out: Path, baseline: str, title: str, only: set[Path] | 
     if not quiet:
         from rich.console import Console
 
-        print_comparison(compare(load_runs(runs, only), baseline), Console())
+        width = None if sys.stdout.isatty() else WIDTH
+        print_comparison(compare(load_runs(runs, only), baseline), Console(width=width))
     return [str(file) for file in files]
 
 

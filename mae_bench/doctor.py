@@ -17,6 +17,7 @@ from mae_bench.provenance import CORE, DETECTRON2, git_hash, gpu_names, hardware
 from mae_bench.registry import EXTRAS
 
 PYTHONS = ((3, 11), (3, 12))
+PARTS = ("backbones", "tasks", "leaderboard")  # installed together with mae_bench
 IMPORTED = ("torch", "torchvision", "timm")  # compiled or built on what is: only an import shows that they work
 SETUP = "make setup   (in a source checkout; elsewhere: python -m pip install mae_bench)"
 
@@ -39,6 +40,7 @@ def examine() -> dict[str, Any]:
 def core_problems() -> list[str]:
     """What is missing from the core or does not import."""
     found = [f"{name} is not installed" for name in CORE if not version_of(name)]
+    found += [f"the package {name} of mae_bench is not installed" for name in PARTS if find_spec(name) is None]
     if sys.version_info[:2] not in PYTHONS:
         found.append(f"Python {sys.version_info.major}.{sys.version_info.minor}: mae_bench needs 3.11 or 3.12")
     for name in IMPORTED:

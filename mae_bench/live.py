@@ -83,6 +83,10 @@ class View:
         done = f", {finished} finished before" if finished else ""
         self._print(f"{total} cells{done}, {total - finished} to run")
 
+    def say(self, message: str) -> None:
+        """Something that concerns the whole run."""
+        self._print(escape(message))
+
     def start(self, folder: Path, name: str) -> None:
         """A worker starts in `folder`."""
         path = folder / EVENTS_FILE

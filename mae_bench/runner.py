@@ -22,13 +22,12 @@ from mae_bench.provenance import num_cores, visible_gpus
 from mae_bench.record import FAILURE_FILE, Failure, ResultRecord, write_failure
 from mae_bench.registry import kind
 from mae_bench.suite import Place, SuiteConfig, expand, places
-from mae_bench.worker import INTERRUPTED, Order, environment
+from mae_bench.worker import INTERRUPTED, LOCK_FILE, Order, environment
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 30.0  # that a worker has to save its state when it is asked to stop
 MOST_JOBS = 4  # on a CPU, unless asked for more: each worker holds a framework and its data in memory
 LOG_LINES = 5  # of a dead worker's log in its failure
-LOCK_FILE = ".lock"
 SUITE_FILE = "suite.json"
 
 Result = ResultRecord | Failure
@@ -211,6 +210,8 @@ class Runner:
                 self.view.tick()
                 time.sleep(POLL_SECONDS)
         finally:
+            if self._running:
+                self.view.say(f"stopping: {len(self._running)} workers save their state")
             stop_workers(self._running, stop)
 
     def _start_ready(self) -> None:

@@ -1,5 +1,6 @@
 """The worker process: runs one cell, writes its record last, or the failure that stands in the record's place."""
 
+import fcntl
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from mae_bench.provenance import git_hash, hardware, now, versions
 from mae_bench.record import FAILURE_FILE, RECORD_FILE, Failure, ResultRecord, write_failure, write_record
 from mae_bench.registry import Kind, load_object
 
+LOCK_FILE = ".lock"
 INTERRUPTED = 75  # exit code of a worker that was asked to stop (EX_TEMPFAIL)
 
 
@@ -51,6 +53,13 @@ def main() -> int:
     order = Order.read(Path(sys.argv[1]))
     progress = Progress(order.cell.dir / EVENTS_FILE)
     progress.stop_on_signals()
+    with open(order.cell.dir / LOCK_FILE, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a worker whose runner was killed may still be saving here
+        return work(order, progress)
+
+
+def work(order: Order, progress: Progress) -> int:
+    """Runs the order and leaves record or failure in the cell's folder; returns the exit code."""
     try:
         write_record(run_order(order, progress), order.cell.dir / RECORD_FILE)
     except Interrupted:

@@ -35,12 +35,14 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch: pytest.MonkeyPat
 
 def test_a_broken_core_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "IMPORTED", ("no_such_module",))
+    monkeypatch.setattr(doctor, "PARTS", ("no_such_part",))
     monkeypatch.setattr(doctor, "CORE", ("mae_bench", "no-such-distribution"))
     monkeypatch.setattr("sys.version_info", type("V", (tuple,), {"major": 3, "minor": 10})((3, 10, 0)))
     problems = doctor.core_problems()
     assert problems[0] == "no-such-distribution is not installed"
-    assert "3.10" in problems[1]
-    assert "no_such_module does not import" in problems[2]
+    assert "no_such_part" in problems[1]
+    assert "3.10" in problems[2]
+    assert "no_such_module does not import" in problems[3]
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def waiting_worker(suite: dict[str, Any], process: subprocess.Popen[str]) -> Pat
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_saves_and_goes_on(fake_kinds: Path, suite: dict[str, Any], number: signal.Signals) -> None:
-    suite["tasks"]["probe"]["behave"] = "wait"
+    suite["backbones"]["good"]["behave"] = "wait"
     process = start(fake_kinds, suite)
     folder = waiting_worker(suite, process)
     process.send_signal(number)
@@ -203,12 +203,20 @@ def test_a_stopped_run_saves_and_goes_on(fake_kinds: Path, suite: dict[str, Any]
     assert (folder / "state").is_file()
     assert not list(Path(suite["out"]).rglob(FAILURE_FILE))
 
-    process = start(fake_kinds, suite, "--json")
-    answer, err = process.communicate(timeout=60)
-    states = {cell["state"] for cell in json.loads(answer)["cells"]}
-    if states != {"done"}:  # the other waiting cell may not have begun before the signal came
-        pytest.fail(err)
-    assert times_run(suite)["good/backbone-s0"] == 1
+    answer, err = start(fake_kinds, suite, "--json").communicate(timeout=60)
+    assert {cell["state"] for cell in json.loads(answer)["cells"]} == {"done"}, err
+    assert times_run(suite)["good/backbone-s0"] == 2, "it went on from its state"
+
+
+def test_a_runner_that_is_killed_leaves_no_worker_behind_and_goes_on(fake_kinds: Path, suite: dict[str, Any]) -> None:
+    suite["backbones"]["good"]["behave"] = "wait"
+    process = start(fake_kinds, suite)
+    waiting_worker(suite, process)
+    process.kill()
+    process.communicate()
+    answer, err = start(fake_kinds, suite, "--json").communicate(timeout=60)
+    assert {cell["state"] for cell in json.loads(answer)["cells"]} == {"done"}, err
+    assert times_run(suite)["good/backbone-s0"] == 2, "the second waited for the first, then found its state"
 
 
 def test_a_worker_that_others_stop_is_a_failure_and_goes_on(fake_kinds: Path, suite: dict[str, Any]) -> None:
