@@ -14,6 +14,8 @@ GENERATOR_VERSION = 1  # rises whenever the same seed would give other pixels or
 THINGS = ("arrow", "crescent", "cross", "disc", "heart", "hexagon", "ring", "square", "star", "triangle")
 STUFF = ("sky", "gravel", "furrows", "water", "foliage")
 SUPERSAMPLING = 4
+NUM_PATTERNS = 5
+TYPICAL_PATTERN, TYPICAL_GROUND = 0.8, 0.5  # shares of things that wear their class's pattern, stand on its ground
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # weights of red, green and blue in brightness (Rec. 601)
 
 
@@ -76,7 +78,7 @@ def scene_rng(seed: int, data_set: str, split: str, index: int) -> np.random.Gen
 
 def make_scene(rng: np.random.Generator, recipe: Recipe, label: int | None = None) -> Scene:
     """Draws one scene; `label` fixes the class of all its things (each has a random one otherwise)."""
-    canvas, stuff = _background(rng, recipe)
+    canvas, stuff = _background(rng, recipe, label)
     owner = np.zeros(stuff.shape, np.int16)
     angle = rng.uniform(0, 2 * np.pi)
     light = Light(np.array([np.cos(angle), np.sin(angle)]), rng.uniform(0, 0.45), rng.uniform(0, 0.6))
@@ -87,13 +89,15 @@ def make_scene(rng: np.random.Generator, recipe: Recipe, label: int | None = Non
     for number, count in enumerate(members, start=1):
         chosen = int(rng.integers(len(THINGS))) if label is None else label
         outlines = _place(rng, recipe, chosen, count)
-        full = [_draw(rng, canvas, outline, light, owner, number) for outline in outlines]
+        full = [_draw(rng, canvas, outline, light, owner, number, chosen) for outline in outlines]
         drawn.append((chosen, outlines, int(np.logical_or.reduce(full).sum()), count > 1))
     for _ in range(rng.integers(recipe.max_bars + 1)):
         full_bar = _draw(rng, canvas, _bar(rng, recipe.size), light, owner, 0)
         stuff[full_bar] = 0
-    things = tuple(Thing(label_, outlines_, owner == number, area, crowd)
-                   for number, (label_, outlines_, area, crowd) in enumerate(drawn, start=1))
+    things = tuple(
+        Thing(label_, outlines_, owner == number, area, crowd)
+        for number, (label_, outlines_, area, crowd) in enumerate(drawn, start=1)
+    )
     return Scene(_expose(rng, canvas), stuff, things)
 
 
@@ -168,7 +172,9 @@ def _bar(rng: np.random.Generator, size: int) -> Array:
     return centre + np.stack([along + across, along - across, -along - across, -along + across])
 
 
-def _draw(rng: np.random.Generator, canvas: Array, outline: Array, light: Light, owner: Array, number: int) -> Array:
+def _draw(
+    rng: np.random.Generator, canvas: Array, outline: Array, light: Light, owner: Array, number: int, label: int | None = None
+) -> Array:
     """Paints a textured, shaded thing and its shadow onto `canvas`, enters `number` in `owner`; bool [H, W]: where it is."""
     size = len(canvas)
     reach = min(max(2.0, 0.2 * float(np.ptp(outline, axis=0).min())), 0.06 * size)  # of the shadow, in pixels
@@ -182,7 +188,7 @@ def _draw(rng: np.random.Generator, canvas: Array, outline: Array, light: Light,
         return where
     shade = _coverage(outline - [x0, y0] - light.direction * reach, alpha.shape, blur=reach / 3)
     ground = canvas[window] * (1 - light.shadow * shade)[..., None]
-    paint = _paint(rng, outline - [x0, y0], alpha.shape, light, avoid=canvas[where].mean(axis=0))
+    paint = _paint(rng, outline - [x0, y0], alpha.shape, light, canvas[where].mean(axis=0), label)
     canvas[window] = ground + (paint - ground) * alpha[..., None]
     owner[where] = number
     return where
@@ -197,24 +203,31 @@ def _coverage(outline: Array, shape: tuple[int, ...], blur: float = 0.0) -> Arra
     return np.asarray(image, np.float32) / 255
 
 
-def _paint(rng: np.random.Generator, outline: Array, shape: tuple[int, ...], light: Light, avoid: Array) -> Array:
+def _paint(
+    rng: np.random.Generator, outline: Array, shape: tuple[int, ...], light: Light, avoid: Array, label: int | None
+) -> Array:
     """The surface of a thing: two colours in a pattern that turns with it, shaded by the light; float32 [h, w, 3]."""
     centre, radius = outline.mean(axis=0), max(np.ptp(outline, axis=0).max() / 2, 1.0)
     y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
     x, y = (x - np.float32(centre[0])) / np.float32(radius), (y - np.float32(centre[1])) / np.float32(radius)
     base = _colour(rng, avoid)
-    second = np.clip(base + rng.uniform(0.1, 0.3) * rng.choice([-1, 1]) * rng.uniform(0.4, 1, 3), 0, 1)
+    second = np.clip(base + rng.uniform(0.25, 0.55) * rng.choice([-1, 1]) * rng.uniform(0.5, 1, 3), 0, 1)
     shaded = 1 + np.float32(light.shading) * (x * np.float32(light.direction[0]) + y * np.float32(light.direction[1]))
-    paint = base + _pattern(rng, x, y)[..., None] * (second - base)
+    paint = base + _pattern(rng, x, y, label)[..., None] * (second - base)
     return np.clip(paint * shaded[..., None], 0, 1).astype(np.float32)
 
 
-def _pattern(rng: np.random.Generator, x: Array, y: Array) -> Array:
-    """A random surface pattern over coordinates in units of the thing's radius: float [h, w] in [0, 1]."""
-    angle, frequency = rng.uniform(0, np.pi), np.float32(rng.uniform(5, 14))
+def _pattern(rng: np.random.Generator, x: Array, y: Array, label: int | None) -> Array:
+    """A surface pattern over coordinates in units of the thing's radius: float [h, w] in [0, 1].
+
+    Most things of a class wear its own pattern, fine or coarse: like fur and feathers, texture hints at the class.
+    """
+    kind, fine = int(rng.integers(NUM_PATTERNS)), bool(rng.random() < 0.5)
+    if label is not None and rng.random() < TYPICAL_PATTERN:
+        kind, fine = label % NUM_PATTERNS, label >= NUM_PATTERNS
+    angle, frequency = rng.uniform(0, np.pi), np.float32(rng.uniform(14, 20) if fine else rng.uniform(5, 8))
     c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     u, v = frequency * (c * x + s * y), frequency * (c * y - s * x)
-    kind = rng.integers(5)
     if kind == 0:  # plain
         return np.zeros_like(x)
     if kind == 1:  # stripes
@@ -223,7 +236,7 @@ def _pattern(rng: np.random.Generator, x: Array, y: Array) -> Array:
         return np.clip(0.5 + 3 * np.sin(u) * np.sin(v), 0, 1)
     if kind == 3:  # dots
         return np.clip(3 * (np.cos(u) + np.cos(v)) - 2, 0, 1)
-    return _noise(rng, x.shape, cell=rng.uniform(2, 5))
+    return _noise(rng, x.shape, cell=rng.uniform(1.5, 2.5) if fine else rng.uniform(3.5, 5))
 
 
 def _colour(rng: np.random.Generator, avoid: Array | None = None) -> Array:
@@ -245,11 +258,13 @@ def _noise(rng: np.random.Generator, shape: tuple[int, ...], cell: float, flat: 
     return np.clip(np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)), 0, 1)
 
 
-def _background(rng: np.random.Generator, recipe: Recipe) -> tuple[Array, Array]:
+def _background(rng: np.random.Generator, recipe: Recipe, label: int | None) -> tuple[Array, Array]:
     """Ground in up to `max_grounds` regions with wavy borders: float32 RGB [H, W, 3] and its stuff classes, uint8 [H, W]."""
     size = recipe.size
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     kinds = rng.permutation(len(STUFF))[: rng.integers(1, recipe.max_grounds + 1)]
+    if label is not None and rng.random() < TYPICAL_GROUND:
+        kinds[0] = label % len(STUFF)  # where its kind is mostly seen
     angle, wave = rng.uniform(-0.6, 0.6), rng.uniform(0, 0.12)
     height = y * np.cos(angle) + x * np.sin(angle) + wave * np.sin(x * rng.uniform(3, 12) + rng.uniform(0, 6))
     borders = np.sort(rng.uniform(0.2, 0.85, len(kinds) - 1))

@@ -39,7 +39,7 @@ class Classifier(nn.Module):
     """Pooled features and a linear head. N images, L patch tokens, D width, K classes.
 
     fc_norm: the backbone's final norm is dropped and a new one stands behind the pooling, as MAE fine-tunes; without it the
-    backbone keeps its own norm in front of the pooling.
+    backbone keeps its own, in front of the pooling (`norm`) or, in fine-tuned files, behind it (`fc_norm`).
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.vit, self.pool, self.num_prefix_tokens = vit, pool, spec.num_prefix_tokens
         if fc_norm:
-            vit.norm = nn.Identity()
+            vit.norm = vit.fc_norm = nn.Identity()
         self.fc_norm = nn.LayerNorm(spec.embed_dim, eps=spec.norm_eps) if fc_norm else nn.Identity()
         self.head = nn.Linear(spec.embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
@@ -58,7 +58,7 @@ class Classifier(nn.Module):
         """imgs (N, C, H, W) -> (N, D)."""
         tokens = self.vit.forward_features(imgs)
         pooled = tokens[:, 0] if self.pool == "token" else tokens[:, self.num_prefix_tokens :].mean(dim=1)
-        return self.fc_norm(pooled)
+        return self.fc_norm(self.vit.fc_norm(pooled))
 
     def forward(self, imgs: torch.Tensor) -> torch.Tensor:
         """imgs (N, C, H, W) -> logits (N, K)."""
