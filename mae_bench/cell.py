@@ -15,8 +15,8 @@ BACKBONE = "backbone"  # stands for the task's name in cells that make a backbon
 class Cell:
     """A backbone to make (task "backbone", upstream None) or to transfer.
 
-    family: what its record says under `task`. config: complete and validated. key: the digest of all that decides the result; `dir` ends with its first digits.
-    upstream: the folder of the cell that makes the backbone.
+    family: what its record says under `task`. config: complete and validated. key: the digest of all that decides the result;
+    `dir` ends with its first digits. upstream: the folder of the cell that makes the backbone.
     """
 
     backbone: str

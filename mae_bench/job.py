@@ -8,6 +8,7 @@ from mae_bench.record import Metric
 
 EXPORT = "export"  # the folder, inside a job's, that holds the backbone that it made
 
+
 @dataclass(frozen=True)
 class Job:
     """One cell to run. Everything it writes goes into `dir`; a second run of the same job in the same `dir` goes on from there.

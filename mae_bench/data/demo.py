@@ -67,12 +67,17 @@ def _is_made(root: Path, stamp: dict[str, Any]) -> bool:
         found = json.loads((root / STAMP).read_text(encoding="utf-8"))
         same = {key: found.get(key) for key in stamp} == stamp
     except (OSError, ValueError, AttributeError):
-        raise UserError(f"{root} holds something other than demo data", expected="a folder that does not exist, or an empty one",
-                        fix="choose another folder") from None
+        raise UserError(
+            f"{root} holds something other than demo data",
+            expected="a folder that does not exist, or an empty one",
+            fix="choose another folder",
+        ) from None
     if not same:
-        raise UserError(f"{root} holds demo data of another config or version (its {STAMP} says which)",
-                        expected=f"digest {stamp['digest'][:12]}, generator version {GENERATOR_VERSION}",
-                        fix=f"choose another folder, or remove {root}")
+        raise UserError(
+            f"{root} holds demo data of another config or version (its {STAMP} says which)",
+            expected=f"digest {stamp['digest'][:12]}, generator version {GENERATOR_VERSION}",
+            fix=f"choose another folder, or remove {root}",
+        )
     return True
 
 
@@ -117,9 +122,13 @@ def _write_coco(root: Path, size: DemoSet, seed: int, counter: _Counter) -> None
 def _instances(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> dict[str, Any]:
     numbered = zip(CATEGORY_IDS, THINGS, strict=True)
     categories = [{"id": number, "name": name, "supercategory": "shape"} for number, name in numbered]
-    return {"info": {"description": "procedural scenes of mae_bench", "version": str(GENERATOR_VERSION)},
-            "licenses": [{"id": 1, "name": "Apache-2.0", "url": ""}],
-            "images": images, "annotations": annotations, "categories": categories}
+    return {
+        "info": {"description": "procedural scenes of mae_bench", "version": str(GENERATOR_VERSION)},
+        "licenses": [{"id": 1, "name": "Apache-2.0", "url": ""}],
+        "images": images,
+        "annotations": annotations,
+        "categories": categories,
+    }
 
 
 def annotated(scene: Scene) -> list[Thing]:
@@ -130,8 +139,13 @@ def annotated(scene: Scene) -> list[Thing]:
 def _annotation(thing: Thing) -> dict[str, Any]:
     """COCO's entry, without ids. A crowd is one region of many objects, as run lengths; all else is the visible outline."""
     segmentation = run_lengths(thing.mask) if thing.crowd else polygons(thing.mask)
-    return {"category_id": CATEGORY_IDS[thing.label], "iscrowd": int(thing.crowd), "area": float(thing.area),
-            "bbox": box(thing.mask), "segmentation": segmentation}
+    return {
+        "category_id": CATEGORY_IDS[thing.label],
+        "iscrowd": int(thing.crowd),
+        "area": float(thing.area),
+        "bbox": box(thing.mask),
+        "segmentation": segmentation,
+    }
 
 
 def _write_ade20k(root: Path, size: DemoSet, seed: int, counter: _Counter) -> None:
@@ -163,5 +177,7 @@ def _save_jpeg(scene: Scene, path: Path) -> None:
 
 
 WRITERS: dict[str, Callable[[Path, DemoSet, int, _Counter], None]] = {
-    "imagenet": _write_imagenet, "coco": _write_coco, "ade20k": _write_ade20k,
+    "imagenet": _write_imagenet,
+    "coco": _write_coco,
+    "ade20k": _write_ade20k,
 }

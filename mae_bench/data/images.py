@@ -47,11 +47,15 @@ class ImageSet:
             self._names = sorted(members, key=_order)
             self._offsets = [members[name] for name in self._names]
         else:
-            raise UserError(f"neither {self._folder} nor {self._tar} exists", expected="class folders, or a tar file of them",
-                            fix=f"mae-bench data check imagenet {root}")
+            raise UserError(
+                f"neither {self._folder} nor {self._tar} exists",
+                expected="class folders, or a tar file of them",
+                fix=f"mae-bench data check imagenet {root}",
+            )
         if not self._names:
-            raise UserError(f"no images below {self._folder}", expected="CLASS/NAME.JPEG",
-                            fix=f"mae-bench data check imagenet {root}")
+            raise UserError(
+                f"no images below {self._folder}", expected="CLASS/NAME.JPEG", fix=f"mae-bench data check imagenet {root}"
+            )
         self.classes = sorted({name.split("/")[0] for name in self._names})
         index = {name: number for number, name in enumerate(self.classes)}
         self.targets = [index[name.split("/")[0]] for name in self._names]
@@ -91,10 +95,14 @@ def scan_tar(path: Path) -> dict[str, tuple[int, int]]:
         with tarfile.open(path, "r:") as file:
             members = [(member.name.removeprefix("./"), member) for member in file if member.isreg()]
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a tar file: {error}",
-                        expected="an uncompressed tar of CLASS/NAME.JPEG") from error
-    return {name: (member.offset_data, member.size) for name, member in members
-            if name.count("/") == 1 and is_image(name.split("/")[1])}
+        raise UserError(
+            f"{path} cannot be read as a tar file: {error}", expected="an uncompressed tar of CLASS/NAME.JPEG"
+        ) from error
+    return {
+        name: (member.offset_data, member.size)
+        for name, member in members
+        if name.count("/") == 1 and is_image(name.split("/")[1])
+    }
 
 
 def _scan(folder: Path) -> list[str]:
@@ -128,9 +136,11 @@ class BadImages:
         log.warning("image %s does not decode and is skipped: %s", name, reason)
         if self.count > self._limit * self._total:
             share = 1.2 * self.count / max(self._total, 1)
-            raise UserError(f"{self.note()} (the last: {reason})",
-                            expected=f"at most {self._limit:.3%} of the images (max_bad_images={self._limit:g})",
-                            fix=f"replace or remove them, or set max_bad_images={share:.2g} or more")
+            raise UserError(
+                f"{self.note()} (the last: {reason})",
+                expected=f"at most {self._limit:.3%} of the images (max_bad_images={self._limit:g})",
+                fix=f"replace or remove them, or set max_bad_images={share:.2g} or more",
+            )
 
     def note(self) -> str:
         """For the record: how many and which; empty if all decoded."""

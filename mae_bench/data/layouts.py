@@ -67,15 +67,22 @@ def check_layout(layout: Layout, root: str | Path) -> LayoutReport:
     """Looks through `root` without decoding images; UserError names the folder, what was expected in it and what was found."""
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{root} is {'a file' if root.exists() else 'missing'}", expected=f"a folder with {EXPECTED[layout]}",
-                        fix=_elsewhere(layout, root))
+        raise UserError(
+            f"{root} is {'a file' if root.exists() else 'missing'}",
+            expected=f"a folder with {EXPECTED[layout]}",
+            fix=_elsewhere(layout, root),
+        )
     if not _is_root(layout, root):
-        raise UserError(f"{root} does not hold the {layout} layout; found: {_listing(root)}", expected=EXPECTED[layout],
-                        fix=_elsewhere(layout, root))
+        raise UserError(
+            f"{root} does not hold the {layout} layout; found: {_listing(root)}",
+            expected=EXPECTED[layout],
+            fix=_elsewhere(layout, root),
+        )
     content = CHECKS[layout](root)
     lines = "".join(f"{path}\0{mark}\n" for path, mark in sorted(content.files.items()))
-    return LayoutReport(layout, _name(root), root, content.splits, content.classes,
-                        hashlib.sha256(lines.encode()).hexdigest(), content.notes)
+    return LayoutReport(
+        layout, _name(root), root, content.splits, content.classes, hashlib.sha256(lines.encode()).hexdigest(), content.notes
+    )
 
 
 def _name(root: Path) -> str:
@@ -132,12 +139,21 @@ def _check_imagenet(root: Path) -> Content:
         raise UserError(
             f"{root}: the classes of val are not those of train: only in train: {_shown(set(train) - set(val)) or 'none'}; "
             f"only in val: {_shown(difference - set(train)) or 'none'}",
-            expected="the same class folders in both", fix="ImageNet's val is flat as published: sort it into class folders")
+            expected="the same class folders in both",
+            fix="ImageNet's val is flat as published: sort it into class folders",
+        )
     if len(train) == 1:
-        raise UserError(f"{root / 'train'} has one class only: {_shown(train)}", expected="at least two class folders",
-                        fix="give the folder whose train/ holds one folder a class")
-    files: dict[str, int | str] = {f"{split}/{name}/{image}": size for split, classes in splits.items()
-                                   for name, images in classes.items() for image, size in images.items()}
+        raise UserError(
+            f"{root / 'train'} has one class only: {_shown(train)}",
+            expected="at least two class folders",
+            fix="give the folder whose train/ holds one folder a class",
+        )
+    files: dict[str, int | str] = {
+        f"{split}/{name}/{image}": size
+        for split, classes in splits.items()
+        for name, images in classes.items()
+        for image, size in images.items()
+    }
     return Content({split: sum(map(len, classes.values())) for split, classes in splits.items()}, tuple(sorted(train)), files)
 
 
@@ -155,8 +171,11 @@ def _classes(root: Path, split: str) -> dict[str, dict[str, int]]:
     else:
         raise UserError(f"{folder} is missing; found in {root}: {_listing(root)}", expected=EXPECTED["imagenet"])
     if not classes:
-        raise UserError(f"no class folders in {folder if folder.is_dir() else tar}; found: {_listing(folder)}",
-                        expected=f"{split}/CLASS/NAME.JPEG", fix="sort the images into one folder a class")
+        raise UserError(
+            f"no class folders in {folder if folder.is_dir() else tar}; found: {_listing(folder)}",
+            expected=f"{split}/CLASS/NAME.JPEG",
+            fix="sort the images into one folder a class",
+        )
     return classes
 
 
@@ -177,9 +196,11 @@ def _check_coco(root: Path) -> Content:
         files |= {f"{split}/{image['file_name']}": images[image["file_name"]] for image in data["images"]}
         files[f"annotations/{path.name}"] = file_digest(path)
     if classes["train2017"] != classes["val2017"]:
-        raise UserError(f"{root}: the categories of train2017 and val2017 differ in "
-                        f"{_shown({name for _, name in classes['train2017'].items() ^ classes['val2017'].items()})}",
-                        expected="the same ids and names in both")
+        raise UserError(
+            f"{root}: the categories of train2017 and val2017 differ in "
+            f"{_shown({name for _, name in classes['train2017'].items() ^ classes['val2017'].items()})}",
+            expected="the same ids and names in both",
+        )
     return Content(splits, tuple(name for _, name in sorted(classes["train2017"].items())), files, tuple(notes))
 
 
@@ -188,11 +209,15 @@ def _read_coco(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; found in {path.parent}: {_listing(path.parent)}",
-                        expected=EXPECTED["coco"]) from None
+        raise UserError(
+            f"{path} is missing; found in {path.parent}: {_listing(path.parent)}", expected=EXPECTED["coco"]
+        ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a JSON file: {error}", expected="COCO's instances file",
-                        fix="fetch or unpack it again: it may be cut short") from error
+        raise UserError(
+            f"{path} is not a JSON file: {error}",
+            expected="COCO's instances file",
+            fix="fetch or unpack it again: it may be cut short",
+        ) from error
     for part, keys in COCO_KEYS.items():
         items = data.get(part) if isinstance(data, dict) else None
         if not isinstance(items, list) or not items:
@@ -207,13 +232,16 @@ def _read_coco(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _check_references(path: Path, data: dict[str, list[dict[str, Any]]], present: dict[str, int]) -> None:
     if absent := {image["file_name"] for image in data["images"]} - set(present):
-        raise UserError(f"{path} names {len(absent)} images that are absent: {_shown(absent)}",
-                        expected=f"each of its {len(data['images'])} images in {path.parents[1]}",
-                        fix="unpack the images again, or remove their entries")
+        raise UserError(
+            f"{path} names {len(absent)} images that are absent: {_shown(absent)}",
+            expected=f"each of its {len(data['images'])} images in {path.parents[1]}",
+            fix="unpack the images again, or remove their entries",
+        )
     for key, part in (("image_id", "images"), ("category_id", "categories")):
         if unknown := {annotation[key] for annotation in data["annotations"]} - {item["id"] for item in data[part]}:
-            raise UserError(f"{path}: annotations refer to unknown {part}: {key} {_shown(unknown)}",
-                            expected=f"an id among {part!r}")
+            raise UserError(
+                f"{path}: annotations refer to unknown {part}: {key} {_shown(unknown)}", expected=f"an id among {part!r}"
+            )
 
 
 def _odd_boxes(data: dict[str, list[dict[str, Any]]]) -> int:
@@ -251,12 +279,14 @@ def _object_info(root: Path) -> tuple[tuple[str, ...], dict[str, int | str]]:
     """Class names of labels 1, 2, ... from objectInfo.txt (or objectInfo150.txt): tab-separated, Idx first and Name last."""
     path = next(iter(sorted(root.glob("objectInfo*.txt"))), None)
     if path is None:
-        raise UserError(f"no objectInfo*.txt in {root}; found: {_listing(root)}",
-                        expected="a table of the classes: Idx, tab, Name")
+        raise UserError(
+            f"no objectInfo*.txt in {root}; found: {_listing(root)}", expected="a table of the classes: Idx, tab, Name"
+        )
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
     if not rows or [row[0].strip() for row in rows] != [str(i) for i in range(1, len(rows) + 1)]:
-        raise UserError(f"{path} does not number its classes 1, 2, ...",
-                        expected="a heading, then a line a class: Idx, tab, Name")
+        raise UserError(
+            f"{path} does not number its classes 1, 2, ...", expected="a heading, then a line a class: Idx, tab, Name"
+        )
     return tuple(row[-1].strip() for row in rows), {path.name: file_digest(path)}
 
 
@@ -266,11 +296,13 @@ def _check_map(image_path: Path, path: Path, num_classes: int) -> None:
             if labels.mode not in ("L", "P"):
                 raise UserError(f"{path} has mode {labels.mode}", expected="one channel of 8 bits: 0 = ignore, 1 ... the classes")
             if labels.size != image.size:
-                raise UserError(f"{path} is {labels.width} x {labels.height} pixels",
-                                expected=f"its image's {image.width} x {image.height}")
+                raise UserError(
+                    f"{path} is {labels.width} x {labels.height} pixels", expected=f"its image's {image.width} x {image.height}"
+                )
             if (highest := int(np.asarray(labels).max())) > num_classes:
-                raise UserError(f"{path} has label {highest}",
-                                expected=f"0 (ignore) to {num_classes}, the last class in objectInfo")
+                raise UserError(
+                    f"{path} has label {highest}", expected=f"0 (ignore) to {num_classes}, the last class in objectInfo"
+                )
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise UserError(f"{image_path} or its label map {path} cannot be read: {error}", expected="whole images") from error
 

@@ -9,8 +9,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mae_bench.data.images import BadImages, ImageSet
-from mae_bench.data.layouts import LayoutReport, check_layout
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
@@ -19,6 +17,8 @@ from torch import nn
 
 from backbones.report import ConversionReport
 from mae_bench.cost import backbone_gmacs, num_params, peak_memory_mib
+from mae_bench.data.images import BadImages, ImageSet
+from mae_bench.data.layouts import LayoutReport, check_layout
 from mae_bench.data.loader import Batch, TrainingOrder, evaluation_batches, training_batches
 from mae_bench.data.transforms import eval_transform, normalize, train_transform
 from mae_bench.engine.trainer import Trainer, autocast

@@ -13,8 +13,11 @@ from mae_bench.errors import Interrupted, UserError
 from mae_bench.progress import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools 2.0.11, numpy 2
-SMALL = DemoConfig(imagenet=DemoSet(img_size=32, num_train=20, num_val=10), coco=DemoSet(img_size=64, num_train=16, num_val=4),
-                   ade20k=DemoSet(img_size=64, num_train=6, num_val=3))
+SMALL = DemoConfig(
+    imagenet=DemoSet(img_size=32, num_train=20, num_val=10),
+    coco=DemoSet(img_size=64, num_train=16, num_val=4),
+    ade20k=DemoSet(img_size=64, num_train=6, num_val=3),
+)
 
 
 @pytest.fixture(scope="module")

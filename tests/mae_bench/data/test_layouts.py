@@ -12,8 +12,11 @@ from mae_bench.data.layouts import check_layout
 from mae_bench.errors import UserError
 
 PACKS = Path(__file__).resolve().parents[3].parent / "shared" / "data"
-TINY = DemoConfig(imagenet=DemoSet(img_size=16, num_train=20, num_val=10), coco=DemoSet(img_size=48, num_train=3, num_val=2),
-                  ade20k=DemoSet(img_size=48, num_train=3, num_val=2))
+TINY = DemoConfig(
+    imagenet=DemoSet(img_size=16, num_train=20, num_val=10),
+    coco=DemoSet(img_size=48, num_train=3, num_val=2),
+    ade20k=DemoSet(img_size=48, num_train=3, num_val=2),
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +45,15 @@ def edit(data, change, split="train2017"):
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(("layout", "pack", "splits", "num_classes"), [
-    ("imagenet", "imagenet_small", {"train": 993, "val": 200}, 10),
-    ("imagenet", "tiny_imagenet100", {"train": 20000, "val": 5000}, 100),
-    ("coco", "coco_small", {"train2017": 78, "val2017": 47}, 80),
-    ("ade20k", "ade20k_small", {"training": 367, "validation": 100}, 11),
-])
+@pytest.mark.parametrize(
+    ("layout", "pack", "splits", "num_classes"),
+    [
+        ("imagenet", "imagenet_small", {"train": 993, "val": 200}, 10),
+        ("imagenet", "tiny_imagenet100", {"train": 20000, "val": 5000}, 100),
+        ("coco", "coco_small", {"train2017": 78, "val2017": 47}, 80),
+        ("ade20k", "ade20k_small", {"training": 367, "validation": 100}, 11),
+    ],
+)
 def test_real_packs_pass(layout, pack, splits, num_classes):
     if not (PACKS / pack).is_dir():
         pytest.skip(f"the image pack {pack} is not beside the checkout")
@@ -94,8 +100,10 @@ def test_a_wrong_level_is_corrected(layout, data):
     refused(layout, inside, f"give {data / layout}")
 
 
-@pytest.mark.parametrize(("layout", "folder"), [("imagenet", "val"), ("coco", "val2017"), ("ade20k", "images/validation"),
-                                                ("ade20k", "annotations/training")])
+@pytest.mark.parametrize(
+    ("layout", "folder"),
+    [("imagenet", "val"), ("coco", "val2017"), ("ade20k", "images/validation"), ("ade20k", "annotations/training")],
+)
 def test_a_missing_or_empty_split_is_named(layout, folder, data):
     path = data / layout / folder
     shutil.rmtree(path)
@@ -128,17 +136,20 @@ def test_flat_images_are_not_classes(data):
     refused("imagenet", root, "no class folders", "flat.JPEG")
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda c: c.pop("categories"), ["no categories"]),
-    (lambda c: c["annotations"].clear(), ["no annotations"]),
-    (lambda c: c["annotations"][0].pop("iscrowd"), ["lack iscrowd"]),
-    (lambda c: c["images"][0].update(file_name="gone.jpg"), ["absent", "gone.jpg"]),
-    (lambda c: c["annotations"][0].update(image_id=77), ["unknown images", "77"]),
-    (lambda c: c["annotations"][0].update(category_id=77), ["unknown categories", "77"]),
-    (lambda c: c["annotations"].append(c["annotations"][0]), ["more than once", "annotations"]),
-    (lambda c: c["images"].append(c["images"][0]), ["more than once", "images"]),
-    (lambda c: c["categories"][0].update(name="dart"), ["differ", "dart"]),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.pop("categories"), ["no categories"]),
+        (lambda c: c["annotations"].clear(), ["no annotations"]),
+        (lambda c: c["annotations"][0].pop("iscrowd"), ["lack iscrowd"]),
+        (lambda c: c["images"][0].update(file_name="gone.jpg"), ["absent", "gone.jpg"]),
+        (lambda c: c["annotations"][0].update(image_id=77), ["unknown images", "77"]),
+        (lambda c: c["annotations"][0].update(category_id=77), ["unknown categories", "77"]),
+        (lambda c: c["annotations"].append(c["annotations"][0]), ["more than once", "annotations"]),
+        (lambda c: c["images"].append(c["images"][0]), ["more than once", "images"]),
+        (lambda c: c["categories"][0].update(name="dart"), ["differ", "dart"]),
+    ],
+)
 def test_coco_faults(change, words, data):
     edit(data, change)
     refused("coco", data / "coco", *words)
@@ -161,11 +172,14 @@ def test_odd_boxes_are_a_note(data):
     assert notes[0].startswith("2 of ")
 
 
-@pytest.mark.parametrize(("labels", "words"), [
-    (np.zeros((48, 40), np.uint8), ["40 x 48", "48 x 48"]),
-    (np.zeros((48, 48, 3), np.uint8), ["mode RGB", "one channel"]),
-    (np.full((48, 48), 16, np.uint8), ["label 16", "15"]),
-])
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (np.zeros((48, 40), np.uint8), ["40 x 48", "48 x 48"]),
+        (np.zeros((48, 48, 3), np.uint8), ["mode RGB", "one channel"]),
+        (np.full((48, 48), 16, np.uint8), ["label 16", "15"]),
+    ],
+)
 def test_ade20k_wrong_label_maps(labels, words, data):
     path = data / "ade20k" / "annotations" / "validation" / "DEMO_val_00000002.png"
     Image.fromarray(labels).save(path)

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mae_bench.data.images import ImageSet
 from PIL import Image
 
+from mae_bench.data.images import ImageSet
 from mae_bench.data.loader import TrainingOrder, evaluation_batches, seed_of, training_batches
 from mae_bench.data.transforms import eval_transform, normalize, train_transform
 from mae_bench.errors import UserError

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from mae_bench.data.images import BadImages
 from torch import nn
 
 from mae_bench.config import TrainConfig
+from mae_bench.data.images import BadImages
 from mae_bench.data.loader import Batch
 from mae_bench.engine.optim import adamw, finetune_no_decay, param_groups, pretrain_no_decay
 from mae_bench.engine.schedule import absolute_lr, cosine_lr

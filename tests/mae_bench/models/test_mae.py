@@ -33,7 +33,8 @@ def inputs(spec: BackboneSpec = SPEC, n: int = 3) -> tuple[torch.Tensor, torch.T
 
 
 def reference(model: MAE, imgs: torch.Tensor, noise: torch.Tensor, mask_ratio: float) -> tuple[float, np.ndarray, np.ndarray]:
-    """MAE in numpy, step by step as the paper's section 3 describes it: every patch embedded, unshuffled, decoded and predicted."""
+    """MAE in numpy, step by step as the paper's section 3 describes it: every patch embedded, unshuffled, decoded and
+    predicted."""
     w = {name.removeprefix("encoder."): tensor.detach().double().numpy() for name, tensor in model.state_dict().items()}
     p, c, eps = SPEC.patch_size[0], SPEC.in_chans, SPEC.norm_eps
 
