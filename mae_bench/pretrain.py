@@ -9,7 +9,7 @@ from mae_bench.cost import backbone_gmacs, num_params, peak_memory_mib
 from mae_bench.data.images import BadImages, ImageSet
 from mae_bench.data.layouts import check_layout
 from mae_bench.data.loader import Batch, TrainingOrder, seed_everything, seed_of, training_batches
-from mae_bench.data.transforms import eval_transform, normalize, train_transform
+from mae_bench.data.transforms import normalize, train_transform
 from mae_bench.engine.optim import adamw, param_groups, pretrain_no_decay
 from mae_bench.engine.trainer import Trainer, clear_state
 from mae_bench.export import EXPORT, write_export
@@ -18,7 +18,7 @@ from mae_bench.models.mae import MAE
 from mae_bench.models.vit import build_vit
 from mae_bench.pretrain_config import PretrainConfig, RandomConfig
 from mae_bench.progress import Progress
-from mae_bench.reconstruct import draw_reconstructions, evaluation_loss, save_mae
+from mae_bench.reconstruct import draw_reconstructions, evaluation_loss, first_readable, save_mae
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
 
@@ -29,35 +29,18 @@ def run(config: PretrainConfig, job: Job, progress: Progress) -> Outcome:
     Metrics: the loss over the validation images, each seen once with a fixed mask (a number to compare runs of one config by).
     """
     data = check_layout("imagenet", Path(config.data))
-    device = torch.device(job.device)
     spec = config.model.spec(pretrain_method="mae", pretrain_data=data.name)
-    images = ImageSet(Path(config.data), "train")
-    order = TrainingOrder(len(images), config.global_batch_size, job.seed)
-    seed_everything(seed_of(job.seed, 0, -3))
-    model = build_mae(config, spec).to(device)
-    optimizer = adamw(
-        param_groups(model.named_parameters(), config.weight_decay, pretrain_no_decay), config.base_lr, config.betas
-    )
-    bad_images = BadImages(config.max_bad_images, len(images))
-    trainer = Trainer(job, config, model, optimizer, order.steps_per_epoch, progress, bad_images)
-    transform = train_transform(spec.img_size, config.crop_scale, spec.interpolation)
-    trainer.fit(
-        lambda start, stop: training_batches(images, transform, order, start, stop, config.num_workers),
-        partial(_loss, model, config, job.seed, device),
-    )
+    train, val = ImageSet(Path(config.data), "train"), ImageSet(Path(config.data), "val")
+    bad_train, bad_val = BadImages(config.max_bad_images, len(train)), BadImages(config.max_bad_images, len(val))
+    model, trainer = _train(config, job, spec, train, bad_train, progress)
 
     progress.stage("export")
-    digest = write_export(
-        job.dir / EXPORT, model.encoder.state_dict(), spec, {"config": job.config, "seed": job.seed, "data_digest": data.digest}
-    )
+    provenance = {"config": job.config, "seed": job.seed, "data_digest": data.digest}
+    digest = write_export(job.dir / EXPORT, model.encoder.state_dict(), spec, provenance)
     save_mae(model, job.dir)
-    validation = ImageSet(Path(config.data), "val")
-    eval_loss, num_samples = evaluation_loss(model, validation, eval_transform(spec.img_size), config.mask_ratio, device)
+    loss, num_samples = evaluation_loss(model, val, bad_val, config.mask_ratio)
     draw_reconstructions(
-        model,
-        [validation.read(i) for i in _spread(len(validation), config.num_reconstructions)],
-        config.mask_ratio,
-        job.dir / "reconstruction.png",
+        model, first_readable(val, config.num_reconstructions), config.mask_ratio, job.dir / "reconstruction.png"
     )
     clear_state(job.dir)
     return Outcome(
@@ -66,7 +49,7 @@ def run(config: PretrainConfig, job: Job, progress: Progress) -> Outcome:
         split="val",
         num_samples=num_samples,
         main_metric="loss",
-        metrics={"loss": Metric(eval_loss, "mse", "lower"), "train_loss": Metric(trainer.final_loss, "mse", "lower")},
+        metrics={"loss": Metric(loss, "mse", "lower"), "train_loss": Metric(trainer.final_loss, "mse", "lower")},
         data_digest=data.digest,
         backbone_spec=spec.to_dict(),
         backbone_digest=digest,
@@ -75,11 +58,29 @@ def run(config: PretrainConfig, job: Job, progress: Progress) -> Outcome:
             "images_per_second": trainer.images_per_second,
             "params": num_params(model),
             "gmacs": backbone_gmacs(spec),
-            "peak_memory_mib": peak_memory_mib(device),
+            "peak_memory_mib": peak_memory_mib(trainer.device),
         },
-        notes=[note for note in (bad_images.note(),) if note],
+        notes=[note for note in (bad_train.note(), bad_val.note()) if note],
         artefacts={"reconstruction": "reconstruction.png", "mae": "mae.safetensors"},
     )
+
+
+def _train(
+    config: PretrainConfig, job: Job, spec: BackboneSpec, images: ImageSet, bad_images: BadImages, progress: Progress
+) -> tuple[MAE, Trainer]:
+    device = torch.device(job.device)
+    order = TrainingOrder(len(images), config.global_batch_size, job.seed)
+    seed_everything(seed_of(job.seed, 0, -3))
+    model = build_mae(config, spec).to(device)
+    groups = param_groups(model.named_parameters(), config.weight_decay, pretrain_no_decay)
+    optimizer = adamw(groups, config.base_lr, config.betas)
+    trainer = Trainer(job, config, model, optimizer, order.steps_per_epoch, progress, bad_images)
+    transform = train_transform(spec.img_size, config.crop_scale, spec.interpolation)
+    trainer.fit(
+        lambda start, stop: training_batches(images, transform, order, start, stop, config.num_workers),
+        partial(_loss, model, config, job.seed, device),
+    )
+    return model, trainer
 
 
 def build_mae(config: PretrainConfig, spec: BackboneSpec) -> MAE:
@@ -98,10 +99,6 @@ def _loss(model: MAE, config: PretrainConfig, seed: int, device: torch.device, b
     generator = torch.Generator().manual_seed(seed_of(seed, step, int(batch.indices[0])))
     noise = torch.rand(len(imgs), model.spec.num_patches, generator=generator).to(device, non_blocking=True)
     return model(imgs, config.mask_ratio, noise)[0]
-
-
-def _spread(total: int, count: int) -> list[int]:
-    return [i * total // min(count, total) for i in range(min(count, total))]
 
 
 def run_random(config: RandomConfig, job: Job, progress: Progress) -> Outcome:

@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from mae_bench.data.images import BadImage, ImageSet, decode
-from mae_bench.data.loader import Transform, evaluation_batches, seed_of
+from mae_bench.data.images import BadImage, BadImages, ImageSet, decode
+from mae_bench.data.loader import evaluation_batches, seed_of
 from mae_bench.data.transforms import eval_transform, normalize
 from mae_bench.errors import UserError
 from mae_bench.files import write_atomic
@@ -124,18 +124,33 @@ def reconstruct_files(
     draw_reconstructions(model, data, mask_ratio, Path(out), seed)
 
 
+def first_readable(images: ImageSet, count: int) -> list[bytes]:
+    """`count` images spread over the set (fewer if it has fewer); those that do not decode are left out."""
+    found = []
+    for i in range(min(count, len(images))):
+        data = images.read(i * len(images) // count if len(images) > count else i)
+        try:
+            decode(data)
+        except BadImage:
+            continue
+        found.append(data)
+    return found
+
+
 @torch.no_grad()
-def evaluation_loss(
-    model: MAE, images: ImageSet, transform: Transform, mask_ratio: float, device: torch.device, seed: int = 0
-) -> tuple[float, int]:
+def evaluation_loss(model: MAE, images: ImageSet, bad_images: BadImages, mask_ratio: float, seed: int = 0) -> tuple[float, int]:
     """Mean loss an image over the whole set, each image once under its own fixed mask, and the number of images."""
     model.eval()
+    device = model.mask_token.device
+    transform = eval_transform(model.spec.img_size, interpolation=model.spec.interpolation)
     total, count = 0.0, 0
     for batch in evaluation_batches(images, transform, batch_size=256, num_workers=0):
+        for name, reason in batch.bad:
+            bad_images.add(name, reason)
         if not len(batch.targets):
             continue
         imgs = normalize(batch.imgs.to(device), model.spec.mean, model.spec.std)
-        loss: Any = model(imgs, mask_ratio, _noise(model, batch.indices.tolist(), seed).to(device))[0]
+        loss = model(imgs, mask_ratio, _noise(model, batch.indices.tolist(), seed).to(device))[0]
         total += loss.item() * len(imgs)
         count += len(imgs)
     return total / count, count
