@@ -38,7 +38,7 @@ def run(config: PretrainConfig, job: Job, progress: Progress) -> Outcome:
     provenance = {"config": job.config, "seed": job.seed, "data_digest": data.digest}
     digest = write_export(job.dir / EXPORT, model.encoder.state_dict(), spec, provenance)
     save_mae(model, job.dir)
-    loss, num_samples = evaluation_loss(model, val, bad_val, config.mask_ratio)
+    loss, num_samples = evaluation_loss(model, val, bad_val, config.mask_ratio, progress, config.num_workers)
     draw_reconstructions(
         model, first_readable(val, config.num_reconstructions), config.mask_ratio, job.dir / "reconstruction.png"
     )

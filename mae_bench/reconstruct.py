@@ -16,6 +16,7 @@ from mae_bench.data.transforms import eval_transform, normalize
 from mae_bench.errors import UserError
 from mae_bench.files import write_atomic
 from mae_bench.models.mae import MAE
+from mae_bench.progress import Progress
 from mae_bench.spec import BackboneSpec
 
 MAE_FILE = "mae.safetensors"
@@ -128,23 +129,32 @@ def first_readable(images: ImageSet, count: int) -> list[bytes]:
     """`count` images spread over the set (fewer if it has fewer); those that do not decode are left out."""
     found = []
     for i in range(min(count, len(images))):
-        data = images.read(i * len(images) // count if len(images) > count else i)
         try:
+            data = images.read(i * len(images) // count if len(images) > count else i)
             decode(data)
-        except BadImage:
+        except (BadImage, OSError):
             continue
         found.append(data)
     return found
 
 
 @torch.no_grad()
-def evaluation_loss(model: MAE, images: ImageSet, bad_images: BadImages, mask_ratio: float, seed: int = 0) -> tuple[float, int]:
+def evaluation_loss(
+    model: MAE,
+    images: ImageSet,
+    bad_images: BadImages,
+    mask_ratio: float,
+    progress: Progress,
+    num_workers: int = 0,
+    seed: int = 0,
+) -> tuple[float, int]:
     """Mean loss an image over the whole set, each image once under its own fixed mask, and the number of images."""
     model.eval()
     device = model.mask_token.device
     transform = eval_transform(model.spec.img_size, interpolation=model.spec.interpolation)
+    progress.stage("evaluate", len(images))
     total, count = 0.0, 0
-    for batch in evaluation_batches(images, transform, batch_size=256, num_workers=0):
+    for batch in evaluation_batches(images, transform, batch_size=256, num_workers=num_workers):
         for name, reason in batch.bad:
             bad_images.add(name, reason)
         if not len(batch.targets):
@@ -153,6 +163,7 @@ def evaluation_loss(model: MAE, images: ImageSet, bad_images: BadImages, mask_ra
         loss = model(imgs, mask_ratio, _noise(model, batch.indices.tolist(), seed).to(device))[0]
         total += loss.item() * len(imgs)
         count += len(imgs)
+        progress.step(count)
     return total / count, count
 
 

@@ -104,7 +104,7 @@ def _write_imagenet(root: Path, size: DemoSet, seed: int, counter: _Counter) -> 
 
 
 def _write_coco(root: Path, size: DemoSet, seed: int, counter: _Counter) -> None:
-    recipe = Recipe(size.img_size, turn=np.pi / 4, crowd_share=0.25)
+    recipe = Recipe(size.img_size, turn=np.pi / 4, crowd_share=0.25, ground_colour=0.8)
     for split, number, first in (("train2017", size.num_train, 1), ("val2017", size.num_val, 500_001)):
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
@@ -149,7 +149,7 @@ def _annotation(thing: Thing) -> dict[str, Any]:
 
 
 def _write_ade20k(root: Path, size: DemoSet, seed: int, counter: _Counter) -> None:
-    recipe = Recipe(size.img_size, turn=np.pi / 4, crowd_share=0.25)
+    recipe = Recipe(size.img_size, turn=np.pi / 4, crowd_share=0.25, ground_colour=0.8)
     for split, number in (("training", size.num_train), ("validation", size.num_val)):
         (root / "annotations" / split).mkdir(parents=True)
         for i in range(number):

@@ -62,7 +62,7 @@ class Images(Dataset[tuple[torch.Tensor | None, int, int, list[tuple[str, str]]]
             place %= len(self.images)
             try:
                 image = decode(self.images.read(place))
-            except BadImage as error:
+            except (BadImage, OSError) as error:
                 bad.append((self.images.name(place), str(error)))
                 continue
             seed_everything(seed_of(self.seed, epoch, place))
@@ -129,24 +129,37 @@ class TrainingOrder:
             yield [(epoch, int(index)) for index in order[begin : begin + part]]
 
 
+@dataclass(frozen=True)
+class Steps:
+    """The batches of steps start to stop - 1 as a batch sampler: made one by one, so that a long run holds one epoch's order."""
+
+    order: TrainingOrder
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        return self.order.batches(self.start, self.stop)
+
+
 def training_batches(
     images: ImageSet, transform: Transform, order: TrainingOrder, start: int, stop: int, num_workers: int
 ) -> Iterator[Batch]:
     """Batches for steps start to stop - 1."""
-    dataset = Images(images, transform, order.seed, replace_bad=True)
-    return iter(_loader(dataset, list(order.batches(start, stop)), num_workers))
+    return iter(_loader(Images(images, transform, order.seed, replace_bad=True), Steps(order, start, stop), num_workers))
 
 
 def evaluation_batches(
     images: ImageSet, transform: Transform, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
     """Every image of the set exactly once over all ranks, in order; the last batch may be smaller."""
-    dataset = Images(images, transform, seed=0, replace_bad=False)
     mine = [(0, index) for index in range(rank, len(images), world_size)]
-    return iter(_loader(dataset, [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)], num_workers))
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    return iter(_loader(Images(images, transform, seed=0, replace_bad=False), batches, num_workers))
 
 
-def _loader(dataset: Images, batches: list[list[Item]], num_workers: int) -> DataLoader[Any]:
-    return DataLoader(
-        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate, pin_memory=torch.cuda.is_available()
-    )  # type: ignore[arg-type]
+def _loader(dataset: Images, batches: Any, num_workers: int) -> DataLoader[Any]:
+    pinned = torch.cuda.is_available()
+    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate, pin_memory=pinned)

@@ -13,6 +13,13 @@ Array = npt.NDArray[Any]
 GENERATOR_VERSION = 1  # rises whenever the same seed would give other pixels or labels
 THINGS = ("arrow", "crescent", "cross", "disc", "heart", "hexagon", "ring", "square", "star", "triangle")
 STUFF = ("sky", "gravel", "furrows", "water", "foliage")
+GROUND_COLOURS = {
+    "sky": (0.35, 0.5, 0.65),
+    "gravel": (0.4, 0.38, 0.36),
+    "furrows": (0.42, 0.27, 0.14),
+    "water": (0.1, 0.3, 0.4),
+    "foliage": (0.15, 0.38, 0.12),
+}
 SUPERSAMPLING = 4
 NUM_PATTERNS = 5
 TYPICAL_PATTERN, TYPICAL_GROUND = 0.8, 0.5  # shares of things that wear their class's pattern, stand on its ground
@@ -30,6 +37,7 @@ class Recipe:
     crowd_share: float = 0.0  # of the scenes, with one group of many small things of a class
     max_grounds: int = 3
     max_bars: int = 2
+    ground_colour: float = 0.0  # share of the grounds that have their class's typical colour, not a random one
 
 
 @dataclass(frozen=True)
@@ -272,17 +280,19 @@ def _background(rng: np.random.Generator, recipe: Recipe, label: int | None) -> 
     canvas = np.empty((size, size, 3), np.float32)
     for place, kind in enumerate(kinds):
         inside = region == place
-        canvas[inside] = _ground(rng, int(kind), x, y)[inside]
+        canvas[inside] = _ground(rng, int(kind), x, y, recipe.ground_colour)[inside]
     stuff = (kinds + 1).astype(np.uint8)[region]
     for border in borders:  # a thin seam of void, as annotators leave it
         stuff[np.abs(height - border) < 1.2 / size] = 0
     return canvas, stuff
 
 
-def _ground(rng: np.random.Generator, kind: int, x: Array, y: Array) -> Array:
-    """One stuff class all over the image: its texture tells the class, its colours do not; float32 [H, W, 3]."""
+def _ground(rng: np.random.Generator, kind: int, x: Array, y: Array, typical: float) -> Array:
+    """One stuff class all over the image: its texture tells the class, its colour may hint at it; float32 [H, W, 3]."""
     size = len(x)
     first, second = _colour(rng), _colour(rng)
+    if rng.random() < typical:
+        first = np.clip(GROUND_COLOURS[STUFF[kind]] + rng.normal(0, 0.06, 3), 0.02, 0.7).astype(np.float32)
     second = np.clip(first + (second - first) * rng.uniform(0.2, 0.5), 0, 1).astype(np.float32)
     if STUFF[kind] == "sky":
         mix = 0.8 * y + 0.2 * _noise(rng, x.shape, size / 3, 2.0)

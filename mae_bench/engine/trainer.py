@@ -76,25 +76,27 @@ class Trainer:
         """
         self.progress.stage("train", self.total_steps)
         with open(self.job.dir / LOG_FILE, "a", encoding="utf-8") as log:
-            log.truncate(self.log_bytes)  # lines after the state that we go on from belong to steps that are run again
-            saved = began = time.monotonic()
-            seconds_before = self.seconds
-            for batch in batches(self.step, self.total_steps):
-                self._train_step(batch, loss_of)
-                self.seconds = seconds_before + time.monotonic() - began
-                if (
-                    self.device.type == "cpu"
-                    or len(self._held) == LOSSES_HELD
-                    or self.step == self.total_steps
-                    or self.progress.should_stop
-                ):
-                    self._read_losses(log)
-                    due = time.monotonic() - saved >= self.config.checkpoint_seconds or self.progress.should_stop
-                    if due and self.step < self.total_steps:
-                        self._save(log)
-                        saved = time.monotonic()
-                    self.progress.step(self.step, loss=self.final_loss, lr=self.lr_at(self.step))
-            self._save(log)
+            log.seek(log.truncate(self.log_bytes))  # lines after the state that we go on from belong to steps that are run again
+            try:
+                self._steps(batches, loss_of, log)
+            finally:
+                if not self._held:  # losses that were not looked at may hide one that is not finite
+                    self._save(log)
+
+    def _steps(self, batches: Callable[[int, int], Iterator[Batch]], loss_of: BatchLoss, log: TextIO) -> None:
+        saved = began = time.monotonic()
+        seconds_before = self.seconds
+        for batch in batches(self.step, self.total_steps):
+            self._train_step(batch, loss_of)
+            self.seconds = seconds_before + time.monotonic() - began
+            held = len(self._held) < LOSSES_HELD and self.device.type != "cpu" and self.step < self.total_steps
+            if held and not self.progress.should_stop:
+                continue
+            self._read_losses(log)
+            if time.monotonic() - saved >= self.config.checkpoint_seconds:
+                self._save(log)
+                saved = time.monotonic()
+            self.progress.step(self.step, loss=self.final_loss, lr=self.lr_at(self.step))
 
     @property
     def images_per_second(self) -> float:

@@ -133,7 +133,7 @@ class MixedLoss:
         targets = batch.targets.to(self.device, non_blocking=True)
         if self.erase:
             imgs = self.erase(imgs)
-        if self.mixup and len(imgs) % 2 == 0:  # timm mixes a batch with itself reversed: the number has to be even
+        if self.mixup:
             imgs, soft = self.mixup(imgs, targets)
             return self.soft(self.model(imgs), soft)
         return F.cross_entropy(self.model(imgs), targets, label_smoothing=self.config.label_smoothing)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mae_bench.config import TrainConfig
 from mae_bench.pretrain_config import ModelConfig
@@ -28,6 +28,14 @@ class ClassifyConfig(EvalConfig):
     random_erasing: float = Field(0.0, ge=0, le=1)
     drop_path: float = Field(0.1, ge=0, lt=1)
     ema_decay: float | None = Field(None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _even_batches(self) -> "ClassifyConfig":
+        if (self.mixup or self.cutmix) and self.global_batch_size % (2 * self.accum_iter):
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} in {self.accum_iter} parts is odd, and mixup and cutmix mix pairs"
+            )
+        return self
 
 
 class SupervisedConfig(ClassifyConfig):

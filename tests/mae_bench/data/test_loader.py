@@ -98,6 +98,17 @@ def test_bad_image_gives_its_place_in_training_and_none_in_evaluation(images: Im
     assert sum(len(b.bad) for b in evaluated) == 1
 
 
+def test_a_file_that_cannot_be_read_counts_as_bad(images: ImageSet, tmp_path: Path) -> None:
+    (tmp_path / "train" / "class0" / "04.png").unlink()
+    batches = list(evaluation_batches(images, eval_transform((16, 16)), 5, 0))
+    assert [Path(name).name for batch in batches for name, _ in batch.bad] == ["04.png"]
+
+
+def test_a_long_run_is_not_laid_out_in_memory(images: ImageSet) -> None:
+    order = TrainingOrder(len(images), 7, seed=1)
+    assert len(next(training_batches(images, eval_transform((16, 16)), order, 0, 10**12, num_workers=0)).targets) == 7
+
+
 def test_normalize_equals_the_formula() -> None:
     imgs = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -12,6 +12,7 @@ from PIL import Image
 from backbones.adapters.features import layer_id
 from backbones.load import load_backbone
 from mae_bench.config import build
+from mae_bench.errors import UserError
 from mae_bench.export import read_export, write_export
 from mae_bench.job import Job, Outcome
 from mae_bench.models.vit import build_vit
@@ -204,8 +205,6 @@ def test_fine_tuning_layout_replaces_the_final_norm(backbone: str) -> None:
 
 
 def test_size_that_the_patch_does_not_divide_is_refused(data: Path, tmp_path: Path, backbone: str) -> None:
-    from mae_bench.errors import UserError
-
     with pytest.raises(UserError, match="patch"):
         probe(data, tmp_path, backbone, img_size=(20, 20))
 
@@ -221,3 +220,10 @@ def test_backbone_without_class_token(data: Path, tmp_path: Path) -> None:
     write_export(tmp_path / "export", build_vit(spec, global_pool="avg").state_dict(), spec, {})
     with pytest.raises(Exception, match="global_pool"):
         probe(data, tmp_path / "run", str(tmp_path / "export"), global_pool="token")
+
+
+def test_odd_batches_cannot_be_mixed() -> None:
+    values = {"kind": "finetune", "data": "", **TRAIN, "global_batch_size": 9}
+    with pytest.raises(UserError, match="odd"):
+        build(FinetuneConfig, values, "test")
+    build(FinetuneConfig, {**values, "mixup": 0.0, "cutmix": 0.0}, "test")
