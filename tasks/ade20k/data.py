@@ -11,7 +11,7 @@ from mmseg.registry import DATA_SAMPLERS, DATASETS
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from mae_bench.data.images import is_image
+from mae_bench.data.images import BadImages, is_image
 from mae_bench.data.loader import seed_everything, seed_of
 from mae_bench.errors import UserError
 
@@ -19,29 +19,22 @@ READ_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError)  # SyntaxErro
 STEP, SAMPLE = 0, 1  # seed_of's streams: randomness of the model's step, of a sample's augmentation
 
 
-class BadImages:
-    """The images of a split that do not decode, a line each in a file: loader processes write it, the training process counts."""
+class SharedBadImages:
+    """BadImages of a split over loader processes: each appends to a file, and the training process counts what it reads there."""
 
-    def __init__(self, path: Path, num_images: int, max_bad_images: float):
-        self.path, self.limit = path, num_images * max_bad_images
+    def __init__(self, path: Path, limit: float, total: int):
+        self.path, self.counted = path, BadImages(limit, total)
 
-    def add(self, image: str, reason: str) -> None:
+    def add(self, name: str, reason: str) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"{image}: {reason}\n")
+            file.write(f"{name}\t{reason}\n")
 
-    def lines(self) -> list[str]:
-        """One an image, in the order of their discovery."""
-        return list(dict.fromkeys(self.path.read_text(encoding="utf-8").splitlines())) if self.path.exists() else []
-
-    def check(self) -> list[str]:
-        """`lines`, unless they are too many: then UserError."""
-        if len(lines := self.lines()) > self.limit:
-            raise UserError(
-                f"{len(lines)} images do not decode, the last {lines[-1]}",
-                expected=f"at most {self.limit:g} (max_bad_images of the split)",
-                fix=f"replace the files that {self.path} names, or raise max_bad_images",
-            )  # fmt: skip
-        return lines
+    def check(self) -> BadImages:
+        """All that were found up to now; UserError if they are too many."""
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+            name, _, reason = line.partition("\t")
+            self.counted.add(name, reason)
+        return self.counted
 
 
 @DATASETS.register_module()
@@ -66,7 +59,7 @@ class ADE20KLayout(BaseSegDataset):
         if strange := sorted(path.name for path in folder.iterdir() if is_image(path.name) and path.suffix != self.img_suffix):
             raise UserError(f"{len(strange)} images in {folder} are not {self.img_suffix}: {strange[0]}",
                             expected="JPEG files named so, as in ADE20K", fix="convert or rename them")  # fmt: skip
-        self.bad = BadImages(self.bad_file, len(images), self.max_bad_images)
+        self.bad = SharedBadImages(self.bad_file, self.max_bad_images, len(images))
         if not self.test_mode:
             return images
         good = [info for info in images if not self._name_unreadable(info)]
@@ -95,7 +88,7 @@ class ADE20KLayout(BaseSegDataset):
                 with Image.open(path) as image:
                     np.asarray(image)
             except READ_ERRORS as error:
-                self.bad.add(path, str(error))
+                self.bad.add(path, str(error).splitlines()[0])
                 return True
         return False
 

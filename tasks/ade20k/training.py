@@ -18,7 +18,7 @@ from torch import nn
 from mae_bench.data.loader import seed_everything, seed_of
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.progress import Progress
-from tasks.ade20k.data import STEP, BadImages
+from tasks.ade20k.data import STEP, SharedBadImages
 
 CHECKPOINT_FILE = "checkpoint.pth"
 LOG_FILE = "mmseg.log"
@@ -73,7 +73,7 @@ class JobHook(Hook):
     priority = "VERY_LOW"
 
     def __init__(
-        self, progress: Progress, checkpoint: Path, bad: BadImages, *,
+        self, progress: Progress, checkpoint: Path, bad: SharedBadImages, *,
         seed: int, identity: str, checkpoint_seconds: float, seconds: float,
     ):  # fmt: skip
         self.progress, self.checkpoint, self.bad, self.num_bad = progress, checkpoint, bad, 0
@@ -85,10 +85,9 @@ class JobHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         seed_everything(seed_of(self.seed, STEP, batch_idx))  # drop path and dropout follow from the iteration, whoever loaded it
         self.lr = max(runner.optim_wrapper.get_lr()["lr"])  # the heads'
-        for line in (lines := self.bad.check())[self.num_bad :]:
-            self.progress.note(f"skipped {line}")
-            runner.logger.warning("skipped %s", line)
-        self.num_bad = len(lines)
+        for name, reason in list(self.bad.check().names.items())[self.num_bad :]:
+            self.progress.note(f"{name} does not decode and is skipped: {reason}")
+            self.num_bad += 1
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         done, loss = batch_idx + 1, float(outputs["loss"].detach())

@@ -47,7 +47,7 @@ def run(config: UPerNetConfig, job: Job, progress: Progress) -> Outcome:
         runner, seconds_train = _train(config, job, progress, parts, identity(config, job.seed, report.digest, layout.digest))
         areas, seconds_eval = _evaluate(runner, progress)
     _write_artefacts(job.dir, runner, areas, classes)
-    left_out = len(runner.val_dataloader.dataset.bad.lines())
+    bad = [loader.dataset.bad.check().note() for loader in (runner.train_dataloader, runner.val_dataloader)]
     return Outcome(
         task="ade20k", dataset=layout.name, split="validation", num_samples=len(areas), metrics=metrics(areas),
         main_metric=MAIN_METRIC, data_digest=layout.digest, backbone_spec=spec.to_dict(), backbone_digest=report.digest,
@@ -57,7 +57,7 @@ def run(config: UPerNetConfig, job: Job, progress: Progress) -> Outcome:
             "images_per_second": config.iterations * config.global_batch_size / seconds_train,
             "params": float(num_params(runner.model)), "peak_memory_mib": peak_memory_mib(torch.device(job.device)),
         },
-        notes=[f"{left_out} validation images do not decode and are left out"] if left_out else [],
+        notes=[note for note in bad if note],
         artefacts={"per_class": PER_CLASS_FILE, "per_image": PER_IMAGE_FILE, "mmseg_config": CONFIG_FILE, "log": LOG_FILE},
     )  # fmt: skip
 
@@ -103,16 +103,19 @@ def _write_artefacts(folder: Path, runner: JobRunner, areas: Areas, classes: lis
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Sends the frameworks' prints and warnings to the log file that mmengine writes too."""
+    """Sends the frameworks' prints, all warnings and our own log to the file that mmengine writes its log to."""
     with open(path, "a", encoding="utf-8", buffering=1) as file, redirect_stdout(file):
-        handler, logger = logging.StreamHandler(file), logging.getLogger("py.warnings")
-        propagate = logger.propagate
+        handler = logging.StreamHandler(file)
+        loggers = [logging.getLogger(name) for name in ("py.warnings", "mae_bench")]
+        before = [logger.propagate for logger in loggers]
         logging.captureWarnings(True)
-        logger.addHandler(handler)
-        logger.propagate = False
+        for logger in loggers:
+            logger.addHandler(handler)
+            logger.propagate = False
         try:
             yield
         finally:
             logging.captureWarnings(False)
-            logger.removeHandler(handler)
-            logger.propagate = propagate
+            for logger, propagate in zip(loggers, before, strict=True):
+                logger.removeHandler(handler)
+                logger.propagate = propagate
