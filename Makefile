@@ -12,7 +12,7 @@ setup: $(STAMP)
 $(STAMP): requirements/lock.txt requirements/detectron2.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "mae_bench needs Python 3.11 or 3.12 on the PATH, and found neither. Install one, or name it: make setup PYTHON=/path/to/python3.12"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check --quiet --require-hashes -r requirements/lock.txt
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --require-hashes -r requirements/lock.txt
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 		--python-version 3.10 --only-binary=:all: --require-hashes -r requirements/detectron2.txt
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
@@ -27,4 +27,4 @@ demo: setup
 # Resolves requirements/*.in anew for both Python versions; needs `uv` on the PATH. Seconds, and names no host.
 lock:
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-		requirements/all.in --output-file requirements/lock.txt
+		--overrides requirements/overrides.txt requirements/all.in --output-file requirements/lock.txt
