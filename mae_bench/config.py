@@ -1,6 +1,8 @@
 """Typed, closed configs: YAML files, `base:` inheritance, `key=value` overrides, and errors that name the nearest known key."""
 
 import difflib
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -47,6 +49,16 @@ class TrainConfig(JobConfig):
 
 
 C = TypeVar("C", bound=BaseModel)
+
+
+def expand_variables(path: str) -> str:
+    """`path` with $NAME replaced from the environment, for where it is read: in configs and records it stays as it was given."""
+    if unset := [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]:
+        raise UserError(
+            f"{path} names environment variables that are not set: {', '.join(unset)}",
+            expected="a value for each", fix=f"export {unset[0]}=PATH",
+        )  # fmt: skip
+    return os.path.expandvars(path)
 
 
 def resolve_path(name: str | Path, beside: Path | None = None) -> Path:

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from mae_bench.config import build
+from mae_bench.config import build, expand_variables
 from mae_bench.data.demo import DemoConfig, make_demo_data
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.files import write_json
@@ -32,7 +32,7 @@ def main() -> int:
     progress = Progress(folder / EVENTS_FILE)
     progress.stop_on_signals()
     try:
-        make_demo_data(Path(order["root"]), build(DemoConfig, order["config"], "demo_data"), progress)
+        make_demo_data(Path(expand_variables(order["root"])), build(DemoConfig, order["config"], "demo_data"), progress)
     except Interrupted:
         return INTERRUPTED
     except UserError as error:

@@ -86,8 +86,8 @@ def gpu_names() -> list[str]:
 
 
 def command_line() -> str:
-    """The command as it was given, quoted for a shell."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command as it was given, quoted for a shell; where the program lies is left out."""
+    return shlex.join(["mae-bench", *sys.argv[1:]])
 
 
 def now() -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from mae_bench.cell import LOG_FILE, Cell
+from mae_bench.config import expand_variables
 from mae_bench.data.layouts import check_layout
 from mae_bench.demo_worker import ask_for_data
 from mae_bench.errors import Interrupted, UserError
@@ -54,11 +55,11 @@ def check_data(suite: SuiteConfig) -> tuple[dict[Place, str], dict[Place, UserEr
     """The digests of the data that the suite reads, and what is wrong with the rest of it."""
     digests: dict[Place, str] = {}
     errors: dict[Place, UserError] = {}
-    for place in places(suite):
+    for layout, root in places(suite):
         try:
-            digests[place] = check_layout(*place).digest
+            digests[layout, root] = check_layout(layout, expand_variables(root)).digest
         except UserError as error:
-            errors[place] = error
+            errors[layout, root] = error
     return digests, errors
 
 

@@ -24,6 +24,7 @@ class SuiteConfig(Config):
     """Backbones x tasks x seeds. A job's `data` that its config does not give is the suite's folder of the layout that it reads.
 
     out: where everything is written (`--out`). data: `root` and a folder for each layout, by default root/LAYOUT.
+    $NAME in them is read from the environment where the data is read, and stays as it is in the records.
     demo_data: data that is made below data.root before anything else. jobs: worker processes at a time; "auto" is one a GPU,
     or one a CPU core and at most 4. threads: of each worker on the CPU; scores can depend on it in the last digits.
     """

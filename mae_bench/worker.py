@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_bench.cell import CELL_FILE, LOG_FILE, Cell
-from mae_bench.config import build
+from mae_bench.config import build, expand_variables
 from mae_bench.digest import json_digest
 from mae_bench.errors import Interrupted, NotInstalled, UserError
 from mae_bench.files import write_json
@@ -54,8 +54,8 @@ def main() -> int:
     progress = Progress(order.cell.dir / EVENTS_FILE)
     progress.stop_on_signals()
     with open(order.cell.dir / LOCK_FILE, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a worker whose runner was killed may still be saving here
-        return work(order, progress)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a worker whose runner was killed may still be saving here, or have finished
+        return 0 if isinstance(order.cell.result(), ResultRecord) else work(order, progress)
 
 
 def work(order: Order, progress: Progress) -> int:
@@ -88,7 +88,8 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
     """Runs the job and puts its outcome together with what is known of cell, code and machine."""
     cell, started, code = order.cell, now(), git_hash()
     progress.stage("load")
-    config = build(load_object(order.kind.config), cell.config, cell.name)
+    here = {"data": expand_variables(cell.config["data"])} if order.kind.layout else {}
+    config = build(load_object(order.kind.config), cell.config | here, cell.name)
     run = load_object(order.kind.run)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(order.threads)
@@ -96,6 +97,8 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
     job = Job(cell.name, cell.kind, cell.config, cell.dir, cell.seed, source, order.device)
     outcome: Outcome = run(config, job, progress)
     parts: dict[str, Any] = {name: getattr(outcome, name) for name in Outcome.__dataclass_fields__}
+    if cell.upstream and outcome.conversion_report:
+        parts["conversion_report"] = outcome.conversion_report | {"source": f"run:{cell.backbone}"}  # no path of this machine
     return ResultRecord(
         **parts,
         backbone=cell.backbone,
@@ -105,7 +108,7 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
         config_digest=json_digest({key: value for key, value in cell.config.items() if key != "data"}),
         versions=versions(),
         git_hash=code,
-        hardware=hardware(),
+        hardware=hardware() | {"threads": order.threads},
         command=order.command,
         started=started,
         finished=now(),

@@ -39,11 +39,13 @@ def run(config: MakerConfig, job: Job, progress: Progress) -> Outcome:
     misbehave(config.behave, job, progress)
     if FAKES[config.kind].emits_backbone:
         (job.dir / EXPORT).mkdir(exist_ok=True)
-        (job.dir / EXPORT / "weights").write_text(job.name)
+        (job.dir / EXPORT / "weights").write_text(f"{job.name}, run {len((job.dir / 'runs.txt').read_text().split())}")
+    weights = Path(job.backbone or job.dir / EXPORT, "weights")
     return Outcome(
         task=FAKES[config.kind].task, dataset="toy", split="val", num_samples=4,
         metrics={"top1": Metric(config.score + job.seed)}, main_metric="top1", data_digest="", backbone_spec={},
-        backbone_digest=job.backbone,
+        backbone_digest=weights.read_text() if weights.exists() else "",
+        conversion_report={"source": job.backbone} if job.backbone else {}, notes=[getattr(config, "data", "")],
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from mae_bench.config import Config, build, load_yaml, resolve, resolve_path
+from mae_bench.config import Config, build, expand_variables, load_yaml, resolve, resolve_path
 from mae_bench.errors import UserError
 
 
@@ -75,6 +75,14 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, text: str, overrides: list
     with pytest.raises(UserError) as error:
         load_yaml(tmp_path / "one.yaml", overrides)
     assert message in str(error.value)
+
+
+def test_variables_of_the_environment_are_read_or_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_DATA", "/there")
+    assert expand_variables("$SOME_DATA/${SOME_DATA}/x") == "/there//there/x"
+    assert expand_variables("plain/path") == "plain/path"
+    with pytest.raises(UserError, match="not set: NO_SUCH_DATA"):
+        expand_variables("$SOME_DATA/$NO_SUCH_DATA")
 
 
 def test_the_nearest_files_are_named() -> None:

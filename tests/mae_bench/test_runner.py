@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mae_bench.cell import Cell
+from mae_bench.cell import CELL_FILE, Cell
 from mae_bench.errors import UserError
 from mae_bench.live import View
 from mae_bench.provenance import num_cores
@@ -52,7 +52,9 @@ def test_every_cell_gets_a_record_that_explains_itself(suite: dict[str, Any]) ->
     assert record.versions["python"].startswith("3.")
     assert record.hardware["cores"] == num_cores()
     assert record.started <= record.finished
-    assert "cells/good/backbone-s0-" in record.backbone_digest, "the transfer was given its own backbone's export"
+    assert record.backbone_digest.startswith("good · fake_maker"), "the transfer was given its own backbone's export"
+    assert record.conversion_report == {"source": "run:good"}, "no path of this machine"
+    assert record.hardware["threads"] == 1
     assert printed.count("done") == 6
 
 
@@ -108,6 +110,35 @@ def test_the_log_keeps_what_a_failure_leaves_out(suite: dict[str, Any]) -> None:
     assert "Traceback" in logs["good"]
     assert isinstance(failure := results["base", "backbone", 0], Failure)
     assert "last words" in failure.reason
+
+
+def test_transfers_of_another_backbone_than_the_one_that_is_there_are_run_again(suite: dict[str, Any]) -> None:
+    run(suite)
+    (made,) = [path for path in Path(suite["out"]).rglob(RECORD_FILE) if "good/backbone" in str(path)]
+    made.unlink()  # and so made again, with other weights
+    results, _ = run(suite)
+    maker, transfer = results["good", "backbone", 0], results["good", "probe", 0]
+    assert isinstance(maker, ResultRecord)
+    assert isinstance(transfer, ResultRecord)
+    assert transfer.backbone_digest == maker.backbone_digest == "good · fake_maker · seed 0, run 2"
+    assert times_run(suite) == {"good/backbone-s0": 2, "base/backbone-s0": 1, "good/probe-s0": 2, "base/probe-s0": 1}
+
+
+def test_environment_variables_stay_literal_until_the_data_is_read(
+    suite: dict[str, Any], toy_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite["data"]["root"] = "$TOY_DATA"
+    with pytest.raises(UserError, match="not set: TOY_DATA"):
+        run(suite)
+    monkeypatch.setenv("TOY_DATA", str(toy_data))
+    results, _ = run(suite)
+    record = results["good", "probe", 0]
+    assert isinstance(record, ResultRecord)
+    assert record.config["data"] == "$TOY_DATA/imagenet"
+    assert record.notes == [f"{toy_data}/imagenet"], "where the job read it"
+    orders = [path.read_text() for path in Path(suite["out"]).rglob("*.json") if path.name in ("suite.json", CELL_FILE)]
+    assert len(orders) == 5
+    assert not [text for text in orders if str(toy_data) in text]
 
 
 @pytest.mark.parametrize("behave", ["user error", "not installed"])

@@ -76,3 +76,10 @@ def test_the_environment_holds_threads_and_device(monkeypatch: pytest.MonkeyPatc
 def test_an_order_is_plain_json(fake_kinds: Path, tmp_path: Path) -> None:
     order(tmp_path)
     assert json.loads((tmp_path / CELL_FILE).read_text())["kind"]["run"] == "fake_kinds:run"
+
+
+def test_a_record_that_another_worker_has_written_meanwhile_stands(fake_kinds: Path, tmp_path: Path) -> None:
+    order(tmp_path)
+    assert work(tmp_path).returncode == 0
+    assert work(tmp_path).returncode == 0
+    assert (tmp_path / "runs.txt").read_text().split() == ["run"]
