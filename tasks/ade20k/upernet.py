@@ -1,9 +1,6 @@
 """UperNet on ADE20K's layout with a pretrained ViT: trained by mmengine's Runner, scored by mmsegmentation's IoUMetric."""
 
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from mae_bench.data.layouts import check_layout
 from mae_bench.digest import json_digest
 from mae_bench.files import write_atomic, write_json
 from mae_bench.job import Job, Outcome
+from mae_bench.logs import log_to
 from mae_bench.progress import Progress
 from tasks.ade20k.config import UPerNetConfig
 from tasks.ade20k.metrics import MAIN_METRIC, Areas, metrics, per_class
@@ -99,23 +97,3 @@ def _write_artefacts(folder: Path, runner: JobRunner, areas: Areas, classes: lis
     names = np.array([Path(dataset.get_data_info(i)["img_path"]).name for i in range(len(dataset))])
     write_json(folder / PER_CLASS_FILE, per_class(areas, classes))
     write_atomic(folder / PER_IMAGE_FILE, lambda file: np.savez_compressed(file, names=names, areas=areas))
-
-
-@contextmanager
-def log_to(path: Path) -> Iterator[None]:
-    """Sends the frameworks' prints, all warnings and our own log to the file that mmengine writes its log to."""
-    with open(path, "a", encoding="utf-8", buffering=1) as file, redirect_stdout(file):
-        handler = logging.StreamHandler(file)
-        loggers = [logging.getLogger(name) for name in ("py.warnings", "mae_bench")]
-        before = [logger.propagate for logger in loggers]
-        logging.captureWarnings(True)
-        for logger in loggers:
-            logger.addHandler(handler)
-            logger.propagate = False
-        try:
-            yield
-        finally:
-            logging.captureWarnings(False)
-            for logger, propagate in zip(loggers, before, strict=True):
-                logger.removeHandler(handler)
-                logger.propagate = propagate

@@ -1,9 +1,6 @@
 """Mask R-CNN on COCO with a pretrained ViT: trained by detectron2's trainer, scored by its COCOEvaluator."""
 
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +11,8 @@ from mae_bench.cost import num_params, peak_memory_mib
 from mae_bench.data.images import BadImages
 from mae_bench.data.layouts import check_layout
 from mae_bench.data.loader import seed_everything
-from mae_bench.files import write_json
 from mae_bench.job import Job, Outcome
+from mae_bench.logs import log_to
 from mae_bench.progress import Progress
 from tasks.coco.config import MaskRCNNConfig
 from tasks.coco.data import register, train_loader, val_loader
@@ -37,13 +34,12 @@ def run(config: MaskRCNNConfig, job: Job, progress: Progress) -> Outcome:
     progress.stage("check data")
     layout = check_layout("coco", config.data)
     job.dir.mkdir(parents=True, exist_ok=True)
-    with log_to(job.dir / LOG_FILE):
+    with log_to(job.dir / LOG_FILE, "detectron2", "fvcore"):
         backbone = load_vit_backbone(job.backbone)
         spec, report = backbone.spec, backbone.report
         names = register(Path(config.data), layout.digest)
         setup = lazy_config(config, spec, job.backbone, names.num_classes)
         dump(setup, job.dir)
-        write_json(job.dir / "config.json", config.model_dump(mode="json"))
         seed_everything(job.seed)
         model, optimizer, lr_multiplier = build(setup, job.device)
         bad = {split: BadImages(config.max_bad_images, layout.splits[split]) for split in SPLITS}
@@ -71,26 +67,3 @@ def _notes(bad: dict[str, BadImages], num_detections: int) -> list[str]:
     if bad[SPLITS[1]].count:
         notes.append(f"unread images of {SPLITS[1]} count as images without detections")
     return notes if num_detections else [*notes, "nothing was detected above score_threshold: the AP is 0 by definition"]
-
-
-@contextmanager
-def log_to(path: Path) -> Iterator[None]:
-    """Sends detectron2's and its libraries' log, warnings and prints to a file instead of the terminal."""
-    with open(path, "a", encoding="utf-8") as file, redirect_stdout(file):
-        handler = logging.StreamHandler(file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
-        loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "mae_bench", "py.warnings")]
-        before = [(logger.level, logger.propagate) for logger in loggers]
-        logging.captureWarnings(True)
-        for logger in loggers:
-            logger.addHandler(handler)
-            logger.setLevel(logging.INFO)
-            logger.propagate = False
-        try:
-            yield
-        finally:
-            logging.captureWarnings(False)
-            for logger, (level, propagate) in zip(loggers, before, strict=True):
-                logger.removeHandler(handler)
-                logger.setLevel(level)
-                logger.propagate = propagate
