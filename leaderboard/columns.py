@@ -7,11 +7,10 @@ from typing import Any
 
 from leaderboard.index import Run
 from leaderboard.table import Column
-from mae_bench.record import Failure, ResultRecord
+from mae_bench.record import NOT_THE_METHOD, Failure, ResultRecord
 
 PRETRAIN = "pretrain"  # the task of the jobs that make a backbone: a cost and a picture, never a column
 TASKS = (PRETRAIN, "imagenet", "coco", "ade20k")  # shown first and in this order; any other follows by name
-NOT_THE_METHOD = ("seed", "data", "num_workers", "checkpoint_seconds")  # config keys that may differ between like cells
 
 
 def columns_of(measured: list[Run], problems: list[str]) -> list[tuple[Column, list[Run]]]:

@@ -21,7 +21,7 @@ def compare(runs: Runs, baseline: str = "supervised") -> Comparison:
     `problems` names what differs. Of two records of one row, column and seed the newer counts, and `problems` names
     both. A baseline without scores leaves the table without differences.
     """
-    problems = list(runs.problems)
+    problems = runs.problems + _strangers(runs)
     groups = columns_of([run for run in runs.records if run.record.task != PRETRAIN], problems)
     columns = [column for column, _ in groups] + columns_of_failures(runs.failures, [column for column, _ in groups])
     columns.sort(key=column_order)
@@ -35,6 +35,20 @@ def compare(runs: Runs, baseline: str = "supervised") -> Comparison:
     costs, totals = costs_of(runs.records, rows), totals_of(runs.records, rows)
     notes = _notes(runs.records, cells, baseline)
     return Comparison(baseline, rows, columns, cells, costs, totals, runs.failures, verdicts, notes, problems)
+
+
+def _strangers(runs: Runs) -> list[str]:
+    """Transfers of another backbone than the one whose making their row records."""
+    made: dict[str, set[str]] = {}
+    for run in runs.records:
+        if run.record.task == PRETRAIN:
+            made.setdefault(run.record.backbone, set()).add(run.record.backbone_digest)
+    return [
+        f"{runs.name(run.path)} scores another backbone than the {run.record.backbone} whose making is recorded: run it again"
+        for run in runs.records
+        if run.record.task != PRETRAIN
+        and run.record.backbone_digest not in made.get(run.record.backbone, {run.record.backbone_digest})
+    ]
 
 
 def _rows(runs: Runs, baseline: str) -> list[str]:

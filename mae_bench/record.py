@@ -13,6 +13,11 @@ SCHEMA_VERSION = 1
 RECORD_FILE = "record.json"
 FAILURE_FILE = "failure.json"
 
+# Keys of a job's config that decide neither its score nor its weights: they may differ between like results.
+NOT_THE_METHOD = frozenset(
+    {"data", "num_workers", "max_bad_images", "checkpoint_seconds", "checkpoint_period", "num_reconstructions"}
+)
+
 
 class RecordError(UserError):
     """A record that cannot be read or that contradicts itself."""

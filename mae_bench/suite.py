@@ -14,6 +14,7 @@ from mae_bench.data.layouts import Layout
 from mae_bench.digest import file_digest, json_digest
 from mae_bench.errors import UserError
 from mae_bench.job import EXPORT
+from mae_bench.record import NOT_THE_METHOD
 from mae_bench.registry import KINDS, kind, load_object
 
 CELLS = "cells"  # the folder of a suite's cells
@@ -143,7 +144,7 @@ def _cell(
     place: Any = (chosen.layout, job.get("data"))
     identity = {
         "version": chosen.version,
-        "config": {key: _content(key, value) for key, value in job.items() if key != "data"},
+        "config": {key: _content(key, value) for key, value in job.items() if key not in NOT_THE_METHOD},
         "data": digests.get(place, ""),
         "seed": seed,
         "backbone": maker.key if maker else "",

@@ -16,7 +16,7 @@ from mae_bench.files import write_json
 from mae_bench.job import EXPORT, Job, Outcome
 from mae_bench.progress import EVENTS_FILE, Progress
 from mae_bench.provenance import git_hash, hardware, now, versions
-from mae_bench.record import FAILURE_FILE, RECORD_FILE, Failure, ResultRecord, write_failure, write_record
+from mae_bench.record import FAILURE_FILE, NOT_THE_METHOD, RECORD_FILE, Failure, ResultRecord, write_failure, write_record
 from mae_bench.registry import Kind, load_object
 
 LOCK_FILE = ".lock"
@@ -105,7 +105,7 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
         protocol=cell.config.get("protocol", cell.kind),
         seed=cell.seed,
         config=cell.config,
-        config_digest=json_digest({key: value for key, value in cell.config.items() if key != "data"}),
+        config_digest=json_digest({key: value for key, value in cell.config.items() if key not in NOT_THE_METHOD}),
         versions=versions(),
         git_hash=code,
         hardware=hardware() | {"threads": order.threads},

@@ -150,10 +150,24 @@ def test_another_split_data_set_or_protocol_is_another_column_and_no_conflict(
 
 def test_where_the_data_lies_and_who_loads_it_is_no_difference(folder: Folder, seeds: Callable) -> None:
     seeds("supervised", 60.0)
-    seeds("mae", 62.0, config={"kind": "linear_probe", "base_lr": 0.1, "data": "another/place", "num_workers": 4, "seed": 3})
+    seeds(
+        "mae",
+        62.0,
+        config={"kind": "linear_probe", "base_lr": 0.1, "data": "another/place", "num_workers": 4, "max_bad_images": 0.5},
+    )
     comparison = read(folder)
     assert len(comparison.columns) == 1
     assert comparison.problems == []
+
+
+def test_a_score_of_another_backbone_than_the_rows_is_named(folder: Folder) -> None:
+    pretrain = {"task": "pretrain", "protocol": "mae", "main_metric": "loss"}
+    folder.add("mae", 0.5, backbone_digest="1", **pretrain)
+    folder.add("mae", 61.0, backbone_digest="1")
+    folder.add("mae", 62.0, 1, backbone_digest="2")
+    folder.add("supervised", 63.0, backbone_digest="3")
+    (problem,) = read(folder).problems
+    assert problem.startswith("cells/003/record.json scores another backbone than the mae whose making is recorded")
 
 
 def test_of_a_seed_recorded_twice_the_newer_counts_and_both_are_named(folder: Folder) -> None:

@@ -75,6 +75,15 @@ def test_a_run_counts_by_its_export(tmp_path: Path) -> None:
     assert changed(before, keys(suite))
 
 
+def test_a_key_does_not_change_with_how_the_work_is_done(tmp_path: Path) -> None:
+    value = {"name": "x", "data": {"root": str(tmp_path)}, "backbones": {"a": {"base": "pretrain/demo.yaml"}}}
+    value["tasks"] = {"t": {"base": "tasks/coco/maskrcnn_demo.yaml"}}
+    names = ("num_workers", "max_bad_images", "checkpoint_seconds", "num_reconstructions")
+    how = [f"backbones.a.{name}=1" for name in names] + ["tasks.t.num_workers=1", "tasks.t.checkpoint_period=7"]
+    assert keys(value, *how) == keys(value)
+    assert keys(value, "backbones.a.mask_ratio=0.5") != keys(value)
+
+
 def test_defaults(suite: dict[str, Any]) -> None:
     del suite["out"]
     loaded = load_suite(suite)
