@@ -86,6 +86,8 @@ def pretrain(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A job that makes a backbone, e.g. pretrain/demo.yaml.")],
     overrides: Overrides = None,
     out: Out = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the weights and of the order of the images.")] = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where it is made.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Make one backbone; its folder then holds `export/`, which every other command reads as a checkpoint."""
@@ -94,7 +96,7 @@ def pretrain(
 
     name = Path(config).stem
     job = complete_job(config, load_yaml(config, overrides or []))
-    _run({"name": name, "backbones": {name: job}}, None, out, None, as_json)
+    _run({"name": name, "backbones": {name: job}, "backbone_seed": seed, "device": device}, None, out, None, as_json)
 
 
 @app.command()
@@ -109,6 +111,8 @@ def evaluate(
     """Transfer given checkpoints to given tasks; where the data is: data.root=PATH, or data.imagenet=PATH and its like."""
     named = [name.strip() for name in tasks.split(",") if name.strip()]
     files = {Path(name).stem: name if name.endswith((".yaml", ".yml")) else f"tasks/{name}.yaml" for name in named}
+    if len(files) < len(named):
+        raise UserError(f"--tasks {tasks}: two of one name", expected="files whose names differ", fix="copy one to another name")
     suite = {
         "name": "evaluate",
         "backbones": {name: {"kind": "checkpoint", "source": source} for name, source in _rows_of(checkpoint).items()},

@@ -17,9 +17,9 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, complete (each field has a type), closed (an unknown key is an error)."""
+    """Base of every config: frozen, complete (each field has a type), closed (an unknown key is an error), finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class JobConfig(Config):

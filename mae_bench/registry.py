@@ -70,7 +70,7 @@ def kind(name: str) -> Kind:
     """The kind of that name; UserError lists the known ones."""
     try:
         return KINDS[name]
-    except KeyError:
+    except (KeyError, TypeError):  # TypeError: a list or a mapping in the place of a name
         raise UserError(f"unknown job kind {name!r}", expected=f"one of {', '.join(KINDS)}") from None
 
 

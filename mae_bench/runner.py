@@ -22,7 +22,7 @@ from mae_bench.live import View
 from mae_bench.provenance import num_cores, visible_gpus
 from mae_bench.record import FAILURE_FILE, Failure, ResultRecord, write_failure
 from mae_bench.registry import kind
-from mae_bench.suite import Place, SuiteConfig, expand, places
+from mae_bench.suite import Place, SuiteConfig, check_sources, expand, places
 from mae_bench.worker import INTERRUPTED, LOCK_FILE, Order, environment
 
 POLL_SECONDS = 0.1
@@ -66,10 +66,11 @@ def check_data(suite: SuiteConfig) -> tuple[dict[Place, str], dict[Place, UserEr
 def run_suite(suite: SuiteConfig, view: View, command: str) -> list[tuple[Cell, Result]]:
     """Makes the data if it is the suite's own, checks all data, then runs every cell that is not finished.
 
-    UserError before any cell runs: bad data, or a folder in which another runner is at work. Interrupted after SIGTERM, SIGINT
-    or SIGHUP: the workers have saved their state, and the same call goes on.
+    UserError before any cell runs: bad data, a missing checkpoint, or a folder in which another runner is at work.
+    Interrupted after SIGTERM, SIGINT or SIGHUP: the workers have saved their state, and the same call goes on.
     """
     out, slots = Path(suite.out), slots_of(suite)
+    check_sources(suite)
     with locked(out), stop_requests() as stop:
         write_json(out / SUITE_FILE, suite.model_dump(mode="json"))
         if suite.demo_data:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mae_bench.cell import BACKBONE, Cell
 from mae_bench.config import Config, build, resolve
@@ -43,6 +43,13 @@ class SuiteConfig(Config):
     threads: int = Field(1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    @field_validator("seeds")
+    @classmethod
+    def _are_unique(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("each seed once")
+        return seeds
+
     @property
     def row_of_baseline(self) -> str:
         return self.baseline or next(iter(self.backbones))
@@ -56,9 +63,10 @@ def load_suite(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
     value = dict(source) if isinstance(source, dict) else {"base": str(source)}
     raw = resolve(value | ({"out": str(out)} if out else {}), Path.cwd(), overrides, {"out": "runs/${name}"})
     name = str(raw.get("name", source))
-    _refuse_unknown("data", raw.get("data") or {}, ["root", *sorted({kind.layout for kind in KINDS.values() if kind.layout})])
+    data = raw.get("data") or {}
+    _check_data_keys(data)
     for _, job in _jobs(raw):
-        _fill_data(job, raw.get("data") or {})
+        _fill_data(job, data)
     suite = build(SuiteConfig, raw, name)
     if suite.baseline and suite.baseline not in suite.backbones:
         raise UserError(f"baseline {suite.baseline!r} is none of the backbones", expected=f"one of {', '.join(suite.backbones)}")
@@ -78,14 +86,18 @@ def _jobs(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"{group}.{name}", job
 
 
-def _refuse_unknown(place: str, value: Any, known: list[str]) -> None:
-    if isinstance(value, dict) and (unknown := [key for key in value if key not in known]):
+def _check_data_keys(data: Any) -> None:
+    known = ["root", *sorted({kind.layout for kind in KINDS.values() if kind.layout})]
+    if not isinstance(data, dict):
+        raise UserError(f"data={data}", expected=f"keys below data: {', '.join(known)}", fix=f"data.root={data}")
+    if unknown := [key for key in data if key not in known]:
         near = difflib.get_close_matches(str(unknown[0]), known, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown key '{place}.{unknown[0]}'; the nearest known key is '{place}.{near}'")
+        raise UserError(f"unknown key 'data.{unknown[0]}'; the nearest known key is 'data.{near}'")
 
 
 def _fill_data(job: Any, data: dict[str, Any]) -> None:
-    layout = KINDS[job["kind"]].layout if isinstance(job, dict) and job.get("kind") in KINDS else ""
+    name = job.get("kind") if isinstance(job, dict) else None
+    layout = KINDS[name].layout if isinstance(name, str) and name in KINDS else ""
     if layout and job.get("data", "???") == "???":
         root = data.get("root")
         folder = data.get(layout) or (f"{root}/{layout}" if root and root != "???" else None)
@@ -154,11 +166,27 @@ def _cell(
     return Cell(name, task, chosen.task, job["kind"], job, seed, key, folder, maker.dir if maker else None)
 
 
+def source_path(source: str) -> Path | None:
+    """Where the bytes of a checkpoint's SOURCE lie; None for one that is not on this machine's disk (timm:NAME)."""
+    scheme, colon, rest = source.partition(":")
+    if not colon or Path(source).exists():
+        return Path(source)
+    return {"file": Path(rest), "run": Path(rest) / EXPORT}.get(scheme)
+
+
+def check_sources(suite: SuiteConfig) -> None:
+    """UserError for checkpoints whose files are not there."""
+    sources = {name: job["source"] for name, job in suite.backbones.items() if "source" in job}
+    paths = {name: source_path(source) for name, source in sources.items()}
+    if missing := [f"backbones.{name}: {path} is missing" for name, path in paths.items() if path and not path.exists()]:
+        raise UserError("\n".join(missing), expected="a weight file, or the folder that holds one")
+
+
 def _content(key: str, value: Any) -> Any:
     """A checkpoint counts by its files' bytes: the same path with other weights is another cell."""
     if key != "source":
         return value
-    scheme, _, rest = str(value).partition(":")
-    path = Path(rest) / EXPORT if scheme == "run" else Path(rest if scheme == "file" else value)
+    if (path := source_path(value)) is None:
+        return value
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return [file_digest(file) for file in files if file.is_file()] or value

@@ -64,6 +64,9 @@ def test_version() -> None:
         (["pretrain", "tasks/imagenet/linear_demo.yaml", "data=x"], "which transfers one"),
         (["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear"], "did you mean tasks/imagenet/linear"),
         (["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear_demo"], "data.imagenet must be given"),
+        (["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear_demo", "data.root=y"], "x.pth is missing"),
+        (["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear_demo,mine/linear_demo.yaml"], "two of one name"),
+        (["pretrain", "pretrain/random_demo.yaml", "--device", "gpu"], "'gpu' is not one of"),
         (["report", "/nowhere"], "no result under /nowhere"),
         (["data", "check", "coco", "/nowhere"], "/nowhere is missing"),
         (["data", "check", "cocoa", "/nowhere"], "'cocoa' is not one of"),
@@ -128,9 +131,10 @@ def test_a_plan_is_json_for_programs(fake_kinds: Path, toy: Path, suite: dict[st
 def test_one_backbone_can_be_made_alone(fake_kinds: Path, tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
     config.write_text("kind: fake_maker")
-    done = mae_bench("pretrain", str(config), "score=2", "--out", str(tmp_path / "out"), script=fake_kinds)
+    options = ("--out", str(tmp_path / "out"), "--seed", "3", "--device", "cpu")
+    done = mae_bench("pretrain", str(config), "score=2", *options, script=fake_kinds)
     assert done.returncode == 0, done.stderr
-    (export,) = (tmp_path / "out" / "cells" / "mine").glob("*/export")
+    (export,) = (tmp_path / "out" / "cells" / "mine").glob("backbone-s3-*/export")
     assert str(export) in done.stdout
 
 
