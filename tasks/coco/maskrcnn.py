@@ -19,7 +19,7 @@ from tasks.coco.data import register, train_loader, val_loader
 from tasks.coco.evaluation import DETECTIONS_FILE, evaluate
 from tasks.coco.lazy_config import build, dump, lazy_config
 from tasks.coco.metrics import MAIN_METRIC
-from tasks.coco.training import train
+from tasks.coco.training import clear_checkpoints, train
 
 SPLITS = ("train2017", "val2017")
 LOG_FILE = "detectron2.log"
@@ -44,10 +44,11 @@ def run(config: MaskRCNNConfig, job: Job, progress: Progress) -> Outcome:
         model, optimizer, lr_multiplier = build(setup, job.device)
         bad = {split: BadImages(config.max_bad_images, layout.splits[split]) for split in SPLITS}
         batches = partial(train_loader, config, names.train, bad[SPLITS[0]], job.seed)
-        seconds_train = train(model, optimizer, lr_multiplier, batches, config, job, progress)
+        seconds_train = train(model, optimizer, lr_multiplier, batches, config, job, progress, bad[SPLITS[0]])
         began = time.perf_counter()
         loader = val_loader(config, names.val, bad[SPLITS[1]])
         metrics, num_detections = evaluate(model, loader, names.val, job.dir / "detections", progress)
+    clear_checkpoints(job.dir)
     return Outcome(
         task="coco", dataset=layout.name, split=SPLITS[1], num_samples=layout.splits[SPLITS[1]], metrics=metrics,
         main_metric=MAIN_METRIC, data_digest=layout.digest, backbone_spec=spec.to_dict(), backbone_digest=report.digest,

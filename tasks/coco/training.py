@@ -1,6 +1,7 @@
 """Mask R-CNN's training by detectron2's trainers: checkpoints, exact resume, stop on request and at a non-finite loss."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,12 +13,14 @@ from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.utils.events import JSONWriter
 from torch import nn
 
+from mae_bench.data.images import BadImages
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.files import write_atomic, write_text
 from mae_bench.job import Job
 from mae_bench.progress import Progress
 from tasks.coco.config import MaskRCNNConfig
 
+CHECKPOINTS = "checkpoints"  # the folder inside a job's
 KEPT_CHECKPOINTS = 2
 
 
@@ -30,13 +33,15 @@ class AutocastTrainer(SimpleTrainer):
 
 
 class Checkpointer(DetectionCheckpointer):
-    """detectron2's checkpointer with files that appear whole or not at all, and no silent mismatch."""
+    """detectron2's checkpointer with files that appear whole or not at all, the last two kept, and no silent mismatch."""
 
     def save(self, name: str, **extra: Any) -> None:
         parts = {"model": self.model, **self.checkpointables}
         data = {**{key: part.state_dict() for key, part in parts.items()}, **extra}
         write_atomic(Path(self.save_dir) / f"{name}.pth", lambda file: torch.save(data, file))
         self.tag_last_checkpoint(f"{name}.pth")
+        for old in sorted(Path(self.save_dir).glob("model_*.pth"))[:-KEPT_CHECKPOINTS]:  # by iteration; model_final comes last
+            old.unlink()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
@@ -58,6 +63,20 @@ class GradientHook(HookBase):
     def after_backward(self) -> None:
         if not torch.isfinite(nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)):
             raise FloatingPointError("the gradient is not finite")
+
+
+class Unread(HookBase):
+    """Keeps the account of the images that cannot be read over resumed runs."""
+
+    def __init__(self, bad: BadImages):
+        self.bad = bad
+
+    def state_dict(self) -> dict[str, str]:
+        return dict(self.bad.names)
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        for name, reason in state_dict.items():
+            self.bad.add(name, reason)
 
 
 class Clock(HookBase):
@@ -96,21 +115,22 @@ class ProgressHook(HookBase):
 
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, lr_multiplier: Any, batches: Callable[[int], Any],
-    config: MaskRCNNConfig, job: Job, progress: Progress,
+    config: MaskRCNNConfig, job: Job, progress: Progress, bad: BadImages,
 ) -> float:  # fmt: skip
     """Trains to config.iterations, going on from the last checkpoint in the job's folder; returns the seconds over all runs.
 
-    `batches(start)` gives the loader from iteration `start` on. Raises Interrupted after saving when asked to stop, and UserError
-    at a loss or gradient that is not finite; weights are never saved after one.
+    `batches(start)` gives the loader from iteration `start` on, which counts unreadable images in `bad`. Raises Interrupted after
+    saving when asked to stop, and UserError at a loss or gradient that is not finite; weights are never saved after one.
     """
     trainer = _trainer(model, optimizer, config, job)
-    checkpointer = Checkpointer(model, str(job.dir / "checkpoints"), trainer=trainer)
+    checkpointer = Checkpointer(model, str(job.dir / CHECKPOINTS), trainer=trainer)
     clock = Clock()
     trainer.register_hooks([
         GradientHook(model.parameters(), config.clip_grad),
         hooks.LRScheduler(scheduler=lr_multiplier),
         clock,
-        hooks.PeriodicCheckpointer(checkpointer, config.checkpoint_period, max_to_keep=KEPT_CHECKPOINTS),
+        Unread(bad),
+        hooks.PeriodicCheckpointer(checkpointer, config.checkpoint_period),
         hooks.PeriodicWriter([JSONWriter(str(job.dir / "log.jsonl"))], period=20),
         ProgressHook(checkpointer, progress),
     ])  # fmt: skip
@@ -129,6 +149,11 @@ def train(
             fix=f"lower lr (now {config.lr:g}) or raise warmup_iterations; {_last_good(checkpointer)}",
         ) from error  # fmt: skip
     return clock.seconds
+
+
+def clear_checkpoints(folder: Path) -> None:
+    """Removes the training states of a finished job: its record and detections are what stays."""
+    shutil.rmtree(folder / CHECKPOINTS)
 
 
 def _trainer(model: nn.Module, optimizer: torch.optim.Optimizer, config: MaskRCNNConfig, job: Job) -> SimpleTrainer:

@@ -27,12 +27,16 @@ MakeConfig = Callable[..., MaskRCNNConfig]
 
 
 class StopAfter(Progress):
-    """Asks to stop once `iteration` training iterations are done."""
+    """Asks to stop once `iteration` training iterations are done, or when the stage `before` is to begin."""
 
-    def __init__(self, iteration: int):
+    def __init__(self, iteration: int = -1, before: str = ""):
         super().__init__()
-        self.iteration = iteration
+        self.iteration, self.before = iteration, before
         self.seen: list[float] = []
+
+    def stage(self, name: str, total: float = 0) -> None:
+        self._stop = self._stop or name == self.before
+        super().stage(name, total)
 
     def step(self, done: float, **values: float | str) -> None:
         self.seen.append(done)
@@ -44,7 +48,10 @@ def job(folder: Path, backbone: str) -> Job:
     return Job(name="toy", kind="maskrcnn", config={}, dir=folder, seed=3, backbone=backbone)
 
 
-def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+def train_only(config: MaskRCNNConfig, folder: Path, backbone: str) -> dict[str, torch.Tensor]:
+    """The weights that a training ends with, from the state that the evaluation would start from."""
+    with pytest.raises(Interrupted):
+        maskrcnn.run(config, job(folder, backbone), StopAfter(before="evaluate"))
     return torch.load(folder / "checkpoints" / "model_final.pth", weights_only=True)["model"]
 
 
@@ -65,9 +72,9 @@ def test_a_run_ends_with_an_outcome(make_config: MakeConfig, backbone: str, tmp_
 
 
 def test_the_dumped_setup_builds_the_same_model(make_config: MakeConfig, backbone: str, tmp_path: Path) -> None:
-    maskrcnn.run(make_config(), job(tmp_path / "job", backbone), Progress())
+    weights = train_only(make_config(), tmp_path / "job", backbone)
     setup = LazyConfig.load(str(tmp_path / "job" / "detectron2.yaml"))
-    instantiate(setup.model).load_state_dict(final_weights(tmp_path / "job"))
+    instantiate(setup.model).load_state_dict(weights)
     assert (setup.optimizer.lr, setup.optimizer.weight_decay) == (1e-3, 0.1)
 
 
@@ -75,24 +82,46 @@ def test_the_dumped_setup_builds_the_same_model(make_config: MakeConfig, backbon
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_weights(
     make_config: MakeConfig, backbone: str, tmp_path: Path, num_workers: int
 ) -> None:
-    maskrcnn.run(make_config(), job(tmp_path / "whole", backbone), Progress())
+    whole = train_only(make_config(), tmp_path / "whole", backbone)
     config = make_config(num_workers=num_workers)
     with pytest.raises(Interrupted):
         maskrcnn.run(config, job(tmp_path / "parts", backbone), StopAfter(2))
     assert not (tmp_path / "parts" / "checkpoints" / "model_final.pth").exists()
-    again = StopAfter(-1)
-    maskrcnn.run(config, job(tmp_path / "parts", backbone), again)
-    assert again.seen[:2] == [3, 4]
-    whole, parts = final_weights(tmp_path / "whole"), final_weights(tmp_path / "parts")
+    again = StopAfter(3)
+    with pytest.raises(Interrupted):
+        maskrcnn.run(config, job(tmp_path / "parts", backbone), again)
+    assert again.seen == [3]
+    parts = train_only(config, tmp_path / "parts", backbone)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_a_finished_training_is_only_scored_again(make_config: MakeConfig, backbone: str, tmp_path: Path) -> None:
-    first = maskrcnn.run(make_config(), job(tmp_path / "job", backbone), Progress())
-    progress = StopAfter(-1)
-    second = maskrcnn.run(make_config(), job(tmp_path / "job", backbone), progress)
+def test_a_finished_training_is_only_scored(make_config: MakeConfig, backbone: str, tmp_path: Path) -> None:
+    train_only(make_config(), tmp_path / "job", backbone)
+    progress = StopAfter()
+    outcome = maskrcnn.run(make_config(), job(tmp_path / "job", backbone), progress)
     assert progress.seen == [1, 2]  # the two batches of val2017
-    assert (second.metrics, second.cost["seconds_train"]) == (first.metrics, first.cost["seconds_train"])
+    assert outcome.cost["seconds_train"] > 0
+    assert not list((tmp_path / "job").rglob("*.pth"))  # an outcome is there: nobody goes on from here
+
+
+def test_the_last_two_states_are_kept(make_config: MakeConfig, backbone: str, tmp_path: Path) -> None:
+    config = make_config(checkpoint_period=1)
+    with pytest.raises(Interrupted):
+        maskrcnn.run(config, job(tmp_path / "job", backbone), StopAfter(3))
+    states = tmp_path / "job" / "checkpoints"
+    assert sorted(path.name for path in states.glob("*.pth")) == ["model_0000001.pth", "model_0000002.pth"]
+    train_only(config, tmp_path / "job", backbone)
+    assert sorted(path.name for path in states.glob("*.pth")) == ["model_0000003.pth", "model_final.pth"]
+
+
+def test_unreadable_images_are_still_counted_after_a_stop(
+    make_config: MakeConfig, backbone: str, coco: Path, tmp_path: Path
+) -> None:
+    bad = sorted((coco / "train2017").iterdir())[0]
+    bad.write_bytes(b"no image")
+    train_only(make_config(max_bad_images=0.4), tmp_path / "job", backbone)
+    outcome = maskrcnn.run(make_config(max_bad_images=0.4), job(tmp_path / "job", backbone), Progress())
+    assert [bad.name in note for note in outcome.notes] == [True]
 
 
 def test_the_seed_decides(make_config: MakeConfig, coco: Path) -> None:
@@ -185,9 +214,10 @@ def test_divergence_names_the_iteration_and_keeps_the_last_good_checkpoint(
 
 
 def test_bfloat16_trains_on_the_cpu(make_config: MakeConfig, backbone: str, tmp_path: Path) -> None:
-    outcome = maskrcnn.run(make_config(amp_dtype="bfloat16"), job(tmp_path / "job", backbone), Progress())
+    config = make_config(amp_dtype="bfloat16")
+    assert all(weight.dtype == torch.float32 for weight in train_only(config, tmp_path / "job", backbone).values())
+    outcome = maskrcnn.run(config, job(tmp_path / "job", backbone), Progress())
     assert math.isfinite(outcome.metrics["AP_box"].value)
-    assert all(weight.dtype == torch.float32 for weight in final_weights(tmp_path / "job").values())
 
 
 def test_splits_with_different_categories_are_refused(coco: Path) -> None:
