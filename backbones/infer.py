@@ -12,6 +12,7 @@ from mae_bench.spec import BackboneSpec
 
 # Width -> heads of the standard ViTs: Ti and S (arXiv 2012.12877), B, L and H (arXiv 2010.11929). Shapes do not tell heads.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+GIVE = "give {0} to inspect or convert, backbones.NAME.spec.{0} to evaluate or run"
 PAIRS = ("img_size", "patch_size", "mean", "std")
 
 
@@ -57,7 +58,7 @@ def _standard_heads(embed_dim: int, source: str) -> int:
         raise UserError(
             f"{source}: nothing tells how many heads its {embed_dim} channels are split into",
             expected=f"a standard width ({', '.join(map(str, HEADS))}) or a file that says it",
-            fix="give it: --set num_heads=N",
+            fix=GIVE.format("num_heads=N"),
         )
     return HEADS[embed_dim]
 
@@ -84,7 +85,7 @@ def shape_facts(weights: Mapping[str, torch.Tensor], source: str, given: Mapping
     if given.get("arch", "vit") == "vit" and (table := weights.get("pos_embed")) is not None:
         facts["img_size"] = _img_size(table, prefix, tuple(patch), given.get("img_size"), source)
     if "img_size" not in facts and "img_size" not in given:
-        raise UserError(f"{source}: no position table tells the image size", fix="give it: --set img_size=[H,W]")
+        raise UserError(f"{source}: no position table tells the image size", fix=GIVE.format("img_size=[H,W]"))
     return facts
 
 
@@ -98,7 +99,7 @@ def _img_size(table: torch.Tensor, prefix: int, patch: tuple[int, ...], given: A
         raise UserError(
             f"{source}: a position table of shape {tuple(table.shape)} with {prefix} prefix tokens is for no square image",
             expected="one row a prefix token and one a patch",
-            fix="if the images were not square: --set img_size=[H,W]",
+            fix="if the images were not square, " + GIVE.format("img_size=[H,W]"),
         )
     return side * patch[0], side * patch[1]
 

@@ -30,6 +30,9 @@ Out = Annotated[Path | None, typer.Option("--out", help="Where everything is wri
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Worker processes at a time.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read, and nothing else, on stdout.")]
 Format = Annotated[str | None, typer.Option("--format", help="The checkpoint's format, where the file alone cannot decide.")]
+Fields = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="What the file does not tell of the backbone, e.g. num_heads=6.")
+]
 Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A path, file:PATH, run:DIR (a cell's folder) or timm:NAME.")]
 
 
@@ -38,6 +41,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(WRONG_USE)
+    except OSError as error:  # what the system refuses, a folder that cannot be written for example; its text names the path
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(WRONG_USE)
     except Interrupted:
@@ -162,11 +168,11 @@ def report(
 
 
 @app.command()
-def inspect(ckpt: Checkpoint, format: Format = None, as_json: Json = False) -> None:
+def inspect(ckpt: Checkpoint, fields: Fields = None, format: Format = None, as_json: Json = False) -> None:
     """Print what is in a checkpoint: format, architecture, sizes, digest, and what becomes of every key."""
     from backbones.inspection import inspect_checkpoint, render
 
-    found = inspect_checkpoint(ckpt, format)
+    found = inspect_checkpoint(ckpt, format, _values(fields))
     _answer(found, render(found), as_json)
 
 
@@ -175,15 +181,22 @@ def convert(
     ckpt: Checkpoint,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file or folder to write; it must not exist.")],
     to: Annotated[str, typer.Option("--to", help="mae_bench, timm, hf_vitmae or official_mae.")],
+    fields: Fields = None,
     format: Format = None,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint's backbone in another format; what is written is read back and must be bit-equal."""
     from backbones.convert import convert as write_as
 
-    done = write_as(ckpt, out, to, format)
+    done = write_as(ckpt, out, to, format, overrides=_values(fields))
     counts = f"{len(done.renamed)} keys carried over, {len(done.dropped)} dropped with a reason, {len(done.new)} new"
     _answer({"out": str(out), "to": to, "report": done.to_dict()}, f"{ckpt} ({done.format}) -> {out} ({to}): {counts}", as_json)
+
+
+def _values(fields: list[str] | None) -> dict[str, Any]:
+    from mae_bench.config import resolve
+
+    return resolve({}, Path.cwd(), fields or [])
 
 
 @app.command()
@@ -214,7 +227,7 @@ def doctor(as_json: Json = False) -> None:
 
 @data_app.command("check")
 def data_check(
-    layout: Annotated[Literal["imagenet", "coco", "ade20k"], typer.Argument(help="What the data should look like.")],
+    layout: Annotated[str, typer.Argument(metavar="LAYOUT", help="imagenet or its like; any other word lists them.")],
     path: Annotated[Path, typer.Argument(metavar="PATH", help="The folder that should hold data in that layout.")],
     as_json: Json = False,
 ) -> None:

@@ -63,9 +63,11 @@ class Content:
     notes: tuple[str, ...] = ()
 
 
-def check_layout(layout: Layout, root: str | Path) -> LayoutReport:
+def check_layout(layout: str, root: str | Path) -> LayoutReport:
     """Looks through `root` without decoding images; UserError names the folder, what was expected in it and what was found."""
     root = Path(root)
+    if layout not in CHECKS:
+        raise UserError(f"unknown layout {layout!r}", expected=f"one of {', '.join(CHECKS)}")
     if not root.is_dir():
         raise UserError(
             f"{root} is {'a file' if root.exists() else 'missing'}",
@@ -78,7 +80,10 @@ def check_layout(layout: Layout, root: str | Path) -> LayoutReport:
             expected=EXPECTED[layout],
             fix=_elsewhere(layout, root),
         )
-    content = CHECKS[layout](root)
+    try:
+        content = CHECKS[layout](root)
+    except OSError as error:  # a link to nowhere, a folder that may not be read
+        raise UserError(f"{root} cannot be read: {error}", expected="files that can be opened") from error
     lines = "".join(f"{path}\0{mark}\n" for path, mark in sorted(content.files.items()))
     return LayoutReport(
         layout, _name(root), root, content.splits, content.classes, hashlib.sha256(lines.encode()).hexdigest(), content.notes
@@ -189,6 +194,7 @@ def _check_coco(root: Path) -> Content:
         images = _need(root / split, "the images that the annotations name")
         data = _read_coco(path)
         _check_references(path, data, images)
+        _check_boxes(path, data["annotations"])
         if odd := _odd_boxes(data):
             notes.append(f"{odd} of {len(data['annotations'])} boxes in {path.name} reach outside their image or are degenerate")
         classes[split] = {category["id"]: category["name"] for category in data["categories"]}
@@ -244,6 +250,15 @@ def _check_references(path: Path, data: dict[str, list[dict[str, Any]]], present
             )
 
 
+def _check_boxes(path: Path, annotations: list[dict[str, Any]]) -> None:
+    if wrong := [annotation["id"] for annotation in annotations if not _is_box(annotation["bbox"])]:
+        raise UserError(f"{path}: annotations whose bbox is no box: id {_shown(wrong)}", expected="four numbers: x, y, w, h")
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(isinstance(number, int | float) for number in value)
+
+
 def _odd_boxes(data: dict[str, list[dict[str, Any]]]) -> int:
     sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
     count = 0
@@ -282,7 +297,13 @@ def _object_info(root: Path) -> tuple[tuple[str, ...], dict[str, int | str]]:
         raise UserError(
             f"no objectInfo*.txt in {root}; found: {_listing(root)}", expected="a table of the classes: Idx, tab, Name"
         )
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} cannot be read: {error}", expected="a text in UTF-8", fix="convert it, with iconv -t UTF-8"
+        ) from error
+    rows = [line.split("\t") for line in lines if line.strip()]
     if not rows or [row[0].strip() for row in rows] != [str(i) for i in range(1, len(rows) + 1)]:
         raise UserError(
             f"{path} does not number its classes 1, 2, ...", expected="a heading, then a line a class: Idx, tab, Name"

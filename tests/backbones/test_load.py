@@ -196,7 +196,7 @@ def test_an_unknown_file_lists_what_was_found(tmp_path):
 def test_heads_are_never_guessed(tmp_path, layouts):
     shapes = layouts[0](32, 1, 16, 8)
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="--set num_heads=N"):
+    with pytest.raises(UserError, match="give num_heads=N to inspect or convert, backbones.NAME.spec.num_heads=N to evaluate"):
         load_backbone(tmp_path / "x.safetensors")
     model, spec, _ = load_backbone(tmp_path / "x.safetensors", overrides={"num_heads": 4, "pretrain_data": "mine"})
     block: Any = model.blocks[0]

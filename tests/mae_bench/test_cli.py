@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 
 from mae_bench.cli import _rows_of, app
 
@@ -69,7 +71,7 @@ def test_version() -> None:
         (["pretrain", "pretrain/random_demo.yaml", "--device", "gpu"], "'gpu' is not one of"),
         (["report", "/nowhere"], "no result under /nowhere"),
         (["data", "check", "coco", "/nowhere"], "/nowhere is missing"),
-        (["data", "check", "cocoa", "/nowhere"], "'cocoa' is not one of"),
+        (["data", "check", "cocoa", "/nowhere"], "one of imagenet, coco, ade20k"),
         (["reconstruct", "--checkpoint", "/nowhere", "--out", "x.png", "image.png"], "holds no masked autoencoder"),
         (["inspect", "/nowhere.pth"], "/nowhere.pth"),
     ],
@@ -136,6 +138,22 @@ def test_one_backbone_can_be_made_alone(fake_kinds: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     (export,) = (tmp_path / "out" / "cells" / "mine").glob("backbone-s3-*/export")
     assert str(export) in done.stdout
+
+
+def test_what_a_checkpoint_does_not_tell_can_be_given(tmp_path: Path) -> None:
+    weights = VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=3, num_classes=0).state_dict()
+    save_file(weights, tmp_path / "odd.safetensors")
+    asked = mae_bench("inspect", "odd.safetensors", cwd=tmp_path)
+    assert asked.returncode == 2
+    assert "give num_heads=N" in asked.stderr
+    told = mae_bench("inspect", "odd.safetensors", "num_heads=3", "mean=[0.5,0.5,0.5]", "--json", cwd=tmp_path)
+    spec = json.loads(told.stdout)["spec"]
+    assert (spec["num_heads"], spec["mean"]) == (3, [0.5, 0.5, 0.5])
+    done = mae_bench("convert", "odd.safetensors", "ours", "num_heads=3", "--to", "mae_bench", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    refused = mae_bench("convert", "ours", "odd.safetensors/out", "--to", "mae_bench", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "odd.safetensors/out" in refused.stderr
 
 
 def test_data_check_answers_for_people_and_programs(toy_data: Path) -> None:

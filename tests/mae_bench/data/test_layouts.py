@@ -127,6 +127,16 @@ def test_imagenet_faults(data):
     refused("imagenet", root, "one class only: star")
 
 
+def test_a_link_to_nowhere_is_named(data):
+    link = next((data / "imagenet" / "train").iterdir()) / "link.JPEG"
+    link.symlink_to("nowhere")
+    refused("imagenet", data / "imagenet", link, "cannot be read")
+
+
+def test_an_unknown_layout_lists_the_known(data):
+    refused("cocoa", data, "'cocoa'", "imagenet, coco, ade20k")
+
+
 def test_flat_images_are_not_classes(data):
     root = data / "imagenet"
     image = next((root / "val" / "star").iterdir()).rename(root / "flat.JPEG")
@@ -148,6 +158,8 @@ def test_flat_images_are_not_classes(data):
         (lambda c: c["annotations"].append(c["annotations"][0]), ["more than once", "annotations"]),
         (lambda c: c["images"].append(c["images"][0]), ["more than once", "images"]),
         (lambda c: c["categories"][0].update(name="dart"), ["differ", "dart"]),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), ["bbox is no box", "four numbers"]),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3, "4"]), ["bbox is no box", "four numbers"]),
     ],
 )
 def test_coco_faults(change, words, data):
@@ -205,5 +217,7 @@ def test_ade20k_class_table(data):
     path = data / "ade20k" / "objectInfo.txt"
     path.write_text("Idx\tName\n1\tsky\n3\tsea\n")
     refused("ade20k", data / "ade20k", path, "number its classes")
+    path.write_bytes("Idx\tName\n1\tcafé\n".encode("latin-1"))
+    refused("ade20k", data / "ade20k", path, "UTF-8")
     path.unlink()
     refused("ade20k", data / "ade20k", "objectInfo")
