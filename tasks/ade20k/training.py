@@ -44,22 +44,20 @@ def dump_config(parts: dict[str, Any], path: Path) -> None:
     Config(parts).dump(path)
 
 
-def build_runner(parts: dict[str, Any], checkpoint: Path, identity: str) -> tuple[JobRunner, float]:
+def build_runner(parts: dict[str, Any], checkpoint: Path) -> tuple[JobRunner, float]:
     """The Runner of mmengine's config `parts`, set to go on from the checkpoint if there is one, and the seconds trained before.
 
-    The checkpoint is tried as data only, because mmengine would turn to unpickling; one of another run is a UserError.
+    The checkpoint is tried as data only, because mmengine would turn to unpickling; one that cannot be read is a UserError.
     """
     cfg = Config(parts, format_python_code=False)  # formatting costs half a second at each checkpoint
     cfg.experiment_name = f"mae_bench-{time.time_ns()}"  # mmengine's loggers, hubs and scopes are global and known by it
     if not checkpoint.exists():
         return JobRunner.from_cfg(cfg), 0.0
-    expected, fix = "the training state of this run", f"remove {checkpoint} to start this job again from its beginning"
     try:
         meta = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["meta"]
     except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{checkpoint} cannot be read: {error}", expected=expected, fix=fix) from error
-    if meta.get("identity") != identity:
-        raise UserError(f"{checkpoint} belongs to another config, seed, backbone or data set", expected=expected, fix=fix)
+        raise UserError(f"{checkpoint} cannot be read: {error}", expected="the training state of this run",
+                        fix=f"remove {checkpoint} to start this job again from its beginning") from error  # fmt: skip
     cfg.load_from, cfg.resume = str(checkpoint), True
     return JobRunner.from_cfg(cfg), meta["seconds_train"]
 
@@ -74,10 +72,10 @@ class JobHook(Hook):
 
     def __init__(
         self, progress: Progress, checkpoint: Path, bad: SharedBadImages, *,
-        seed: int, identity: str, checkpoint_seconds: float, seconds: float,
+        seed: int, checkpoint_seconds: float, seconds: float,
     ):  # fmt: skip
         self.progress, self.checkpoint, self.bad, self.num_bad = progress, checkpoint, bad, 0
-        self.seed, self.identity, self.checkpoint_seconds, self.seconds = seed, identity, checkpoint_seconds, seconds
+        self.seed, self.checkpoint_seconds, self.seconds = seed, checkpoint_seconds, seconds
 
     def before_train(self, runner: Runner) -> None:
         self.saved = self.counted = time.monotonic()
@@ -114,7 +112,7 @@ class JobHook(Hook):
         if not all(bool(torch.isfinite(parameter).all()) for parameter in runner.model.parameters()):
             raise self._not_finite(runner, "weights that are not finite", done)
         part = self.checkpoint.with_suffix(".part")
-        meta = {"epoch": 0, "iter": done, "identity": self.identity, "seconds_train": self.seconds}
+        meta = {"epoch": 0, "iter": done, "seconds_train": self.seconds}
         try:
             runner.save_checkpoint(str(part.parent), part.name, meta=meta, by_epoch=False)
             os.replace(part, self.checkpoint)

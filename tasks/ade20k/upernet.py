@@ -11,7 +11,6 @@ import backbones.adapters.mmseg  # noqa: F401 - first of all: it names what is n
 from backbones.load import load_backbone
 from mae_bench.cost import num_params, peak_memory_mib
 from mae_bench.data.layouts import check_layout
-from mae_bench.digest import json_digest
 from mae_bench.files import write_atomic, write_json
 from mae_bench.job import Job, Outcome
 from mae_bench.logs import log_to
@@ -42,10 +41,10 @@ def run(config: UPerNetConfig, job: Job, progress: Progress) -> Outcome:
         _, spec, report = load_backbone(job.backbone)
         parts = mmseg_config(config, job, spec, classes)
         dump_config(parts, job.dir / CONFIG_FILE)
-        runner, seconds_train = _train(config, job, progress, parts, identity(config, job.seed, report.digest, layout.digest))
+        runner, seconds_train = _train(config, job, progress, parts)
         areas, seconds_eval = _evaluate(runner, progress)
     _write_artefacts(job.dir, runner, areas, classes)
-    bad = [loader.dataset.bad.check().note() for loader in (runner.train_dataloader, runner.val_dataloader)]
+    (job.dir / CHECKPOINT_FILE).unlink()  # nobody goes on from here
     return Outcome(
         task="ade20k", dataset=layout.name, split="validation", num_samples=len(areas), metrics=metrics(areas),
         main_metric=MAIN_METRIC, data_digest=layout.digest, backbone_spec=spec.to_dict(), backbone_digest=report.digest,
@@ -55,26 +54,19 @@ def run(config: UPerNetConfig, job: Job, progress: Progress) -> Outcome:
             "images_per_second": config.iterations * config.global_batch_size / seconds_train,
             "params": float(num_params(runner.model)), "peak_memory_mib": peak_memory_mib(torch.device(job.device)),
         },
-        notes=[note for note in bad if note],
+        notes=_notes(runner),
         artefacts={"per_class": PER_CLASS_FILE, "per_image": PER_IMAGE_FILE, "mmseg_config": CONFIG_FILE, "log": LOG_FILE},
     )  # fmt: skip
 
 
-def identity(config: UPerNetConfig, seed: int, backbone_digest: str, data_digest: str) -> str:
-    """What makes a training the same one, whatever its folders, processes and patience."""
-    settings = config.model_dump(mode="json", exclude={"data", "num_workers", "checkpoint_seconds", "max_bad_images"})
-    return json_digest({"config": settings, "seed": seed, "backbone": backbone_digest, "data": data_digest})
-
-
-def _train(
-    config: UPerNetConfig, job: Job, progress: Progress, parts: dict[str, Any], identity: str
-) -> tuple[JobRunner, Seconds]:
-    for split in ("training", "validation"):
-        bad_file(job, split).unlink(missing_ok=True)
+def _train(config: UPerNetConfig, job: Job, progress: Progress, parts: dict[str, Any]) -> tuple[JobRunner, Seconds]:
     checkpoint = job.dir / CHECKPOINT_FILE
-    runner, seconds = build_runner(parts, checkpoint, identity)
+    bad_file(job, "validation").unlink(missing_ok=True)  # it is looked through anew
+    if not checkpoint.exists():
+        bad_file(job, "training").unlink(missing_ok=True)
+    runner, seconds = build_runner(parts, checkpoint)
     hook = JobHook(
-        progress, checkpoint, runner.train_dataloader.dataset.bad, seed=job.seed, identity=identity,
+        progress, checkpoint, runner.train_dataloader.dataset.bad, seed=job.seed,
         checkpoint_seconds=config.checkpoint_seconds, seconds=seconds,
     )  # fmt: skip
     runner.register_hook(hook)
@@ -89,6 +81,13 @@ def _evaluate(runner: JobRunner, progress: Progress) -> tuple[Areas, Seconds]:
     runner.val()
     (metric,) = runner.val_evaluator.metrics
     return metric.areas, time.perf_counter() - began
+
+
+def _notes(runner: JobRunner) -> list[str]:
+    """For the record: the images that did not decode, which no training and no score has seen."""
+    loaders = {"training": runner.train_dataloader, "validation": runner.val_dataloader}
+    found = {split: loader.dataset.bad.check().note() for split, loader in loaders.items()}
+    return [f"{split}: {note} (left out)" for split, note in found.items() if note]
 
 
 def _write_artefacts(folder: Path, runner: JobRunner, areas: Areas, classes: list[str]) -> None:
