@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
@@ -170,10 +170,15 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
         return f"{place}: {problem['msg']}" + ("" if problem["type"] == "missing" else f" (given {problem['input']!r})")
+    *parents, key = map(str, problem["loc"])
     model: Any = cls
-    for part in problem["loc"][:-1]:  # walk down to the model that refused the key
-        model = getattr(model, "model_fields", {}).get(str(part))
-        model = getattr(model, "annotation", None)
-    known = sorted(getattr(model, "model_fields", None) or cls.model_fields)
-    near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.0)
-    return f"unknown key {place!r}; the nearest known key is {near[0]!r}" if near else f"unknown key {place!r}"
+    for part in parents:
+        model = _model_of(model.model_fields[part].annotation)
+    near = difflib.get_close_matches(key, sorted(model.model_fields), n=1, cutoff=0.0)
+    known = ".".join([*parents, *near])
+    return f"unknown key {place!r}; the nearest known key is {known!r}"
+
+
+def _model_of(annotation: Any) -> Any:
+    """The model that a field holds: its type, or the one model of an optional field's types."""
+    return next(part for part in (annotation, *get_args(annotation)) if hasattr(part, "model_fields"))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -19,12 +20,14 @@ from mae_bench.registry import EXTRAS
 PYTHONS = ((3, 11), (3, 12))
 PARTS = ("backbones", "tasks", "leaderboard")  # installed together with mae_bench
 IMPORTED = ("torch", "torchvision", "timm")  # compiled or built on what is: only an import shows that they work
+ONE_DETECTRON2 = "python -m pip uninstall sal-detectron2   (then install the other again: both write to one folder)"
+LIBRARY = "install the system's library that is named (Debian, Ubuntu: apt-get install libgl1 libglib2.0-0)"
 SETUP = "make setup   (in a source checkout; elsewhere: python -m pip install mae_bench)"
 
 
 def examine() -> dict[str, Any]:
     """Everything, JSON-ready. `problems` names what is wrong with the core (empty: it works) and what mends it."""
-    problems = core_problems()
+    core, rivals = core_problems(), rival_distributions()
     return {
         "versions": versions(),
         "code": git_hash(),
@@ -32,8 +35,8 @@ def examine() -> dict[str, Any]:
         "disk": {"folder": os.getcwd(), "free_gib": round(shutil.disk_usage(".").free / 2**30, 1)},
         "extras": {name: _extra(name) for name in EXTRAS},
         "detectron2": detectron2(),
-        "problems": problems,
-        "fix": SETUP if problems else "",
+        "problems": core + rivals,
+        "fix": SETUP if core else ONE_DETECTRON2 if rivals else "",
     }
 
 
@@ -64,7 +67,23 @@ def memory_available_gib() -> float | None:
 def _extra(name: str) -> dict[str, Any]:
     extra = EXTRAS[name]
     missing = extra.missing()
-    return {"serves": extra.serves, "installed": not missing, "missing": missing, "command": extra.command if missing else ""}
+    broken = [] if missing else [reason for module in extra.compiled if (reason := import_error(module))]
+    command = extra.command if missing else LIBRARY if broken else ""
+    installed = not missing and not broken
+    return {"serves": extra.serves, "installed": installed, "missing": missing, "broken": broken, "command": command}
+
+
+def import_error(module: str) -> str:
+    """Why a module cannot be imported, "" where it can; another process tries it, so that a crash is an answer too."""
+    done = subprocess.run([sys.executable, "-P", "-c", f"import {module}"], capture_output=True, text=True)
+    last = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
+    return f"{module}: {last}" if done.returncode else ""
+
+
+def rival_distributions() -> list[str]:
+    """Both distributions of detectron2 at once: the files of one lie over those of the other."""
+    found = [f"{name} {version_of(name)}" for name in DETECTRON2 if version_of(name)]
+    return [f"two distributions own the module detectron2: {' and '.join(found)}"] if len(found) > 1 else []
 
 
 def detectron2() -> dict[str, Any]:
@@ -110,6 +129,8 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     for name, extra in found["extras"].items():
         absent = f"not installed ({', '.join(extra['missing'])} missing). Install: {extra['command']}"
+        if extra["broken"]:
+            absent = f"broken ({'; '.join(extra['broken'])}). Next: {extra['command']}"
         rows.append((name, f"{extra['serves']}: {'installed' if extra['installed'] else absent}"))
     if d2["installed"]:
         rows.append(("detectron2", f"{d2['distribution']} {d2['version']}: the {d2['route']}; {d2['note']}"))

@@ -47,11 +47,15 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional set of packages: the modules that must be there, what they serve, and the command that installs them."""
+    """An optional set of packages: the modules that must be there, what they serve, and the command that installs them.
+
+    compiled: modules of it that need libraries of the system, which only an import shows.
+    """
 
     modules: tuple[str, ...]
     serves: str
     command: str
+    compiled: tuple[str, ...] = ()
 
     def missing(self) -> list[str]:
         """The modules that are not there; none of them is imported."""
@@ -61,7 +65,10 @@ class Extra:
 EXTRAS: dict[str, Extra] = {
     "coco": Extra(("detectron2", "pycocotools", "shapely"), "Mask R-CNN on COCO", "make setup   (in a source checkout)"),
     "ade20k": Extra(
-        ("mmseg", "mmengine", "mmcv"), "UperNet on ADE20K", 'make setup   (or: python -m pip install "mae_bench[ade20k]")'
+        ("mmseg", "mmengine", "mmcv"),
+        "UperNet on ADE20K",
+        'make setup   (or: python -m pip install "mae_bench[ade20k]")',
+        compiled=("cv2",),
     ),
 }
 

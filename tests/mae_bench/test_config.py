@@ -16,6 +16,7 @@ class Inner(Config):
 
 class Outer(Config):
     inner: Inner
+    other: Inner | None = None
     mode: Literal["a", "b"] = "a"
     lr: float = 0.1
 
@@ -94,7 +95,8 @@ def test_the_nearest_files_are_named() -> None:
     ("value", "message"),
     [
         ({"inner": {"depth": 2}, "mod": "a"}, "unknown key 'mod'; the nearest known key is 'mode'"),
-        ({"inner": {"depth": 2, "widht": 2}}, "unknown key 'inner.widht'; the nearest known key is 'width'"),
+        ({"inner": {"depth": 2, "widht": 2}}, "unknown key 'inner.widht'; the nearest known key is 'inner.width'"),
+        ({"inner": {"depth": 2}, "other": {"depht": 2}}, "unknown key 'other.depht'; the nearest known key is 'other.depth'"),
         ({"inner": {"depth": "deep"}}, "inner.depth: Input should be a valid integer"),
         ({"inner": {}}, "inner.depth: Field required"),
         ({"inner": {"depth": 2}, "mode": "c"}, "(given 'c')"),

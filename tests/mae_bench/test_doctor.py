@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from mae_bench import doctor
+from mae_bench.registry import EXTRAS, Extra
 
 
 def shown() -> str:
@@ -31,6 +32,24 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch: pytest.MonkeyPat
     assert found["extras"]["coco"]["command"].startswith("make setup")
     assert "detectron2, pycocotools, shapely missing" in shown()
     assert found["problems"] == [], "the core does without"
+
+
+def test_an_extra_whose_system_library_is_missing_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needy.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(EXTRAS, "ade20k", Extra(("json",), "segmentation", "make setup", compiled=("needy",)))
+    extra = doctor.examine()["extras"]["ade20k"]
+    assert not extra["installed"]
+    assert extra["broken"] == ["needy: ImportError: libGL.so.1: cannot open shared object file"]
+    assert "broken (needy: ImportError: libGL.so.1" in shown()
+    assert "apt-get install libgl1" in shown()
+
+
+def test_two_distributions_of_one_module_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "version_of", lambda name: "1.0")
+    found = doctor.examine()
+    assert found["problems"] == ["two distributions own the module detectron2: sal-detectron2 1.0 and detectron2 1.0"]
+    assert found["fix"].startswith("python -m pip uninstall sal-detectron2 ")
 
 
 def test_a_broken_core_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

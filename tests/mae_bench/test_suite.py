@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from mae_bench.config import CONFIGS
+from mae_bench.config import CONFIGS, load_yaml
 from mae_bench.errors import UserError
 from mae_bench.registry import KINDS, kind, load_object
-from mae_bench.suite import expand, load_suite, places
+from mae_bench.suite import complete_job, expand, load_suite, places
 
 
 def keys(suite: dict[str, Any], *overrides: str, digest: str = "d") -> dict[tuple[str, str, int], str]:
@@ -137,6 +137,25 @@ def test_data_that_must_be_given_is_named_with_the_override(suite: dict[str, Any
     with pytest.raises(UserError, match="data.root must be given") as error:
         load_suite(suite)
     assert "data.root=VALUE" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.num_heads=0", "model.num_heads: Input should be greater than 0"),
+        ("model.depth=0", "model.depth: Input should be greater than 0"),
+        ("model.num_heads=5", "embed_dim 128 is not divisible by num_heads 5"),
+        ("model.embed_dim=126", "model.embed_dim: Input should be a multiple of 4"),
+        ("model.img_size=[65,64]", "img_size (65, 64) is not divisible by patch_size (8, 8)"),
+        ("model.patch_size=[0,8]", "model.patch_size.0: Input should be greater than 0"),
+        ("model.mean=[0.5]", "mean has 1"),
+        ("decoder_num_heads=7", "not divisible by decoder_num_heads 7"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_named_in_the_plan(override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        complete_job("mine", load_yaml("pretrain/demo.yaml", ["data=x", override]))
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("suites/*.yaml")), ids=lambda path: path.stem)
