@@ -5,7 +5,6 @@
 
 import ast
 import re
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,9 +55,10 @@ def test_tables_are_the_committed_ones() -> None:
 
 def write() -> None:
     text = README.read_text(encoding="utf-8")
-    new = f"<details><summary>Every module in a sentence</summary>\n\n```text\n{tree()}\n```\n\n</details>"
-    README.write_text(text.replace(block("tree", text) + "\n<!-- tree:end", new + "\n<!-- tree:end"), encoding="utf-8")
+    begin, end = (text.index(f"<!-- tree:{mark} -->") for mark in ("begin", "end"))
+    new = f"<details><summary>Every module in a sentence</summary>\n\n```text\n{tree()}\n```\n\n</details>\n"
+    README.write_text(f"{text[:begin]}<!-- tree:begin -->\n{new}{text[end:]}", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(write())
+    write()
