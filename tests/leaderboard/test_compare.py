@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -161,7 +161,7 @@ def test_where_the_data_lies_and_who_loads_it_is_no_difference(folder: Folder, s
 
 
 def test_a_score_of_another_backbone_than_the_rows_is_named(folder: Folder) -> None:
-    pretrain = {"task": "pretrain", "protocol": "mae", "main_metric": "loss"}
+    pretrain: dict[str, Any] = {"task": "pretrain", "protocol": "mae", "main_metric": "loss"}
     folder.add("mae", 0.5, backbone_digest="1", **pretrain)
     folder.add("mae", 61.0, backbone_digest="1")
     folder.add("mae", 62.0, 1, backbone_digest="2")

@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -61,14 +62,14 @@ def test_maps_have_the_grid_of_the_image(source, patch, size):
 @pytest.mark.parametrize("patch", [8, 16])
 def test_neck_gives_strides_4_to_32(source, patch):
     spec = spec_of(patch)
-    model = segmentor(source(spec), spec).eval()
+    model: Any = segmentor(source(spec), spec).eval()
     pyramid = model.extract_feat(torch.randn(1, 3, 64, 96))
     assert [tuple(m.shape[2:]) for m in pyramid] == [(64 // stride, 96 // stride) for stride in (4, 8, 16, 32)]
 
 
 def test_initialisation_leaves_the_loaded_weights_alone(source):
     spec = spec_of()
-    model = segmentor(source(spec), spec)
+    model: Any = segmentor(source(spec), spec)
     loaded = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     model.init_weights()
     assert all(torch.equal(value, loaded[name]) for name, value in model.backbone.state_dict().items())

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,11 +34,13 @@ class StopAfter(Progress):
 
     def __init__(self, steps: int | None = None, before: str = ""):
         super().__init__()
-        self.steps, self.before, self.seen, self.notes = steps, before, [], []
+        self.steps, self.before = steps, before
+        self.seen: list[Any] = []
+        self.notes: list[str] = []
 
     @property
     def should_stop(self) -> bool:
-        return (bool(self.steps) and self.done >= self.steps) or self._stop
+        return (self.steps is not None and self.done >= self.steps) or self._stop
 
     def stage(self, name, total=0):
         self._stop = name == self.before
