@@ -57,6 +57,7 @@ def open_source(source: str | Path, sha256: str | None = None) -> Checkpoint:
 
 
 def _open_path(source: str, path: Path, sha256: str | None) -> Checkpoint:
+    path = path / EXPORT if (path / EXPORT).is_dir() else path  # a cell's folder: the backbone that it made
     weights = _weights_of(path) if path.is_dir() else path
     content, metadata, digest = read_file(weights, sha256)
     wrapper, tensors = _unwrap(content, weights)
@@ -80,7 +81,7 @@ def _weights_of(folder: Path) -> Path:
     raise UserError(
         f"{folder} holds {listed}",
         expected=f"one weight file: {' or '.join(WEIGHT_FILES)}",
-        fix=f"use run:{folder}" if (folder / EXPORT).is_dir() else "name the weight file itself",
+        fix="name the weight file itself",
     )
 
 

@@ -165,6 +165,8 @@ def report(
     files = _report(runs, out or runs / "report", baseline, title, None, quiet=as_json)
     if as_json:
         _print_json({"report": files})
+    else:
+        print(*files, sep="\n")
 
 
 @app.command()

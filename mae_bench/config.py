@@ -58,7 +58,7 @@ def expand_variables(path: str) -> str:
             f"{path} names environment variables that are not set: {', '.join(unset)}",
             expected="a value for each", fix=f"export {unset[0]}=PATH",
         )  # fmt: skip
-    return os.path.expandvars(path)
+    return os.path.expanduser(os.path.expandvars(path))
 
 
 def resolve_path(name: str | Path, beside: Path | None = None) -> Path:

@@ -111,7 +111,9 @@ def reconstruct_files(
     checkpoint: str | Path, paths: Sequence[str | Path], out: str | Path, mask_ratio: float = 0.75, seed: int = 0
 ) -> None:
     """Draws the reconstructions of image files; an unreadable image raises UserError."""
-    model = load_mae(checkpoint)
+    if Path(out).suffix.lower() != ".png":
+        raise UserError(f"--out {out}", expected="a name that ends with .png: the picture is a PNG")
+    model = load_mae(str(checkpoint).removeprefix("run:"))
     data = []
     for path in paths:
         try:

@@ -87,7 +87,7 @@ def _jobs(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_data_keys(data: Any) -> None:
-    known = ["root", *sorted({kind.layout for kind in KINDS.values() if kind.layout})]
+    known = ["root", "pretrain", *sorted({kind.layout for kind in KINDS.values() if kind.layout})]
     if not isinstance(data, dict):
         raise UserError(f"data={data}", expected=f"keys below data: {', '.join(known)}", fix=f"data.root={data}")
     if unknown := [key for key in data if key not in known]:

@@ -137,5 +137,7 @@ def test_reconstruct_needs_a_decoder_and_images(data: Path, tmp_path: Path) -> N
     (tmp_path / "text.jpg").write_text("words")
     with pytest.raises(UserError, match=r"text\.jpg"):
         reconstruct_files(tmp_path / "run", [tmp_path / "text.jpg"], tmp_path / "out.png")
-    reconstruct_files(tmp_path / "run", [next((data / "val").rglob("*.png"))], tmp_path / "out.png")
+    with pytest.raises(UserError, match=r"\.png"):
+        reconstruct_files(tmp_path / "run", [next((data / "val").rglob("*.png"))], tmp_path / "out.jpg")
+    reconstruct_files(f"run:{tmp_path / 'run'}", [next((data / "val").rglob("*.png"))], tmp_path / "out.png")
     assert Image.open(tmp_path / "out.png").width > 3 * 90
