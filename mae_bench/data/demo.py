@@ -93,6 +93,11 @@ class _Counter:
         self._progress.step(self._done)
 
 
+def dense_recipe(img_size: int) -> Recipe:
+    """The scenes of COCO and ADE20K: several things, now and then a crowd, on grounds that mostly have their typical colour."""
+    return Recipe(img_size, turn=np.pi / 4, crowd_share=0.25, ground_colour=0.8)
+
+
 def _write_imagenet(root: Path, size: DemoSet, seed: int, counter: _Counter) -> None:
     recipe = Recipe(size.img_size, num_things=(1, 1), radius=(0.24, 0.46), turn=np.pi / 5, max_grounds=2, max_bars=1)
     for split, number in (("train", size.num_train), ("val", size.num_val)):
@@ -104,7 +109,7 @@ def _write_imagenet(root: Path, size: DemoSet, seed: int, counter: _Counter) -> 
 
 
 def _write_coco(root: Path, size: DemoSet, seed: int, counter: _Counter) -> None:
-    recipe = Recipe(size.img_size, turn=np.pi / 4, crowd_share=0.25, ground_colour=0.8)
+    recipe = dense_recipe(size.img_size)
     for split, number, first in (("train2017", size.num_train, 1), ("val2017", size.num_val, 500_001)):
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
@@ -149,7 +154,7 @@ def _annotation(thing: Thing) -> dict[str, Any]:
 
 
 def _write_ade20k(root: Path, size: DemoSet, seed: int, counter: _Counter) -> None:
-    recipe = Recipe(size.img_size, turn=np.pi / 4, crowd_share=0.25, ground_colour=0.8)
+    recipe = dense_recipe(size.img_size)
     for split, number in (("training", size.num_train), ("validation", size.num_val)):
         (root / "annotations" / split).mkdir(parents=True)
         for i in range(number):

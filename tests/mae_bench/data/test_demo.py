@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_bench.data.demo import CATEGORY_IDS, DemoConfig, DemoSet, annotated, label_map, make_demo_data
+from mae_bench.data.demo import CATEGORY_IDS, DemoConfig, DemoSet, annotated, dense_recipe, label_map, make_demo_data
 from mae_bench.data.layouts import check_layout
 from mae_bench.data.scenes import STUFF, THINGS, Recipe, make_scene, scene_rng
 from mae_bench.errors import Interrupted, UserError
@@ -117,6 +117,6 @@ def test_label_maps_agree_with_the_things():
 
 
 def test_label_maps_on_disk_are_those_of_the_scenes(data):
-    scene = make_scene(scene_rng(0, "ade20k", "validation", 0), Recipe(64, turn=np.pi / 4, crowd_share=0.25))
+    scene = make_scene(scene_rng(0, "ade20k", "validation", 0), dense_recipe(64))
     path = data / "ade20k" / "annotations" / "validation" / "DEMO_val_00000001.png"
     assert np.array_equal(np.asarray(Image.open(path)), label_map(scene))
