@@ -30,7 +30,13 @@ def records(out: Path) -> dict[Path, float]:
 def interrupted_then_finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A smoke suite that was stopped by Ctrl-C as soon as its first cell was done, and then run again to its end."""
     out = tmp_path_factory.mktemp("smoke") / "run"
-    process = subprocess.Popen([*COMMAND, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits an ignored SIGINT
+    )
     while process.poll() is None and not records(out):
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)

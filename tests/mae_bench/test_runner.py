@@ -207,7 +207,12 @@ def start(script: Path, suite: dict[str, Any], *arguments: str) -> subprocess.Po
     path = Path(suite["out"]).with_name("toy.yaml")
     path.write_text(json.dumps(suite))
     command = [sys.executable, str(script), "run", str(path), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts)
+
+
+def hear_interrupts() -> None:
+    """A background job inherits an ignored SIGINT, and the runner respects that; here it must hear it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def waiting_worker(suite: dict[str, Any], process: subprocess.Popen[str]) -> Path:
