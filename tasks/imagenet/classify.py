@@ -15,6 +15,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from backbones.load import load_backbone
 from backbones.report import ConversionReport
 from mae_bench.cost import backbone_gmacs, num_params, peak_memory_mib
 from mae_bench.data.images import BadImages, ImageSet
@@ -96,6 +97,17 @@ def require_vit(config: EvalConfig, spec: BackboneSpec) -> tuple[int, int]:
     if spec.num_prefix_tokens == 0 and config.global_pool == "token":
         raise UserError("global_pool=token with a backbone that has no class token", expected="global_pool=avg for this backbone")
     return size
+
+
+def load_at_size(
+    config: EvalConfig, source: str, drop_path_rate: float = 0.0
+) -> tuple[VisionTransformer, BackboneSpec, ConversionReport]:
+    """The backbone behind a SOURCE, its position table resampled to the protocol's image size."""
+    vit, spec, report = load_backbone(source, drop_path_rate=drop_path_rate)
+    img_size = require_vit(config, spec)
+    if img_size != spec.img_size:
+        vit.set_input_size(img_size=img_size)
+    return vit, spec, report
 
 
 def order_of(config: EvalConfig, data: Data, seed: int) -> TrainingOrder:

@@ -3,13 +3,12 @@
 import torch
 
 from backbones.adapters.features import layer_id
-from backbones.load import load_backbone
 from mae_bench.data.loader import seed_everything, seed_of
 from mae_bench.engine.optim import adamw, finetune_no_decay, param_groups
 from mae_bench.engine.trainer import clear_state
 from mae_bench.job import Job, Outcome
 from mae_bench.progress import Progress
-from tasks.imagenet.classify import Classifier, open_data, require_vit, score, train_classifier
+from tasks.imagenet.classify import Classifier, load_at_size, open_data, score, train_classifier
 from tasks.imagenet.config import FinetuneConfig
 
 
@@ -18,10 +17,7 @@ def run(config: FinetuneConfig, job: Job, progress: Progress) -> Outcome:
     data = open_data(config)
     device = torch.device(job.device)
     seed_everything(seed_of(job.seed, 0, -5))
-    vit, spec, report = load_backbone(job.backbone, drop_path_rate=config.drop_path)
-    img_size = require_vit(config, spec)
-    if img_size != spec.img_size:
-        vit.set_input_size(img_size=img_size)
+    vit, spec, report = load_at_size(config, job.backbone, config.drop_path)
     model = Classifier(vit, spec, len(data.report.classes), config.global_pool, fc_norm=config.global_pool == "avg").to(device)
     model.requires_grad_(True)  # the position table too: MAE freezes it in pretraining only
 

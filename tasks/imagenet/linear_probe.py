@@ -7,14 +7,13 @@ import torch.nn.functional as F
 from timm.optim import Lars
 from torch import nn
 
-from backbones.load import load_backbone
 from mae_bench.data.loader import Batch, seed_everything, seed_of
 from mae_bench.data.transforms import normalize
 from mae_bench.engine.trainer import Trainer, clear_state
 from mae_bench.job import Job, Outcome
 from mae_bench.progress import Progress
 from mae_bench.spec import BackboneSpec
-from tasks.imagenet.classify import Classifier, open_data, order_of, require_vit, score, stream
+from tasks.imagenet.classify import Classifier, load_at_size, open_data, order_of, score, stream
 from tasks.imagenet.config import LinearProbeConfig
 
 HEAD_STD = 0.01
@@ -46,10 +45,7 @@ def run(config: LinearProbeConfig, job: Job, progress: Progress) -> Outcome:
     device = torch.device(job.device)
     num_classes = len(data.report.classes)
     seed_everything(seed_of(job.seed, 0, -5))
-    vit, spec, report = load_backbone(job.backbone)
-    img_size = require_vit(config, spec)
-    if img_size != spec.img_size:
-        vit.set_input_size(img_size=img_size)
+    vit, spec, report = load_at_size(config, job.backbone)
     model = Probe(Classifier(vit, spec, num_classes, config.global_pool, fc_norm=False).to(device), num_classes).to(device)
     optimizer = lars(model, config)
     order = order_of(config, data, job.seed)
