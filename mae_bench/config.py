@@ -41,10 +41,17 @@ class TrainConfig(JobConfig):
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     global_batch_size: int = Field(gt=0)
-    accum_iter: int = Field(1, ge=1, description="micro-batches an optimizer step")
+    device_batch_size: int | None = Field(
+        None, gt=0, description="the most images a device takes at once; the accumulation follows from it and the devices at hand"
+    )
     clip_grad: float | None = Field(None, gt=0)
     amp_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="what several processes share: copies of the model, or its shards")
+    compile: bool | None = Field(None, description="torch.compile; null compiles on CUDA alone")
+    deterministic: bool = Field(False, description="algorithms that repeat bit for bit on a GPU too, and are slower")
     checkpoint_seconds: float = Field(30, ge=0, description="seconds between two saved training states")
+    keep_checkpoints: int = Field(2, ge=1, description="the last training states that are kept")
+    trackers: list[Literal["wandb", "mlflow"]] = Field([], description="where curves are sent besides TensorBoard's files")
     num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
 
 

@@ -15,7 +15,23 @@ FAILURE_FILE = "failure.json"
 
 # Keys of a job's config that decide neither its score nor its weights: they may differ between like results.
 NOT_THE_METHOD = frozenset(
-    {"data", "num_workers", "max_bad_images", "checkpoint_seconds", "checkpoint_period", "num_reconstructions"}
+    {
+        "data",
+        "num_workers",
+        "max_bad_images",
+        "checkpoint_seconds",
+        "checkpoint_period",
+        "keep_checkpoints",
+        "num_reconstructions",
+        "reconstruct_epochs",
+        "device_batch_size",
+        "parallel",
+        "compile",
+        "deterministic",
+        "activation_checkpointing",
+        "crop_on",
+        "trackers",
+    }
 )
 
 

@@ -1,0 +1,85 @@
+"""Processes that train one model together: who this one is, and the few things that all of them must agree on."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mae_bench.errors import UserError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` of them; `local_rank` counts those of its machine and is the number of its GPU."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process alone writes what all share: record, log, export."""
+        return self.rank == 0
+
+
+def world() -> World:
+    """This process's place; alone, unless `process_group` is open."""
+    if not dist.is_initialized():
+        return World()
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+
+
+def launched_world_size() -> int:
+    """How many processes torchrun, or a launcher that speaks as it does, started with this one; 1 when none did."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[World]:
+    """Opens the group that torchrun's variables describe; without them, the world is this process alone.
+
+    CPU tensors travel by gloo and CUDA tensors by NCCL in the same group, so that agreeing on a number never waits for a GPU.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield World()
+        return
+    if absent := [name for name in VARIABLES if name not in os.environ]:
+        raise UserError(f"WORLD_SIZE is set, but {', '.join(absent)} is not", expected="the variables that torchrun sets")
+    cuda = device == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield world()
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """The sums of each value over all processes, in float64; sums of integers are exact."""
+    if not dist.is_initialized():
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_over_ranks(value: Any) -> list[Any]:
+    """Every process's value, in the order of ranks."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    if dist.is_initialized():
+        sum_over_ranks([0.0])
