@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mae_bench.cost import backbone_gmacs, num_params, peak_memory_mib
 from mae_bench.data.images import BadImages, ImageSet
@@ -78,7 +79,7 @@ def _train(
     transform = train_transform(spec.img_size, config.crop_scale, spec.interpolation)
     trainer.fit(
         lambda start, stop: training_batches(images, transform, order, start, stop, config.num_workers),
-        partial(_loss, model, config, job.seed, device),
+        partial(_loss, config, spec, job.seed, device),
     )
     return model, trainer
 
@@ -94,10 +95,13 @@ def build_mae(config: PretrainConfig, spec: BackboneSpec) -> MAE:
     )
 
 
-def _loss(model: MAE, config: PretrainConfig, seed: int, device: torch.device, batch: Batch, step: int) -> torch.Tensor:
-    imgs = normalize(batch.imgs.to(device, non_blocking=True), model.spec.mean, model.spec.std)
-    generator = torch.Generator().manual_seed(seed_of(seed, step, int(batch.indices[0])))
-    noise = torch.rand(len(imgs), model.spec.num_patches, generator=generator).to(device, non_blocking=True)
+def _loss(
+    config: PretrainConfig, spec: BackboneSpec, seed: int, device: torch.device, model: nn.Module, batch: Batch, step: int
+) -> torch.Tensor:
+    imgs = normalize(batch.imgs.to(device, non_blocking=True), spec.mean, spec.std)
+    generator = torch.Generator().manual_seed(seed_of(seed, step))  # of the global batch: masks do not depend on its parts
+    noise = torch.rand(config.global_batch_size, spec.num_patches, generator=generator)
+    noise = noise[batch.start : batch.start + len(imgs)].to(device, non_blocking=True)
     return model(imgs, config.mask_ratio, noise)[0]
 
 

@@ -22,12 +22,13 @@ Item = tuple[int, int]  # epoch and index in the image set; the epoch seeds the 
 @dataclass
 class Batch:
     """imgs (N, C, H, W) uint8, targets (N,) int64, indices (N,) in the image set; `bad` names what did not decode, with the
-    reason."""
+    reason; `start` is the place of the first image in the step's global batch."""
 
     imgs: torch.Tensor
     targets: torch.Tensor
     indices: torch.Tensor
     bad: list[tuple[str, str]] = field(default_factory=list)
+    start: int = 0
 
 
 def seed_of(*parts: int) -> int:

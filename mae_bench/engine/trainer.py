@@ -15,6 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mae_bench.config import TrainConfig
 from mae_bench.data.images import BadImages
 from mae_bench.data.loader import Batch, seed_everything, seed_of
+from mae_bench.engine.accumulation import accumulation
+from mae_bench.engine.distributed import world
 from mae_bench.engine.schedule import absolute_lr, cosine_lr
 from mae_bench.engine.state import STATE_FILE, load_state, save_state
 from mae_bench.errors import UserError
@@ -24,7 +26,7 @@ from mae_bench.progress import Progress
 LOG_FILE = "log.jsonl"
 LOSSES_HELD = 20  # steps between two reads of the losses on a GPU: each read waits for the device
 
-BatchLoss = Callable[[Batch, int], torch.Tensor]
+BatchLoss = Callable[[nn.Module, Batch, int], torch.Tensor]
 
 
 def autocast(device: torch.device, amp_dtype: str) -> AbstractContextManager[Any]:
@@ -37,7 +39,7 @@ class Trainer:
     one.
 
     All randomness of step s (drop path, mixup, noise) follows from seed_of(seed, s): no generator state has to be saved.
-    `loss_of(batch, step)` returns the mean loss of a (micro-)batch.
+    `loss_of(model, batch, step)` returns the mean loss of a (micro-)batch.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Trainer:
         progress: Progress,
         bad_images: BadImages,
         ema_decay: float | None = None,
+        multiple_of: int = 1,
     ):
         self.job, self.config, self.model, self.optimizer, self.progress, self.bad_images = (
             job,
@@ -60,6 +63,8 @@ class Trainer:
             bad_images,
         )
         self.device = torch.device(job.device)
+        self.accumulation = accumulation(config.global_batch_size, world().size, config.device_batch_size, multiple_of)
+        progress.note(str(self.accumulation))
         self.steps_per_epoch, self.total_steps = steps_per_epoch, math.ceil(config.epochs * steps_per_epoch)
         self.lr = absolute_lr(config.base_lr, config.global_batch_size)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp_dtype == "float16")
@@ -116,10 +121,10 @@ class Trainer:
             group["lr"] = self.lr_at(self.step) * group.get("lr_scale", 1.0)
         self.model.train()
         total = torch.zeros((), device=self.device)
-        for part in _micro_batches(batch, self.config.accum_iter):
+        for part in self.accumulation.split(batch):
             share = len(part.targets) / len(batch.targets)
             with autocast(self.device, self.config.amp_dtype):
-                loss = loss_of(part, self.step) * share
+                loss = loss_of(self.model, part, self.step) * share
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self._held.append(total)
@@ -198,16 +203,6 @@ class Trainer:
         for name, reason in state["bad_images"].items():
             self.bad_images.add(name, reason)
         self.progress.note(f"resumed at step {self.step} of {self.total_steps}")
-
-
-def _micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
-    if parts == 1:
-        yield batch
-        return
-    for imgs, targets, indices in zip(
-        batch.imgs.chunk(parts), batch.targets.chunk(parts), batch.indices.chunk(parts), strict=True
-    ):
-        yield Batch(imgs, targets, indices)
 
 
 def clear_state(folder: Path) -> None:

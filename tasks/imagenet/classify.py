@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -130,16 +131,14 @@ def stream(data: Data, config: EvalConfig, order: TrainingOrder, spec: BackboneS
 class MixedLoss:
     """Cross-entropy under mixup, cutmix, label smoothing and random erasing, as MAE fine-tunes."""
 
-    def __init__(self, model: Classifier, config: ClassifyConfig, spec: BackboneSpec, num_classes: int, device: torch.device):
-        self.model, self.config, self.spec, self.device = model, config, spec, device
-        mixes = config.mixup > 0 or config.cutmix > 0
-        self.mixup = (
-            Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes) if mixes else None
-        )
+    def __init__(self, config: ClassifyConfig, spec: BackboneSpec, num_classes: int, device: torch.device):
+        self.config, self.spec, self.device = config, spec, device
+        mixup = partial(Mixup, config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes)
+        self.mixup = mixup() if config.mixes else None
         self.erase = RandomErasing(config.random_erasing, mode="pixel", device=device.type) if config.random_erasing else None
         self.soft = SoftTargetCrossEntropy()
 
-    def __call__(self, batch: Batch, step: int) -> torch.Tensor:
+    def __call__(self, model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
         """The mean loss of the batch."""
         imgs = normalize(batch.imgs.to(self.device, non_blocking=True), self.spec.mean, self.spec.std)
         targets = batch.targets.to(self.device, non_blocking=True)
@@ -147,8 +146,8 @@ class MixedLoss:
             imgs = self.erase(imgs)
         if self.mixup:
             imgs, soft = self.mixup(imgs, targets)
-            return self.soft(self.model(imgs), soft)
-        return F.cross_entropy(self.model(imgs), targets, label_smoothing=self.config.label_smoothing)
+            return self.soft(model(imgs), soft)
+        return F.cross_entropy(model(imgs), targets, label_smoothing=self.config.label_smoothing)
 
 
 def train_classifier(
@@ -162,8 +161,18 @@ def train_classifier(
 ) -> Trainer:
     """Trains all of `model`; the trainer that it returns holds the EMA weights, if any, and the times."""
     order = order_of(config, data, job.seed)
-    trainer = Trainer(job, config, model, optimizer, order.steps_per_epoch, progress, data.bad_train, config.ema_decay)
-    loss = MixedLoss(model, config, spec, len(data.report.classes), torch.device(job.device))
+    trainer = Trainer(
+        job,
+        config,
+        model,
+        optimizer,
+        order.steps_per_epoch,
+        progress,
+        data.bad_train,
+        config.ema_decay,
+        multiple_of=2 if config.mixes else 1,
+    )
+    loss = MixedLoss(config, spec, len(data.report.classes), torch.device(job.device))
     trainer.fit(stream(data, config, order, spec, config.auto_augment), loss)
     return trainer
 

@@ -31,11 +31,17 @@ class ClassifyConfig(EvalConfig):
 
     @model_validator(mode="after")
     def _even_batches(self) -> "ClassifyConfig":
-        if (self.mixup or self.cutmix) and self.global_batch_size % (2 * self.accum_iter):
+        if self.mixes and (self.global_batch_size % 2 or self.device_batch_size == 1):
             raise ValueError(
-                f"global_batch_size {self.global_batch_size} in {self.accum_iter} parts is odd, and mixup and cutmix mix pairs"
+                f"global_batch_size {self.global_batch_size}, device_batch_size {self.device_batch_size}: "
+                "an odd batch, and mixup and cutmix mix pairs"
             )
         return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs, so that batches have to be even."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 class SupervisedConfig(ClassifyConfig):

@@ -50,7 +50,7 @@ def run(config: LinearProbeConfig, job: Job, progress: Progress) -> Outcome:
     optimizer = lars(model, config)
     order = order_of(config, data, job.seed)
     trainer = Trainer(job, config, model, optimizer, order.steps_per_epoch, progress, data.bad_train)
-    trainer.fit(stream(data, config, order, spec, auto_augment=None), partial(_loss, model, spec, device))
+    trainer.fit(stream(data, config, order, spec, auto_augment=None), partial(_loss, spec, device))
     outcome = score(model, trainer, data, config, spec, report, job, progress)
     clear_state(job.dir)
     return outcome
@@ -65,6 +65,6 @@ def lars(model: nn.Module, config: LinearProbeConfig) -> Lars:
     return Lars(groups, lr=config.base_lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
-def _loss(model: Probe, spec: BackboneSpec, device: torch.device, batch: Batch, step: int) -> torch.Tensor:
+def _loss(spec: BackboneSpec, device: torch.device, model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
     imgs = normalize(batch.imgs.to(device, non_blocking=True), spec.mean, spec.std)
     return F.cross_entropy(model(imgs), batch.targets.to(device, non_blocking=True))

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,7 +61,7 @@ def train(folder: Path, stop_at: int | None = None, poison: int | None = None, *
     job = Job("test", "test", {}, folder, seed=5)
     trainer = Trainer(job, config, model, optimizer, STEPS_PER_EPOCH, progress, BadImages(0.1, 100), ema_decay=0.9)
 
-    def loss_of(batch: Batch, step: int) -> torch.Tensor:
+    def loss_of(model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return F.cross_entropy(model(batch.imgs), batch.targets) * (float("nan") if step == poison else 1.0)
@@ -114,17 +113,17 @@ def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
             self.body = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
 
     results = []
-    for accum_iter in (1, 3):  # 8 images in parts of 3, 3, 2: each image weighs the same
+    for device_batch_size in (None, 3):  # 8 images in parts of 3, 3, 2: each image weighs the same
         torch.manual_seed(0)
         model = Plain()
-        folder = tmp_path / str(accum_iter)
+        folder = tmp_path / str(device_batch_size)
         folder.mkdir()
-        config = TrainConfig(**{**CONFIG, "accum_iter": accum_iter})  # type: ignore[arg-type]
+        config = TrainConfig(**{**CONFIG, "device_batch_size": device_batch_size})  # type: ignore[arg-type]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         trainer = Trainer(
             Job("t", "t", {}, folder, 0), config, model, optimizer, STEPS_PER_EPOCH, Progress(), BadImages(0.1, 100)
         )
-        trainer.fit(batches, partial(plain_loss, model))
+        trainer.fit(batches, plain_loss)
         results.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
@@ -170,7 +169,7 @@ def test_lr_scale_multiplies_the_groups_lr(tmp_path: Path) -> None:
     trainer = train(tmp_path)
     trainer.optimizer.param_groups[0]["lr_scale"] = 0.1
     trainer.step = 6
-    trainer._train_step(next(batches(6, 7)), lambda batch, step: trainer.model(batch.imgs).sum())
+    trainer._train_step(next(batches(6, 7)), lambda model, batch, step: model(batch.imgs).sum())
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     assert rates[0] == pytest.approx(0.1 * trainer.lr_at(6))
     assert rates[1] == pytest.approx(trainer.lr_at(6))

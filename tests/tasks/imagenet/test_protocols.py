@@ -184,14 +184,14 @@ def test_mixed_loss_without_mixing_is_smoothed_cross_entropy(backbone: str) -> N
     model = Classifier(vit, spec, 3, "token", fc_norm=False)
     torch.nn.init.normal_(model.head.weight)
     values = {"kind": "finetune", "data": "", **TRAIN, **PLAIN, "label_smoothing": 0.1}
-    loss = MixedLoss(model, build(FinetuneConfig, values, "test"), spec, 3, torch.device("cpu"))
+    loss = MixedLoss(build(FinetuneConfig, values, "test"), spec, 3, torch.device("cpu"))
     from mae_bench.data.loader import Batch
     from mae_bench.data.transforms import normalize
 
     imgs, targets = torch.randint(0, 255, (4, 3, 16, 16), dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
     log = F.log_softmax(model(normalize(imgs, spec.mean, spec.std)), dim=1)
     want = -(0.9 * log[range(4), targets] + 0.1 * log.mean(dim=1)).mean()
-    torch.testing.assert_close(loss(Batch(imgs, targets, targets), 0), want)
+    torch.testing.assert_close(loss(model, Batch(imgs, targets, targets), 0), want)
 
 
 def test_fine_tuning_layout_replaces_the_final_norm(backbone: str) -> None:
