@@ -4,8 +4,11 @@ import io
 import logging
 import os
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from mae_bench.errors import UserError
@@ -28,6 +31,34 @@ def decode(data: bytes) -> Image.Image:
         raise BadImage("no image format that Pillow knows") from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise BadImage(str(error) or type(error).__name__) from error
+
+
+class ImageSource(Protocol):
+    """Images that are read by their index, in an order that is the same on every machine.
+
+    classes: names; "" alone where the images have none. targets: an index into `classes` for each image.
+    It is cheap to pickle and to fork: what is large is memory-mapped, and every process opens its own files.
+    """
+
+    classes: list[str]
+    targets: Sequence[int] | np.ndarray
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def name(self, i: int) -> str:
+        """What messages call the image."""
+
+    def read(self, i: int) -> bytes:
+        """The image as an encoded file (JPEG, PNG ...), not decoded; OSError if it cannot be read."""
+
+    def pixels(self, i: int) -> np.ndarray | None:
+        """(H, W, 3) uint8 where the set stores raw pixels, without a copy; None where it stores encoded files."""
+
+
+def open_images(root: str | Path, split: str) -> ImageSource:
+    """The images of one split ("train", "val") of whatever kind of set lies at `root`; UserError where there is none."""
+    return ImageSet(root, split)
 
 
 class ImageSet:
@@ -77,6 +108,10 @@ class ImageSet:
             self._handle, self._pid = os.open(self._tar, os.O_RDONLY | os.O_CLOEXEC), os.getpid()
         offset, size = self._offsets[i]
         return os.pread(self._handle, size, offset)
+
+    def pixels(self, i: int) -> np.ndarray | None:
+        """None: the files are encoded."""
+        return None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_handle": -1, "_pid": -1}
