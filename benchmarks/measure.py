@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mae_bench.provenance import git_hash, hardware, now, versions
+from mae_bench.provenance import git_hash, hardware, now, version_of, versions
 
+PEERS = ("transformers", "torchcodec", "simplejpeg", "kornia-rs", "webdataset")  # measured against, or part of a faster path
 BOOTSTRAPS = 2000  # draws of the interval of a ratio
 INTERVAL = 0.95  # share of the draws that lies between `low` and `high`
 
@@ -83,7 +84,7 @@ def ratio(samples_a: Sequence[float], samples_b: Sequence[float]) -> Ratio:
 
 def environment() -> dict[str, str]:
     """Date, hardware, versions, command and commit of a measurement, for people and for the JSON file."""
-    machine, found = hardware(), versions()
+    machine, found = hardware(), versions() | {name: number for name in PEERS if (number := version_of(name))}
     where = [f"{machine['cores']} cores of {machine['cpu']}", f"{machine['memory_gib']} GiB", *machine.get("gpus", ["no GPU"])]
     return {
         "date": now(),
