@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -26,15 +25,8 @@ GREY = 0.5  # of a removed patch
 def save_mae(model: MAE, folder: Path) -> None:
     """Writes encoder and decoder with the reference's key names; what else is needed to rebuild it stands in the file's
     metadata."""
-    first_block: Any = model.decoder_blocks[0]
-    decoder = {
-        "decoder_embed_dim": model.decoder_embed.out_features,
-        "decoder_depth": len(model.decoder_blocks),
-        "decoder_num_heads": first_block.attn.num_heads,
-        "norm_pix_loss": model.norm_pix_loss,
-    }
     weights = {name.removeprefix("encoder."): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"format": "pt", "spec": json.dumps(model.spec.to_dict()), "decoder": json.dumps(decoder)}
+    metadata = {"format": "pt", "spec": json.dumps(model.spec.to_dict()), "decoder": json.dumps(model.options)}
     write_atomic(folder / MAE_FILE, lambda file: file.write(save(weights, metadata=metadata)))
 
 
@@ -54,7 +46,8 @@ def load_mae(path: str | Path) -> MAE:
         ) from error
     model = MAE(spec, **decoder)
     ours = {
-        name if name.startswith(("decoder_", "mask_token")) else f"encoder.{name}": tensor for name, tensor in weights.items()
+        name if name.startswith(("decoder_", "mask_token", "target.")) else f"encoder.{name}": tensor
+        for name, tensor in weights.items()
     }
     model.load_state_dict(ours)
     return model.eval()
@@ -75,8 +68,7 @@ def reconstruct(
     inputs = normalize(imgs.to(device), model.spec.mean, model.spec.std)
     _, pred, mask = model(inputs, mask_ratio, noise.to(device))
     patches = model.patchify(inputs)
-    if model.norm_pix_loss:
-        pred = pred * (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt() + patches.mean(dim=-1, keepdim=True)
+    pred = model.target.to_pixels(pred, patches)
     mean, std = (torch.tensor(value, device=device).view(1, -1, 1, 1) for value in (model.spec.mean, model.spec.std))
     painted = (model.unpatchify(pred) * std + mean).clamp(0, 1)
     removed = model.unpatchify(mask[..., None].expand_as(patches))

@@ -9,7 +9,7 @@ import torch
 
 from mae_bench.errors import UserError
 from mae_bench.models.mae import MAE
-from mae_bench.models.masking import random_masking
+from mae_bench.models.masking import build_masking
 from mae_bench.models.pos_embed import sincos_2d
 from mae_bench.spec import BackboneSpec
 
@@ -117,7 +117,7 @@ def test_training_path_has_the_same_loss_and_gradients(norm_pix_loss: bool) -> N
 def test_prediction_of_visible_patches_does_not_touch_the_loss() -> None:
     model = make().train()
     imgs, noise = inputs()
-    masking = random_masking(noise, 0.75)
+    masking = build_masking(noise, 0.75)
     changed = model.patchify(imgs).clone()
     loss = model(imgs, 0.75, noise)[0]
     removed = masking.ids_masked[0, 0]
@@ -148,7 +148,7 @@ def test_position_table_encodes_width_first_then_height() -> None:
 
 
 def test_masking_keeps_the_smallest_noise_and_truncates() -> None:
-    masking = random_masking(torch.tensor([[0.9, 0.1, 0.5, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6, 0.0]]), 0.75)
+    masking = build_masking(torch.tensor([[0.9, 0.1, 0.5, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6, 0.0]]), 0.75)
     assert masking.ids_keep.tolist() == [[9, 1]], "int(10 x 0.25) = 2"
     assert masking.mask.tolist() == [[1, 0, 1, 1, 1, 1, 1, 1, 1, 0]]
     assert masking.ids_shuffle.gather(1, masking.ids_restore).tolist() == [list(range(10))]
@@ -157,7 +157,7 @@ def test_masking_keeps_the_smallest_noise_and_truncates() -> None:
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.99])
 def test_ratio_without_visible_or_removed_patches_is_refused(mask_ratio: float) -> None:
     with pytest.raises(UserError, match="keeps"):
-        random_masking(torch.rand(1, 16), mask_ratio)
+        build_masking(torch.rand(1, 16), mask_ratio)
 
 
 def test_other_channel_counts_and_frozen_tables() -> None:
