@@ -11,7 +11,10 @@ HEADING = "Published, for orientation: not comparable with the runs above"
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One quoted number. `source` is a short name, `title` the whole one, `place` where in it, `url` leads there."""
+    """One quoted number. `source` is a short name, `title` the whole one, `place` where in it, `url` leads there.
+
+    ablation: the setting that it was measured for, called as the row of our suites; "" for a result that stands alone.
+    """
 
     method: str
     backbone: str
@@ -28,6 +31,7 @@ class PublishedRow:
     place: str
     url: str
     note: str = ""
+    ablation: str = ""
 
 
 @cache
@@ -44,5 +48,5 @@ def _row(table: dict, row: dict) -> PublishedRow:
 
 
 def published_for(tasks: set[str]) -> list[PublishedRow]:
-    """The quoted numbers of these tasks."""
-    return [row for row in published_rows() if row.task in tasks]
+    """The quoted numbers of these tasks, without those of single ablations."""
+    return [row for row in published_rows() if row.task in tasks and not row.ablation]
