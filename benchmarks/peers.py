@@ -65,6 +65,7 @@ def build_ours(spec: BackboneSpec, decoder_depth: int = DECODER_DEPTH, **more: A
 def build_hf(ours: MAE, attention: str) -> ViTMAEForPreTraining:
     """transformers' ViTMAE with the weights of `ours` and `attention` "sdpa" or "eager"."""
     spec = ours.spec
+    chosen: Any = {"attn_implementation": attention}  # a keyword of every transformers config that its type leaves out
     config = ViTMAEConfig(
         hidden_size=spec.embed_dim,
         num_hidden_layers=spec.depth,
@@ -79,7 +80,7 @@ def build_hf(ours: MAE, attention: str) -> ViTMAEForPreTraining:
         decoder_intermediate_size=4 * DECODER_DIM,
         mask_ratio=MASK_RATIO,
         norm_pix_loss=True,
-        **{"attn_implementation": attention},
+        **chosen,
     )
     model = ViTMAEForPreTraining(config)
     model.load_state_dict(_hf_weights(ours.state_dict()))
