@@ -49,9 +49,9 @@ def test_a_second_run_adds_to_the_events_of_the_first(tmp_path: Path) -> None:
     assert [event["stage"] for event in events(tmp_path / "events.jsonl")] == ["first", "second"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_asks_for_a_stop_at_the_next_step(number: signal.Signals) -> None:
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
     try:
         progress = Progress()
         progress.stop_on_signals()
@@ -81,3 +81,20 @@ def test_a_job_whose_parent_is_gone_stops(tmp_path: Path) -> None:
             return
         signal.sigtimedwait([], 0.02)
     raise AssertionError("the job went on without its parent")
+
+
+def test_a_stop_is_deferred_for_those_who_agree_on_it_with_others() -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
+    try:
+        progress = Progress()
+        progress.stop_on_signals()
+        with progress.deferred():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            progress.step(1)
+            progress.stage("another")
+            assert progress.should_stop
+        with pytest.raises(Interrupted):
+            progress.check()
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
