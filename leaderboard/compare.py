@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from statistics import fmean
 
+from leaderboard.ablation import beside_columns
 from leaderboard.columns import PRETRAIN, column_order, columns_of, columns_of_failures
 from leaderboard.costs import costs_of, mean_of, seconds_of, totals_of
 from leaderboard.index import Run, Runs
@@ -34,7 +35,8 @@ def compare(runs: Runs, baseline: str = "supervised") -> Comparison:
     verdicts = [verdict(baseline, column, {row: cells[row][i] for row in rows}) for i, column in enumerate(columns)]
     costs, totals = costs_of(runs.records, rows), totals_of(runs.records, rows)
     notes = _notes(runs.records, cells, baseline)
-    return Comparison(baseline, rows, columns, cells, costs, totals, runs.failures, verdicts, notes, problems)
+    beside = beside_columns(runs, columns, rows)
+    return Comparison(baseline, rows, columns, cells, costs, totals, runs.failures, verdicts, notes, problems, beside)
 
 
 def _strangers(runs: Runs) -> list[str]:

@@ -19,7 +19,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 // Cells without a value stay last in either order.
 function compare(a, b, sign) {
   const [x, y] = [a.dataset.value, b.dataset.value];
-  if (x === undefined && y === undefined) return sign * a.textContent.localeCompare(b.textContent);
+  if (x === undefined && y === undefined) return sign * a.textContent.localeCompare(b.textContent, "en", { numeric: true });
   if (x === "" || y === "") return (x === "") - (y === "");
   return sign * (Number(x) - Number(y));
 }

@@ -7,18 +7,19 @@ from leaderboard.table import Cell, Column, Comparison, Difference
 
 FIELDS = (
     *("backbone", "task", "protocol", "variant", "dataset", "split", "metric", "unit", "direction", "n", "mean", "std"),
-    *("difference", "low", "high", "status", "seconds", "reason"),
+    *("difference", "low", "high", "status", "seconds", "reason", "published", "published_in", "published_differs"),
 )
 
 
 def render_csv(comparison: Comparison) -> str:
-    """`n` seeds; `difference` to the baseline with its interval `low`..`high`; `seconds` of training and evaluation a run."""
+    """`n` seeds; `difference` to the baseline with its interval `low`..`high`; `seconds` of training and evaluation a run;
+    `published` of an ablation's row, and in `published_differs` why it is not to be compared with the mean."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(FIELDS)
     for row in comparison.rows:
-        for column, cell in zip(comparison.columns, comparison.cells[row], strict=True):
-            writer.writerow([row, *_line(column, cell)])
+        for i, (column, cell) in enumerate(zip(comparison.columns, comparison.cells[row], strict=True)):
+            writer.writerow([row, *_line(column, cell), *_quoted(comparison, i, row)])
     return file.getvalue()
 
 
@@ -30,3 +31,10 @@ def _line(column: Column, cell: Cell) -> list[object]:
     reason = "; ".join(f"seed {failure.seed}: {failure.reason}" for failure in cell.failures)
     numbers = [len(cell.values), cell.mean, cell.std, value, change.low, change.high]
     return [*place, *metric, *numbers, cell.status, cell.seconds, reason]
+
+
+def _quoted(comparison: Comparison, column: int, row: str) -> list[object]:
+    for beside in comparison.beside:
+        if beside.column == column and row in beside.values:
+            return [beside.values[row], f"{beside.source}, {beside.places[row]}", "; ".join(beside.differs)]
+    return [None, None, None]

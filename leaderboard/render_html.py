@@ -3,6 +3,7 @@
 from html import escape
 from pathlib import Path
 
+from leaderboard import ablation
 from leaderboard.chart import chart
 from leaderboard.columns import grouped, task_order
 from leaderboard.gallery import gallery
@@ -11,6 +12,7 @@ from leaderboard.provenance import provenance
 from leaderboard.published import HEADING, PublishedRow
 from leaderboard.table import Cell, Column, Comparison, Cost, Difference, Total
 from leaderboard.wording import (
+    MISSING,
     column_metric,
     column_name,
     count,
@@ -37,6 +39,7 @@ def render_html(comparison: Comparison, runs: Runs, published: list[PublishedRow
         f"<h1>{escape(title)}</h1><p class='lead'>{escape(LEAD.format(baseline=comparison.baseline))} {_extent(runs)}</p>",
         _list("Problems", problems, "problems"),
         _main(comparison),
+        _ablation(comparison),
         _list("Without a score", [failure(lost) for lost in comparison.failures]),
         _list("What it shows", comparison.verdicts),
         _list("How to read it", comparison.notes),
@@ -126,6 +129,27 @@ def _change(change: Difference, column: Column) -> str:
 
 def _minus(text: str) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _ablation(comparison: Comparison) -> str:
+    if not comparison.beside:
+        return ""
+    head = "".join(
+        f'<th scope="col">{escape(first)}{"".join(f"<small>{escape(part)}</small>" for part in rest)}</th>'
+        for first, *rest in ablation.headers(comparison)
+    )
+    body = "".join(
+        f'<tr><th scope="row">{escape(row)}</th>{"".join(map(_ablated, texts))}</tr>'
+        for row, *texts in ablation.lines(comparison)
+    )
+    caption = "Published numbers are quoted. " + ablation.sentences(comparison)[0]
+    reading = "".join(f"<li>{escape(line)}</li>" for line in ablation.sentences(comparison)[1:])
+    table = _table("Ablation", escape(caption), head, body, "ablation")
+    return _section(ablation.HEADING, f"{table}<ul>{reading}</ul>")
+
+
+def _ablated(text: str) -> str:
+    return f"<td>{escape(text if text == MISSING else _minus(text))}</td>"
 
 
 def _charts(comparison: Comparison) -> str:

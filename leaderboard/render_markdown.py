@@ -2,6 +2,7 @@
 
 import re
 
+from leaderboard import ablation
 from leaderboard.published import HEADING, PublishedRow
 from leaderboard.table import Cell, Column, Comparison, Cost
 from leaderboard.wording import column_metric, column_name, count, difference, duration, failure, score
@@ -14,6 +15,7 @@ def render_markdown(comparison: Comparison, published: list[PublishedRow], title
         f"Scores with the sample deviation over n seeds, and below each the difference to {_escape(comparison.baseline)} "
         "with its 95 % interval. Bold: best of the column. A missing score is `-`, never 0.",
         _main(comparison),
+        _ablation(comparison),
         _list("What it shows", comparison.verdicts),
         _list("Without a score", [failure(lost) for lost in comparison.failures]),
         _list("Problems", comparison.problems),
@@ -34,6 +36,14 @@ def _main(comparison: Comparison) -> str:
         for row in comparison.rows
     ]
     return _table(["backbone", *headers], rows)
+
+
+def _ablation(comparison: Comparison) -> str:
+    if not comparison.beside:
+        return ""
+    headers = ["<br>".join(map(_escape, parts)) for parts in ablation.headers(comparison)]
+    rows = [list(map(_escape, line)) for line in ablation.lines(comparison)]
+    return f"{_list(ablation.HEADING, ablation.sentences(comparison))}\n\n{_table(headers, rows)}"
 
 
 def _cell(cell: Cell, column: Column) -> str:

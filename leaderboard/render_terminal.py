@@ -7,6 +7,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from leaderboard import ablation
 from leaderboard.table import Cell, Column, Comparison
 from leaderboard.wording import column_metric, column_name, difference, duration, failure, judgement, score
 
@@ -24,7 +25,7 @@ def render_terminal(comparison: Comparison) -> RenderableType:
     parts: list[RenderableType] = []
     for start in range(0, len(comparison.columns), PER_TABLE):
         parts += [_table(comparison, start), Text()]
-    return Group(*parts, _costs(comparison), *_sentences(comparison))
+    return Group(*parts, *_ablation(comparison), _costs(comparison), *_sentences(comparison))
 
 
 def _table(comparison: Comparison, start: int) -> Table:
@@ -53,6 +54,19 @@ def _cell(cell: Cell, column: Column) -> Text:
     return text
 
 
+def _ablation(comparison: Comparison) -> Iterator[RenderableType]:
+    """The published numbers beside the measured ones, two columns of each to a table."""
+    if not comparison.beside:
+        return
+    headers, lines = ablation.headers(comparison), ablation.lines(comparison)
+    table = Table(title=ablation.HEADING, title_justify="left", box=HORIZONTALS, header_style="bold")
+    for i, parts in enumerate(headers):
+        table.add_column(Text("\n".join(parts)), justify="left" if i == 0 else "right", overflow="fold")
+    for line in lines:
+        table.add_row(*map(Text, line))
+    yield from (table, Text())
+
+
 def _costs(comparison: Comparison) -> Table:
     table = Table(title="Cost (all seeds together)", title_justify="left", box=HORIZONTALS, header_style="bold")
     table.add_column("backbone", overflow="fold")
@@ -66,6 +80,7 @@ def _costs(comparison: Comparison) -> Table:
 def _sentences(comparison: Comparison) -> Iterator[Text]:
     lists = {
         "What it shows": comparison.verdicts,
+        ablation.HEADING: ablation.sentences(comparison),
         "Without a score": [failure(lost) for lost in comparison.failures],
         "Problems": comparison.problems,
         "How to read it": [

@@ -91,6 +91,25 @@ class Total:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What a source published for rows of an ablation, for one column of the comparison: quoted, never part of a cell.
+
+    column: its place in `Comparison.columns`. values and places (for example "Table 1a") by row.
+    differs: why a measured number is not to be compared with the published one; empty where it may be.
+    """
+
+    column: int
+    model: str
+    protocol: str
+    dataset: str
+    source: str
+    url: str
+    values: dict[str, float]
+    places: dict[str, str]
+    differs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The leaderboard: `cells[row]` stands in the order of `columns`, `verdicts` too."""
 
@@ -104,6 +123,7 @@ class Comparison:
     verdicts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    beside: list[Beside] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it (lists for tuples)."""
