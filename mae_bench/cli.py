@@ -1,9 +1,11 @@
 """The command line `mae-bench`: a roof that nobody imports; each command imports what it needs when it is chosen."""
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -11,6 +13,7 @@ from mae_bench.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from mae_bench.cell import Cell
+    from mae_bench.launcher import Company
     from mae_bench.record import Failure, ResultRecord
     from mae_bench.suite import SuiteConfig
 
@@ -22,6 +25,8 @@ GENERAL = ("", "export", "cells", "backbone.safetensors", "mae.safetensors", "mo
 app = typer.Typer(name="mae-bench", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="Look at data.")
 app.add_typer(data_app, name="data")
+
+Source = str | Callable[[], dict[str, Any]]  # a suite's file, or what makes its content: the ranks that follow need neither
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the config, e.g. tasks.linear.epochs=10.")
@@ -41,14 +46,21 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(WRONG_USE)
+        _refuse(error)
     except OSError as error:  # what the system refuses, a folder that cannot be written for example; its text names the path
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(WRONG_USE)
+        _refuse(UserError(str(error)))
     except Interrupted:
-        print("Stopped; what is done is saved. The same command goes on from here.", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("Stopped; what is done is saved. The same command goes on from here.", file=sys.stderr)
         sys.exit(STOPPED)
+
+
+def _refuse(error: UserError) -> NoReturn:
+    """Wrong use, for a person, and where JSON was asked for, for a program too."""
+    print(f"Error: {error}", file=sys.stderr)
+    if "--json" in sys.argv:
+        _print_json({"error": error.given, "expected": error.expected, "fix": error.fix})
+    sys.exit(WRONG_USE)
 
 
 def _version(asked: bool) -> None:
@@ -93,16 +105,27 @@ def pretrain(
     overrides: Overrides = None,
     out: Out = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the weights and of the order of the images.")] = 0,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="That train it together; else all GPUs.")
+    ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where it is made.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Make one backbone; its folder then holds `export/`, which every other command reads as a checkpoint."""
+    """Make one backbone; its folder then holds `export/`, which every other command reads as a checkpoint.
+
+    On several machines: torchrun ... -m mae_bench pretrain CONFIG ..., or the same by srun, with --out on a disk that all share.
+    """
     from mae_bench.config import load_yaml
     from mae_bench.suite import complete_job
 
     name = Path(config).stem
-    job = complete_job(config, load_yaml(config, overrides or []))
-    _run({"name": name, "backbones": {name: job}, "backbone_seed": seed, "device": device}, None, out, None, as_json)
+
+    def suite() -> dict[str, Any]:
+        job = complete_job(config, load_yaml(config, overrides or []))
+        chosen = {"processes": processes} if processes else {}
+        return {"name": name, "backbones": {name: job}, "backbone_seed": seed, "device": device} | chosen
+
+    _run(suite, None, out, None, as_json)
 
 
 @app.command()
@@ -115,16 +138,19 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Transfer given checkpoints to given tasks; where the data is: data.root=PATH, or data.imagenet=PATH and its like."""
+    _run(lambda: _suite_of(checkpoint, tasks), overrides, out, jobs, as_json)
+
+
+def _suite_of(checkpoints: list[str], tasks: str) -> dict[str, Any]:
     named = [name.strip() for name in tasks.split(",") if name.strip()]
     files = {Path(name).stem: name if name.endswith((".yaml", ".yml")) else f"tasks/{name}.yaml" for name in named}
     if len(files) < len(named):
         raise UserError(f"--tasks {tasks}: two of one name", expected="files whose names differ", fix="copy one to another name")
-    suite = {
+    return {
         "name": "evaluate",
-        "backbones": {name: {"kind": "checkpoint", "source": source} for name, source in _rows_of(checkpoint).items()},
+        "backbones": {name: {"kind": "checkpoint", "source": source} for name, source in _rows_of(checkpoints).items()},
         "tasks": {name: {"base": file} for name, file in files.items()},
     }
-    _run(suite, overrides, out, jobs, as_json)
 
 
 def _rows_of(sources: list[str]) -> dict[str, str]:
@@ -145,12 +171,17 @@ def plan(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Show the cells of a suite: what is done, what is left, what would fail and why. Nothing is run."""
+    """Show the cells of a suite: what is done, what is left, what would fail and why. Nothing is run.
+
+    Exit codes: 0 all can run, 1 some would fail.
+    """
     from mae_bench.plan import plan_of, render
     from mae_bench.suite import load_suite
 
     found = plan_of(load_suite(suite, overrides or [], out))
     _answer(found, render(found), as_json)
+    if any(cell["state"] == "would fail" for cell in found["cells"]):
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -210,9 +241,10 @@ def reconstruct(
     seed: Annotated[int, typer.Option("--seed", help="Of the masks.")] = 0,
 ) -> None:
     """Draw what a masked autoencoder makes of images: original, masked, reconstructed, a row an image."""
+    from backbones.mae import load_mae
     from mae_bench.reconstruct import reconstruct_files
 
-    reconstruct_files(checkpoint, images, out, mask_ratio, seed)
+    reconstruct_files(load_mae(checkpoint), images, out, mask_ratio, seed)
     print(out)
 
 
@@ -244,7 +276,27 @@ def data_check(
     _answer(asdict(found), "\n".join(lines), as_json)
 
 
-def _run(source: str | dict[str, Any], overrides: list[str] | None, out: Path | None, jobs: int | None, as_json: bool) -> None:
+def _run(source: Source, overrides: list[str] | None, out: Path | None, jobs: int | None, as_json: bool) -> None:
+    """Runs a suite here; or, where a launcher started several processes, on rank 0 with the others' help."""
+    from mae_bench.launcher import Company, launched
+    from mae_bench.runner import stop_requests
+
+    changes = [*(overrides or []), *([f"jobs={jobs}"] if jobs else [])]
+    if not launched():
+        _run_suite(source, changes, out, as_json, None)
+        return
+    company = Company()
+    if company.rank:
+        with stop_requests() as stop:
+            company.follow(stop)
+        return
+    try:
+        _run_suite(source, changes, out, as_json, company)
+    finally:
+        company.dismiss()
+
+
+def _run_suite(source: Source, changes: list[str], out: Path | None, as_json: bool, company: "Company | None") -> None:
     from rich.console import Console
 
     from mae_bench.live import view_for
@@ -252,9 +304,9 @@ def _run(source: str | dict[str, Any], overrides: list[str] | None, out: Path | 
     from mae_bench.runner import run_suite
     from mae_bench.suite import load_suite
 
-    suite = load_suite(source, [*(overrides or []), *([f"jobs={jobs}"] if jobs else [])], out)
+    suite = load_suite(source() if callable(source) else source, changes, out)
     with view_for(Console(stderr=True)) as view:
-        results = run_suite(suite, view, command_line())
+        results = run_suite(suite, view, command_line(), company)
     folder, only = Path(suite.out), {cell.dir for cell, _ in results}
     files = _report(folder, folder / "report", suite.row_of_baseline, suite.name, only, quiet=as_json or not suite.tasks)
     _conclude(suite, results, files, as_json)

@@ -17,6 +17,7 @@ from mae_bench.progress import EVENTS_FILE
 from mae_bench.record import Failure, ResultRecord
 
 FRAME_SECONDS = 0.25
+TRAIN = "train"  # the stage of a training job whose steps are optimizer steps
 STYLES = {"failed": "bold red", "not installed": "yellow"}
 
 
@@ -27,6 +28,7 @@ class Tail:
     name: str
     path: Path
     offset: int = 0
+    imgs_per_step: int = 0
     began: float = field(default_factory=time.time)
     stage: str = "start"
     done: float = 0.0
@@ -56,11 +58,21 @@ class Tail:
         return str(event.get("note", ""))
 
     @property
+    def pace(self) -> float:
+        """Steps a second of this stage so far; 0 before two steps are seen."""
+        began, at = self.first
+        return (self.done - at) / (time.time() - began) if began and self.done > at else 0.0
+
+    @property
     def seconds_left(self) -> float | None:
         """Of this stage, at the pace so far; None before two steps are seen."""
-        began, at = self.first
-        pace = (self.done - at) / (time.time() - began) if began and self.done > at else 0
-        return (self.total - self.done) / pace if pace and self.total else None
+        return (self.total - self.done) / self.pace if self.pace and self.total else None
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The job's values, and images a second where its steps are those of a training."""
+        trains = self.stage == TRAIN and self.imgs_per_step and self.pace
+        return self.values | ({"img/s": round(self.imgs_per_step * self.pace)} if trains else {})
 
 
 class View:
@@ -87,10 +99,11 @@ class View:
         """Something that concerns the whole run."""
         self._print(escape(message))
 
-    def start(self, folder: Path, name: str) -> None:
-        """A worker starts in `folder`."""
+    def start(self, folder: Path, name: str, processes: int = 1, imgs_per_step: int = 0) -> None:
+        """A worker starts in `folder`, or several that work together; imgs_per_step: of a step of its training, 0 if unknown."""
         path = folder / EVENTS_FILE
-        self._tails[folder] = Tail(name, path, path.stat().st_size if path.is_file() else 0)
+        name += f" · {processes} processes" if processes > 1 else ""
+        self._tails[folder] = Tail(name, path, path.stat().st_size if path.is_file() else 0, imgs_per_step=imgs_per_step)
         self._print(f"[dim]start[/]  {escape(name)}", passing=True)
 
     def end(self, folder: Path, name: str = "", result: ResultRecord | Failure | None = None) -> None:
@@ -153,7 +166,7 @@ def row(tail: Tail) -> list[RenderableType]:
     """One running worker: name, stage, bar, count, values, elapsed, left."""
     bar = ProgressBar(total=tail.total or None, completed=tail.done, width=20, pulse=not tail.total)
     count = f"{tail.done:g}/{tail.total:g}" if tail.total else ""
-    values = " ".join(f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in tail.values.items())
+    values = " ".join(f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in tail.shown.items())
     left = f"{clock(tail.seconds_left)} left" if tail.seconds_left is not None else ""
     texts = (count, values, clock(time.time() - tail.began), left)
     return [Text(tail.name, style="bold", no_wrap=True), Text(tail.stage), bar, *(Text(text, style="dim") for text in texts)]

@@ -15,6 +15,7 @@ class Kind:
     layout: the layout of the data that it reads ("imagenet", "coco", "ade20k"; "" reads none).
     emits_backbone: the job ends with `export/` in its folder, which other jobs load as a backbone.
     extra: the optional set of packages that it needs ("" for the core), a key of EXTRAS.
+    distributed: several processes can run it together, each on its GPU.
     version: raised when a change of its code changes its results: cells that an older version finished are then run again.
     """
 
@@ -24,6 +25,7 @@ class Kind:
     emits_backbone: bool = False
     extra: str = ""
     version: int = 1
+    distributed: bool = False
 
     @property
     def task(self) -> str:
@@ -32,7 +34,9 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "pretrain": Kind("mae_bench.pretrain_config:PretrainConfig", "mae_bench.pretrain:run", "imagenet", emits_backbone=True),
+    "pretrain": Kind(
+        "mae_bench.pretrain_config:PretrainConfig", "mae_bench.pretrain:run", "imagenet", emits_backbone=True, distributed=True
+    ),
     "random": Kind("mae_bench.pretrain_config:RandomConfig", "mae_bench.pretrain:run_random", "", emits_backbone=True),
     "supervised": Kind(
         "tasks.imagenet.config:SupervisedConfig", "tasks.imagenet.supervised:run", "imagenet", emits_backbone=True

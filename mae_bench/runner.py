@@ -3,11 +3,9 @@
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,15 +16,16 @@ from mae_bench.data.layouts import check_layout
 from mae_bench.demo_worker import ask_for_data
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.files import write_json
+from mae_bench.launcher import Company, check_gpus
 from mae_bench.live import View
+from mae_bench.processes import POLL_SECONDS, Process, Worker, start_ranks, stop_all
+from mae_bench.progress import STOP_SIGNALS
 from mae_bench.provenance import num_cores, visible_gpus
 from mae_bench.record import FAILURE_FILE, Failure, ResultRecord, write_failure
 from mae_bench.registry import kind
 from mae_bench.suite import Place, SuiteConfig, check_sources, expand, places
-from mae_bench.worker import INTERRUPTED, LOCK_FILE, Order, environment
+from mae_bench.worker import INTERRUPTED, LOCK_FILE, Order
 
-POLL_SECONDS = 0.1
-GRACE_SECONDS = 30.0  # that a worker has to save its state when it is asked to stop
 MOST_JOBS = 4  # on a CPU, unless asked for more: each worker holds a framework and its data in memory
 LOG_LINES = 5  # of a dead worker's log in its failure
 SUITE_FILE = "suite.json"
@@ -36,19 +35,52 @@ Result = ResultRecord | Failure
 
 @dataclass(frozen=True)
 class Slot:
-    """Room for one worker: its device and what CUDA_VISIBLE_DEVICES shows it ("": no GPU)."""
+    """Room for one worker process: its device and what CUDA_VISIBLE_DEVICES shows it ("": no GPU)."""
 
     device: str
     visible: str = ""
 
 
-def slots_of(suite: SuiteConfig) -> list[Slot]:
-    """As many slots as workers may run at a time; GPUs are dealt out in turn."""
+@dataclass(frozen=True)
+class Room:
+    """What a run may use: `slots`, for at most `cells` cells at a time; a cell of a distributed kind takes `processes` slots."""
+
+    slots: list[Slot]
+    cells: int
+    processes: int = 1
+
+    def processes_of(self, cell: Cell) -> int:
+        """How many processes run the cell."""
+        return self.processes if kind(cell.kind).distributed else 1
+
+
+def room_of(suite: SuiteConfig, launched: int = 1) -> Room:
+    """As much as the suite asks for and this machine has; `launched`: the processes that a launcher started, which it must use.
+
+    GPUs are dealt out in turn; the processes of one cell get one each.
+    """
     gpus = [] if suite.device == "cpu" else visible_gpus()
     if suite.device == "cuda" and not gpus:
         raise UserError("device=cuda, but torch sees no GPU here", expected="a GPU", fix="use device=cpu")
     jobs = suite.jobs if isinstance(suite.jobs, int) else len(gpus) or min(MOST_JOBS, num_cores())
-    return [Slot("cuda", gpus[i % len(gpus)]) if gpus else Slot("cpu") for i in range(jobs)]
+    processes = launched if launched > 1 else num_processes(suite, len(gpus))
+    if launched > 1 and gpus:
+        check_gpus()
+    if launched > 1 and suite.processes not in ("auto", launched):
+        raise UserError(f"processes={suite.processes}, but a launcher started {launched}", fix="leave processes away")
+    if gpus and launched == 1 and processes > len(gpus):
+        raise UserError(f"processes={processes}, but torch sees {len(gpus)} GPUs here", expected="one GPU a process",
+                        fix=f"processes={len(gpus)}, or start it by torchrun on several machines")  # fmt: skip
+    count = jobs if launched > 1 else max(jobs, processes)
+    slots = [Slot("cuda", gpus[i % len(gpus)]) if gpus else Slot("cpu") for i in range(count)]
+    return Room(slots, jobs, processes)
+
+
+def num_processes(suite: SuiteConfig, num_gpus: int) -> int:
+    """Of each cell of a distributed kind: as given, or all GPUs for a run of one cell, else 1."""
+    if suite.processes != "auto":
+        return suite.processes
+    return max(1, num_gpus) if len(suite.backbones) == 1 and not suite.tasks else 1
 
 
 def check_data(suite: SuiteConfig) -> tuple[dict[Place, str], dict[Place, UserError]]:
@@ -63,13 +95,14 @@ def check_data(suite: SuiteConfig) -> tuple[dict[Place, str], dict[Place, UserEr
     return digests, errors
 
 
-def run_suite(suite: SuiteConfig, view: View, command: str) -> list[tuple[Cell, Result]]:
+def run_suite(suite: SuiteConfig, view: View, command: str, company: Company | None = None) -> list[tuple[Cell, Result]]:
     """Makes the data if it is the suite's own, checks all data, then runs every cell that is not finished.
 
+    company: the processes that a launcher started, of which this is rank 0; they run the cells of distributed kinds.
     UserError before any cell runs: bad data, a missing checkpoint, or a folder in which another runner is at work.
-    Interrupted after SIGTERM, SIGINT or SIGHUP: the workers have saved their state, and the same call goes on.
+    Interrupted after SIGTERM, SIGINT, SIGHUP or SIGUSR1: the workers have saved their state, and the same call goes on.
     """
-    out, slots = Path(suite.out), slots_of(suite)
+    out, room = Path(suite.out), room_of(suite, company.size if company else 1)
     check_sources(suite)
     with locked(out), stop_requests() as stop:
         write_json(out / SUITE_FILE, suite.model_dump(mode="json"))
@@ -78,7 +111,7 @@ def run_suite(suite: SuiteConfig, view: View, command: str) -> list[tuple[Cell, 
         digests, errors = check_data(suite)
         if errors:
             raise UserError("\n".join(str(error) for error in errors.values()))
-        runner = Runner(expand(suite, digests), slots, suite.threads, command, view)
+        runner = Runner(expand(suite, digests), room, suite.threads, command, view, company)
         runner.run(stop)
     return [(cell, runner.results[cell.dir]) for cell in runner.cells]
 
@@ -110,56 +143,19 @@ def locked(out: Path) -> Iterator[None]:
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that SIGTERM, SIGINT and SIGHUP are noted in instead of ending the process; one that is ignored stays ignored."""
+    """A list that the signals to stop are noted in instead of ending the process; one that is ignored stays ignored."""
     seen: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         seen.append(number)
 
-    numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    numbers = [n for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield seen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class Worker:
-    """A worker process in a process group of its own; all that it prints goes to log.txt in its folder."""
-
-    def __init__(self, module: str, folder: Path, threads: int, visible: str):
-        with open(folder / LOG_FILE, "ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, str(folder)],  # -P: a folder `tasks` where the user stands is not ours
-                env=environment(threads, visible), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-
-    def poll(self) -> int | None:
-        """The exit code, None while it runs; a negative one is a signal's number."""
-        return self._process.poll()
-
-    def ask_to_stop(self) -> None:
-        """To the worker alone: its loader processes must live until it has saved."""
-        self._process.terminate()
-
-    def kill(self) -> None:
-        """Ends whatever is left of its process group."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
-def stop_workers(workers: Iterable[Worker], stop: list[int]) -> None:
-    """Asks all to stop and kills those that have not after the grace, or at once when asked a second time."""
-    workers, asked = list(workers), len(stop)
-    for worker in workers:
-        worker.ask_to_stop()
-    deadline = time.monotonic() + GRACE_SECONDS
-    while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline and len(stop) == asked:
-        time.sleep(POLL_SECONDS)
-    for worker in workers:
-        worker.kill()
 
 
 def make_data(suite: SuiteConfig, view: View, stop: list[int]) -> None:
@@ -172,7 +168,7 @@ def make_data(suite: SuiteConfig, view: View, stop: list[int]) -> None:
             view.tick()
             time.sleep(POLL_SECONDS)
     finally:
-        stop_workers([worker], stop)
+        stop_all([worker], stop)
     view.end(folder)
     if stop or worker.poll() == INTERRUPTED:
         raise Interrupted
@@ -192,20 +188,23 @@ def last_lines(folder: Path, count: int = LOG_LINES) -> str:
 class Runner:
     """Keeps every slot busy with a cell whose backbone is there until each cell has a result."""
 
-    def __init__(self, cells: list[Cell], slots: list[Slot], threads: int, command: str, view: View):
-        self.cells, self.threads, self.command, self.view = cells, threads, command, view
+    def __init__(
+        self, cells: list[Cell], room: Room, threads: int, command: str, view: View, company: Company | None = None
+    ):  # fmt: skip
+        self.cells, self.room, self.threads, self.command, self.view = cells, room, threads, command, view
         finished = {cell.dir: cell.result() for cell in cells}
         self.results: dict[Path, Result] = {folder: r for folder, r in finished.items() if isinstance(r, ResultRecord)}
         self._waiting = [cell for cell in cells if cell.dir not in self.results]
-        self._running: dict[Worker, tuple[Cell, Slot]] = {}
-        self._free = list(slots)
+        self._running: dict[Process, tuple[Cell, list[Slot]]] = {}
+        self._free = list(room.slots)
+        self._company = company
 
     def run(self, stop: list[int]) -> None:
         """Returns when `results` is complete; raises Interrupted when something stands in `stop`."""
         self.view.begin(len(self.cells), len(self.results))
         try:
             while self._waiting or self._running:
-                if stop:
+                if stop or (self._company and self._company.asked_to_stop()):
                     raise Interrupted
                 self._start_ready()
                 self._collect()
@@ -214,7 +213,9 @@ class Runner:
         finally:
             if self._running:
                 self.view.say(f"stopping: {len(self._running)} workers save their state")
-            stop_workers(self._running, stop)
+            stop_all(self._running, stop)
+            for cell, _ in self._running.values():
+                (cell.dir / FAILURE_FILE).unlink(missing_ok=True)  # of a rank that the stop of another surprised
 
     def _start_ready(self) -> None:
         for cell in list(self._waiting):
@@ -222,24 +223,49 @@ class Runner:
             if isinstance(maker, Failure):
                 self._waiting.remove(cell)
                 self._settle(cell, inherited(cell, maker))
-            elif self._free and (maker or not cell.upstream):
+            elif maker or not cell.upstream:
+                if not (slots := self._take_slots(cell)):
+                    return  # the cells behind it do not overtake one that needs many
                 self._waiting.remove(cell)
-                self._start(cell, self._free.pop(0))
+                self._start(cell, slots)
 
-    def _start(self, cell: Cell, slot: Slot) -> None:
+    def _take_slots(self, cell: Cell) -> list[Slot]:
+        """The slots of the cell's processes, on a GPU each; none if there is no room now."""
+        if len(self._running) >= self.room.cells:
+            return []
+        count, free = self.room.processes_of(cell), self._free
+        if count > 1 and self._company:
+            count = len(self.room.slots)  # the launcher's processes use all of the machine
+        elif count > 1 and self.room.slots[0].device == "cuda":
+            free = list({slot.visible: slot for slot in free}.values())
+        taken = free[:count] if len(free) >= count else []
+        for slot in taken:
+            self._free.remove(slot)
+        return taken
+
+    def _start(self, cell: Cell, slots: list[Slot]) -> None:
         cell.dir.mkdir(parents=True, exist_ok=True)
         (cell.dir / FAILURE_FILE).unlink(missing_ok=True)
-        Order(cell, kind(cell.kind), slot.device, self.threads, self.command).write()
-        self.view.start(cell.dir, cell.name)
-        self._running[Worker("mae_bench.worker", cell.dir, self.threads, slot.visible)] = cell, slot
+        count, device = self.room.processes_of(cell), slots[0].device
+        Order(cell, kind(cell.kind), device, self.threads, self.command, count).write()
+        self.view.start(cell.dir, cell.name, count, cell.config.get("global_batch_size", 0))
+        self._running[self._process(cell, slots, count)] = cell, slots
+
+    def _process(self, cell: Cell, slots: list[Slot], count: int) -> Process:
+        module, visible = "mae_bench.worker", [slot.visible for slot in slots]
+        if count == 1:
+            return Worker(module, cell.dir, self.threads, visible[0])
+        if self._company:
+            return self._company.start(module, cell.dir, slots[0].device, self.threads)
+        return start_ranks(module, cell.dir, self.threads, visible, count)
 
     def _collect(self) -> None:
-        for worker, (cell, slot) in list(self._running.items()):
-            if (code := worker.poll()) is not None:
-                worker.kill()  # its loader processes, if it left any
-                del self._running[worker]
-                self._free.append(slot)
-                self._settle(cell, cell.result() or death_of(cell, code))
+        for process, (cell, slots) in list(self._running.items()):
+            if (code := process.poll()) is not None:
+                process.kill()  # its loader processes, if it left any
+                del self._running[process]
+                self._free.extend(slots)
+                self._settle(cell, result_of(cell, code))
 
     def _settle(self, cell: Cell, result: Result) -> None:
         if isinstance(result, Failure):
@@ -253,6 +279,15 @@ def inherited(cell: Cell, maker: Failure) -> Failure:
     """The failure of a cell whose backbone was not made."""
     reason = f"its backbone {cell.backbone!r} could not be made: {maker.reason}"
     return cell.failure(reason, maker.fix, not_installed=maker.status == "not installed")
+
+
+def result_of(cell: Cell, code: int) -> Result:
+    """What a worker that ended with `code` leaves: a record; its own words; or what its code says.
+
+    Where a rank died without a word, the words are those of another that lost it.
+    """
+    result, has_words = cell.result(), code in (0, 1, -signal.SIGABRT)
+    return result if isinstance(result, ResultRecord) or (result and has_words) else death_of(cell, code)
 
 
 def death_of(cell: Cell, code: int) -> Failure:

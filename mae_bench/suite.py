@@ -27,7 +27,8 @@ class SuiteConfig(Config):
     out: where everything is written (`--out`). data: `root` and a folder for each layout, by default root/LAYOUT.
     $NAME in them is read from the environment where the data is read, and stays as it is in the records.
     demo_data: data that is made below data.root before anything else. jobs: worker processes at a time; "auto" is one a GPU,
-    or one a CPU core and at most 4. threads: of each worker on the CPU; scores can depend on it in the last digits.
+    or one a CPU core and at most 4. processes: of each cell of a kind that several can run together (pretrain), one a GPU; "auto"
+    is all GPUs for a run of one cell, else 1. threads: of each process on the CPU; scores can depend on it in the last digits.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SuiteConfig(Config):
     backbones: dict[str, dict[str, Any]] = Field(min_length=1)
     tasks: dict[str, dict[str, Any]] = {}
     jobs: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     threads: int = Field(1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

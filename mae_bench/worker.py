@@ -4,9 +4,13 @@ import fcntl
 import json
 import os
 import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mae_bench.cell import CELL_FILE, LOG_FILE, Cell
 from mae_bench.config import build, expand_variables
@@ -20,6 +24,9 @@ from mae_bench.record import FAILURE_FILE, NOT_THE_METHOD, RECORD_FILE, Failure,
 from mae_bench.registry import Kind, load_object
 
 LOCK_FILE = ".lock"
+LOCK_SECONDS = 0.1  # between two looks at a folder that another worker holds
+RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE",
+         "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
 INTERRUPTED = 75  # exit code of a worker that was asked to stop (EX_TEMPFAIL)
 
 
@@ -32,6 +39,7 @@ class Order:
     device: str
     threads: int
     command: str
+    processes: int = 1
 
     def write(self) -> None:
         """Writes the order into the cell's folder, atomically."""
@@ -49,33 +57,104 @@ class Order:
 
 
 def main() -> int:
-    """`python -m mae_bench.worker CELL_DIR`; exit code 0 done, 1 failed (failure.json says why), 75 asked to stop."""
+    """`python -m mae_bench.worker CELL_DIR`; exit code 0 done, 1 failed (failure.json says why), 75 asked to stop.
+
+    With torchrun's variables it is one rank of several: all run the job, rank 0 alone writes progress and record.
+    """
     order = Order.read(Path(sys.argv[1]))
-    progress = Progress(order.cell.dir / EVENTS_FILE)
+    progress = Progress(order.cell.dir / EVENTS_FILE if is_main() else None)
     progress.stop_on_signals()
-    with open(order.cell.dir / LOCK_FILE, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a worker whose runner was killed may still be saving here, or have finished
-        return 0 if isinstance(order.cell.result(), ResultRecord) else work(order, progress)
+    if "WORLD_SIZE" not in os.environ:
+        return ended(order, lambda: work(order, progress))
+    return ended(order, lambda: work_together(order, progress))
 
 
-def work(order: Order, progress: Progress) -> int:
-    """Runs the order and leaves record or failure in the cell's folder; returns the exit code."""
+def is_main() -> bool:
+    """Whether this process alone writes what all ranks share; true of a worker without others."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def work_together(order: Order, progress: Progress) -> None:
+    """The work of one rank, in the group of all."""
+    from mae_bench.engine.distributed import process_group
+
+    with process_group(order.device):
+        if code := ended(order, lambda: work(order, progress)):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(
+                code
+            )  # the others may wait for this one inside a step, and leaving the group would wait for them
+
+
+def ended(order: Order, act: Callable[[], None]) -> int:
+    """The exit code of `act`; how it fails is written in the cell's folder."""
     try:
-        write_record(run_order(order, progress), order.cell.dir / RECORD_FILE)
+        act()
     except Interrupted:
         return INTERRUPTED
     except UserError as error:
         print(error, file=sys.stderr)
-        return _fail(order, failure_of(order.cell, error))
+        _fail(order.cell, failure_of(order.cell, error))
+        return 1
     except Exception as error:
-        _fail(order, order.cell.failure(f"{type(error).__name__}: {error}", f"its traceback is in {order.cell.dir / LOG_FILE}"))
-        raise
+        traceback.print_exc()
+        _fail(order.cell, order.cell.failure(_described(error), f"its traceback is in {order.cell.dir / LOG_FILE}"))
+        return 1
     return 0
 
 
-def _fail(order: Order, failure: Failure) -> int:
-    write_failure(failure, order.cell.dir / FAILURE_FILE)
-    return 1
+def _described(error: Exception) -> str:
+    where = f" (rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']})" if "WORLD_SIZE" in os.environ else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _fail(cell: Cell, failure: Failure) -> None:
+    """Of several ranks the first to fail tells why: the others fail because it did."""
+    if "WORLD_SIZE" not in os.environ or not (cell.dir / FAILURE_FILE).exists():
+        write_failure(failure, cell.dir / FAILURE_FILE)
+
+
+def work(order: Order, progress: Progress) -> None:
+    """Runs the order, unless it is done, and leaves its record in the cell's folder."""
+    with held(order.cell.dir, progress):
+        (finished,) = any_rank(is_main() and isinstance(order.cell.result(), ResultRecord))
+        if finished:
+            return
+        record = run_order(order, progress)
+        if is_main():
+            write_record(record, order.cell.dir / RECORD_FILE)
+
+
+@contextmanager
+def held(folder: Path, progress: Progress) -> Iterator[None]:
+    """The cell's folder for this worker and its ranks: one whose runner was killed may still be saving there."""
+    with open(folder / LOCK_FILE, "w") as lock:
+        while True:
+            locked, stop = any_rank(is_main() and _try_lock(lock), progress.should_stop)
+            if stop:
+                raise Interrupted
+            if locked:
+                break
+            time.sleep(LOCK_SECONDS)
+        yield
+
+
+def _try_lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def any_rank(*facts: bool) -> list[bool]:
+    """For each fact, whether it is true on any rank; without others, the facts."""
+    if "WORLD_SIZE" not in os.environ:
+        return list(facts)
+    from mae_bench.engine.distributed import sum_over_ranks
+
+    return [count > 0 for count in sum_over_ranks([float(fact) for fact in facts])]
 
 
 def failure_of(cell: Cell, error: UserError) -> Failure:
@@ -108,17 +187,19 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
         config_digest=json_digest({key: value for key, value in cell.config.items() if key not in NOT_THE_METHOD}),
         versions=versions(),
         git_hash=code,
-        hardware=hardware() | {"threads": order.threads},
+        hardware=hardware() | {"threads": order.threads} | ({"processes": order.processes} if order.processes > 1 else {}),
         command=order.command,
         started=started,
         finished=now(),
     )
 
 
-def environment(threads: int, visible_device: str) -> dict[str, str]:
-    """The environment of a worker: its number of threads and, the one GPU that it sees ("": none)."""
+def environment(threads: int, visible: str | None) -> dict[str, str]:
+    """The environment of a worker: threads, the GPUs that it sees ("": none, None: as here), no launcher's ranks."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-    return os.environ | dict.fromkeys(names, str(threads)) | {"CUDA_VISIBLE_DEVICES": visible_device, "PYTHONUNBUFFERED": "1"}
+    kept = {name: value for name, value in os.environ.items() if name not in RANKS and not name.startswith("TORCHELASTIC_")}
+    gpus = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    return kept | dict.fromkeys(names, str(threads)) | gpus | {"PYTHONUNBUFFERED": "1"}
 
 
 if __name__ == "__main__":
