@@ -1,0 +1,14 @@
+from typing import Any
+
+from mae_bench.registry import load_object
+
+API = {
+    "create_mae": "mae_bench.models.create:create_mae",
+    "load_mae": "backbones.mae:load_mae",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in API:
+        return load_object(API[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

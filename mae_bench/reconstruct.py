@@ -6,17 +6,17 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from mae_bench.data.images import BadImage, BadImages, ImageSet, decode
+from mae_bench.data.images import BadImage, BadImages, ImageSource, decode
 from mae_bench.data.loader import evaluation_batches, seed_of
 from mae_bench.data.transforms import eval_transform, normalize
 from mae_bench.errors import UserError
 from mae_bench.files import write_atomic
 from mae_bench.models.mae import MAE
+from mae_bench.models.masking import sample_noise
+from mae_bench.models.tokenizer import Tokenizer
 from mae_bench.progress import Progress
-from mae_bench.spec import BackboneSpec
 
 MAE_FILE = "mae.safetensors"
 GREY = 0.5  # of a removed patch
@@ -30,29 +30,6 @@ def save_mae(model: MAE, folder: Path) -> None:
     write_atomic(folder / MAE_FILE, lambda file: file.write(save(weights, metadata=metadata)))
 
 
-def load_mae(path: str | Path) -> MAE:
-    """The autoencoder in eval mode from `mae.safetensors` or from the folder of the cell that holds it."""
-    path = Path(path) / MAE_FILE if Path(path).is_dir() else Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        spec, decoder = BackboneSpec.from_dict(json.loads(metadata["spec"])), json.loads(metadata["decoder"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{path} holds no masked autoencoder: {error}",
-            expected=f"the {MAE_FILE} that a pretraining wrote (encoder and decoder)",
-            fix="an exported backbone has no decoder and cannot reconstruct; name the pretraining's folder",
-        ) from error
-    model = MAE(spec, **decoder)
-    ours = {
-        name if name.startswith(("decoder_", "mask_token", "target.")) else f"encoder.{name}": tensor
-        for name, tensor in weights.items()
-    }
-    model.load_state_dict(ours)
-    return model.eval()
-
-
 @torch.no_grad()
 def reconstruct(
     model: MAE, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor
@@ -62,6 +39,10 @@ def reconstruct(
     The reconstruction shows the image's own pixels where they were visible. Normalised predictions are given the removed
     patch's own mean and deviation back, which the model never saw: the picture shows structure, not brightness.
     """
+    if not model.can_reconstruct:
+        raise UserError(
+            f"a model that predicts {model.options['target']} has no picture to draw", expected="one that predicts pixels or pca"
+        )
     model.eval()
     device = model.mask_token.device
     shown = imgs.to(device).float() / 255
@@ -79,7 +60,7 @@ def draw_reconstructions(model: MAE, images: Sequence[bytes], mask_ratio: float,
     """A PNG with one row an image: original, masked, reconstructed. The masks depend on `seed` and the image's place alone."""
     transform = eval_transform(model.spec.img_size, interpolation=model.spec.interpolation)
     imgs = torch.stack([transform(decode(data)) for data in images])
-    columns = reconstruct(model, imgs, mask_ratio, _noise(model, range(len(imgs)), seed))
+    columns = reconstruct(model, imgs, mask_ratio, _noise(model, range(len(imgs)), mask_ratio, seed))
     write_png(out, torch.stack(columns, dim=1))
 
 
@@ -99,13 +80,10 @@ def write_png(out: Path, grid: torch.Tensor, gap: int = 4) -> None:
     write_atomic(out, lambda file: image.save(file, format="PNG"))
 
 
-def reconstruct_files(
-    checkpoint: str | Path, paths: Sequence[str | Path], out: str | Path, mask_ratio: float = 0.75, seed: int = 0
-) -> None:
+def reconstruct_files(model: MAE, paths: Sequence[str | Path], out: str | Path, mask_ratio: float = 0.75, seed: int = 0) -> None:
     """Draws the reconstructions of image files; an unreadable image raises UserError."""
     if Path(out).suffix.lower() != ".png":
         raise UserError(f"--out {out}", expected="a name that ends with .png: the picture is a PNG")
-    model = load_mae(str(checkpoint).removeprefix("run:"))
     data = []
     for path in paths:
         try:
@@ -119,7 +97,7 @@ def reconstruct_files(
     draw_reconstructions(model, data, mask_ratio, Path(out), seed)
 
 
-def first_readable(images: ImageSet, count: int) -> list[bytes]:
+def first_readable(images: ImageSource, count: int) -> list[bytes]:
     """`count` images spread over the set (fewer if it has fewer); those that do not decode are left out."""
     found = []
     for i in range(min(count, len(images))):
@@ -135,14 +113,18 @@ def first_readable(images: ImageSet, count: int) -> list[bytes]:
 @torch.no_grad()
 def evaluation_loss(
     model: MAE,
-    images: ImageSet,
+    images: ImageSource,
     bad_images: BadImages,
     mask_ratio: float,
     progress: Progress,
     num_workers: int = 0,
     seed: int = 0,
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[float, int]:
-    """Mean loss an image over the whole set, each image once under its own fixed mask, and the number of images."""
+    """Mean loss an image over the whole set, each image once under its own fixed mask, and the number of images.
+
+    tokenizer: gives the targets of a model that predicts tokens.
+    """
     model.eval()
     device = model.mask_token.device
     transform = eval_transform(model.spec.img_size, interpolation=model.spec.interpolation)
@@ -153,15 +135,17 @@ def evaluation_loss(
             bad_images.add(name, reason)
         if not len(batch.targets):
             continue
-        imgs = normalize(batch.imgs.to(device), model.spec.mean, model.spec.std)
-        loss = model(imgs, mask_ratio, _noise(model, batch.indices.tolist(), seed).to(device))[0]
-        total += loss.item() * len(imgs)
-        count += len(imgs)
+        pixels = batch.imgs.to(device)
+        targets = tokenizer(pixels, model.spec.grid_size) if tokenizer else None
+        noise = _noise(model, batch.indices.tolist(), mask_ratio, seed).to(device)
+        loss = model(normalize(pixels, model.spec.mean, model.spec.std), mask_ratio, noise, targets)[0]
+        total += loss.item() * len(pixels)
+        count += len(pixels)
         progress.step(count)
     return total / count, count
 
 
-def _noise(model: MAE, indices: Sequence[int], seed: int) -> torch.Tensor:
+def _noise(model: MAE, indices: Sequence[int], mask_ratio: float, seed: int) -> torch.Tensor:
     """(N, L), a row an image index."""
     generators = (torch.Generator().manual_seed(seed_of(seed, index, -4)) for index in indices)
-    return torch.stack([torch.rand(model.spec.num_patches, generator=generator) for generator in generators])
+    return torch.cat([sample_noise(model.mask_sampling, 1, model.spec.grid_size, mask_ratio, g) for g in generators])

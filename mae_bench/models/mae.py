@@ -83,6 +83,11 @@ class MAE(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.mask_token, std=0.02)
 
+    @property
+    def can_reconstruct(self) -> bool:
+        """Whether predictions can be drawn as a picture."""
+        return self.target.is_picture
+
     def split_patches(self, imgs: torch.Tensor) -> torch.Tensor:
         """imgs (N, C, H, W) -> (N, L, C p p), channel first inside a patch, as the patch embedding's filters are."""
         n, c = imgs.shape[:2]
@@ -185,6 +190,8 @@ def _check(spec: BackboneSpec, decoder_embed_dim: int, decoder_num_heads: int) -
             f"an encoder with {spec.num_prefix_tokens} prefix tokens and {spec.pos_embed} positions",
             expected="one class token and a position table",
         )
+    if spec.pos_embed == "sincos" and spec.embed_dim % 4:
+        raise UserError(f"embed_dim {spec.embed_dim}", expected="a multiple of 4, for the sine-cosine table")
     if decoder_embed_dim % decoder_num_heads or decoder_embed_dim % 4:
         raise UserError(
             f"decoder_embed_dim {decoder_embed_dim} with {decoder_num_heads} heads",

@@ -27,7 +27,7 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.num_groups, self.num_blocks, self.num_tokens = num_groups, num_blocks, num_tokens
         gain = 1 / (num_groups * num_blocks) ** 2
-        blocks = {"input": Conv(3, width, 7)}
+        blocks: dict[str, nn.Module] = {"input": Conv(3, width, 7)}
         for g in range(num_groups):
             widths = [max(1, 2 ** (g - 1)) * width] + [2**g * width] * num_blocks
             blocks[f"group_{g + 1}"] = nn.ModuleDict(

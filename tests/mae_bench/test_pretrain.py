@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 
 from backbones.load import load_backbone
+from backbones.mae import load_mae
 from mae_bench.config import build
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.job import Job, Outcome
 from mae_bench.pretrain import run, run_random
 from mae_bench.pretrain_config import PretrainConfig, RandomConfig
 from mae_bench.progress import Progress
-from mae_bench.reconstruct import GREY, load_mae, reconstruct, reconstruct_files
+from mae_bench.reconstruct import GREY, reconstruct, reconstruct_files
 
 MODEL = {"img_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 1, "num_heads": 2}
 VALUES = {
@@ -134,10 +135,11 @@ def test_reconstruct_needs_a_decoder_and_images(data: Path, tmp_path: Path) -> N
     pretrain(data, tmp_path / "run")
     with pytest.raises(UserError, match="no masked autoencoder"):
         load_mae(tmp_path / "run" / "export" / "backbone.safetensors")
+    model = load_mae(f"run:{tmp_path / 'run'}")
     (tmp_path / "text.jpg").write_text("words")
     with pytest.raises(UserError, match=r"text\.jpg"):
-        reconstruct_files(tmp_path / "run", [tmp_path / "text.jpg"], tmp_path / "out.png")
+        reconstruct_files(model, [tmp_path / "text.jpg"], tmp_path / "out.png")
     with pytest.raises(UserError, match=r"\.png"):
-        reconstruct_files(tmp_path / "run", [next((data / "val").rglob("*.png"))], tmp_path / "out.jpg")
-    reconstruct_files(f"run:{tmp_path / 'run'}", [next((data / "val").rglob("*.png"))], tmp_path / "out.png")
+        reconstruct_files(model, [next((data / "val").rglob("*.png"))], tmp_path / "out.jpg")
+    reconstruct_files(model, [next((data / "val").rglob("*.png"))], tmp_path / "out.png")
     assert Image.open(tmp_path / "out.png").width > 3 * 90
