@@ -16,6 +16,9 @@ from mae_bench.registry import KINDS, Kind
 
 FAKES = {
     "fake_maker": Kind("fake_kinds:MakerConfig", "fake_kinds:run", "", emits_backbone=True),
+    "fake_pretraining": Kind(
+        "fake_kinds:PretrainingConfig", "fake_kinds:run_together", "", emits_backbone=True, distributed=True
+    ),
     "fake_transfer": Kind("fake_kinds:TransferConfig", "fake_kinds:run", "imagenet"),
 }
 
@@ -25,6 +28,15 @@ class MakerConfig(Config):
     protocol: str = "fake"
     score: float = 1.0
     behave: Literal["well", "user error", "not installed", "exception", "SIGKILL", "exit 3", "wait"] = "well"
+
+
+class PretrainingConfig(Config):
+    kind: str
+    protocol: str = "fake"
+    behave: Literal["well", "user error", "user error on rank 1", "exception on rank 1", "exit 3 on rank 1", "wait"] = "well"
+    steps: int = 5
+    global_batch_size: int = 8
+    device_batch_size: int | None = None
 
 
 class TransferConfig(MakerConfig):
@@ -63,6 +75,41 @@ def misbehave(how: str, job: Job, progress: Progress) -> None:
         os._exit(3)
     if how == "wait" and not (job.dir / "state").exists():
         wait_to_be_stopped(job, progress)
+
+
+def run_together(config: PretrainingConfig, job: Job, progress: Progress) -> Outcome:
+    """Like a pretraining on several processes: they agree on each step, and on the one to stop after; rank 0 keeps the state."""
+    from mae_bench.engine.distributed import sum_over_ranks, world
+
+    here, state = world(), job.dir / "state"
+    (job.dir / f"pid-{here.rank}").write_text(str(os.getpid()))
+    if config.behave == "user error" or (here.rank == 1 and config.behave == "user error on rank 1"):
+        raise UserError("a given thing", expected="another thing", fix="mend it")
+    if here.rank == 1 and config.behave == "exception on rank 1":
+        raise ZeroDivisionError("what nobody foresaw")
+    if here.rank == 1 and config.behave == "exit 3 on rank 1":
+        os._exit(3)
+    step, trained = (int(word) for word in state.read_text().split()) if state.exists() else (0, 0)
+    waits = config.behave == "wait" and not step
+    with progress.deferred():
+        progress.stage("train", config.steps)
+        while step < config.steps or waits:
+            ranks, stop = (int(value) for value in sum_over_ranks([1, progress.should_stop]))
+            step, trained = step + 1, trained + ranks
+            progress.step(step, loss=1.0)
+            if stop:
+                if here.is_main:
+                    state.write_text(f"{step} {trained}")
+                progress.interrupt()
+            time.sleep(0.05 if waits else 0)
+    if here.is_main:
+        (job.dir / EXPORT).mkdir(exist_ok=True)
+        (job.dir / EXPORT / "weights").write_text(job.name)
+    return Outcome(
+        task="pretrain", dataset="toy", split="train", num_samples=4,
+        metrics={"ranks": Metric(trained / step, "", "higher"), "steps": Metric(step, "", "higher")}, main_metric="ranks",
+        data_digest="", backbone_spec={}, backbone_digest=job.name,
+    )  # fmt: skip
 
 
 def wait_to_be_stopped(job: Job, progress: Progress) -> None:

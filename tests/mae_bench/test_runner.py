@@ -9,6 +9,7 @@ import time
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from rich.console import Console
@@ -18,8 +19,8 @@ from mae_bench.errors import UserError
 from mae_bench.live import View
 from mae_bench.provenance import num_cores
 from mae_bench.record import FAILURE_FILE, RECORD_FILE, Failure, ResultRecord
-from mae_bench.runner import MOST_JOBS, Slot, locked, run_suite, slots_of
-from mae_bench.suite import load_suite
+from mae_bench.runner import MOST_JOBS, Room, Runner, Slot, locked, room_of, run_suite
+from mae_bench.suite import expand, load_suite
 
 Results = dict[tuple[str, str, int], ResultRecord | Failure]
 
@@ -192,15 +193,53 @@ def test_a_folder_that_cannot_be_written_is_the_users_to_mend(suite: dict[str, A
         run(suite | {"out": str(tmp_path / "file" / "out")})
 
 
+def slots(suite: dict[str, Any], *overrides: str) -> list[Slot]:
+    return room_of(load_suite(suite, overrides)).slots
+
+
 def test_slots(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert slots_of(load_suite(suite, ["jobs=3"])) == [Slot("cpu")] * 3
-    assert len(slots_of(load_suite(suite, ["jobs=auto"]))) == min(MOST_JOBS, num_cores())
+    assert slots(suite, "jobs=3") == [Slot("cpu")] * 3
+    assert len(slots(suite, "jobs=auto")) == min(MOST_JOBS, num_cores())
     monkeypatch.setattr("mae_bench.runner.visible_gpus", lambda: ["2", "5"])
-    assert slots_of(load_suite(suite, ["jobs=auto", "device=auto"])) == [Slot("cuda", "2"), Slot("cuda", "5")]
-    assert slots_of(load_suite(suite, ["device=auto", "jobs=3"]))[2] == Slot("cuda", "2")
+    assert slots(suite, "jobs=auto", "device=auto") == [Slot("cuda", "2"), Slot("cuda", "5")]
+    assert slots(suite, "device=auto", "jobs=3")[2] == Slot("cuda", "2")
     monkeypatch.setattr("mae_bench.runner.visible_gpus", list)
     with pytest.raises(UserError, match="no GPU"):
-        slots_of(load_suite(suite, ["device=cuda"]))
+        slots(suite, "device=cuda")
+
+
+def test_a_run_of_one_cell_takes_all_gpus_for_it(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = suite | {"backbones": {"mae": {"kind": "fake_pretraining"}}, "tasks": {}, "jobs": 1, "device": "auto"}
+    assert room_of(load_suite(alone)).processes == 1, "on a CPU"
+    monkeypatch.setattr("mae_bench.runner.visible_gpus", lambda: ["2", "5", "7"])
+    assert room_of(load_suite(suite, ["device=auto"])).processes == 1, "several cells share the GPUs"
+    assert room_of(load_suite(alone)) == Room([Slot("cuda", "2"), Slot("cuda", "5"), Slot("cuda", "7")], 1, 3)
+    assert room_of(load_suite(alone, ["processes=2"])).processes == 2
+
+
+def placed(suite: dict[str, Any], room: Room, started: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> Runner:
+    """A runner whose cells run until `kill`; `started` gets each cell's name and its GPUs."""
+
+    def start(self: Runner, cell: Cell, slots: list[Slot], count: int) -> Any:
+        started.append((cell.backbone, ",".join(slot.visible for slot in slots)))
+        return MagicMock(poll=lambda: None)
+
+    monkeypatch.setattr(Runner, "_process", start)
+    return Runner(expand(load_suite(suite), {}), room, 1, "", View(Console(file=StringIO())))
+
+
+def test_a_cell_of_several_processes_takes_as_many_gpus(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {"a": "fake_maker", "b": "fake_pretraining", "c": "fake_maker"}
+    suite |= {"backbones": {name: {"kind": kind} for name, kind in kinds.items()}, "tasks": {}}
+    started: list[tuple[str, str]] = []
+    three = Room([Slot("cuda", "0"), Slot("cuda", "1"), Slot("cuda", "2"), Slot("cuda", "0")], 4, 2)
+    runner = placed(suite, three, started, monkeypatch)
+    runner._start_ready()
+    assert started == [("a", "0"), ("b", "1,2"), ("c", "0")], "its processes share no GPU"
+    started.clear()
+    runner = placed(suite | {"out": suite["out"] + "2"}, Room([Slot("cuda", "0"), Slot("cuda", "1")], 2, 2), started, monkeypatch)
+    runner._start_ready()
+    assert started == [("a", "0")], "it waits for both, and nobody overtakes it"
 
 
 def start(script: Path, suite: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
@@ -226,7 +265,7 @@ def waiting_worker(suite: dict[str, Any], process: subprocess.Popen[str]) -> Pat
     raise AssertionError("no job began to train")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_stopped_run_saves_and_goes_on(fake_kinds: Path, suite: dict[str, Any], number: signal.Signals) -> None:
     suite["backbones"]["good"]["behave"] = "wait"
     process = start(fake_kinds, suite)
