@@ -2,33 +2,58 @@
 
 import hashlib
 import random
+import re
+import signal
 import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from mae_bench.data.images import BadImage, ImageSet, decode
+from mae_bench.data.decode import read_pixels
+from mae_bench.data.images import BadImage, ImageSource, decode
+from mae_bench.data.transforms import PretrainTransform
 from mae_bench.errors import UserError
 
-Transform = Callable[[Image.Image], torch.Tensor]
+Transform = Callable[[Image.Image], torch.Tensor] | PretrainTransform
 Item = tuple[int, int]  # epoch and index in the image set; the epoch seeds the augmentation
+View = tuple[torch.Tensor, list[int] | None]  # an input (C, H, W); or what a crop on the device begins with, and its numbers
+
+MOST_BAD_IN_A_ROW = 100  # a set that begins like this is another kind of set
 
 
 @dataclass
 class Batch:
-    """imgs (N, C, H, W) uint8, targets (N,) int64, indices (N,) in the image set; `bad` names what did not decode, with the
-    reason; `start` is the place of the first image in the step's global batch."""
+    """imgs (N, C, H, W), uint8 unless the set is deeper; targets (N,) int64, indices (N,) in the image set.
+
+    bad: what did not decode, with the reason. start: the place of the first image in the step's global batch.
+    crops: (N, 8) for `mae_bench.data.crops.resample_batch`, where the images are still to be cropped on the device.
+    """
 
     imgs: torch.Tensor
     targets: torch.Tensor
     indices: torch.Tensor
     bad: list[tuple[str, str]] = field(default_factory=list)
     start: int = 0
+    crops: torch.Tensor | None = None
+
+    def split(self, sizes: Sequence[int]) -> Iterator["Batch"]:
+        """Parts of so many images, in order; `bad` stays behind."""
+        begin = 0
+        for size in sizes:
+            part = slice(begin, begin + size)
+            crops = None if self.crops is None else self.crops[part]
+            yield Batch(self.imgs[part], self.targets[part], self.indices[part], start=self.start + begin, crops=crops)
+            begin += size
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, from where copies to a GPU do not wait (the DataLoader calls it)."""
+        return replace(self, imgs=self.imgs.pin_memory(), targets=self.targets.pin_memory(), indices=self.indices.pin_memory())
 
 
 def seed_of(*parts: int) -> int:
@@ -46,40 +71,69 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-class Images(Dataset[tuple[torch.Tensor | None, int, int, list[tuple[str, str]]]]):
-    """Decoded and transformed images of an ImageSet, addressed by (epoch, index).
+class Images(Dataset[Batch | UserError]):
+    """Decoded and transformed images of a source, a batch at a time, addressed by lists of (epoch, index).
 
     replace_bad: an image that does not decode gives its place to the next one (training); else its place stays empty
-    (evaluation).
+    (evaluation). A UserError is returned, not raised: a worker's exception would reach the user as a traceback.
     """
 
-    def __init__(self, images: ImageSet, transform: Transform, seed: int, replace_bad: bool):
-        self.images, self.transform, self.seed, self.replace_bad = images, transform, seed, replace_bad
+    def __init__(self, images: ImageSource, transform: Transform, seed: int, replace_bad: bool, start: int = 0):
+        self.images, self.transform, self.seed, self.replace_bad, self.start = images, transform, seed, replace_bad, start
 
-    def __getitem__(self, item: Item) -> tuple[torch.Tensor | None, int, int, list[tuple[str, str]]]:
-        epoch, index = item
+    def __getitems__(self, items: list[Item]) -> Batch | UserError:
+        views: list[View] = []
+        places: list[int] = []
         bad: list[tuple[str, str]] = []
-        for place in range(index, index + (len(self.images) if self.replace_bad else 1)):
+        try:
+            for epoch, index in items:
+                if (found := self._first_good(epoch, index, bad)) is not None:
+                    places.append(found[0])
+                    views.append(found[1])
+        except UserError as error:
+            return error
+        imgs, crops = _stack(views)
+        targets = torch.tensor([int(self.images.targets[place]) for place in places], dtype=torch.int64)
+        return Batch(imgs, targets, torch.tensor(places, dtype=torch.int64), bad, self.start, crops)
+
+    def _first_good(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, View] | None:
+        tries = min(MOST_BAD_IN_A_ROW, len(self.images)) if self.replace_bad else 1
+        for place in range(index, index + tries):
             place %= len(self.images)
             try:
-                image = decode(self.images.read(place))
+                return place, self._view(epoch, place)
             except (BadImage, OSError) as error:
                 bad.append((self.images.name(place), str(error)))
-                continue
-            seed_everything(seed_of(self.seed, epoch, place))
-            return self.transform(image), self.images.targets[place], place, bad
-        return None, -1, index, bad
+        if not self.replace_bad:
+            return None
+        raise UserError(
+            f"none of {tries} images in a row can be used, from {bad[-tries][0]}: {bad[-1][1]}",
+            expected="images that decode and have the model's channels",
+            fix="look at these files; model.in_chans is the number of channels",
+        )
+
+    def _view(self, epoch: int, place: int) -> View:
+        seed, transform = seed_of(self.seed, epoch, place), self.transform
+        if not isinstance(transform, PretrainTransform):
+            pixels = self.images.pixels(place)
+            image = decode(self.images.read(place)) if pixels is None else Image.fromarray(pixels)
+            seed_everything(seed)
+            return transform(image), None
+        pixels = read_pixels(self.images, place, transform.in_chans, fast=transform.decode == "fast")
+        return transform.defer(pixels, seed) if transform.crop_on == "device" else (transform(pixels, seed), None)
 
 
-def collate(items: list[tuple[torch.Tensor | None, int, int, list[tuple[str, str]]]]) -> Batch:
-    """Stacks what decoded."""
-    good = [(img, target, index) for img, target, index, _ in items if img is not None]
-    return Batch(
-        torch.stack([img for img, _, _ in good]) if good else torch.empty(0, 0, 0, 0, dtype=torch.uint8),
-        torch.tensor([target for _, target, _ in good], dtype=torch.int64),
-        torch.tensor([index for _, _, index in good], dtype=torch.int64),
-        [entry for *_, bad in items for entry in bad],
-    )
+def _stack(views: list[View]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(N, C, H, W), padded to the largest, channels last in memory; in a worker in shared memory, so that it is written once."""
+    if not views:
+        return torch.empty(0, 0, 0, 0, dtype=torch.uint8), None
+    imgs = [img for img, _ in views]
+    crops = [crop for _, crop in views if crop is not None]
+    if crops:
+        height, width = (max(img.shape[axis] for img in imgs) for axis in (1, 2))
+        imgs = [F.pad(img, (0, width - img.shape[2], 0, height - img.shape[1])) for img in imgs]
+    stacked = default_collate([img.permute(1, 2, 0) for img in imgs]).permute(0, 3, 1, 2)
+    return stacked, torch.tensor(crops, dtype=torch.int32) if crops else None
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> torch.Tensor:
@@ -118,9 +172,14 @@ class TrainingOrder:
     def steps_per_epoch(self) -> int:
         return self.num_images // self.global_batch_size
 
+    @property
+    def part(self) -> int:
+        """Images of a step on one rank."""
+        return self.global_batch_size // self.world_size
+
     def batches(self, start: int, stop: int) -> Iterator[list[Item]]:
         """The (epoch, index) items of this rank for steps start to stop - 1."""
-        part = self.global_batch_size // self.world_size
+        part = self.part
         epoch, order = -1, torch.empty(0)
         for step in range(start, stop):
             if step // self.steps_per_epoch != epoch:
@@ -146,21 +205,68 @@ class Steps:
 
 
 def training_batches(
-    images: ImageSet, transform: Transform, order: TrainingOrder, start: int, stop: int, num_workers: int
+    images: ImageSource, transform: Transform, order: TrainingOrder, start: int, stop: int, num_workers: int
 ) -> Iterator[Batch]:
-    """Batches for steps start to stop - 1."""
-    return iter(_loader(Images(images, transform, order.seed, replace_bad=True), Steps(order, start, stop), num_workers))
+    """Batches for steps start to stop - 1.
+
+    num_workers processes read ahead; 0 reads in this one, without a thread: augmentations may seed the global generators.
+    """
+    first = order.rank * order.part
+    dataset = Images(images, transform, order.seed, replace_bad=True, start=first)
+    return _batches(dataset, Steps(order, start, stop), num_workers)
 
 
 def evaluation_batches(
-    images: ImageSet, transform: Transform, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1
+    images: ImageSource, transform: Transform, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
     """Every image of the set exactly once over all ranks, in order; the last batch may be smaller."""
     mine = [(0, index) for index in range(rank, len(images), world_size)]
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    return iter(_loader(Images(images, transform, seed=0, replace_bad=False), batches, num_workers))
+    return _batches(Images(images, transform, seed=0, replace_bad=False), batches, num_workers)
 
 
-def _loader(dataset: Images, batches: Any, num_workers: int) -> DataLoader[Any]:
-    pinned = torch.cuda.is_available()
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate, pin_memory=pinned)
+def _batches(dataset: Images, batches: Any, num_workers: int) -> Iterator[Batch]:
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_begin_worker,
+    )
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except (RuntimeError, OSError) as error:
+        raise (_lost_worker(str(error), num_workers) or error) from error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _begin_worker(_: int) -> None:
+    """Signals that stop a job are its main process's to answer; one thread a worker is the DataLoader's own setting."""
+    for name in ("SIGINT", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+LOST = (  # what a loader's failure says, and what mends it
+    (
+        r"[Bb]us error|shared memory|No space left",
+        "give more shared memory (/dev/shm; docker run --shm-size=16g), or lower num_workers",
+    ),
+    (r"ancdata|Too many open files", "raise the limit of open files (ulimit -n 65536), or lower num_workers"),
+    (r"worker.*(killed by signal: Killed|exited unexpectedly)", "lower num_workers: the machine may have run out of memory"),
+    (r"worker.*killed by signal", "set num_workers=0 to see where it fails"),
+)
+
+
+def _lost_worker(message: str, num_workers: int) -> UserError | None:
+    for pattern, fix in LOST:
+        if num_workers and re.search(pattern, message, re.DOTALL):
+            what = message.strip().splitlines()[-1][:300]
+            return UserError(f"a loader process was lost: {what}", expected=f"{num_workers} running loader processes", fix=fix)
+    return None

@@ -23,11 +23,7 @@ class Accumulation:
 
     def split(self, batch: Batch) -> Iterator[Batch]:
         """The micro-batches of a device's batch; each knows its first image's place in the global batch."""
-        start = batch.start
-        parts = zip(*(tensor.split(self.sizes) for tensor in (batch.imgs, batch.targets, batch.indices)), strict=True)
-        for imgs, targets, indices in parts:
-            yield Batch(imgs, targets, indices, start=start)
-            start += len(targets)
+        return batch.split(self.sizes)
 
 
 def accumulation(
