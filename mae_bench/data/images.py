@@ -1,12 +1,9 @@
-"""Images of the ImageNet layout, read from class folders or from a tar file, and the account of those that do not decode."""
+"""What every set of images offers, decoding by Pillow, and the account of the images that do not decode."""
 
 import io
 import logging
-import os
-import tarfile
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -33,92 +30,52 @@ def decode(data: bytes) -> Image.Image:
         raise BadImage(str(error) or type(error).__name__) from error
 
 
-class ImageSource(Protocol):
+class ImageSource(ABC):
     """Images that are read by their index, in an order that is the same on every machine.
 
-    classes: names; "" alone where the images have none. targets: an index into `classes` for each image.
     It is cheap to pickle and to fork: what is large is memory-mapped, and every process opens its own files.
     """
 
-    classes: list[str]
-    targets: Sequence[int] | np.ndarray
+    @property
+    @abstractmethod
+    def classes(self) -> list[str]:
+        """Names; "" alone where the images have none."""
 
+    @property
+    @abstractmethod
+    def targets(self) -> np.ndarray:
+        """(N,) int32, an index into `classes` for each image."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """64 hex digits: what the split holds, by its names and sizes or by its content."""
+
+    @abstractmethod
     def __len__(self) -> int:
         """Number of images."""
 
+    @abstractmethod
     def name(self, i: int) -> str:
         """What messages call the image."""
 
+    @abstractmethod
     def read(self, i: int) -> bytes:
         """The image as an encoded file (JPEG, PNG ...), not decoded; OSError if it cannot be read."""
 
+    @abstractmethod
     def pixels(self, i: int) -> np.ndarray | None:
         """(H, W, 3) uint8 where the set stores raw pixels, without a copy; None where it stores encoded files."""
 
 
-def open_images(root: str | Path, split: str) -> ImageSource:
-    """The images of one split ("train", "val") of whatever kind of set lies at `root`; UserError where there is none."""
-    return ImageSet(root, split)
+def open_images(root: str | Path, split: str, *, refresh: bool = False) -> ImageSource:
+    """The images of one split ("train", "val") of whatever kind of set lies at `root`; UserError where there is none.
 
-
-class ImageSet:
-    """The images of one split in a fixed order: by class, then by name. `targets[i]` is an index into `classes`.
-
-    `root/split/CLASS/NAME.JPEG`, or `root/split.tar` with members `CLASS/NAME.JPEG`; UserError when neither holds an image.
-    It may be pickled and forked: every process opens the tar for itself.
+    refresh: look at every file again, also where the cache knows the set.
     """
+    from mae_bench.data.formats import open_split  # every format is made of what stands here
 
-    def __init__(self, root: str | Path, split: str):
-        self._folder = Path(root) / split
-        self._tar = self._folder.with_name(f"{split}.tar")
-        self._offsets: list[tuple[int, int]] = []  # (first byte, size) of a tar's members
-        self._handle, self._pid = -1, -1
-        if self._folder.is_dir():
-            self._names = sorted(_scan(self._folder), key=_order)
-        elif self._tar.is_file():
-            members = scan_tar(self._tar)
-            self._names = sorted(members, key=_order)
-            self._offsets = [members[name] for name in self._names]
-        else:
-            raise UserError(
-                f"neither {self._folder} nor {self._tar} exists",
-                expected="class folders, or a tar file of them",
-                fix=f"mae-bench data check imagenet {root}",
-            )
-        if not self._names:
-            raise UserError(
-                f"no images below {self._folder}", expected="CLASS/NAME.JPEG", fix=f"mae-bench data check imagenet {root}"
-            )
-        self.classes = sorted({name.split("/")[0] for name in self._names})
-        index = {name: number for number, name in enumerate(self.classes)}
-        self.targets = [index[name.split("/")[0]] for name in self._names]
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, i: int) -> str:
-        """`CLASS/NAME.JPEG`."""
-        return self._names[i]
-
-    def read(self, i: int) -> bytes:
-        """The file's bytes, not decoded."""
-        if not self._offsets:
-            return (self._folder / self._names[i]).read_bytes()
-        if self._pid != os.getpid():  # a forked worker must not share its parent's handle, nor an unpickled copy a stale one
-            self._handle, self._pid = os.open(self._tar, os.O_RDONLY | os.O_CLOEXEC), os.getpid()
-        offset, size = self._offsets[i]
-        return os.pread(self._handle, size, offset)
-
-    def pixels(self, i: int) -> np.ndarray | None:
-        """None: the files are encoded."""
-        return None
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_handle": -1, "_pid": -1}
-
-    def __del__(self) -> None:
-        if getattr(self, "_pid", -1) == os.getpid():
-            os.close(self._handle)
+    return open_split(root, split, refresh)
 
 
 def is_image(name: str) -> bool:
@@ -126,29 +83,11 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def scan_tar(path: Path) -> dict[str, tuple[int, int]]:
-    """Members `CLASS/NAME` of an uncompressed tar that are images: their first byte and size. UserError if it is no such tar."""
-    try:
-        with tarfile.open(path, "r:") as file:
-            members = [(member.name.removeprefix("./"), member) for member in file if member.isreg()]
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read as a tar file: {error}", expected="an uncompressed tar of CLASS/NAME.JPEG"
-        ) from error
-    return {
-        name: (member.offset_data, member.size)
-        for name, member in members
-        if name.count("/") == 1 and is_image(name.split("/")[1])
-    }
+class ImageSet(ImageSource):
+    """The former name of `open_images`, until nobody uses it."""
 
-
-def _scan(folder: Path) -> list[str]:
-    classes = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
-    return [f"{name}/{entry.name}" for name in classes for entry in os.scandir(folder / name) if is_image(entry.name)]
-
-
-def _order(name: str) -> tuple[str, ...]:
-    return tuple(name.split("/"))
+    def __new__(cls, root: str | Path, split: str) -> ImageSource:  # type: ignore[misc]
+        return open_images(root, split)
 
 
 class BadImages:

@@ -1,4 +1,4 @@
-"""Checks that a folder holds data in the true ImageNet, COCO or ADE20K layout, and says what it holds."""
+"""Checks that a place holds data in the true ImageNet, COCO or ADE20K layout, or images alone, and says what it holds."""
 
 import hashlib
 import json
@@ -12,19 +12,27 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mae_bench.data.images import is_image, scan_tar
+from mae_bench.data.formats import set_digest, splits_in
+from mae_bench.data.images import BadImage, ImageSource, decode, is_image, open_images
+from mae_bench.data.index import IndexedImages
+from mae_bench.data.packed import is_packed, verify_packed
+from mae_bench.data.shards import is_pattern
 from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
 
-Layout = Literal["imagenet", "coco", "ade20k"]
+Layout = Literal["imagenet", "coco", "ade20k", "images"]
 
 EXPECTED: dict[str, str] = {
-    "imagenet": "train/CLASS/NAME.JPEG and val/CLASS/NAME.JPEG, or train.tar and val.tar with members CLASS/NAME.JPEG",
+    "imagenet": "train/CLASS/NAME.JPEG and val/CLASS/NAME.JPEG, or train.tar and val.tar with members CLASS/NAME.JPEG, "
+    "or a packed, Arrow or Parquet set or shards, with labels",
+    "images": "images at any depth, in train/ (and val/) or in the folder itself; or a set in any form that imagenet may have",
     "coco": "train2017/*.jpg, val2017/*.jpg and annotations/instances_{train,val}2017.json",
     "ade20k": "images/{training,validation}/*.jpg, annotations/{training,validation}/*.png and objectInfo*.txt",
 }
+SOURCES = ("imagenet", "images")  # what open_images reads, in any of its forms
 MARKS: dict[str, tuple[str, ...]] = {  # one of them is there: this is, or was meant to be, the layout's root
     "imagenet": ("train", "val", "train.tar", "val.tar"),
+    "images": ("train", "train.tar"),
     "coco": ("annotations/instances_train2017.json", "annotations/instances_val2017.json", "train2017", "val2017"),
     "ade20k": ("images/training", "images/validation", "annotations/training", "annotations/validation"),
 }
@@ -33,6 +41,7 @@ COCO_KEYS: dict[str, tuple[str, ...]] = {
     "categories": ("id", "name"),
     "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"),
 }
+MAX_TRIED = 20  # images a split of which one must decode
 MAX_OPENED = 200  # label maps a split whose pixels are read
 
 
@@ -41,7 +50,7 @@ class LayoutReport:
     """What a checked folder holds. splits: images a split. classes: names in the order of their labels.
 
     digest: SHA-256 over the sorted relative paths of the layout's files with their sizes, for annotations with their contents;
-    a tar counts as the files in it. notes: oddities that do not stop a job.
+    a tar counts as the files in it, a packed set as its content. notes: oddities that do not stop a job.
     """
 
     layout: str
@@ -55,39 +64,48 @@ class LayoutReport:
 
 @dataclass(frozen=True)
 class Content:
-    """files: relative path -> size in bytes, or SHA-256 of the content."""
+    """What a layout's check finds, as LayoutReport has it."""
 
     splits: dict[str, int]
     classes: tuple[str, ...]
-    files: dict[str, int | str]
+    digest: str
     notes: tuple[str, ...] = ()
 
 
-def check_layout(layout: str, root: str | Path) -> LayoutReport:
-    """Looks through `root` without decoding images; UserError names the folder, what was expected in it and what was found."""
-    root = Path(root)
+def check_layout(layout: str, root: str | Path, *, thorough: bool = False) -> LayoutReport:
+    """Looks through `root` without decoding images; UserError names the folder, what was expected in it and what was found.
+
+    A million files are listed once: an index that the cache keeps is believed while no folder changed (mae_bench.data.index).
+    thorough: list every file again, and read a packed set's content.
+    """
     if layout not in CHECKS:
         raise UserError(f"unknown layout {layout!r}", expected=f"one of {', '.join(CHECKS)}")
+    if layout in SOURCES and is_pattern(str(root)):
+        content = CHECKS[layout](str(root), thorough)
+        return LayoutReport(layout, str(root), Path(root), content.splits, content.classes, content.digest, content.notes)
+    root = Path(root)
     if not root.is_dir():
         raise UserError(
             f"{root} is {'a file' if root.exists() else 'missing'}",
             expected=f"a folder with {EXPECTED[layout]}",
             fix=_elsewhere(layout, root),
         )
-    if not _is_root(layout, root):
+    if not _is_root(layout, root) and not (layout in SOURCES and splits_in(root, plain=layout == "images")):
         raise UserError(
             f"{root} does not hold the {layout} layout; found: {_listing(root)}",
             expected=EXPECTED[layout],
             fix=_elsewhere(layout, root),
         )
     try:
-        content = CHECKS[layout](root)
+        content = CHECKS[layout](root, thorough)
     except OSError as error:  # a link to nowhere, a folder that may not be read
         raise UserError(f"{root} cannot be read: {error}", expected="files that can be opened") from error
-    lines = "".join(f"{path}\0{mark}\n" for path, mark in sorted(content.files.items()))
-    return LayoutReport(
-        layout, _name(root), root, content.splits, content.classes, hashlib.sha256(lines.encode()).hexdigest(), content.notes
-    )
+    return LayoutReport(layout, _name(root), root, content.splits, content.classes, content.digest, content.notes)
+
+
+def _digest(files: dict[str, int | str]) -> str:
+    """files: relative path -> size in bytes, or SHA-256 of the content."""
+    return hashlib.sha256("".join(f"{path}\0{mark}\n" for path, mark in sorted(files.items())).encode()).hexdigest()
 
 
 def _name(root: Path) -> str:
@@ -118,6 +136,8 @@ def _shown(names: Collection[Any], most: int = 5) -> str:
 
 
 def _listing(folder: Path) -> str:
+    if folder.is_file():
+        return "a file"
     if not folder.is_dir():
         return "no such folder"
     return _shown([entry.name + "/" * entry.is_dir() for entry in os.scandir(folder)]) or "an empty folder"
@@ -137,54 +157,86 @@ def _need(folder: Path, expected: str) -> dict[str, int]:
     return found
 
 
-def _check_imagenet(root: Path) -> Content:
-    splits = {split: _classes(root, split) for split in ("train", "val")}
-    train, val = splits["train"], splits["val"]
-    if difference := set(train) ^ set(val):
+def _check_imagenet(root: str | Path, thorough: bool) -> Content:
+    sources = {split: _open_split(root, split, thorough) for split in ("train", "val")}
+    classes = {split: _classes(root, split, source) for split, source in sources.items()}
+    train, val = set(classes["train"]), set(classes["val"])
+    if train != val:
         raise UserError(
-            f"{root}: the classes of val are not those of train: only in train: {_shown(set(train) - set(val)) or 'none'}; "
-            f"only in val: {_shown(difference - set(train)) or 'none'}",
+            f"{root}: the classes of val are not those of train: only in train: {_shown(train - val) or 'none'}; "
+            f"only in val: {_shown(val - train) or 'none'}",
             expected="the same class folders in both",
             fix="ImageNet's val is flat as published: sort it into class folders",
         )
     if len(train) == 1:
         raise UserError(
-            f"{root / 'train'} has one class only: {_shown(train)}",
+            f"{Path(root) / 'train'} has one class only: {_shown(train)}",
             expected="at least two class folders",
             fix="give the folder whose train/ holds one folder a class",
         )
-    files: dict[str, int | str] = {
-        f"{split}/{name}/{image}": size
-        for split, classes in splits.items()
-        for name, images in classes.items()
-        for image, size in images.items()
-    }
-    return Content({split: sum(map(len, classes.values())) for split, classes in splits.items()}, tuple(sorted(train)), files)
+    if classes["train"] != classes["val"]:
+        raise UserError(f"{root}: train and val number their classes differently", expected="one order in both")
+    return _content(root, sources, thorough)
 
 
-def _classes(root: Path, split: str) -> dict[str, dict[str, int]]:
-    """Class -> its images and their sizes, from folders or from the tar."""
-    folder, tar = root / split, root / f"{split}.tar"
-    classes: dict[str, dict[str, int]] = {}
-    if folder.is_dir():
-        for entry in os.scandir(folder):
-            if entry.is_dir() and not entry.name.startswith("."):
-                classes[entry.name] = _need(Path(entry.path), "at least one image in every class folder")
-    elif tar.is_file():
-        for name, (_, size) in scan_tar(tar).items():
-            classes.setdefault(name.split("/")[0], {})[name.split("/")[1]] = size
-    else:
-        raise UserError(f"{folder} is missing; found in {root}: {_listing(root)}", expected=EXPECTED["imagenet"])
-    if not classes:
+def _check_images(root: str | Path, thorough: bool) -> Content:
+    splits = splits_in(root)
+    if "train" not in splits:
+        raise UserError(f"{root} has no images to train on; found: {_listing(Path(root))}", expected=EXPECTED["images"])
+    sources = {split: _open_split(root, split, thorough) for split in splits}
+    for split, source in sources.items():
+        _need_readable(root, split, source)
+    return _content(root, sources, thorough)
+
+
+def _content(root: str | Path, sources: dict[str, ImageSource], thorough: bool) -> Content:
+    if thorough and is_packed(Path(root)):
+        verify_packed(Path(root))
+    splits = {split: len(source) for split, source in sources.items()}
+    return Content(splits, tuple(sources["train"].classes), set_digest(sources))
+
+
+def _open_split(root: str | Path, split: str, thorough: bool) -> ImageSource:
+    if split not in splits_in(root):
         raise UserError(
-            f"no class folders in {folder if folder.is_dir() else tar}; found: {_listing(folder)}",
-            expected=f"{split}/CLASS/NAME.JPEG",
-            fix="sort the images into one folder a class",
+            f"{Path(root) / split} is missing; found in {root}: {_listing(Path(root))}", expected=EXPECTED["imagenet"]
         )
-    return classes
+    return open_images(root, split, refresh=thorough)
 
 
-def _check_coco(root: Path) -> Content:
+def _need_readable(root: str | Path, split: str, source: ImageSource) -> None:
+    """UserError if none of a few images decodes: some that do not are counted later, but where none does, the place is wrong."""
+    reason = ""
+    for i in np.linspace(0, len(source) - 1, min(len(source), MAX_TRIED)).astype(int).tolist():
+        try:
+            if source.pixels(i) is None:
+                decode(source.read(i))
+        except (BadImage, OSError) as error:
+            reason = f"{source.name(i)}: {error}"
+            continue
+        return
+    raise UserError(f"{root}: none of {min(len(source), MAX_TRIED)} images of {split} can be read ({reason})", expected="images")
+
+
+def _classes(root: str | Path, split: str, source: ImageSource) -> list[str]:
+    """The classes of a split, each with an image at least."""
+    folder, tar = Path(root) / split, Path(root) / f"{split}.tar"
+    if isinstance(source, IndexedImages) and not source.index.files:
+        for path in map(Path, source.index.stamps):
+            if path.parent == folder and path.name not in source.classes and source.classes != [""]:
+                _need(path, "at least one image in every class folder")
+    if source.classes != [""]:
+        return source.classes
+    place = folder if folder.is_dir() else tar if tar.is_file() else root
+    inside = [name for name in map(source.name, range(min(len(source), 1000))) if name.count("/") != 1]
+    raise UserError(
+        f"no class folders in {place}, or images outside them: {_shown(inside)}; found: {_listing(Path(place))}",
+        expected=f"{split}/CLASS/NAME.JPEG, or a label for every image",
+        fix="sort the images into one folder a class",
+    )
+
+
+def _check_coco(root: Path, thorough: bool) -> Content:
     splits: dict[str, int] = {}
     files: dict[str, int | str] = {}
     notes: list[str] = []
@@ -207,7 +259,8 @@ def _check_coco(root: Path) -> Content:
             f"{_shown({name for _, name in classes['train2017'].items() ^ classes['val2017'].items()})}",
             expected="the same ids and names in both",
         )
-    return Content(splits, tuple(name for _, name in sorted(classes["train2017"].items())), files, tuple(notes))
+    names = tuple(name for _, name in sorted(classes["train2017"].items()))
+    return Content(splits, names, _digest(files), tuple(notes))
 
 
 def _read_coco(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -268,7 +321,7 @@ def _odd_boxes(data: dict[str, list[dict[str, Any]]]) -> int:
     return count
 
 
-def _check_ade20k(root: Path) -> Content:
+def _check_ade20k(root: Path, thorough: bool) -> Content:
     classes, files = _object_info(root)
     splits = {}
     for split in ("training", "validation"):
@@ -283,7 +336,7 @@ def _check_ade20k(root: Path) -> Content:
         splits[split] = len(images)
         files |= {f"images/{split}/{name}": size for name, size in images.values()}
         files |= {f"annotations/{split}/{name}": file_digest(root / "annotations" / split / name) for name in maps.values()}
-    return Content(splits, classes, files)
+    return Content(splits, classes, _digest(files))
 
 
 def _sample(names: list[str]) -> Iterable[str]:
@@ -328,4 +381,9 @@ def _check_map(image_path: Path, path: Path, num_classes: int) -> None:
         raise UserError(f"{image_path} or its label map {path} cannot be read: {error}", expected="whole images") from error
 
 
-CHECKS: dict[str, Callable[[Path], Content]] = {"imagenet": _check_imagenet, "coco": _check_coco, "ade20k": _check_ade20k}
+CHECKS: dict[str, Callable[[Any, bool], Content]] = {
+    "imagenet": _check_imagenet,
+    "coco": _check_coco,
+    "ade20k": _check_ade20k,
+    "images": _check_images,
+}

@@ -1,0 +1,107 @@
+"""Finds out what kind of set lies at a place, and opens its splits."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mae_bench.data.arrow import ParquetImages, arrow_files, index_arrow, open_unpacked, parquet_files
+from mae_bench.data.fetch import fetch_all
+from mae_bench.data.folders import index_folder
+from mae_bench.data.images import ImageSource
+from mae_bench.data.index import IndexedImages, digest_of, find_index, known_index
+from mae_bench.data.packed import is_packed, open_packed, read_header
+from mae_bench.data.shards import EXPECTED as PATTERNS
+from mae_bench.data.shards import expand_pattern, has_pattern, is_pattern, is_url, shards_in
+from mae_bench.data.tars import has_classes, index_shards, index_tar
+from mae_bench.digest import json_digest
+from mae_bench.errors import UserError
+
+KNOWN = f"folders of images, train.tar, shards ({PATTERNS}), a packed set, or Arrow or Parquet files"
+
+
+def open_split(root: str | Path, split: str, refresh: bool = False) -> ImageSource:
+    """The images of one split; UserError names what is not there or cannot be read."""
+    try:
+        source = _open(str(root), split, refresh)
+    except OSError as error:  # a link to nowhere, a folder that may not be read
+        raise UserError(f"{root} cannot be read: {error}", expected="files that can be opened") from error
+    if source is None:
+        raise UserError(f"no images for {split} in {root}", expected=KNOWN, fix=f"mae-bench data check imagenet {root}")
+    if not len(source):
+        place = Path(root) / split if (Path(root) / split).is_dir() else root
+        raise UserError(f"no images in {place}", expected="CLASS/NAME.JPEG, or images at any depth")
+    return source
+
+
+def splits_in(root: str | Path, plain: bool = True) -> list[str]:
+    """Which of train and val are there, by the names of files and folders alone; plain: a folder without splits is train."""
+    return [split for split in ("train", "val") if _has(str(root), split, plain)]
+
+
+def set_digest(sources: Mapping[str, ImageSource]) -> str:
+    """SHA-256 of a set: over names and sizes, or of what its splits say of their content."""
+    indexed = {split: s.index for split, s in sources.items() if isinstance(s, IndexedImages) and not s.content_digest}
+    if len(indexed) == len(sources):
+        return digest_of(indexed)
+    return json_digest({split: source.digest for split, source in sources.items()})
+
+
+def _has(root: str, split: str, plain: bool) -> bool:
+    if is_pattern(root):
+        return has_pattern(root, split)
+    place = Path(root)
+    if is_packed(place):
+        return split in read_header(place)["splits"]
+    if (place / split).is_dir() or (place / f"{split}.tar").is_file() or (plain and split == "train" and is_plain(place)):
+        return True
+    return any(find(place, split) for find in (arrow_files, parquet_files, shards_in))
+
+
+def is_plain(root: Path) -> bool:
+    """Whether the folder has no splits and so holds the training images itself."""
+    return root.is_dir() and not any((root / name).exists() for name in ("train", "val", "train.tar", "val.tar"))
+
+
+def _open(root: str, split: str, refresh: bool) -> ImageSource | None:
+    if is_pattern(root):
+        return _shards(expand_pattern(root, split), refresh)
+    place = Path(root)
+    if is_packed(place):
+        return open_packed(place, split)
+    for folder in (place / split, place):  # known ones first: to look for tables and shards lists every file again
+        if not refresh and (index := known_index(_key("folder", [folder]))):
+            return IndexedImages(index, folder)
+    if files := arrow_files(place, split):
+        return _arrow(files, refresh)
+    if files := parquet_files(place, split):
+        return open_unpacked(ParquetImages(files), str(files[0].absolute()))
+    return _tars(place, split, refresh) or _folder(place, split, refresh)
+
+
+def _key(kind: str, paths: Sequence[str | Path]) -> str:
+    return f"{kind}:{json_digest([str(Path(path).absolute()) for path in paths])}"
+
+
+def _folder(root: Path, split: str, refresh: bool) -> ImageSource | None:
+    folder = root / split if (root / split).is_dir() else root if split == "train" and is_plain(root) else None
+    if folder is None:
+        return None
+    return IndexedImages(find_index(_key("folder", [folder]), lambda: index_folder(folder), refresh), folder)
+
+
+def _tars(root: Path, split: str, refresh: bool) -> ImageSource | None:
+    tar, shards = root / f"{split}.tar", shards_in(root, split)
+    if shards == [tar] and has_classes(tar):
+        if (root / split).is_dir():
+            return None
+        return IndexedImages(find_index(_key("tar", [tar]), lambda: index_tar(tar), refresh), root)
+    return _shards([str(path) for path in shards], refresh) if shards else None
+
+
+def _shards(places: Sequence[str], refresh: bool) -> ImageSource:
+    paths = fetch_all(places) if is_url(places[0]) else [Path(place).absolute() for place in places]
+    return IndexedImages(find_index(_key("shards", paths), lambda: index_shards(paths), refresh), "/")
+
+
+def _arrow(files: Sequence[Path], refresh: bool) -> ImageSource:
+    files = [path.absolute() for path in files]
+    return IndexedImages(find_index(_key("arrow", files), lambda: index_arrow(files), refresh), "/")
