@@ -113,4 +113,6 @@ def _verdict(comparison: Comparison, beside: Beside) -> str:
 
 
 def _text(value: Any) -> str:
-    return "not recorded" if value is None else " x ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return " x ".join(map(str, value))
+    return "not recorded" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
