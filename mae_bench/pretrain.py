@@ -11,7 +11,7 @@ from mae_bench.data.images import BadImages, ImageSet
 from mae_bench.data.layouts import check_layout
 from mae_bench.data.loader import Batch, TrainingOrder, seed_everything, seed_of, training_batches
 from mae_bench.data.transforms import normalize, train_transform
-from mae_bench.engine.optim import adamw, param_groups, pretrain_no_decay
+from mae_bench.engine.optim import make_adamw, pretrain_no_decay
 from mae_bench.engine.trainer import Trainer, clear_state
 from mae_bench.export import EXPORT, write_export
 from mae_bench.job import Job, Outcome
@@ -73,8 +73,7 @@ def _train(
     order = TrainingOrder(len(images), config.global_batch_size, job.seed)
     seed_everything(seed_of(job.seed, 0, -3))
     model = build_mae(config, spec).to(device)
-    groups = param_groups(model.named_parameters(), config.weight_decay, pretrain_no_decay)
-    optimizer = adamw(groups, config.base_lr, config.betas)
+    optimizer = make_adamw(config, pretrain_no_decay)
     trainer = Trainer(job, config, model, optimizer, order.steps_per_epoch, progress, bad_images)
     transform = train_transform(spec.img_size, config.crop_scale, spec.interpolation)
     trainer.fit(

@@ -83,3 +83,28 @@ def barrier() -> None:
     """Waits until every process is here."""
     if dist.is_initialized():
         sum_over_ranks([0.0])
+
+
+class Agreement:
+    """Numbers that all processes see alike, one call late, so that none waits: a signal reaches one process before the others."""
+
+    def __init__(self) -> None:
+        self._offered: tuple[torch.Tensor, Any] | None = None
+
+    def exchange(self, values: Sequence[float]) -> list[float]:
+        """Offers this process's values; returns the sums of those offered a call ago. Alone: these themselves."""
+        if not dist.is_initialized():
+            return list(values)
+        agreed = self.settle() or [0.0] * len(values)
+        offer = torch.tensor(values, dtype=torch.float64)
+        self._offered = (offer, dist.all_reduce(offer, async_op=True))
+        return agreed
+
+    def settle(self) -> list[float]:
+        """The sums of the last offer, if it was not taken up yet."""
+        if self._offered is None:
+            return []
+        offer, work = self._offered
+        self._offered = None
+        work.wait()
+        return offer.tolist()

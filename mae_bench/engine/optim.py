@@ -1,10 +1,12 @@
-"""Parameter groups: weight decay and layer-wise learning-rate scales."""
+"""Parameter groups, their weight decay and learning-rate scales; the optimizer's memory by the names of its parameters."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from mae_bench.config import TrainConfig
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
@@ -39,3 +41,31 @@ def finetune_no_decay(name: str, parameter: nn.Parameter) -> bool:
 def adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """Fused AdamW: one kernel a step, on the CPU too."""
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def make_adamw(
+    config: TrainConfig, no_decay: Callable[[str, nn.Parameter], bool], lr_scale: Callable[[str], float] = lambda name: 1.0
+) -> Callable[[nn.Module], torch.optim.AdamW]:
+    """What makes the optimizer of a model once its weights are where they stay."""
+    return lambda model: adamw(
+        param_groups(model.named_parameters(), config.weight_decay, no_decay, lr_scale), config.base_lr, config.betas
+    )
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What the optimizer remembers, as `PARAMETER.KEY`: names, unlike numbers, mean the same however the run is split up."""
+    state = {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()}
+    return {f"{name}.{key}": tensor for name, entries in state.items() for key, tensor in entries.items()}
+
+
+def allocate_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, shapes: Mapping[str, tuple[torch.Size, torch.dtype]]
+) -> None:
+    """Makes room for what `optimizer_tensors` named, sharded as its parameters are; the values are still to be filled in."""
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for place, (shape, dtype) in shapes.items():
+        name, _, key = place.rpartition(".")
+        parameter = parameters[name]
+        like = parameter.detach() if shape == parameter.shape else torch.empty(shape, device=parameter.device)
+        optimizer.state[parameter][key] = torch.zeros_like(like, dtype=dtype)

@@ -1,37 +1,46 @@
-"""The training loop: schedule, accumulation, mixed precision, EMA, checkpoints, exact resume, and a stop at a non-finite loss."""
+"""The training loop: schedule, accumulation, mixed precision, EMA, exact resume, and a stop at a loss that is not finite."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mae_bench.config import TrainConfig
 from mae_bench.data.images import BadImages
 from mae_bench.data.loader import Batch, seed_everything, seed_of
 from mae_bench.engine.accumulation import accumulation
-from mae_bench.engine.distributed import world
+from mae_bench.engine.checkpoint import FOLDER, Checkpoints, Shapes, Tensors, clear_checkpoints
+from mae_bench.engine.distributed import Agreement, gather_over_ranks, sum_over_ranks, world
+from mae_bench.engine.ema import Ema
+from mae_bench.engine.meters import Meters
+from mae_bench.engine.optim import allocate_optimizer_tensors, optimizer_tensors
+from mae_bench.engine.parallel import Parallel, local_tensor, whole_tensor
+from mae_bench.engine.precision import autocast, deterministic, grad_scaler
 from mae_bench.engine.schedule import absolute_lr, cosine_lr
-from mae_bench.engine.state import STATE_FILE, load_state, save_state
+from mae_bench.engine.trackers import Log, Tracker, open_trackers, require_trackers
 from mae_bench.errors import UserError
 from mae_bench.job import Job
 from mae_bench.progress import Progress
 
-LOG_FILE = "log.jsonl"
 LOSSES_HELD = 20  # steps between two reads of the losses on a GPU: each read waits for the device
 
 BatchLoss = Callable[[nn.Module, Batch, int], torch.Tensor]
+Hook = Callable[[nn.Module, int], None]
 
 
-def autocast(device: torch.device, amp_dtype: str) -> AbstractContextManager[Any]:
-    """Mixed precision in `amp_dtype`; float32 computes as it is."""
-    return torch.autocast(device.type, getattr(torch, amp_dtype), enabled=amp_dtype != "float32")
+@dataclass(frozen=True)
+class Due:
+    """What all processes do after the same step."""
+
+    stop: bool
+    save: bool
+    trouble: bool
 
 
 class Trainer:
@@ -39,7 +48,8 @@ class Trainer:
     one.
 
     All randomness of step s (drop path, mixup, noise) follows from seed_of(seed, s): no generator state has to be saved.
-    `loss_of(model, batch, step)` returns the mean loss of a (micro-)batch.
+    `make_optimizer(model)` is called once the model's weights are where they stay: on one device, copied or sharded.
+    multiple_of: see `accumulation`; flops_per_image: see `Meters`.
     """
 
     def __init__(
@@ -47,111 +57,194 @@ class Trainer:
         job: Job,
         config: TrainConfig,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         steps_per_epoch: int,
         progress: Progress,
         bad_images: BadImages,
+        *,
         ema_decay: float | None = None,
         multiple_of: int = 1,
+        flops_per_image: float | None = None,
     ):
-        self.job, self.config, self.model, self.optimizer, self.progress, self.bad_images = (
-            job,
-            config,
-            model,
-            optimizer,
-            progress,
-            bad_images,
-        )
+        require_trackers(config.trackers)
+        self.job, self.config, self.progress, self.bad_images = job, config, progress, bad_images
         self.device = torch.device(job.device)
         self.accumulation = accumulation(config.global_batch_size, world().size, config.device_batch_size, multiple_of)
-        progress.note(str(self.accumulation))
         self.steps_per_epoch, self.total_steps = steps_per_epoch, math.ceil(config.epochs * steps_per_epoch)
         self.lr = absolute_lr(config.base_lr, config.global_batch_size)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp_dtype == "float16")
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True) if ema_decay else None
-        self.step, self.seconds, self.final_loss, self.log_bytes = 0, 0.0, math.nan, 0
-        self._held: list[torch.Tensor] = []
+        self.parallel = Parallel(model, config, self.device, other_weights=ema_decay is not None)
+        self.model = self.parallel.model
+        self.optimizer = make_optimizer(self.model)
+        self.scaler = grad_scaler(self.device, config.amp_dtype)
+        self.ema = Ema(self.model, ema_decay) if ema_decay else None
+        self.meters = Meters(self.device, config.amp_dtype, config.global_batch_size, flops_per_image)
+        self.checkpoints = Checkpoints(job.dir / FOLDER, config.keep_checkpoints, progress.note)
+        self.step, self.final_loss = 0, math.nan
+        self._log_bytes, self._saved = 0, 0  # the latter: the step of the last saved state
+        self._held: list[dict[str, torch.Tensor]] = []
+        self._hooks: list[tuple[float, Hook]] = []
+        self._trouble: UserError | None = None
+        self._agreement = Agreement()
+        progress.note(str(self.accumulation))
         self._resume()
 
+    def every_epochs(self, epochs: float, hook: Hook) -> None:
+        """Calls `hook(full_model, step)` on the main process each time that so many epochs are complete, resumed or not."""
+        self._hooks.append((epochs * self.steps_per_epoch, hook))
+
+    def full_model(self) -> nn.Module:
+        """A plain module with all weights on this process, averaged ones where there is an EMA: for evaluation and export.
+
+        Every process must call it. It may be the trained model itself.
+        """
+        return self.parallel.whole(self.ema.weights if self.ema else None)
+
     def fit(self, batches: Callable[[int, int], Iterator[Batch]], loss_of: BatchLoss) -> None:
-        """Runs the steps that are left; `batches(start, stop)` yields the batches of those steps.
+        """Runs the steps that are left; `batches(start, stop)` yields this process's batches of those steps and
+        `loss_of(model, batch, step)` is the mean loss of a (micro-)batch.
 
         Raises UserError at a non-finite loss (naming the step; the last good state stays) and Interrupted after saving when
-        asked to stop.
+        asked to stop. All processes do so after the same step.
         """
-        self.progress.stage("train", self.total_steps)
-        with open(self.job.dir / LOG_FILE, "a", encoding="utf-8") as log:
-            log.seek(log.truncate(self.log_bytes))  # lines after the state that we go on from belong to steps that are run again
-            try:
-                self._steps(batches, loss_of, log)
-            finally:
-                if not self._held:  # losses that were not looked at may hide one that is not finite
-                    self._save(log)
+        with self.progress.deferred(), deterministic(self.config.deterministic), ExitStack() as files:
+            self.progress.stage("train", self.total_steps)
+            self._open_log(files)
+            self.parallel.call.train()
+            self.meters.start()
+            self._last_save = time.monotonic()
+            for batch in self.meters.waits(batches(self.step, self.total_steps)):
+                self._train_step(batch, loss_of)
+                self._after_step(Due(*map(bool, self._agreement.exchange(self._wishes()))))
+            self._after_step(Due(*map(bool, self._agreement.settle() or [False] * 3)))
 
-    def _steps(self, batches: Callable[[int, int], Iterator[Batch]], loss_of: BatchLoss, log: TextIO) -> None:
-        saved = began = time.monotonic()
-        seconds_before = self.seconds
-        for batch in batches(self.step, self.total_steps):
-            self._train_step(batch, loss_of)
-            self.seconds = seconds_before + time.monotonic() - began
-            held = len(self._held) < LOSSES_HELD and self.device.type != "cpu" and self.step < self.total_steps
-            if held and not self.progress.should_stop:
-                continue
-            self._read_losses(log)
-            if time.monotonic() - saved >= self.config.checkpoint_seconds:
-                self._save(log)
-                saved = time.monotonic()
-            self.progress.step(self.step, loss=self.final_loss, lr=self.lr_at(self.step))
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, over all resumes."""
+        return self.meters.seconds
 
     @property
     def images_per_second(self) -> float:
         """Trained images a second, loading included."""
-        return self.step * self.config.global_batch_size / self.seconds if self.seconds else 0.0
+        return self.meters.images_per_second
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, before the groups' scales."""
         c = self.config
         return cosine_lr(step / self.steps_per_epoch, lr=self.lr, min_lr=c.min_lr, warmup_epochs=c.warmup_epochs, epochs=c.epochs)
 
+    # One step
+
     def _train_step(self, batch: Batch, loss_of: BatchLoss) -> None:
-        for name, reason in batch.bad:
-            self.bad_images.add(name, reason)
-        seed_everything(seed_of(self.job.seed, self.step, -2))
+        self._count_bad(batch)
+        seed_everything(seed_of(self.job.seed, self.step, -2 - world().rank))  # each process drops other paths
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_at(self.step) * group.get("lr_scale", 1.0)
-        self.model.train()
-        total = torch.zeros((), device=self.device)
-        for part in self.accumulation.split(batch):
-            share = len(part.targets) / len(batch.targets)
-            with autocast(self.device, self.config.amp_dtype):
-                loss = loss_of(self.model, part, self.step) * share
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        self._held.append(total)
-        self._update()
+        try:
+            held = {"loss": self._backward(batch, loss_of), **self._update()}
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory() from error
+        self._held.append(held)
+        if self.ema:
+            self.ema.update(self.model, self.step)
         self.step += 1
 
-    def _update(self) -> None:
+    def _backward(self, batch: Batch, loss_of: BatchLoss) -> torch.Tensor:
+        """The gradients of the whole batch, from its micro-batches; returns its loss."""
+        total = torch.zeros((), device=self.device)
+        last = len(self.accumulation.sizes) - 1
+        for number, part in enumerate(self.accumulation.split(batch)):
+            share = len(part.targets) / len(batch.targets)
+            with self.parallel.accumulate(number == last):
+                with autocast(self.device, self.config.amp_dtype):
+                    loss = loss_of(self.parallel.call, part, self.step) * share
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def _update(self) -> dict[str, torch.Tensor]:
+        """One step of the optimizer; returns the gradient's norm where it is clipped."""
+        told = {}
         if self.config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+            parameters = [p for p in self.model.parameters() if p.grad is not None]
+            norm = whole_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
+            told["grad_norm"] = norm
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            self.ema.update_parameters(self.model)
+        return told
 
-    def _read_losses(self, log: TextIO) -> None:
-        first = self.step - len(self._held)
-        for step, loss in enumerate(torch.stack(self._held).tolist(), first):
-            if not math.isfinite(loss):
-                raise self._not_finite(f"the loss became {loss} at step {step}")
-            self.final_loss = loss
-            log.write(
-                json.dumps({"step": step, "epoch": round(step / self.steps_per_epoch, 4), "loss": loss, "lr": self.lr_at(step)})
-                + "\n"
-            )
+    def _out_of_memory(self) -> UserError:
+        size = max(self.accumulation.sizes)
+        fix = f"set device_batch_size={size // 2}: the accumulation follows and the result stays"
+        return UserError(
+            f"the device's memory does not hold a training step on {size} images at once (step {self.step})",
+            expected="a micro-batch that fits",
+            fix=fix if size > 1 else "use a smaller model, or parallel=fsdp on more devices",
+        )
+
+    # What happens between two steps, on all processes alike
+
+    def _wishes(self) -> list[float]:
+        """What this process would have all of them do: stop, save, look at its trouble."""
+        save = world().is_main and time.monotonic() - self._last_save >= self.config.checkpoint_seconds
+        return [float(self.progress.should_stop), float(save), float(self._trouble is not None)]
+
+    def _after_step(self, due: Due) -> None:
+        hooks = [hook for period, hook in self._hooks if self._completes(period)] if self._held else []
+        ended = self.step == self.total_steps
+        if due.trouble:
+            raise next(trouble for trouble in gather_over_ranks(self._trouble) if trouble)
+        if len(self._held) >= self._held_steps or due.stop or due.save or hooks or ended:
+            self._read_losses()
+        for hook in hooks:
+            self._call(hook)
+        if (due.stop or due.save or ended) and self.step > self._saved:
+            self._save()
+        if due.stop:
+            self.progress.interrupt()
+
+    @property
+    def _held_steps(self) -> int:
+        return 1 if self.device.type == "cpu" else LOSSES_HELD
+
+    def _completes(self, period: float) -> bool:
+        """Whether the last step completed a multiple of `period` steps."""
+        return math.floor(self.step / period + 1e-9) > math.floor((self.step - 1) / period + 1e-9)
+
+    def _call(self, hook: Hook) -> None:
+        model = self.full_model()
+        if world().is_main:
+            hook(model, self.step)
+        self.parallel.call.train()
+
+    def _read_losses(self) -> None:
+        if not self._held:
+            return
+        first, size = self.step - len(self._held), world().size
+        losses = sum_over_ranks(torch.stack([held["loss"] for held in self._held]).tolist())
+        meters = self.meters.read()
+        for step, (held, total) in enumerate(zip(self._held, losses, strict=True), first):
+            self.final_loss = total / size
+            if not math.isfinite(total):
+                raise self._not_finite(f"the loss became {total / size} at step {step}")
+            self._record(step, held, meters if step == self.step - 1 else {})
         self._held.clear()
+        self.progress.step(self.step, loss=self.final_loss, lr=self.lr_at(self.step))
+
+    def _record(self, step: int, held: dict[str, torch.Tensor], meters: dict[str, float]) -> None:
+        """One line of the log, one point of each curve."""
+        norm = {"grad_norm": held["grad_norm"].item()} if "grad_norm" in held else {}
+        values = {
+            "epoch": round(step / self.steps_per_epoch, 4),
+            "loss": self.final_loss,
+            "lr": self.lr_at(step),
+            **norm,
+            **meters,
+        }
+        for tracker in self._trackers:
+            tracker.log(step, values)
 
     def _not_finite(self, what: str) -> UserError:
         return UserError(
@@ -161,50 +254,93 @@ class Trainer:
             f"{self.job.dir} keeps the last good state",
         )
 
-    def _save(self, log: TextIO) -> None:
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+    def _count_bad(self, batch: Batch) -> None:
+        try:
+            for name, reason in batch.bad:
+                self.bad_images.add(name, reason)
+        except UserError as error:  # too many: the other processes have to hear of it before this one ends
+            self._trouble = error
+
+    def _open_log(self, files: ExitStack) -> None:
+        """The main process alone keeps the log and sends curves."""
+        self._trackers: list[Tracker] = []
+        if world().is_main:
+            self._log = Log(self.job.dir, self._log_bytes)
+            self._trackers = [self._log, *open_trackers(self.job, self.config.trackers, self.step)]
+        for tracker in self._trackers:
+            files.callback(tracker.close)
+
+    # The state
+
+    def _tensors(self) -> Tensors:
+        parts: dict[str, Tensors] = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.weights if self.ema else {},
+            "optimizer": optimizer_tensors(self.model, self.optimizer),
+        }
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def _save(self) -> None:
+        finite = torch.stack([local_tensor(p).isfinite().all() for p in self.model.parameters()]).all()
+        if sum_over_ranks([float(not finite)])[0]:
             raise self._not_finite(
                 f"weights are no longer finite after step {self.step - 1}, though its loss was {self.final_loss}"
             )
-        log.flush()
-        self.log_bytes = log.tell()
-        save_state(
-            self.job.dir,
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "ema": self.ema.state_dict() if self.ema else None,
-                "step": self.step,
-                "seconds": self.seconds,
-                "log_bytes": self.log_bytes,
-                "final_loss": self.final_loss,
-                "bad_images": self.bad_images.names,
-            },
-        )
+        for names in gather_over_ranks(self.bad_images.names):
+            for name, reason in names.items():
+                self.bad_images.add(name, reason)
+        self.checkpoints.save(self.step, self._tensors(), self._values())
+        self._saved, self._last_save = self.step, time.monotonic()
+
+    def _values(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "final_loss": self.final_loss,
+            "log_bytes": self._log.size() if world().is_main else 0,
+            "meters": self.meters.state(),
+            "scaler": self.scaler.state_dict(),
+            "bad_images": self.bad_images.names,
+        }
 
     def _resume(self) -> None:
-        if (state := load_state(self.job.dir, self.device)) is None:
+        values = self.checkpoints.load(self._targets)
+        if values is None:
             return
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise UserError(
-                f"{self.job.dir} holds the state of another architecture: {error}",
-                expected="the model of this config",
-                fix="use another output folder, or the config that the run began with",
-            ) from error
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.ema:
-            self.ema.load_state_dict(state["ema"])
-        self.step, self.seconds, self.final_loss = state["step"], state["seconds"], state["final_loss"]
-        self.log_bytes = state["log_bytes"]
-        for name, reason in state["bad_images"].items():
+        self.step = self._saved = values["step"]
+        self.final_loss, self._log_bytes = values["final_loss"], values["log_bytes"]
+        self.meters.resume(values["meters"])
+        self.scaler.load_state_dict(values["scaler"])
+        for name, reason in values["bad_images"].items():
             self.bad_images.add(name, reason)
         self.progress.note(f"resumed at step {self.step} of {self.total_steps}")
 
+    def _targets(self, saved: Shapes) -> Tensors:
+        """The tensors that a saved state is read into; UserError if it is that of another architecture."""
+        here = {name: tensor.shape for name, tensor in self._tensors().items() if not name.startswith("optimizer.")}
+        there = {name: shape for name, (shape, _) in saved.items() if not name.startswith("optimizer.")}
+        if here != there:
+            raise _another_architecture(self.job.dir, here, there)
+        optimizer = {name.removeprefix("optimizer."): shape for name, shape in saved.items() if name.startswith("optimizer.")}
+        allocate_optimizer_tensors(self.model, self.optimizer, optimizer)
+        return self._tensors()
+
+
+def _another_architecture(folder: Path, here: dict[str, torch.Size], there: dict[str, torch.Size]) -> UserError:
+    names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    shown = [f"{name} was {_shape(there.get(name))} and is {_shape(here.get(name))}" for name in names[:3]]
+    more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
+    return UserError(
+        f"{folder} holds the state of another architecture: {'; '.join(shown)}{more}",
+        expected="the model of this config",
+        fix="use another output folder, or the config that the run began with",
+    )
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else str(tuple(shape))
+
 
 def clear_state(folder: Path) -> None:
-    """Removes the training state of a finished job: its export and record are what stays."""
-    (folder / STATE_FILE).unlink(missing_ok=True)
+    """Removes the training states of a finished job: its export and record are what stays."""
+    if world().is_main:
+        clear_checkpoints(folder)

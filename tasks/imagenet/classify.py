@@ -23,7 +23,8 @@ from mae_bench.data.images import BadImages, ImageSet
 from mae_bench.data.layouts import LayoutReport, check_layout
 from mae_bench.data.loader import Batch, TrainingOrder, evaluation_batches, training_batches
 from mae_bench.data.transforms import eval_transform, normalize, train_transform
-from mae_bench.engine.trainer import Trainer, autocast
+from mae_bench.engine.precision import autocast
+from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import UserError
 from mae_bench.files import write_atomic
 from mae_bench.job import Job, Outcome
@@ -157,19 +158,19 @@ def train_classifier(
     data: Data,
     model: Classifier,
     spec: BackboneSpec,
-    optimizer: torch.optim.Optimizer,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
 ) -> Trainer:
-    """Trains all of `model`; the trainer that it returns holds the EMA weights, if any, and the times."""
+    """Trains all of `model`; the trainer that it returns has the full model, its EMA if any, and the times."""
     order = order_of(config, data, job.seed)
     trainer = Trainer(
         job,
         config,
         model,
-        optimizer,
+        make_optimizer,
         order.steps_per_epoch,
         progress,
         data.bad_train,
-        config.ema_decay,
+        ema_decay=config.ema_decay,
         multiple_of=2 if config.mixes else 1,
     )
     loss = MixedLoss(config, spec, len(data.report.classes), torch.device(job.device))

@@ -4,7 +4,7 @@ import torch
 
 from backbones.adapters.features import layer_id
 from mae_bench.data.loader import seed_everything, seed_of
-from mae_bench.engine.optim import adamw, finetune_no_decay, param_groups
+from mae_bench.engine.optim import finetune_no_decay, make_adamw
 from mae_bench.engine.trainer import clear_state
 from mae_bench.job import Job, Outcome
 from mae_bench.progress import Progress
@@ -25,8 +25,8 @@ def run(config: FinetuneConfig, job: Job, progress: Progress) -> Outcome:
         layer = layer_id(name.removeprefix("vit."), spec.depth)
         return config.layer_decay ** (spec.depth + 1 - layer)
 
-    groups = param_groups(model.named_parameters(), config.weight_decay, finetune_no_decay, lr_scale)
-    trainer = train_classifier(config, job, progress, data, model, spec, adamw(groups, config.base_lr, config.betas))
-    outcome = score(trainer.ema.module if trainer.ema else model, trainer, data, config, spec, report, job, progress)
+    optimizer = make_adamw(config, finetune_no_decay, lr_scale)
+    trainer = train_classifier(config, job, progress, data, model, spec, optimizer)
+    outcome = score(trainer.full_model(), trainer, data, config, spec, report, job, progress)
     clear_state(job.dir)
     return outcome

@@ -47,11 +47,10 @@ def run(config: LinearProbeConfig, job: Job, progress: Progress) -> Outcome:
     seed_everything(seed_of(job.seed, 0, -5))
     vit, spec, report = load_at_size(config, job.backbone)
     model = Probe(Classifier(vit, spec, num_classes, config.global_pool, fc_norm=False).to(device), num_classes).to(device)
-    optimizer = lars(model, config)
     order = order_of(config, data, job.seed)
-    trainer = Trainer(job, config, model, optimizer, order.steps_per_epoch, progress, data.bad_train)
+    trainer = Trainer(job, config, model, partial(lars, config=config), order.steps_per_epoch, progress, data.bad_train)
     trainer.fit(stream(data, config, order, spec, auto_augment=None), partial(_loss, spec, device))
-    outcome = score(model, trainer, data, config, spec, report, job, progress)
+    outcome = score(trainer.full_model(), trainer, data, config, spec, report, job, progress)
     clear_state(job.dir)
     return outcome
 

@@ -7,7 +7,7 @@ import torch
 
 from backbones.report import ConversionReport
 from mae_bench.data.loader import seed_everything, seed_of
-from mae_bench.engine.optim import adamw, finetune_no_decay, param_groups
+from mae_bench.engine.optim import finetune_no_decay, make_adamw
 from mae_bench.engine.trainer import clear_state
 from mae_bench.export import EXPORT, write_export
 from mae_bench.job import Job, Outcome
@@ -29,11 +29,9 @@ def run(config: SupervisedConfig, job: Job, progress: Progress) -> Outcome:
     require_vit(config, spec)
     vit = build_vit(spec, global_pool="token", drop_path_rate=config.drop_path)
     model = Classifier(vit, spec, len(data.report.classes), config.global_pool, fc_norm=False).to(device)
-    optimizer = adamw(
-        param_groups(model.named_parameters(), config.weight_decay, finetune_no_decay), config.base_lr, config.betas
-    )
+    optimizer = make_adamw(config, finetune_no_decay)
     trainer = train_classifier(config, job, progress, data, model, spec, optimizer)
-    best: Any = trainer.ema.module if trainer.ema else model
+    best: Any = trainer.full_model()
     provenance = {"config": job.config, "seed": job.seed, "data_digest": data.report.digest}
     digest = write_export(job.dir / EXPORT, best.vit.state_dict(), spec, provenance)
     report = ConversionReport(source="trained here", format="mae_bench", digest=digest)

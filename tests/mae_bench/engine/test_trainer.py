@@ -14,7 +14,7 @@ from torch import nn
 from mae_bench.config import TrainConfig
 from mae_bench.data.images import BadImages
 from mae_bench.data.loader import Batch
-from mae_bench.engine.optim import adamw, finetune_no_decay, param_groups, pretrain_no_decay
+from mae_bench.engine.optim import finetune_no_decay, make_adamw, param_groups, pretrain_no_decay
 from mae_bench.engine.schedule import absolute_lr, cosine_lr
 from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import Interrupted, UserError
@@ -57,8 +57,8 @@ def train(folder: Path, stop_at: int | None = None, poison: int | None = None, *
     model = Net()
     progress = Progress()
     progress.stop_on_signals()
-    optimizer = adamw(param_groups(model.named_parameters(), 0.05, pretrain_no_decay), 1.0, (0.9, 0.95))
     job = Job("test", "test", {}, folder, seed=5)
+    optimizer = make_adamw(config, pretrain_no_decay)
     trainer = Trainer(job, config, model, optimizer, STEPS_PER_EPOCH, progress, BadImages(0.1, 100), ema_decay=0.9)
 
     def loss_of(model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
@@ -70,13 +70,17 @@ def train(folder: Path, stop_at: int | None = None, poison: int | None = None, *
     return trainer
 
 
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
 def plain_loss(model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
     return F.cross_entropy(model(batch.imgs), batch.targets)
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     assert trainer.ema is not None
-    return {**trainer.model.state_dict(), **{f"ema.{name}": tensor for name, tensor in trainer.ema.state_dict().items()}}
+    return {**trainer.model.state_dict(), **{f"ema.{name}": tensor for name, tensor in trainer.ema.weights.items()}}
 
 
 @pytest.mark.parametrize("stop_at", [0, 3, 6, 10])
@@ -119,10 +123,7 @@ def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
         folder = tmp_path / str(device_batch_size)
         folder.mkdir()
         config = TrainConfig(**{**CONFIG, "device_batch_size": device_batch_size})  # type: ignore[arg-type]
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        trainer = Trainer(
-            Job("t", "t", {}, folder, 0), config, model, optimizer, STEPS_PER_EPOCH, Progress(), BadImages(0.1, 100)
-        )
+        trainer = Trainer(Job("t", "t", {}, folder, 0), config, model, sgd, STEPS_PER_EPOCH, Progress(), BadImages(0.1, 100))
         trainer.fit(batches, plain_loss)
         results.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
