@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from pydantic_core import to_jsonable_python
 
 from leaderboard.published import published_rows
 from mae_bench.config import CONFIGS, build, load_yaml
@@ -158,3 +160,17 @@ def test_the_paper_and_the_demo_are_never_one_protocol() -> None:
     suites = {name: load_suite(f"suites/{name}.yaml", ["data.root=x"]) for name in ("paper_table1", "demo_table1")}
     paper, demo = ({j["protocol"] for j in (*s.backbones.values(), *s.tasks.values())} for s in suites.values())
     assert not paper & demo
+
+
+def test_the_documentation_has_every_key_with_its_default_and_the_papers_value() -> None:
+    page = (CONFIGS.parent / "docs" / "pretraining.md").read_text(encoding="utf-8").split("## Every key")[1]
+    table = {key: (default, paper) for key, default, paper in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|", page, re.MULTILINE)}
+    fields, paper = PretrainConfig.model_fields, job("pretrain/vit_large_800ep.yaml")
+    assert set(table) == set(fields)
+    for key, (default, papers) in table.items():
+        found = "required" if fields[key].is_required() else yaml.safe_load(default.strip("`"))
+        assert found == (default if fields[key].is_required() else to_jsonable_python(fields[key].default)), key
+        if papers.startswith("`"):
+            assert yaml.safe_load(papers.strip("`")) == paper[key], key
+        else:
+            assert papers == "-" or key == "model"
