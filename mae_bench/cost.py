@@ -1,12 +1,14 @@
 """What a model costs: parameters, multiply-adds, memory."""
 
 import resource
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mae_bench.models.mae import MAE
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
 
@@ -25,6 +27,22 @@ def backbone_gmacs(spec: BackboneSpec, img_size: tuple[int, int] | None = None) 
     with FlopCounterMode(display=False) as counter:
         model.forward_features(imgs)
     return counter.get_total_flops() / 2e9
+
+
+def training_flops(model: MAE, mask_ratio: float) -> float:
+    """Floating-point operations of one image's forward and backward pass: three times the forward's products in training mode.
+
+    What activation checkpointing computes again is not counted, as is usual for the MFU (arXiv 2204.02311, appendix B).
+    """
+    options: Any = model.options
+    with torch.device("meta"):
+        shape = MAE(model.spec, **options).train()
+        imgs = torch.empty(1, model.spec.in_chans, *model.spec.img_size)
+        noise = torch.empty(1, model.spec.num_patches)
+        targets = torch.empty(1, model.spec.num_patches, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        shape(imgs, mask_ratio, noise, targets)
+    return 3.0 * counter.get_total_flops()
 
 
 def peak_memory_mib(device: torch.device) -> float:

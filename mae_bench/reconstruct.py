@@ -8,15 +8,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from mae_bench.data.images import BadImage, BadImages, ImageSource, decode
+from mae_bench.data.decode import decode_pixels, read_pixels
+from mae_bench.data.images import BadImage, BadImages, ImageSource
 from mae_bench.data.loader import evaluation_batches, seed_of
-from mae_bench.data.transforms import eval_transform, normalize
+from mae_bench.data.transforms import PretrainTransform, normalize, pretrain_transform
+from mae_bench.engine.distributed import sum_over_ranks, world
 from mae_bench.errors import UserError
 from mae_bench.files import write_atomic
 from mae_bench.models.mae import MAE
 from mae_bench.models.masking import sample_noise
 from mae_bench.models.tokenizer import Tokenizer
 from mae_bench.progress import Progress
+from mae_bench.spec import BackboneSpec
 
 MAE_FILE = "mae.safetensors"
 GREY = 0.5  # of a removed patch
@@ -56,12 +59,19 @@ def reconstruct(
     return shown, shown * (1 - removed) + GREY * removed, shown * (1 - removed) + painted * removed
 
 
-def draw_reconstructions(model: MAE, images: Sequence[bytes], mask_ratio: float, out: Path, seed: int = 0) -> None:
-    """A PNG with one row an image: original, masked, reconstructed. The masks depend on `seed` and the image's place alone."""
-    transform = eval_transform(model.spec.img_size, interpolation=model.spec.interpolation)
-    imgs = torch.stack([transform(decode(data)) for data in images])
+def draw_reconstructions(model: MAE, imgs: torch.Tensor, mask_ratio: float, out: Path, seed: int = 0) -> None:
+    """A PNG with one row for each of imgs (N, C, H, W) uint8: original, masked, reconstructed.
+
+    The masks depend on `seed` and the image's place alone. Of more than three channels the first three are shown.
+    """
     columns = reconstruct(model, imgs, mask_ratio, _noise(model, range(len(imgs)), mask_ratio, seed))
-    write_png(out, torch.stack(columns, dim=1))
+    shown = slice(3 if model.spec.in_chans >= 3 else 1)
+    write_png(out, torch.stack([column[:, shown] for column in columns], dim=1))
+
+
+def centre_crop(spec: BackboneSpec) -> PretrainTransform:
+    """How images are shown to a model outside of training: the centre, by Pillow's pixels."""
+    return pretrain_transform(spec.img_size, "none", interpolation=spec.interpolation, decode="exact", in_chans=spec.in_chans)
 
 
 def write_png(out: Path, grid: torch.Tensor, gap: int = 4) -> None:
@@ -84,30 +94,29 @@ def reconstruct_files(model: MAE, paths: Sequence[str | Path], out: str | Path, 
     """Draws the reconstructions of image files; an unreadable image raises UserError."""
     if Path(out).suffix.lower() != ".png":
         raise UserError(f"--out {out}", expected="a name that ends with .png: the picture is a PNG")
-    data = []
+    transform, imgs = centre_crop(model.spec), []
     for path in paths:
         try:
-            content = Path(path).read_bytes()
-            decode(content)
+            imgs.append(transform(decode_pixels(Path(path).read_bytes(), model.spec.in_chans, fast=False), 0))
         except (OSError, BadImage) as error:
             raise UserError(
-                f"{path} is not an image that can be read: {error}", expected="JPEG, PNG or another format that Pillow reads"
+                f"{path} is not an image that can be read: {error}",
+                expected=f"JPEG, PNG or another format that Pillow reads, for a model of {model.spec.in_chans} channels",
             ) from error
-        data.append(content)
-    draw_reconstructions(model, data, mask_ratio, Path(out), seed)
+    draw_reconstructions(model, torch.stack(imgs), mask_ratio, Path(out), seed)
 
 
-def first_readable(images: ImageSource, count: int) -> list[bytes]:
-    """`count` images spread over the set (fewer if it has fewer); those that do not decode are left out."""
-    found = []
+def first_readable(images: ImageSource, count: int, spec: BackboneSpec) -> torch.Tensor:
+    """(N, C, H, W): `count` images spread over the set (fewer if it has fewer), as `centre_crop` shows them; those that do not
+    decode are left out."""
+    transform, found = centre_crop(spec), []
     for i in range(min(count, len(images))):
         try:
-            data = images.read(i * len(images) // count if len(images) > count else i)
-            decode(data)
+            place = i * len(images) // count if len(images) > count else i
+            found.append(transform(read_pixels(images, place, spec.in_chans, fast=False), 0))
         except (BadImage, OSError):
             continue
-        found.append(data)
-    return found
+    return torch.stack(found) if found else torch.empty(0, spec.in_chans, *spec.img_size, dtype=torch.uint8)
 
 
 @torch.no_grad()
@@ -123,14 +132,14 @@ def evaluation_loss(
 ) -> tuple[float, int]:
     """Mean loss an image over the whole set, each image once under its own fixed mask, and the number of images.
 
-    tokenizer: gives the targets of a model that predicts tokens.
+    The processes of a distributed run share the images. tokenizer: gives the targets of a model that predicts tokens.
     """
     model.eval()
     device = model.mask_token.device
-    transform = eval_transform(model.spec.img_size, interpolation=model.spec.interpolation)
+    here = world()
     progress.stage("evaluate", len(images))
     total, count = 0.0, 0
-    for batch in evaluation_batches(images, transform, batch_size=256, num_workers=num_workers):
+    for batch in evaluation_batches(images, centre_crop(model.spec), 256, num_workers, here.rank, here.size):
         for name, reason in batch.bad:
             bad_images.add(name, reason)
         if not len(batch.targets):
@@ -141,8 +150,9 @@ def evaluation_loss(
         loss = model(normalize(pixels, model.spec.mean, model.spec.std), mask_ratio, noise, targets)[0]
         total += loss.item() * len(pixels)
         count += len(pixels)
-        progress.step(count)
-    return total / count, count
+        progress.step(count * here.size)
+    total, seen = sum_over_ranks([total, count])
+    return total / seen, int(seen)
 
 
 def _noise(model: MAE, indices: Sequence[int], mask_ratio: float, seed: int) -> torch.Tensor:

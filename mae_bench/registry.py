@@ -12,7 +12,7 @@ from mae_bench.errors import UserError
 class Kind:
     """One kind of job. `config` and `run` are "module:object"; modules of configs import no framework.
 
-    layout: the layout of the data that it reads ("imagenet", "coco", "ade20k"; "" reads none).
+    layout: the layout of the data that it reads ("imagenet", "images" without labels, "coco", "ade20k"; "" reads none).
     emits_backbone: the job ends with `export/` in its folder, which other jobs load as a backbone.
     extra: the optional set of packages that it needs ("" for the core), a key of EXTRAS.
     distributed: several processes can run it together, each on its GPU.
@@ -35,7 +35,7 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "pretrain": Kind(
-        "mae_bench.pretrain_config:PretrainConfig", "mae_bench.pretrain:run", "imagenet", emits_backbone=True, distributed=True
+        "mae_bench.pretrain_config:PretrainConfig", "mae_bench.pretrain:run", "images", emits_backbone=True, distributed=True
     ),
     "random": Kind("mae_bench.pretrain_config:RandomConfig", "mae_bench.pretrain:run_random", "", emits_backbone=True),
     "supervised": Kind(

@@ -19,12 +19,14 @@ from mae_bench.registry import KINDS, kind, load_object
 
 CELLS = "cells"  # the folder of a suite's cells
 Place = tuple[Layout, str]  # a layout and the folder that holds data in it
+DATA_KEYS: dict[str, tuple[str, ...]] = {"images": ("pretrain", "imagenet")}  # what names a layout's folder, if not itself
 
 
 class SuiteConfig(Config):
     """Backbones x tasks x seeds. A job's `data` that its config does not give is the suite's folder of the layout that it reads.
 
-    out: where everything is written (`--out`). data: `root` and a folder for each layout, by default root/LAYOUT.
+    out: where everything is written (`--out`). data: `root` and a folder for each layout, by default root/LAYOUT; `pretrain` is
+    what is pretrained on, by default imagenet.
     $NAME in them is read from the environment where the data is read, and stays as it is in the records.
     demo_data: data that is made below data.root before anything else. jobs: worker processes at a time; "auto" is one a GPU,
     or one a CPU core and at most 4. processes: of each cell of a kind that several can run together (pretrain), one a GPU; "auto"
@@ -89,7 +91,7 @@ def _jobs(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_data_keys(data: Any) -> None:
-    known = ["root", "pretrain", *sorted({kind.layout for kind in KINDS.values() if kind.layout})]
+    known = ["root", *sorted({key for kind in KINDS.values() if kind.layout for key in _data_keys(kind.layout)})]
     if not isinstance(data, dict):
         raise UserError(f"data={data}", expected=f"keys below data: {', '.join(known)}", fix=f"data.root={data}")
     if unknown := [key for key in data if key not in known]:
@@ -101,14 +103,19 @@ def _fill_data(job: Any, data: dict[str, Any]) -> None:
     name = job.get("kind") if isinstance(job, dict) else None
     layout = KINDS[name].layout if isinstance(name, str) and name in KINDS else ""
     if layout and job.get("data", "???") == "???":
-        root = data.get("root")
-        folder = data.get(layout) or (f"{root}/{layout}" if root and root != "???" else None)
+        root, keys = data.get("root"), _data_keys(layout)
+        named = [data[key] for key in keys if data.get(key)]
+        folder = named[0] if named else f"{root}/{keys[-1]}" if root and root != "???" else None
         if folder in (None, "???"):
             raise UserError(
-                f"data.{layout} must be given", expected=f"a folder in the layout {layout!r}",
-                fix=f"add data.root=PATH (the folder that holds {layout}/) or data.{layout}=PATH to the command",
+                f"data.{keys[0]} must be given", expected=f"a folder in the layout {layout!r}",
+                fix=f"add data.root=PATH (the folder that holds {keys[-1]}/) or data.{keys[0]}=PATH to the command",
             )  # fmt: skip
         job["data"] = folder
+
+
+def _data_keys(layout: str) -> tuple[str, ...]:
+    return DATA_KEYS.get(layout, (layout,))
 
 
 def complete_job(place: str, job: dict[str, Any]) -> dict[str, Any]:
