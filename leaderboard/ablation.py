@@ -10,6 +10,7 @@ from leaderboard.table import Beside, Column, Comparison
 from leaderboard.wording import MISSING, column_name, number, score, signed
 
 HEADING = "Ablation, with the published numbers beside the measured ones"
+SHOWN = 4  # differences in a sentence; JSON and CSV have all
 DEFAULT = "default"  # the row that the others change in one respect
 IMAGES = {"ImageNet-1K": 50_000}  # of the published split
 MODELS = {"ViT-L/16": {"embed_dim": 1024, "depth": 24, "patch_size": [16, 16], "img_size": [224, 224]}}
@@ -64,10 +65,10 @@ def headers(comparison: Comparison) -> list[tuple[str, ...]]:
     """Of the table that `lines` fills: each header in parts, the most important first."""
     named: list[tuple[str, ...]] = [("row",)]
     for beside in comparison.beside:
-        named.append(("measured", column_name(comparison.columns[beside.column])))
+        named.append(("measured", *column_name(comparison.columns[beside.column]).split(" ", 1)))
         warning = "not comparable" if beside.differs else "same protocol, data and model"
         named.append(("published", f"{beside.model}, {beside.protocol}", beside.dataset, warning))
-    return [*named, ("published in",)] if comparison.beside else []
+    return [*named, ("source",)] if comparison.beside else []
 
 
 def lines(comparison: Comparison) -> list[list[str]]:
@@ -108,7 +109,8 @@ def _verdict(comparison: Comparison, beside: Beside) -> str:
     name = column_name(comparison.columns[beside.column])
     whose = f"{beside.source}, {beside.model} on {beside.dataset}"
     if beside.differs:
-        return f"{name}: not comparable with the published numbers ({whose}): {'; '.join(beside.differs)}."
+        more = f"; and {len(beside.differs) - SHOWN} more" if len(beside.differs) > SHOWN else ""
+        return f"{name}: not comparable with the published numbers ({whose}): {'; '.join(beside.differs[:SHOWN])}{more}."
     return f"{name}: protocol, data, model and the default's pretraining are those of the published numbers ({whose})."
 
 

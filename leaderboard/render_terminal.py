@@ -61,7 +61,8 @@ def _ablation(comparison: Comparison) -> Iterator[RenderableType]:
     headers, lines = ablation.headers(comparison), ablation.lines(comparison)
     table = Table(title=ablation.HEADING, title_justify="left", box=HORIZONTALS, header_style="bold")
     for i, parts in enumerate(headers):
-        table.add_column(Text("\n".join(parts)), justify="left" if i == 0 else "right", overflow="fold")
+        widest = min(28, max(len(line[0]) for line in lines)) if i == 0 else None
+        table.add_column(Text("\n".join(parts)), justify="right" if i else "left", overflow="fold", min_width=widest)
     for line in lines:
         table.add_row(*map(Text, line))
     yield from (table, Text())
