@@ -46,7 +46,9 @@ class TrainConfig(JobConfig):
     )
     clip_grad: float | None = Field(None, gt=0)
     amp_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="what several processes share: copies of the model, or its shards")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="what several processes share: copies of the model, or its shards"
+    )
     compile: bool | None = Field(None, description="torch.compile; null compiles on CUDA alone")
     deterministic: bool = Field(False, description="algorithms that repeat bit for bit on a GPU too, and are slower")
     checkpoint_seconds: float = Field(30, ge=0, description="seconds between two saved training states")

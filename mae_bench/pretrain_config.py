@@ -52,16 +52,22 @@ class PretrainConfig(TrainConfig):
     decoder_num_heads: PositiveInt = 16
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     mask_sampling: Literal["random", "block", "grid"] = "random"
-    encoder_mask_tokens: bool = Field(False, description="the encoder sees mask tokens in the place of removed patches (Table 1c)")
+    encoder_mask_tokens: bool = Field(
+        False, description="the encoder sees mask tokens in the place of removed patches (Table 1c)"
+    )
     target: Literal["pixels", "pca", "hog", "tokens"] = "pixels"
     norm_pix_loss: bool = Field(True, description="pixels, normalised a patch; for the target 'pixels'")
     num_pca: PositiveInt = Field(96, description="PCA coefficients that the target 'pca' keeps (Table 1d)")
     tokenizer: str | None = Field(None, description="checkpoint of the discrete tokenizer, for the target 'tokens'")
     loss_on: Literal["masked", "all"] = "masked"
-    augment: Literal["none", "crop", "resized_crop"] = Field("resized_crop", description="Table 1e; none is a centre crop, no flip")
+    augment: Literal["none", "crop", "resized_crop"] = Field(
+        "resized_crop", description="Table 1e; none is a centre crop, no flip"
+    )
     color_jitter: float = Field(0.0, ge=0, description="strength of brightness, contrast, saturation and hue (Table 1e)")
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    decode: Literal["fast", "exact"] = Field("fast", description="exact is Pillow's pixels bit for bit; fast is within 0.05 of 255")
+    decode: Literal["fast", "exact"] = Field(
+        "fast", description="exact is Pillow's pixels bit for bit; fast is within 0.05 of 255"
+    )
     crop_on: Literal["cpu", "device"] = Field("cpu", description="where crops are resampled and flipped")
     betas: tuple[float, float] = (0.9, 0.95)
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass: less memory, more time")
