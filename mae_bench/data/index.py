@@ -120,9 +120,13 @@ def by_folder(names: Sequence[str]) -> tuple[list[int], list[str]]:
 
 def digest_of(indexes: Mapping[str, Index]) -> str:
     """SHA-256 over the sorted lines `SPLIT/NAME, zero byte, size` of a set: the same for its folders and for its tars."""
-    if not all(index.path for index in indexes.values()):
+    try:  # an index that is made again is another file, with another stamp
+        files = {split: [str(index.path), *stamp(index.path)] for split, index in indexes.items() if index.path}
+    except OSError:
+        files = {}
+    if len(files) < len(indexes):
         return _digest_lines(indexes)
-    known = kept("digests", json_digest({split: index.stamps for split, index in indexes.items()}), ".txt")
+    known = kept("digests", json_digest(files), ".txt")
     try:
         return known.read_text(encoding="ascii")
     except (OSError, ValueError):
@@ -211,6 +215,8 @@ def read_index(path: Path) -> Index | None:
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("it is no safetensors file")
             header = json.loads(file.read(length))
         data = np.memmap(path, np.uint8, "r", offset=8 + length)
         meta = json.loads(header.pop("__metadata__")["index"])

@@ -162,6 +162,29 @@ def pack_sources(
     return read_header(out)
 
 
+def pack(
+    source: str | Path,
+    out: Path,
+    *,
+    short_side: int | None = None,
+    quality: int | None = None,
+    raw: bool = False,
+    num_workers: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Packs every split of the set at `source` into the folder `out`; see `How` and `pack_sources`. Returns the header."""
+    from mae_bench.data.formats import open_split, splits_in  # it knows every format, and this one is one of them
+
+    how = How(short_side, quality, raw)
+    splits = splits_in(source)
+    sources = {split: open_split(source, split, refresh=True) for split in splits}
+    if not sources:
+        raise UserError(
+            f"{source} holds no images", expected="a set of images in any form", fix="mae-bench data check images PATH"
+        )
+    return pack_sources(sources, Path(out), how, num_workers=num_workers, progress=progress)
+
+
 class _Pack:
     """One split on its way: NAME.data.part grows, and NAME.journal says up to where it is whole."""
 

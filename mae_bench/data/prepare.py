@@ -1,0 +1,216 @@
+"""ImageNet's folders from the original archives of ILSVRC2012, checked, resumable, and whole or not there."""
+
+import csv
+import errno
+import hashlib
+import io
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mae_bench.data.images import is_image
+from mae_bench.errors import NotInstalled, UserError
+from mae_bench.files import write_json, write_text
+
+TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
+MD5 = {  # as torchvision's datasets/imagenet.py and the download page of image-net.org have them
+    TRAIN: "1d675b47d978889d74fa0da5fadfb00e",
+    VAL: "29b22e2961454d5413ddabcf34fc5622",
+    DEVKIT: "fa75699e90414af021442c21a62c3abf",
+}
+COUNTS = {"train": 1_281_167, "val": 50_000, "classes": 1000}
+NAME = "ImageNet-1K"
+CHECKED = ".checked"  # beside what is made: the archives whose MD5 was right, by size and time
+WNID = re.compile(r"n\d{8}")
+META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+
+Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Images a split and classes of what was made."""
+
+    root: Path
+    train: int
+    val: int
+    classes: int
+
+
+def prepare_imagenet(
+    source: Path, out: Path, progress: Progress | None = None, *, check: bool = True, val_classes: Path | None = None
+) -> Prepared:
+    """Makes out/train/WNID/*.JPEG and out/val/WNID/*.JPEG from the archives in `source`; a stopped call goes on.
+
+    The classes' order is that of their WordNet ids, so that the labels are everybody's. check: compare the archives' MD5, and
+    the number of images with ILSVRC2012's. val_classes: a text with an image's name and its WNID a line (or Kaggle's
+    LOC_val_solution.csv), in the place of the devkit. UserError: an archive is missing, is not the published one or is
+    damaged; the disk is full.
+    """
+    needed = [TRAIN, VAL] if val_classes else [TRAIN, VAL, DEVKIT]
+    if lacking := [name for name in needed if not (source / name).is_file()]:
+        raise UserError(
+            f"{source} lacks {', '.join(lacking)}", expected=f"{', '.join(needed)}, as image-net.org publishes them",
+            fix="without the devkit, give a file with the classes of the validation images" * (lacking == [DEVKIT]),
+        )  # fmt: skip
+    with _readable(out):
+        if check:
+            _check_md5([source / name for name in needed], out / CHECKED, progress)
+        labels = _listed(val_classes) if val_classes else _devkit(source / DEVKIT)
+        _make_train(source / TRAIN, out / "train", progress)
+        _make_val(source / VAL, out / "val", labels, progress)
+        made = _count(out)
+        if check and (found := {"train": made.train, "val": made.val, "classes": made.classes}) != COUNTS:
+            raise UserError(f"{out} holds {found}", expected=str(COUNTS), fix=f"remove {out} and prepare it again")
+        write_json(out / "dataset.json", {"name": NAME if check else out.resolve().name})
+    return made
+
+
+@contextmanager
+def _readable(out: Path) -> Iterator[None]:
+    """Turns what the system says into what the user can do."""
+    try:
+        yield
+    except tarfile.TarError as error:
+        raise UserError(f"an archive is damaged: {error}", fix="fetch it again") from error
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise UserError(
+            f"{out} cannot be made: {error}", expected="about 155 GB of room" * full, fix="make room; the same command goes on"
+        ) from error
+
+
+def _check_md5(archives: list[Path], record: Path, progress: Progress | None) -> None:
+    known = set(record.read_text(encoding="utf-8").splitlines()) if record.is_file() else set()
+    for path in archives:
+        mark = f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
+        if mark in known:
+            continue
+        if (found := _md5(path, progress)) != MD5[path.name]:
+            raise UserError(
+                f"{path} has MD5 {found}", expected=f"{MD5[path.name]}, the published archive",
+                fix="fetch it again; or switch the check off, if it is meant to be another",
+            )  # fmt: skip
+        known.add(mark)
+        write_text(record, "".join(f"{line}\n" for line in sorted(known)))
+
+
+def _md5(path: Path, progress: Progress | None) -> str:
+    digest, size = hashlib.md5(usedforsecurity=False), path.stat().st_size
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+            if progress:
+                progress(f"checking {path.name}", file.tell(), size)
+    return digest.hexdigest()
+
+
+def _devkit(path: Path) -> list[str]:
+    """The WNID of each validation image, in order: meta.mat numbers the classes, the ground truth gives each image's number."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise NotInstalled(
+            f"the devkit's meta.mat needs scipy: {error}",
+            fix="python -m pip install scipy, or give a file with the classes of the validation images",
+        ) from error
+    with tarfile.open(path, "r:gz") as file:
+        contents = {name: _member(file, name, path) for name in (META, TRUTH)}
+    synsets = loadmat(io.BytesIO(contents[META]), squeeze_me=True)["synsets"]
+    wnids = {
+        int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0
+    }  # the rest are the leaves' parents in the hierarchy
+    return [wnids[int(number)] for number in contents[TRUTH].split()]
+
+
+def _member(file: tarfile.TarFile, ending: str, path: Path) -> bytes:
+    member = next((member for member in file if member.isreg() and member.name.endswith(ending)), None)
+    content = file.extractfile(member) if member else None
+    if content is None:
+        raise UserError(f"{path} lacks {ending}", expected="the devkit of ILSVRC2012")
+    return content.read()
+
+
+def _listed(path: Path) -> dict[str, str]:
+    """Name of a validation image (without its ending) -> WNID, from a text or a CSV with both in each line."""
+    found: dict[str, str] = {}
+    for row in csv.reader(re.sub(r"[ \t]+", ",", line) for line in path.read_text(encoding="utf-8").splitlines()):
+        wnid = next((cell for cell in row if WNID.fullmatch(cell)), None)
+        if row and wnid and row[0] != wnid:
+            found[Path(row[0]).stem] = wnid
+    if not found:
+        raise UserError(f"{path} names no classes", expected="ILSVRC2012_val_00000001.JPEG n01751748, an image a line")
+    return found
+
+
+def _make_train(archive: Path, folder: Path, progress: Progress | None) -> None:
+    """A tar of tars, a class each; a class's folder appears when it is whole."""
+    with tarfile.open(archive, "r:") as outer:
+        members = [member for member in outer if member.isreg()]
+        for done, member in enumerate(members, 1):
+            wnid = Path(member.name).stem
+            if not WNID.fullmatch(wnid):
+                raise UserError(f"{archive} has a member {member.name}", expected="a tar a class, such as n01440764.tar")
+            if not (folder / wnid).is_dir():
+                part = folder / f".{wnid}.part"
+                shutil.rmtree(part, ignore_errors=True)
+                with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
+                    for image in inner:
+                        _extract(inner, image, part, archive)
+                part.rename(folder / wnid)
+            if progress:
+                progress("train", done, len(members))
+
+
+def _make_val(archive: Path, folder: Path, labels: list[str] | dict[str, str], progress: Progress | None) -> None:
+    """One flat tar, whose images go to the folders of their classes; `val` appears when it is whole."""
+    if folder.is_dir():
+        return
+    part = folder.with_name(f".{folder.name}.part")
+    with tarfile.open(archive, "r:") as file:
+        members = sorted((member for member in file if member.isreg()), key=lambda member: Path(member.name).name)
+        if isinstance(labels, list) and len(labels) != len(members):
+            raise UserError(f"{archive} has {len(members)} images", expected=f"{len(labels)}, as the devkit has labels")
+        for done, member in enumerate(members, 1):
+            stem = Path(member.name).stem
+            wnid = labels[done - 1] if isinstance(labels, list) else labels.get(stem)
+            if wnid is None:
+                raise UserError(f"no class is given for {stem}", expected="one for every validation image")
+            _extract(file, member, part / wnid, archive)
+            if progress and (done % 1000 == 0 or done == len(members)):
+                progress("val", done, len(members))
+    part.rename(folder)
+
+
+def _extract(file: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, archive: Path) -> None:
+    """Writes one image under its bare name; whatever is no image's name, is a link or leads elsewhere is refused."""
+    if not member.isreg() or member.name.removeprefix("./") != Path(member.name).name or not is_image(Path(member.name).name):
+        raise UserError(f"{archive} has a member {member.name!r}", expected="images alone, without folders or links")
+    path, content = folder / Path(member.name).name, file.extractfile(member)
+    if path.is_file() and path.stat().st_size == member.size:  # an earlier call got so far
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as out:
+        copied: Any = content
+        shutil.copyfileobj(copied, out, 1 << 20)
+    if path.stat().st_size != member.size:
+        raise tarfile.ReadError(f"{archive} ends in the middle of {member.name}")
+
+
+def _count(out: Path) -> Prepared:
+    counts = {
+        split: {
+            folder.name: sum(1 for _ in folder.iterdir()) for folder in (out / split).iterdir() if WNID.fullmatch(folder.name)
+        }
+        for split in ("train", "val")
+    }
+    if difference := set(counts["train"]) ^ set(counts["val"]):
+        raise UserError(
+            f"the classes of train and val differ: {', '.join(sorted(difference)[:5])}", expected="the same in both"
+        )  # fmt: skip
+    return Prepared(out, sum(counts["train"].values()), sum(counts["val"].values()), len(counts["train"]))

@@ -1,0 +1,40 @@
+"""A cache of the test's own, and small images."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mae_bench.data import index
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the test's cache lies: nothing is read from or left in the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MAE_BENCH_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def keeps(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that keeps the index of the smallest and of the latest set."""
+    monkeypatch.setattr(index, "MIN_KEPT", 1)
+    monkeypatch.setattr(index, "SETTLED_SECONDS", 0.0)
+    return cache
+
+
+@pytest.fixture
+def picture() -> Callable[..., bytes]:
+    """Encoded images that differ by their number."""
+
+    def encode(number: int, size: tuple[int, int] = (16, 12), form: str = "JPEG") -> bytes:
+        pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, form)
+        return file.getvalue()
+
+    return encode
