@@ -49,12 +49,20 @@ def load_mae(
     options |= {key: value for key, value in told.items() if value is not None}
     if img_size is not None:
         spec, weights = _resize(spec, weights, (img_size, img_size) if isinstance(img_size, int) else img_size)
-    with torch.device("meta"):
-        model = MAE(spec, **options)
+    model = _hollow(spec, options, path)
     ours = {name if DECODER.match(name) else f"encoder.{name}": tensor.float() for name, tensor in weights.items()}
     check_fit(model, ours, str(path), "a masked autoencoder")
     model.load_state_dict({name: tensor.clone() for name, tensor in ours.items()}, assign=True)
     return model.eval()
+
+
+def _hollow(spec: BackboneSpec, options: Mapping[str, Any], path: str | Path) -> MAE:
+    """The model without memory for its weights: those of the file take their place."""
+    try:
+        with torch.device("meta"):
+            return MAE(spec, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its description cannot be read: {error}", expected="the keywords of MAE") from error
 
 
 def _file(path: str | Path) -> Path:

@@ -204,15 +204,16 @@ class DecoderBlock(Block):
 
     def forward(self, x: torch.Tensor, first: int = 0) -> torch.Tensor:  # type: ignore[override]
         """x (N, T, E) -> (N, T - first, E), the same as all of them without the first ones."""
-        if first == 0:
-            return super().forward(x)
         attn: Any = self.attn
         n, t, width = x.shape
         y = self.norm1(x)
-        weight, bias = attn.qkv.weight, attn.qkv.bias
+        if first == 0:
+            query, key, value = attn.qkv(y).chunk(3, dim=-1)  # their gradients are put together in one copy, where timm needs two
+        else:
+            weight, bias = attn.qkv.weight, attn.qkv.bias
+            query = F.linear(y[:, first:], weight[:width], bias[:width])
+            key, value = F.linear(y, weight[width:], bias[width:]).chunk(2, dim=-1)
         heads = lambda z: z.reshape(n, -1, attn.num_heads, width // attn.num_heads).transpose(1, 2)  # noqa: E731
-        query = heads(F.linear(y[:, first:], weight[:width], bias[:width]))
-        key, value = F.linear(y, weight[width:], bias[width:]).chunk(2, dim=-1)
-        y = F.scaled_dot_product_attention(query, heads(key), heads(value))
+        y = F.scaled_dot_product_attention(heads(query), heads(key), heads(value))
         x = x[:, first:] + attn.proj(y.transpose(1, 2).reshape(n, t - first, width))
         return x + self.mlp(self.norm2(x))

@@ -62,11 +62,11 @@ def count_kept(num_patches: int, mask_ratio: float) -> int:
     """
     len_keep = int(num_patches * (1 - mask_ratio))
     if not 0 < len_keep < num_patches:
-        usable = f"use a mask_ratio from {1 / num_patches:.3f} to {1 - 1 / num_patches:.3f}"
+        most = next((k for k in range(999, 0, -1) if int(num_patches * (1 - k / 1000))), 0) / 1000
         raise UserError(
             f"mask_ratio {mask_ratio} keeps {len_keep} of {num_patches} patches",
             expected="at least one patch kept and one removed",
-            fix=usable if num_patches > 1 else "make the images larger or the patches smaller",
+            fix=f"use a mask_ratio above 0 and at most {most}" if most else "make the images larger or the patches smaller",
         )
     return len_keep
 

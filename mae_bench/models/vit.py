@@ -56,7 +56,7 @@ def build_vit(
 @torch.no_grad()
 def init_weights(model: VisionTransformer, spec: BackboneSpec) -> None:
     """MAE's initialisation: xavier uniform for every Linear (the patch embedding as one), zero biases, normal(0.02) for the
-    class token.
+    class token. The patch embedding's bias stays as torch draws it, as in the reference (models_mae.py).
 
     A sin-cos table stays a Parameter, frozen or not by whoever trains (MAE freezes it in pretraining and trains it in
     fine-tuning).
@@ -68,7 +68,6 @@ def init_weights(model: VisionTransformer, spec: BackboneSpec) -> None:
                 nn.init.zeros_(module.bias)
     projection = model.patch_embed.proj
     nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-    nn.init.zeros_(projection.bias)
     for token in (model.cls_token, model.reg_token):
         if token is not None:
             nn.init.normal_(token, std=0.02)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from mae_bench.engine.optim import param_groups, pretrain_no_decay
 from mae_bench.errors import UserError
 from mae_bench.models.mae import MAE
 from mae_bench.models.masking import build_masking
@@ -167,3 +168,161 @@ def test_other_channel_counts_and_frozen_tables() -> None:
     assert model(imgs, 0.75, noise)[1].shape[-1] == 8 * 8 * 5
     assert not model.encoder.pos_embed.requires_grad
     assert not model.decoder_pos_embed.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 32, 48), (2, 3, 48, 32), (2, 3, 32, 40), (3, 32, 48)])
+def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match="images of shape"):
+        make()(torch.zeros(shape))
+
+
+def test_noise_of_another_shape_is_refused() -> None:
+    with pytest.raises(UserError, match="noise of shape"):
+        make()(inputs()[0], 0.75, torch.rand(3, 23))
+
+
+def test_activation_checkpointing_changes_no_bit() -> None:
+    imgs, noise = inputs()
+    found = []
+    for recompute in (False, True):
+        model = make().train()
+        model.activation_checkpointing = recompute
+        loss = model(imgs, 0.75, noise)[0]
+        loss.backward()
+        found.append([loss] + [p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_activation_checkpointing_keeps_fewer_activations() -> None:
+    """What autograd saves for the backward pass: the blocks' inputs in place of all that is computed in them."""
+    imgs, noise = inputs()
+    sizes = []
+    for recompute in (False, True):
+        model = make().train()
+        model.activation_checkpointing = recompute
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=saved: (to.append(t.numel()), t)[1], lambda t: t):
+            model(imgs, 0.75, noise)
+        sizes.append(sum(saved))
+    assert sizes[1] < sizes[0] / 2
+
+
+@pytest.mark.parametrize("encoder_mask_tokens", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_blocks_weights_are_touched_in_its_own_forward_alone(encoder_mask_tokens: bool, recompute: bool) -> None:
+    """Sharded weights are whole only between a block's hooks: here they are not numbers outside of them."""
+    torch.manual_seed(0)
+    options = {"encoder_mask_tokens": encoder_mask_tokens, "activation_checkpointing": recompute}
+    model = MAE(SPEC, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, **options)
+    imgs, noise = inputs()
+    want = model(imgs, 0.75, noise)[0]
+    for block in [*model.encoder.blocks, *model.decoder_blocks]:
+        whole = {name: p.detach().clone() for name, p in block.named_parameters()}
+
+        def gather(block, args, whole=whole):  # type: ignore[no-untyped-def]
+            for name, p in block.named_parameters():
+                p.data = whole[name]
+
+        def scatter(block, args, out):  # type: ignore[no-untyped-def]
+            for p in block.parameters():
+                p.data = torch.full_like(p, math.nan)
+
+        block.register_forward_pre_hook(gather)
+        block.register_forward_hook(scatter)
+        scatter(block, None, None)
+    assert torch.equal(model(imgs, 0.75, noise)[0], want)
+
+
+@pytest.mark.parametrize("options", [{}, {"encoder_mask_tokens": True}, {"target": "hog"}, {"activation_checkpointing": True}])
+def test_the_training_step_is_one_graph(options: dict) -> None:
+    """Nothing in forward depends on values or waits for a device."""
+    torch.manual_seed(0)
+    model = MAE(SPEC, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, **options).train()
+    imgs, noise = inputs()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(imgs, 0.75, noise)[0], model(imgs, 0.75, noise)[0])
+
+
+def with_mask_tokens_in_the_encoder(model: MAE, imgs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Table 1c step by step, in the image's order: embed every patch, put the mask token where one is removed, encode all."""
+    vit = model.encoder
+    tokens = vit.patch_embed(imgs)
+    tokens = torch.where(mask[..., None].bool(), model.mask_token, tokens)
+    x = torch.cat([vit.cls_token.expand(len(imgs), -1, -1), tokens], dim=1) + vit.pos_embed
+    x = model.decoder_embed(vit.norm(vit.blocks(x))) + model.decoder_pos_embed
+    for block in model.decoder_blocks:
+        x = block(x)
+    return model.decoder_pred(model.decoder_norm(x))[:, 1:]
+
+
+def test_mask_tokens_in_the_encoder() -> None:
+    torch.manual_seed(0)
+    model = MAE(SPEC, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, encoder_mask_tokens=True)
+    torch.nn.init.normal_(model.mask_token)
+    imgs, noise = inputs()
+    lengths = []
+    for block in model.encoder.blocks:
+        block.register_forward_hook(lambda _, args, out: lengths.append(args[0].shape[1]))
+    loss, pred, mask = model.eval()(imgs, 0.75, noise)
+    assert lengths == [1 + SPEC.num_patches] * SPEC.depth, "the encoder pays for every patch"
+    want = with_mask_tokens_in_the_encoder(model, imgs, mask)
+    torch.testing.assert_close(pred, want, rtol=1e-4, atol=1e-5)
+    error = ((want - model.patchify(imgs)) ** 2).mean(-1)
+    torch.testing.assert_close(loss, (error * mask).sum() / mask.sum())
+    training = model.train()(imgs, 0.75, noise)[0]
+    torch.testing.assert_close(training, loss)
+    training.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    removed = mask[0].argmax()
+    changed = model.patchify(imgs).clone()
+    changed[0, removed] += 1
+    assert torch.equal(model.eval()(model.unpatchify(changed), 0.75, noise)[1], pred), "the encoder must not see removed pixels"
+
+
+def test_initialisation_is_the_references() -> None:
+    """Xavier uniform on every Linear and on the patch embedding as a matrix, zero biases, tokens of deviation 0.02."""
+    torch.manual_seed(0)
+    spec = replace(SPEC, embed_dim=96, img_size=(16, 16))
+    model = MAE(spec, decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=2)
+    for name, tensor in model.named_parameters():
+        if tensor.ndim in (2, 4):
+            matrix = tensor.flatten(1)
+            bound = math.sqrt(6 / (matrix.shape[0] + matrix.shape[1]))
+            assert tensor.abs().max() <= bound, name
+            assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03), name
+        elif name.endswith("token"):
+            assert tensor.std().item() == pytest.approx(0.02, rel=0.3), name
+        elif name.endswith("bias") and "patch_embed" not in name:
+            assert not tensor.any(), name
+        elif "norm" in name:
+            assert (tensor == 1).all(), name
+    assert model.encoder.patch_embed.proj.bias.abs().max() <= 1 / math.sqrt(192), "torch's own, in the reference too"
+
+
+def test_every_norm_has_the_same_eps() -> None:
+    norms = [m for m in make(spec=replace(SPEC, norm_eps=1e-3)).modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert {norm.eps for norm in norms} == {1e-3}
+    assert len(norms) == 2 * (2 + 2) + 2
+
+
+def test_cls_and_mask_tokens_are_decayed_and_tables_are_not_trained() -> None:
+    """The reference's timm exempts 1-D parameters and biases alone (add_weight_decay)."""
+    model = make()
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = {
+        g["weight_decay"]: {names[id(p)] for p in g["params"]}
+        for g in param_groups(model.named_parameters(), 0.05, pretrain_no_decay)
+    }
+    assert {"encoder.cls_token", "mask_token", "encoder.patch_embed.proj.weight"} <= groups[0.05]
+    assert {"encoder.norm.weight", "decoder_pred.bias"} <= groups[0.0]
+    assert not any("pos_embed" in name for group in groups.values() for name in group)
+
+
+def test_the_class_token_is_never_masked_and_has_no_position() -> None:
+    model = make().eval()
+    imgs, noise = inputs()
+    first = {}
+    model.encoder.blocks[0].register_forward_pre_hook(lambda _, args: first.setdefault("x", args[0]))
+    model(imgs, 0.75, noise)
+    assert first["x"].shape[1] == 1 + 6
+    torch.testing.assert_close(first["x"][:, :1], model.encoder.cls_token.expand(3, -1, -1), msg="row 0 of the table is zero")

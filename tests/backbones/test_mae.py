@@ -1,0 +1,258 @@
+"""load_mae: whole autoencoders from our file, the reference's and transformers', with the same loss, prediction and mask."""
+
+import argparse
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+import mae_bench
+from backbones.mae import load_mae
+from mae_bench.errors import UserError
+from mae_bench.export import write_export
+from mae_bench.models.mae import MAE
+from mae_bench.models.pos_embed import sincos_2d
+from mae_bench.reconstruct import reconstruct, save_mae
+from mae_bench.spec import BackboneSpec
+
+SPEC = BackboneSpec("vit", (32, 16), (8, 8), 3, 48, 2, 4, mean=(0.4,) * 3, pos_embed="sincos", pretrain_method="mae")
+SMALL = {"decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2}
+
+
+def randomise(module):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return module
+
+
+def drawn(spec_size, num_patches, n=2):
+    generator = torch.Generator().manual_seed(6)
+    return torch.randn(n, 3, *spec_size, generator=generator), torch.rand(n, num_patches, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    config = ViTMAEConfig(
+        hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192, image_size=32, patch_size=8,
+        decoder_hidden_size=32, decoder_num_hidden_layers=2, decoder_num_attention_heads=2, decoder_intermediate_size=128,
+        norm_pix_loss=True, mask_ratio=0.75,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return randomise(ViTMAEForPreTraining(config)).eval()
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+@pytest.mark.parametrize("mask_ratio", [0.75, 0.5])
+def test_equals_transformers(tmp_path, theirs, norm_pix_loss, mask_ratio):
+    theirs.config.norm_pix_loss, theirs.config.mask_ratio = norm_pix_loss, mask_ratio
+    theirs.save_pretrained(tmp_path)
+    ours = mae_bench.load_mae(tmp_path)
+    assert ours.spec.norm_eps == theirs.config.layer_norm_eps == 1e-12
+    assert ours.target.norm is norm_pix_loss
+    imgs, noise = drawn((32, 32), 16)
+    with torch.no_grad():
+        loss, pred, mask = ours(imgs, mask_ratio, noise)
+        want = theirs(imgs, noise=noise)
+        training = ours.train()(imgs, mask_ratio, noise)[0]
+    assert loss.item() == pytest.approx(want.loss.item(), rel=1e-5)
+    assert training.item() == pytest.approx(want.loss.item(), rel=1e-5)
+    torch.testing.assert_close(pred, want.logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(mask, want.mask)
+
+
+def test_transformers_older_names_of_the_decoder(tmp_path, theirs):
+    """Files that are on the hub say decoder_layers; version 5 writes decoder_encoder.layer."""
+    theirs.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    older = {name.replace("decoder_encoder.layer.", "decoder_layers."): tensor for name, tensor in weights.items()}
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "config.json").write_text((tmp_path / "config.json").read_text())
+    save_file(older, tmp_path / "older" / "model.safetensors")
+    one, other = load_mae(tmp_path).state_dict(), load_mae(tmp_path / "older").state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def reference_forward(w, imgs, noise, mask_ratio, heads, decoder_heads, norm_pix_loss):
+    """facebookresearch/mae in tensor algebra, in the order of its code: square patches, channel last, unshuffle, mask."""
+    n, p = len(imgs), w["patch_embed.proj.weight"].shape[-1]
+
+    def norm(z, name):
+        return F.layer_norm(z, z.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
+
+    def block(x, name, num_heads):
+        q, k, v = F.linear(norm(x, f"{name}.norm1"), w[f"{name}.attn.qkv.weight"], w[f"{name}.attn.qkv.bias"]).chunk(3, -1)
+        q, k, v = (z.unflatten(-1, (num_heads, -1)).transpose(1, 2) for z in (q, k, v))
+        y = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        x = x + F.linear(y.transpose(1, 2).flatten(2), w[f"{name}.attn.proj.weight"], w[f"{name}.attn.proj.bias"])
+        y = F.gelu(F.linear(norm(x, f"{name}.norm2"), w[f"{name}.mlp.fc1.weight"], w[f"{name}.mlp.fc1.bias"]))
+        return x + F.linear(y, w[f"{name}.mlp.fc2.weight"], w[f"{name}.mlp.fc2.bias"])
+
+    x = F.conv2d(imgs, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=p).flatten(2).transpose(1, 2)
+    x = x + w["pos_embed"][:, 1:]
+    order = noise.argsort(1)
+    keep = int(x.shape[1] * (1 - mask_ratio))
+    x = torch.stack([x[i, order[i, :keep]] for i in range(n)])
+    x = torch.cat([(w["cls_token"] + w["pos_embed"][:, :1]).expand(n, -1, -1), x], 1)
+    for i in range(sum(name.startswith("blocks.") and name.endswith("norm1.weight") for name in w)):
+        x = block(x, f"blocks.{i}", heads)
+    x = F.linear(norm(x, "norm"), w["decoder_embed.weight"], w["decoder_embed.bias"])
+    full = w["mask_token"].expand(n, noise.shape[1], -1).clone()
+    for i in range(n):
+        full[i, order[i, :keep]] = x[i, 1:]
+    x = torch.cat([x[:, :1], full], 1) + w["decoder_pos_embed"]
+    for i in range(sum(name.startswith("decoder_blocks.") and name.endswith("norm1.weight") for name in w)):
+        x = block(x, f"decoder_blocks.{i}", decoder_heads)
+    pred = F.linear(norm(x, "decoder_norm"), w["decoder_pred.weight"], w["decoder_pred.bias"])[:, 1:]
+    target = F.unfold(imgs, p, stride=p).transpose(1, 2).unflatten(-1, (3, p * p)).transpose(2, 3).flatten(2)
+    if norm_pix_loss:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True, unbiased=True) + 1e-6) ** 0.5
+    mask = torch.ones_like(noise)
+    for i in range(n):
+        mask[i, order[i, :keep]] = 0
+    return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum(), pred, mask
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+@pytest.mark.parametrize("file", ["checkpoint-7.pth", "full.pth"])
+def test_equals_the_reference(tmp_path, toys, file, norm_pix_loss):
+    """A training state says its arguments; a bare file takes the reference's defaults: pixels as they are, 16 heads."""
+    content = {"model": toys["full"]}
+    if file == "checkpoint-7.pth":
+        content |= {"args": argparse.Namespace(norm_pix_loss=norm_pix_loss), "epoch": 7}
+    torch.save(content, tmp_path / file)
+    given = {} if file == "checkpoint-7.pth" else {"norm_pix_loss": norm_pix_loss}
+    model = load_mae(tmp_path / file, **given)
+    assert (model.options["decoder_num_heads"], model.options["norm_pix_loss"]) == (16, norm_pix_loss)
+    imgs, noise = drawn((32, 32), 16)
+    with torch.no_grad():
+        loss, pred, mask = model(imgs, 0.75, noise)
+        want_loss, want_pred, want_mask = reference_forward(toys["full"], imgs, noise, 0.75, 3, 16, norm_pix_loss)
+    assert loss.item() == pytest.approx(want_loss.item(), rel=1e-5)
+    torch.testing.assert_close(pred, want_pred, rtol=1e-4, atol=1e-5)
+    assert torch.equal(mask, want_mask)
+    other_heads = load_mae(tmp_path / file, decoder_num_heads=4, **given)
+    assert other_heads.options["decoder_num_heads"] == 4
+    assert not torch.equal(other_heads(imgs, 0.75, noise)[1], pred)
+
+
+def test_a_file_that_is_silent_takes_the_constructors_default(files):
+    assert not load_mae(files["full"][0]).options["norm_pix_loss"]
+    assert load_mae(files["checkpoint-7"][0]).options["norm_pix_loss"], "its saved arguments say so"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm_pix_loss": True},
+        {"target": "pca", "num_pca": 7},
+        {"target": "hog", "loss_on": "all"},
+        {"target": "tokens", "num_tokens": 13, "mask_sampling": "grid"},
+        {"encoder_mask_tokens": True, "mask_sampling": "block", "activation_checkpointing": True},
+    ],
+)
+def test_our_file_gives_the_same_model_back(tmp_path, options):
+    torch.manual_seed(0)
+    model = randomise(MAE(SPEC, **SMALL, **options)).eval()
+    imgs, noise = drawn(SPEC.img_size, SPEC.num_patches)
+    if options.get("target") == "pca":
+        model.target.fit(model.patchify(torch.randn(9, 3, 32, 16)).flatten(0, 1))
+    ids = torch.randint(13, (2, SPEC.num_patches)) if options.get("target") == "tokens" else None
+    save_mae(model, tmp_path)
+    for source in (tmp_path, f"run:{tmp_path}", tmp_path / "mae.safetensors"):
+        again = load_mae(source)
+        assert (again.spec, again.options) == (model.spec, model.options)
+        assert again.state_dict().keys() == model.state_dict().keys()
+        for one, other in zip(again(imgs, 0.75, noise, ids), model(imgs, 0.75, noise, ids), strict=True):
+            assert torch.equal(one, other)
+        trained = {name for name, p in again.named_parameters() if p.requires_grad}
+        assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_renamed_file_of_ours_is_known_by_its_content(tmp_path):
+    save_mae(MAE(SPEC, **SMALL), tmp_path)
+    (tmp_path / "mae.safetensors").rename(tmp_path / "mine.safetensors")
+    assert load_mae(tmp_path / "mine.safetensors").spec == SPEC
+
+
+def test_another_image_size_resamples_both_tables(tmp_path, toys, theirs):
+    torch.save({"model": toys["full"]}, tmp_path / "full.pth")
+    theirs.save_pretrained(tmp_path / "hf")
+    for source in (tmp_path / "full.pth", tmp_path / "hf"):
+        small, large = load_mae(source), load_mae(source, img_size=64)
+        for name in ("encoder.pos_embed", "decoder_pos_embed"):
+            table, resampled = small.state_dict()[name], large.state_dict()[name]
+            assert resampled.shape == (1, 65, table.shape[2])
+            assert torch.equal(resampled[:, 0], table[:, 0])
+            grid = lambda t, side: t[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # noqa: E731
+            want = F.interpolate(grid(table, 4), size=(8, 8), mode="bicubic", antialias=True)
+            torch.testing.assert_close(grid(resampled, 8), want)
+        assert large.spec.img_size == (64, 64)
+        assert not large.encoder.pos_embed.requires_grad
+        imgs, noise = drawn((64, 64), 64)
+        assert large(imgs, 0.75, noise)[1].shape == (2, 64, 192)
+        wide = load_mae(source, img_size=(32, 64))
+        assert wide.spec.grid_size == (4, 8)
+        same = load_mae(source, img_size=32)
+        assert torch.equal(same.encoder.pos_embed, small.encoder.pos_embed)
+    assert torch.equal(load_mae(tmp_path / "full.pth").encoder.pos_embed, sincos_2d(192, (4, 4)))
+    with pytest.raises(UserError, match="not divisible"):
+        load_mae(tmp_path / "full.pth", img_size=60)
+
+
+def test_a_file_without_a_decoder_says_so(tmp_path, files):
+    mae = MAE(SPEC, **SMALL)
+    write_export(tmp_path / "export", mae.encoder.state_dict(), SPEC, {})
+    sources = [files["encoder"][0], files["fine"][0], files["timm.safetensors"][0], tmp_path / "export", tmp_path]
+    for source in sources:
+        with pytest.raises(UserError, match="no decoder"):
+            load_mae(source)
+    with pytest.raises(UserError, match="no such file"):
+        load_mae(tmp_path / "nowhere")
+
+
+def test_damaged_files_are_refused(tmp_path, toys, theirs):
+    def refuse(tensors, match):
+        torch.save({"model": tensors}, tmp_path / "x.pth")
+        with pytest.raises(UserError, match=match):
+            load_mae(tmp_path / "x.pth")
+
+    full = toys["full"]
+    refuse({name: t for name, t in full.items() if name != "decoder_norm.weight"}, "missing: decoder_norm.weight")
+    refuse({name: t for name, t in full.items() if name != "decoder_embed.weight"}, "no decoder")
+    refuse(full | {"decoder_extra": torch.zeros(2)}, "unexpected: decoder_extra")
+    refuse(full | {"decoder_pred.bias": torch.full((192,), math.nan)}, "NaN")
+    refuse(full | {"decoder_pred.bias": torch.zeros(3)}, "another shape")
+    save_mae(MAE(SPEC, **SMALL), tmp_path)
+    weights = load_file(tmp_path / "mae.safetensors")
+    save_file(weights, tmp_path / "mae.safetensors", {"decoder": json.dumps({"colours": 3}), "spec": json.dumps(SPEC.to_dict())})
+    with pytest.raises(UserError, match="description"):
+        load_mae(tmp_path)
+    save_file(weights, tmp_path / "mae.safetensors", {"decoder": "{", "spec": "{"})
+    with pytest.raises(UserError, match="description"):
+        load_mae(tmp_path)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_a_perfect_prediction_is_drawn_as_the_image(norm_pix_loss, monkeypatch):
+    model = MAE(SPEC, **SMALL, norm_pix_loss=norm_pix_loss)
+    pixels = torch.randint(0, 256, (2, 3, 32, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def perfect(imgs, mask_ratio, noise):
+        ids = torch.arange(SPEC.num_patches).expand(2, -1)
+        return None, model.target(imgs, model.split_patches(imgs), None, ids), torch.ones(2, SPEC.num_patches)
+
+    monkeypatch.setattr(model, "forward", perfect)
+    original, _, painted = reconstruct(model, pixels, 0.75, torch.rand(2, SPEC.num_patches))
+    torch.testing.assert_close(painted, original, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_picture_is_not_drawn():
+    with pytest.raises(UserError, match="no picture"):
+        reconstruct(MAE(SPEC, **SMALL, target="hog"), torch.zeros(1, 3, 32, 16, dtype=torch.uint8), 0.75, torch.rand(1, 8))
