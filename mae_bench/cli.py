@@ -23,8 +23,10 @@ WIDTH = 100  # columns of a table that goes into a file
 GENERAL = ("", "export", "cells", "backbone.safetensors", "mae.safetensors", "model.safetensors", "pytorch_model.bin")  # no names
 
 app = typer.Typer(name="mae-bench", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-data_app = typer.Typer(no_args_is_help=True, help="Look at data.")
+data_app = typer.Typer(no_args_is_help=True, help="Prepare, pack and check data.")
+prepare_app = typer.Typer(no_args_is_help=True, help="Make a layout from what its publisher offers.")
 app.add_typer(data_app, name="data")
+data_app.add_typer(prepare_app, name="prepare")
 
 Source = str | Callable[[], dict[str, Any]]  # a suite's file, or what makes its content: the ranks that follow need neither
 
@@ -105,9 +107,7 @@ def pretrain(
     overrides: Overrides = None,
     out: Out = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the weights and of the order of the images.")] = 0,
-    processes: Annotated[
-        int | None, typer.Option("--processes", min=1, help="That train it together; else all GPUs.")
-    ] = None,
+    processes: Annotated[int | None, typer.Option("--processes", min=1, help="That train it together; else all GPUs.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where it is made.")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -274,6 +274,55 @@ def data_check(
     splits = ", ".join(f"{split}: {count} images" for split, count in found.splits.items())
     lines = [f"{found.name} ({layout}): {splits}; {len(found.classes)} classes", f"digest {found.digest}", *found.notes]
     _answer(asdict(found), "\n".join(lines), as_json)
+
+
+Images = Annotated[str, typer.Argument(metavar="SRC", help="Images in any form that pretraining reads: a folder, shards, a URL.")]
+NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; a call that was stopped goes on in it.")]
+
+
+@data_app.command("pack")
+def data_pack(
+    source: Images,
+    out: NewFolder,
+    short_side: Annotated[int, typer.Option("--short-side", min=1, help="Pixels that larger images are reduced to.")] = 256,
+    quality: Annotated[int | None, typer.Option("--quality", min=1, max=100, help="Of the JPEGs; 95 where resized.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Store pixels: the fastest to read and the largest.")] = False,
+    original: Annotated[bool, typer.Option("--original", help="Store each image's bytes as they are.")] = False,
+    num_workers: Annotated[int | None, typer.Option("--num-workers", min=0, help="Processes; by default one a core.")] = None,
+) -> None:
+    """Write a packed set: one file a split that every loader reads, smaller and faster than the images themselves."""
+    from rich.console import Console
+
+    from mae_bench.data.packed import pack
+    from mae_bench.live import counting
+    from mae_bench.provenance import num_cores
+
+    if original and (raw or quality is not None):
+        raise UserError("--original with --raw or --quality", expected="one of the three")
+    workers = num_cores() if num_workers is None else num_workers
+    with counting(Console(stderr=True)) as progress:
+        pack(source, out, short_side=None if original else short_side, quality=quality, raw=raw, num_workers=workers,
+             progress=progress)  # fmt: skip
+    print(out)
+
+
+@prepare_app.command("imagenet")
+def data_prepare_imagenet(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="The folder with the archives as image-net.org publishes them.")],
+    out: NewFolder,
+    val_classes: Annotated[
+        Path | None, typer.Option("--val-classes", help="A line a validation image: name and WNID; else the devkit tells.")
+    ] = None,
+) -> None:
+    """Make the folders train/ and val/ of ImageNet-1K from the ILSVRC2012 archives."""
+    from rich.console import Console
+
+    from mae_bench.data.prepare import prepare_imagenet
+    from mae_bench.live import counting
+
+    with counting(Console(stderr=True)) as progress:
+        made = prepare_imagenet(source, out, progress, val_classes=val_classes)
+    print(f"{out}: train: {made.train} images, val: {made.val} images; {made.classes} classes")
 
 
 def _run(source: Source, overrides: list[str] | None, out: Path | None, jobs: int | None, as_json: bool) -> None:

@@ -54,8 +54,8 @@ class Company:
     """
 
     def __init__(self) -> None:
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.store = _store()
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self._parent = os.getppid()
         self._orders = 0
 

@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -9,6 +11,7 @@ from typing import Any, Self
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
+from rich.progress import Progress, TaskID
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -191,6 +194,25 @@ def clock(seconds: float) -> str:
     """m:ss, or h:mm:ss from an hour on."""
     minutes, rest = divmod(int(max(0, seconds)), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+@contextmanager
+def counting(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A function to call with what is done, how much of it, of how much: bars on a terminal, and a line for what is whole."""
+    bars = Progress(console=console, transient=True, disable=not console.is_terminal)
+    tasks: dict[str, TaskID] = {}
+    whole: set[str] = set()
+
+    def show(name: str, done: int, total: int) -> None:
+        if name not in tasks:
+            tasks[name] = bars.add_task(escape(name), total=total)
+        bars.update(tasks[name], completed=done, total=total)
+        if done >= total and name not in whole:
+            whole.add(name)
+            console.print(f"{escape(name)}: {done}", highlight=False)
+
+    with bars:
+        yield show
 
 
 def view_for(console: Console) -> View:

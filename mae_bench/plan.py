@@ -1,5 +1,6 @@
 """The plan of a suite: every cell with what is done, what is left, and what would fail and why."""
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -7,10 +8,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mae_bench.cell import Cell
-from mae_bench.record import Failure, ResultRecord
+from mae_bench.cell import CELL_FILE, Cell
+from mae_bench.errors import UserError
+from mae_bench.provenance import visible_gpus
+from mae_bench.record import NOT_THE_METHOD, RECORD_FILE, Failure, ResultRecord
 from mae_bench.registry import EXTRAS, kind
-from mae_bench.runner import check_data
+from mae_bench.runner import check_data, num_processes
 from mae_bench.suite import Place, SuiteConfig, expand
 
 STYLES = {"done": "green", "left": "", "failed": "bold red", "would fail": "red", "not installed": "yellow"}
@@ -24,13 +27,33 @@ def plan_of(suite: SuiteConfig) -> dict[str, Any]:
     digests, problems = check_data(suite)
     if suite.demo_data:
         problems = {}
-    cells = [as_dict(cell, cell.result()) | _prospect(cell, problems) for cell in expand(suite, digests)]
-    return {"suite": suite.name, "out": suite.out, "cells": cells}
+    cells, processes = expand(suite, digests), num_processes(suite, num_gpus(suite))
+    planned = [as_dict(cell, cell.result()) | _prospect(cell, problems) | _devices(cell, processes) for cell in cells]
+    return {"suite": suite.name, "out": suite.out, "cells": planned}
+
+
+def num_gpus(suite: SuiteConfig) -> int:
+    """GPUs that a run here would use for one cell."""
+    return 0 if suite.device == "cpu" else len(visible_gpus())
+
+
+def _devices(cell: Cell, processes: int) -> dict[str, Any]:
+    """How the processes of a distributed kind's cell make its global batch, or why they cannot."""
+    if not kind(cell.kind).distributed or isinstance(cell.result(), ResultRecord):
+        return {}
+    from mae_bench.engine.accumulation import accumulation
+
+    try:
+        batch = str(accumulation(cell.config["global_batch_size"], processes, cell.config["device_batch_size"]))
+    except UserError as error:
+        return {"processes": processes, "state": "would fail", "reason": error.given, "fix": error.fix}
+    return {"processes": processes, "batch": batch}
 
 
 def _prospect(cell: Cell, problems: dict[Place, Any]) -> dict[str, Any]:
     """What stands in the way of a cell that has no record."""
-    if isinstance(cell.result(), ResultRecord):
+    result = cell.result()
+    if isinstance(result, ResultRecord):
         return {}
     chosen = kind(cell.kind)
     place: Any = (chosen.layout, cell.config.get("data"))
@@ -38,7 +61,32 @@ def _prospect(cell: Cell, problems: dict[Place, Any]) -> dict[str, Any]:
         return {"state": "would fail", "reason": problem.given, "fix": problem.fix}
     if chosen.extra and (missing := EXTRAS[chosen.extra].missing()):
         return {"state": "not installed", "reason": f"{', '.join(missing)} missing", "fix": EXTRAS[chosen.extra].command}
-    return {}
+    return {} if result else _finished_otherwise(cell)
+
+
+def _finished_otherwise(cell: Cell) -> dict[str, str]:
+    """What sets a cell that is left apart from the last finished one of the same name; nothing where there is none."""
+    finished = [folder for folder in cell.dir.parent.glob(f"{cell.task}-s{cell.seed}-*") if (folder / RECORD_FILE).is_file()]
+    others = [folder for folder in finished if folder != cell.dir and (folder / CELL_FILE).is_file()]
+    if not others:
+        return {}
+    last = max(others, key=lambda folder: (folder / RECORD_FILE).stat().st_mtime)
+    config = json.loads((last / CELL_FILE).read_text(encoding="utf-8"))["cell"]["config"]
+    changes = [change for change in _changes(config, cell.config) if change.split(": ")[0] not in NOT_THE_METHOD]
+    why = ", ".join(changes) or ("another backbone" if cell.upstream else "other data") + ", or another version of its code"
+    return {"reason": f"{cell.name}: {last} is finished, but with {why}", "fix": ""}
+
+
+def _changes(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys whose values differ, each with both values."""
+    found = []
+    for key in sorted(there.keys() | here.keys()):
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {old} (here {new})")
+    return found
 
 
 def as_dict(cell: Cell, result: ResultRecord | Failure | None) -> dict[str, Any]:
@@ -71,4 +119,6 @@ def render(plan: dict[str, Any]) -> RenderableType:
         table.add_row(*map(Text, texts), Text(cell["state"], style=STYLES[cell["state"]]), Text(score))
     reasons = dict.fromkeys(f"{cell['state']}: {cell['reason']}" + (f"\n  Next: {cell['fix']}" if cell["fix"] else "")
                             for cell in plan["cells"] if "reason" in cell)  # fmt: skip
-    return Group(table, Text(f"\n{counts(plan['cells'])}, in {plan['out']}"), *(Text(reason) for reason in reasons))
+    batches = [f"{cell['backbone']}: {cell['batch']}" for cell in plan["cells"] if "batch" in cell]
+    counted = f"\n{counts(plan['cells'])}, in {plan['out']}"
+    return Group(table, *(Text(line) for line in ([""] if batches else []) + batches + [counted, *reasons]))

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from mae_bench.data.loader import Batch
 from mae_bench.errors import UserError
+
+if TYPE_CHECKING:  # a plan counts batches without torch
+    from mae_bench.data.loader import Batch
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Accumulation:
         each = f"{self.sizes[0]} images x {count} accumulated" if equal else f"({' + '.join(map(str, self.sizes))}) images"
         return f"global batch {self.world_size * images} = {self.world_size} device{'s' * (self.world_size > 1)} x {each}"
 
-    def split(self, batch: Batch) -> Iterator[Batch]:
+    def split(self, batch: "Batch") -> "Iterator[Batch]":
         """The micro-batches of a device's batch; each knows its first image's place in the global batch."""
         return batch.split(self.sizes)
 
