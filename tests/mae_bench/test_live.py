@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mae_bench.live import LiveView, Tail, View, clock, row, view_for
+from mae_bench.live import LiveView, Tail, View, clock, counting, row, view_for
 from mae_bench.progress import EVENTS_FILE
 from mae_bench.record import Failure, Metric, ResultRecord
 
@@ -100,6 +100,32 @@ def test_the_live_view_draws_bars_and_keeps_results(tmp_path: Path) -> None:
     assert "1 of 3 cells" in text
     assert "61.543" in text
     assert "start" not in text, "the bar says so"
+
+
+def test_several_processes_are_counted_and_so_are_their_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = StringIO()
+    view = View(Console(file=text, width=120))
+    view.start(tmp_path, "mae", processes=8, imgs_per_step=4096)
+    assert "mae · 8 processes" in text.getvalue()
+    add(tmp_path / EVENTS_FILE, time=1000, done=60)
+    add(tmp_path / EVENTS_FILE, time=1010, done=80, values={"loss": 0.5})
+    view.tick()
+    monkeypatch.setattr("time.time", lambda: 1010.0)
+    tail = view._tails[tmp_path]
+    assert tail.shown == {"loss": 0.5, "img/s": 8192}
+    add(tmp_path / EVENTS_FILE, time=1011, stage="evaluate", done=1)
+    add(tmp_path / EVENTS_FILE, time=1012, stage="evaluate", done=9)
+    view.tick()
+    assert "img/s" not in tail.shown, "its steps are no training steps"
+
+
+def test_counting_says_what_is_whole_once() -> None:
+    text = StringIO()
+    with counting(Console(file=text)) as show:
+        for done in (0, 5, 9, 9):
+            show("train", done, 9)
+        show("val", 2, 2)
+    assert text.getvalue().splitlines() == ["train: 9", "val: 2"]
 
 
 def test_a_row_without_a_total_has_no_count(tmp_path: Path) -> None:

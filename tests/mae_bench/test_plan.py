@@ -56,5 +56,34 @@ def test_what_is_not_installed_is_named_with_the_command(suite: dict[str, Any], 
     assert "pip install odd" in text(suite)
 
 
+def test_a_cell_that_is_left_beside_a_finished_one_says_what_differs(suite: dict[str, Any]) -> None:
+    assert "is finished, but" not in text(suite)
+    run_suite(load_suite(suite, ["tasks.probe.behave=user error"]), View(Console(file=StringIO())), "")
+    assert "is finished, but" not in text(suite), "nothing of that name is finished"
+    run_suite(load_suite(suite), View(Console(file=StringIO())), "")
+    assert "reason" not in plan_of(load_suite(suite))["cells"][2]
+    left = plan_of(load_suite(suite, ["backbones.good.score=5"]))["cells"]
+    assert [cell["state"] for cell in left] == ["left", "done", "left", "done"]
+    assert left[0]["reason"].endswith("is finished, but with score: 1.0 (here 5.0)")
+    assert "is finished, but with another backbone" in left[2]["reason"]
+    assert "score: 1.0 (here 5.0)" in text(suite, "backbones.good.score=5")
+
+
+def test_a_pretraining_shows_its_batch_on_the_devices_at_hand(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    suite["backbones"] = {"mae": {"kind": "fake_pretraining", "global_batch_size": 64, "device_batch_size": 4}}
+    (cell, _) = plan_of(load_suite(suite, ["processes=2"]))["cells"]
+    assert (cell["processes"], cell["state"]) == (2, "left")
+    assert "mae: global batch 64 = 2 devices x 4 images x 8 accumulated" in text(suite, "processes=2")
+    suite["tasks"] = {}
+    monkeypatch.setattr("mae_bench.plan.visible_gpus", lambda: ["0", "1", "2", "3"])
+    assert "64 = 4 devices x 4 images x 4 accumulated" in text(suite, "device=auto"), "all GPUs for a run of one cell"
+
+
+def test_a_batch_that_the_devices_cannot_make_would_fail(suite: dict[str, Any]) -> None:
+    suite["backbones"] = {"mae": {"kind": "fake_pretraining", "global_batch_size": 64}}
+    assert states(suite, "processes=3")["mae", "backbone"] == "would fail"
+    assert "global_batch_size=63 or 66" in text(suite, "processes=3")
+
+
 def test_counts() -> None:
     assert counts([{"state": "left"}, {"state": "done"}, {"state": "left"}]) == "3 cells: 1 done, 2 left"

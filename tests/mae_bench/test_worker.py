@@ -1,8 +1,11 @@
 """The worker process: exit codes, and what lies in the cell's folder afterwards."""
 
+import fcntl
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from mae_bench.cell import CELL_FILE, Cell
 from mae_bench.digest import json_digest
 from mae_bench.record import read_failure, read_record
 from mae_bench.registry import kind
-from mae_bench.worker import Order, environment
+from mae_bench.worker import INTERRUPTED, LOCK_FILE, Order, environment
 
 
 def order(folder: Path, **config: Any) -> Order:
@@ -71,11 +74,31 @@ def test_the_environment_holds_threads_and_device(monkeypatch: pytest.MonkeyPatc
     assert (chosen["OMP_NUM_THREADS"], chosen["MKL_NUM_THREADS"], chosen["CUDA_VISIBLE_DEVICES"]) == ("2", "2", "1")
     assert environment(2, "")["CUDA_VISIBLE_DEVICES"] == ""
     assert "PATH" in chosen
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert environment(2, None)["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 def test_an_order_is_plain_json(fake_kinds: Path, tmp_path: Path) -> None:
     order(tmp_path)
     assert json.loads((tmp_path / CELL_FILE).read_text())["kind"]["run"] == "fake_kinds:run"
+
+
+def test_a_worker_that_waits_for_another_hears_a_stop(fake_kinds: Path, tmp_path: Path) -> None:
+    order(tmp_path)
+    with open(tmp_path / LOCK_FILE, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen([sys.executable, "-m", "mae_bench.worker", str(tmp_path)])
+        while not hears(Path(f"/proc/{process.pid}/status").read_text()):
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=60) == INTERRUPTED
+    assert not (tmp_path / "runs.txt").exists()
+
+
+def hears(status: str) -> bool:
+    """Whether a process, as /proc tells of it, has a handler for SIGUSR1: then it has all of them."""
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
 def test_a_record_that_another_worker_has_written_meanwhile_stands(fake_kinds: Path, tmp_path: Path) -> None:
