@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_bench.models.mae import MAE
+from mae_bench.models.masking import build_masking
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
 
@@ -39,9 +40,9 @@ def training_flops(model: MAE, mask_ratio: float) -> float:
         shape = MAE(model.spec, **options).train()
         imgs = torch.empty(1, model.spec.in_chans, *model.spec.img_size)
         noise = torch.empty(1, model.spec.num_patches)
-        targets = torch.empty(1, model.spec.num_patches, dtype=torch.int64)
+    masking = build_masking(noise, mask_ratio)
     with FlopCounterMode(display=False) as counter:
-        shape(imgs, mask_ratio, noise, targets)
+        shape.forward_decoder(shape.forward_encoder(shape.split_patches(imgs), masking), masking)
     return 3.0 * counter.get_total_flops()
 
 

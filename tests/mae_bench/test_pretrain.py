@@ -143,3 +143,89 @@ def test_reconstruct_needs_a_decoder_and_images(data: Path, tmp_path: Path) -> N
         reconstruct_files(model, [next((data / "val").rglob("*.png"))], tmp_path / "out.jpg")
     reconstruct_files(model, [next((data / "val").rglob("*.png"))], tmp_path / "out.png")
     assert Image.open(tmp_path / "out.png").width > 3 * 90
+
+
+def test_every_axis_trains_and_is_what_the_autoencoder_says(data: Path, tmp_path: Path) -> None:
+    axes: list[dict[str, object]] = [
+        {"mask_sampling": "block", "mask_ratio": 0.5},
+        {"mask_sampling": "grid"},
+        {"encoder_mask_tokens": True},
+        {"target": "pca", "num_pca": 8},
+        {"target": "hog"},
+        {"norm_pix_loss": False, "loss_on": "all"},
+        {"activation_checkpointing": True},
+        {"augment": "none"},
+        {"augment": "crop", "crop_on": "device"},
+        {"color_jitter": 0.4, "decode": "exact"},
+    ]
+    digests = {}
+    for number, axis in enumerate(axes):
+        outcome = pretrain(data, tmp_path / str(number), **axis)
+        digests[str(axis)] = outcome.backbone_digest
+        options = load_mae(tmp_path / str(number)).options
+        for key, value in axis.items():
+            assert options.get(key, value) == value
+        assert ("reconstruction" in outcome.artefacts) == (axis.get("target") != "hog")
+    digests["default"] = pretrain(data, tmp_path / "default").backbone_digest
+    assert digests["{'activation_checkpointing': True}"] == digests["default"], "the same numbers, recomputed"
+    assert len(set(digests.values())) == len(axes), "every other axis changes what is learned"
+
+
+def test_own_images_without_classes_or_validation(tmp_path: Path) -> None:
+    folder = tmp_path / "mine" / "holiday"
+    folder.mkdir(parents=True)
+    for number in range(8):
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (20, 24), dtype=np.uint8)).save(folder / f"{number}.png")
+    model = {**MODEL, "img_size": (16, 8), "in_chans": 1, "mean": (0.5,), "std": (0.25,)}
+    outcome = pretrain(tmp_path / "mine", tmp_path / "run", model=model)
+    assert (outcome.split, outcome.main_metric, outcome.num_samples) == ("train", "train_loss", 8)
+    vit, spec, _ = load_backbone(tmp_path / "run" / "export")
+    assert vit.forward_features(torch.rand(1, 1, 16, 8)).shape == (1, 1 + 4 * 2, 16)
+    assert spec.img_size == (16, 8)
+    assert (tmp_path / "run" / "reconstruction.png").exists()
+
+
+def test_masks_depend_on_neither_accumulation_nor_its_parts(data: Path, tmp_path: Path) -> None:
+    whole = pretrain(data, tmp_path / "whole")
+    parts = pretrain(data, tmp_path / "parts", device_batch_size=1)
+    assert parts.metrics["loss"].value == pytest.approx(whole.metrics["loss"].value, rel=1e-4)
+    assert any("4 accumulated" in note for note in parts.notes), parts.notes
+
+
+def test_reconstructions_are_drawn_on_the_way(data: Path, tmp_path: Path) -> None:
+    pretrain(data, tmp_path / "run", reconstruct_epochs=1)
+    assert sorted(p.name for p in (tmp_path / "run" / "reconstructions").iterdir()) == ["step-00000003.png", "step-00000006.png"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask_ratio": 0.99}, "keeps 0 of 16 patches"),
+        ({"model": {**MODEL, "img_size": (18, 16)}}, "not divisible by patch_size"),
+        ({"model": {**MODEL, "img_size": (2, 2)}}, "not divisible by patch_size"),
+        ({"model": {**MODEL, "in_chans": 4, "mean": (0.5,) * 4, "std": (0.5,) * 4}}, "4"),
+        ({"global_batch_size": 50}, "global_batch_size 50 with 12 training images"),
+        ({"target": "tokens"}, "tokenizer=PATH"),
+        ({"target": "tokens", "tokenizer": "nowhere.pt"}, "no tokenizer nowhere.pt"),
+        ({"target": "pca", "num_pca": 49}, "num_pca 49"),
+    ],
+)
+def test_bad_input_is_one_clear_error(data: Path, tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pretrain(data, tmp_path / "run", **changes)
+
+
+def test_a_resume_from_another_architecture_keeps_the_state(data: Path, tmp_path: Path) -> None:
+    class StopsAtOnce(Progress):
+        def step(self, done: float, **values: float | str) -> None:
+            self._stop = True
+            super().step(done, **values)
+
+    config = build(PretrainConfig, {**VALUES, "data": str(data)}, "test")
+    job = Job("toy", "pretrain", {}, tmp_path / "run", 0)
+    job.dir.mkdir()
+    with pytest.raises(Interrupted):
+        run(config, job, StopsAtOnce())
+    with pytest.raises(UserError, match="another architecture"):
+        pretrain(data, job.dir, decoder_embed_dim=32)
+    assert run(config, job, Progress()).backbone_digest == pretrain(data, tmp_path / "whole").backbone_digest
