@@ -137,7 +137,7 @@ def columns_of(pa: ModuleType, schema: Any, path: Path) -> Columns:
     image = _first(schema.names, [name for name, kind in kinds.items() if kind == "Image"], IMAGE_NAMES)
     label = _first(schema.names, [name for name, kind in kinds.items() if kind == "ClassLabel"], LABEL_NAMES)
     if not image or not _holds_bytes(pa, schema.field(image).type):
-        raise UserError(f"{path} has no column of images; found: {', '.join(map(str, schema))}", expected=IMAGE)
+        raise UserError(f"{path} has no column of images; found: {', '.join(schema.names)}", expected=IMAGE)
     return Columns(image, label, tuple(features.get(label, {}).get("names") or ()))
 
 

@@ -207,7 +207,8 @@ def find_index(key: str, build: Callable[[], Index], refresh: bool = False) -> I
 def write_index(index: Index) -> bytes:
     """The index as a safetensors file: its arrays, and all else as JSON in the header's metadata."""
     header = {"version": VERSION, "classes": index.classes, "files": index.files, "stamps": index.stamps}
-    return save({name: getattr(index, name) for name in ARRAYS}, metadata={"index": json.dumps(header)})
+    arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in ARRAYS}  # safetensors writes a strided view wrongly
+    return save(arrays, metadata={"index": json.dumps(header)})
 
 
 def read_index(path: Path) -> Index | None:
