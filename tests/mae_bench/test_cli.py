@@ -44,7 +44,7 @@ def test_help_imports_no_framework() -> None:
         "heavy = {'torch', 'numpy', 'timm', 'omegaconf', 'detectron2', 'mmseg', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    for command in ([], *([name] for name in COMMANDS), ["data", "check"]):
+    for command in ([], *([name] for name in COMMANDS), ["data", "check"], ["data", "pack"], ["data", "prepare", "imagenet"]):
         done = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "Usage: mae-bench" in done.stdout
@@ -72,6 +72,10 @@ def test_version() -> None:
         (["report", "/nowhere"], "no result under /nowhere"),
         (["data", "check", "coco", "/nowhere"], "/nowhere is missing"),
         (["data", "check", "cocoa", "/nowhere"], "one of imagenet, coco, ade20k"),
+        (["data", "pack", "/nowhere", "out"], "/nowhere"),
+        (["data", "pack", "/nowhere", "out", "--original", "--raw"], "one of the three"),
+        (["data", "prepare", "imagenet", "/nowhere", "out"], "ILSVRC2012_img_train.tar"),
+        (["pretrain", "pretrain/demo.yaml", "data=x", "--processes", "0"], "--processes"),
         (["reconstruct", "--checkpoint", "/nowhere", "--out", "x.png", "image.png"], "holds no masked autoencoder"),
         (["inspect", "/nowhere.pth"], "/nowhere.pth"),
     ],
@@ -140,6 +144,48 @@ def test_one_backbone_can_be_made_alone(fake_kinds: Path, tmp_path: Path) -> Non
     assert str(export) in done.stdout
 
 
+def test_a_plan_with_cells_that_would_fail_is_1(fake_kinds: Path, toy: Path, tmp_path: Path) -> None:
+    done = mae_bench("plan", str(toy), f"data.root={tmp_path}/nowhere", script=fake_kinds)
+    assert done.returncode == 1
+    assert "would fail" in done.stdout
+
+
+def test_a_plan_imports_no_torch(fake_kinds: Path, toy: Path, suite: dict[str, Any]) -> None:
+    toy.write_text(json.dumps(suite | {"backbones": {"mae": {"kind": "fake_pretraining"}}}))
+    code = (
+        "import sys; import fake_kinds; from mae_bench.registry import KINDS; KINDS.update(fake_kinds.FAKES)\n"
+        "from mae_bench.cli import main; sys.argv = ['mae-bench', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "plan", str(toy)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "global batch 8 = 1 device" in done.stdout
+
+
+def test_a_pretraining_on_two_processes(fake_kinds: Path, tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("kind: fake_pretraining")
+    options = ("--out", str(tmp_path / "out"), "--processes", "2", "--device", "cpu", "--json")
+    done = mae_bench("pretrain", str(config), *options, script=fake_kinds)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["cells"][0]["score"] == 2.0
+    assert "2 processes" in done.stderr
+
+
+def test_a_refusal_is_json_for_programs(tmp_path: Path) -> None:
+    done = mae_bench("data", "check", "coco", "/nowhere", "--json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "/nowhere is missing" in json.loads(done.stdout)["error"]
+    assert "/nowhere is missing" in done.stderr
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "mae_bench", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("mae-bench 0.")
+
+
 def test_what_a_checkpoint_does_not_tell_can_be_given(tmp_path: Path) -> None:
     weights = VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=3, num_classes=0).state_dict()
     save_file(weights, tmp_path / "odd.safetensors")
@@ -161,6 +207,15 @@ def test_data_check_answers_for_people_and_programs(toy_data: Path) -> None:
     assert found["splits"] == {"train": 2, "val": 2}
     assert found["classes"] == ["a", "b"]
     assert "2 classes" in mae_bench("data", "check", "imagenet", str(toy_data / "imagenet")).stdout
+
+
+def test_data_is_packed(toy_data: Path, tmp_path: Path) -> None:
+    done = mae_bench("data", "pack", str(toy_data / "imagenet"), str(tmp_path / "packed"), "--raw", "--num-workers", "0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "packed")
+    assert "train: 2" in done.stderr
+    found = json.loads(mae_bench("data", "check", "imagenet", str(tmp_path / "packed"), "--json").stdout)
+    assert found["splits"] == {"train": 2, "val": 2}
 
 
 def test_doctor_answers_in_json() -> None:
