@@ -6,7 +6,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Ratio:
 
 
 def interleave(
-    callables: dict[str, Callable[[], object]],
+    callables: Mapping[str, Callable[[], object]],
     repeats: int,
     warmup: int = 1,
     synchronize: Callable[[], object] | None = None,
