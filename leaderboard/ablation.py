@@ -1,6 +1,7 @@
 """The published numbers of an ablation beside the measured ones, with all that keeps the two from being compared."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from leaderboard.columns import PRETRAIN, grouped
@@ -91,7 +92,7 @@ def _pair(comparison: Comparison, beside: Beside, row: str) -> tuple[str, str]:
     means = {name: cells[beside.column].mean for name, cells in comparison.cells.items()}
     own = comparison.cells[row][beside.column]
     measured = score(own, column) if own.mean is None else _with_change(means, row, column)
-    return measured, _with_change(beside.values, row, column)
+    return measured, _with_change(beside.values, row, replace(column, decimals=1))  # as it is printed
 
 
 def _with_change(values: Mapping[str, float | None], row: str, column: Column) -> str:

@@ -105,6 +105,12 @@ def test_a_row_without_a_score_keeps_its_published_number(ablation: Folder) -> N
     assert line == ["encoder_mask_tokens", "failed", "84.2 (-0.7)", "-", "59.6 (-13.9)", "Table 1c"]
 
 
+def test_a_quoted_number_keeps_its_decimals_beside_small_scores(folder: Folder, seeds: Callable) -> None:
+    for row, score in (("default", 7.5), ("mask_grid_75", 7.25)):
+        seeds(row, score, **FINETUNE)
+    assert lines(read(folder))[1][1:3] == ["7.25 (-0.25)", "84.0 (-0.9)"]
+
+
 def test_every_rendering_has_them(ablation: Folder, tmp_path: Path) -> None:
     texts = {path.suffix: path.read_text(encoding="utf-8") for path in write_report(ablation.root, tmp_path / "out", "default")}
     console = Console(width=100, file=io.StringIO(), force_terminal=False)
