@@ -158,7 +158,8 @@ def damage(saved: Path, change: str, picture: Picture) -> None:
             "compressed": table(range(2), picture),
             "indices": table(range(2), picture),
         }[change]
-        save_to_disk(folder, rows, num_files=1, **({"compression": "zstd"} if change == "compressed" else {}))
+        options: dict[str, Any] = {"compression": "zstd"} if change == "compressed" else {}
+        save_to_disk(folder, rows, num_files=1, **options)
         if change == "indices":
             state = json.loads((folder / "state.json").read_text()) | {"_indices_data_files": [{"filename": "indices.arrow"}]}
             (folder / "state.json").write_text(json.dumps(state))
