@@ -334,6 +334,9 @@ def _run(source: Source, overrides: list[str] | None, out: Path | None, jobs: in
     if not launched():
         _run_suite(source, changes, out, as_json, None)
         return
+    if os.environ.get("RANK") == "0":
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        print(f"{os.environ['WORLD_SIZE']} processes were launched; they meet at {place}", file=sys.stderr)
     company = Company()
     if company.rank:
         with stop_requests() as stop:

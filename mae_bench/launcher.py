@@ -54,7 +54,7 @@ class Company:
     """
 
     def __init__(self) -> None:
-        self.store = _store()
+        self.store = _store()  # waits for all
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self._parent = os.getppid()
         self._orders = 0
@@ -70,12 +70,16 @@ class Company:
 
     def asked_to_stop(self) -> bool:
         """Whether a signal reached any of the processes, or this one's launcher is gone."""
-        if os.getppid() != self._parent:
+        if self._orphaned():
             return True
         try:
             return bool(self.store.check([ASKED]))
         except RuntimeError:  # the store's process is gone, and so is the launcher
             return True
+
+    def _orphaned(self) -> bool:
+        """Whether the launcher is gone: torchrun dies of a SIGUSR1 that it was not told to handle."""
+        return os.getppid() != self._parent
 
     def follow(self, stop: list[int]) -> None:
         """What a rank does that is not 0: it starts its part of each order, until rank 0 has ended. Interrupted if asked to."""
@@ -87,6 +91,8 @@ class Company:
                 number += 1
             self.store.add("left", 1)
         except RuntimeError as error:  # the store's own, whose process is gone
+            if self._orphaned():
+                raise Interrupted from error
             raise UserError("rank 0 has ended without a word", fix="look at what it printed; the same command goes on") from error
         if stop:
             raise Interrupted
@@ -117,7 +123,7 @@ class Company:
 
     def _pass_on(self, stop: list[int]) -> bool:
         """Whether this rank has to stop; rank 0 learns it."""
-        if asked := bool(stop) or os.getppid() != self._parent:
+        if asked := bool(stop) or self._orphaned():
             self.store.set(ASKED, "")
         return asked
 

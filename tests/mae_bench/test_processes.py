@@ -98,8 +98,10 @@ def test_the_failure_of_any_rank_is_the_cells(pretraining: dict[str, Any], behav
     assert not [pid for pid in pids if is_there(pid)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_stopped_pretraining_saves_and_goes_on(fake_kinds: Path, pretraining: dict[str, Any], number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "resumed_on"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 1)])
+def test_a_stopped_pretraining_saves_and_goes_on(
+    fake_kinds: Path, pretraining: dict[str, Any], number: signal.Signals, resumed_on: int
+) -> None:
     pretraining["backbones"]["mae"]["behave"] = "wait"
     process = start(fake_kinds, pretraining)
     pids = pids_in_training(pretraining, process)
@@ -110,7 +112,7 @@ def test_a_stopped_pretraining_saves_and_goes_on(fake_kinds: Path, pretraining: 
     assert not [pid for pid in pids if is_there(pid)]
     assert not (folder_of(pretraining) / FAILURE_FILE).exists()
     done = int((folder_of(pretraining) / "state").read_text().split()[0])
-    record = run(pretraining)
+    record = run(pretraining, f"processes={resumed_on}")
     assert isinstance(record, ResultRecord)
     assert record.metrics["steps"].value == max(done, 5), "it went on from its state"
     assert len(list(Path(pretraining["out"]).rglob("record.json"))) == 1
@@ -126,7 +128,7 @@ def test_a_rank_that_is_killed_ends_the_cell_and_the_same_command_goes_on(fake_k
     assert "killed by SIGKILL" in out
     assert not [pid for pid in pids if is_there(pid)]
     (folder_of(pretraining) / "state").write_text("3 6")  # its last checkpoint
-    record = run(pretraining)
+    record = run(pretraining, "processes=1")
     assert isinstance(record, ResultRecord)
     assert record.metrics["steps"].value == 5
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mae_bench.errors import Interrupted
-from mae_bench.progress import Progress
+from mae_bench.progress import STOP_SIGNALS, Progress
 
 
 def events(path: Path) -> list[dict[str, Any]]:
@@ -49,9 +49,9 @@ def test_a_second_run_adds_to_the_events_of_the_first(tmp_path: Path) -> None:
     assert [event["stage"] for event in events(tmp_path / "events.jsonl")] == ["first", "second"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_asks_for_a_stop_at_the_next_step(number: signal.Signals) -> None:
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
+    before = {n: signal.getsignal(n) for n in STOP_SIGNALS}
     try:
         progress = Progress()
         progress.stop_on_signals()
@@ -84,7 +84,7 @@ def test_a_job_whose_parent_is_gone_stops(tmp_path: Path) -> None:
 
 
 def test_a_stop_is_deferred_for_those_who_agree_on_it_with_others() -> None:
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
+    before = {n: signal.getsignal(n) for n in STOP_SIGNALS}
     try:
         progress = Progress()
         progress.stop_on_signals()
