@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +135,7 @@ class Trainer:
     # One step
 
     def _train_step(self, batch: Batch, loss_of: BatchLoss) -> None:
-        self._count_bad(batch)
+        self._count_bad(batch.bad)
         seed_everything(seed_of(self.job.seed, self.step, -2 - world().rank))  # each process drops other paths
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_at(self.step) * group.get("lr_scale", 1.0)
@@ -195,7 +195,7 @@ class Trainer:
         hooks = [hook for period, hook in self._hooks if self._completes(period)] if self._held else []
         ended = self.step == self.total_steps
         if due.trouble:
-            raise next(trouble for trouble in gather_over_ranks(self._trouble) if trouble)
+            self._share_trouble()
         if len(self._held) >= self._held_steps or due.stop or due.save or hooks or ended:
             self._read_losses()
         for hook in hooks:
@@ -254,12 +254,17 @@ class Trainer:
             f"{self.job.dir} keeps the last good state",
         )
 
-    def _count_bad(self, batch: Batch) -> None:
+    def _count_bad(self, images: Iterable[tuple[str, str]]) -> None:
         try:
-            for name, reason in batch.bad:
+            for name, reason in images:
                 self.bad_images.add(name, reason)
         except UserError as error:  # too many: the other processes have to hear of it before this one ends
             self._trouble = error
+
+    def _share_trouble(self) -> None:
+        """Raises on all processes what one has to tell."""
+        if troubles := [trouble for trouble in gather_over_ranks(self._trouble) if trouble]:
+            raise troubles[0]
 
     def _open_log(self, files: ExitStack) -> None:
         """The main process alone keeps the log and sends curves."""
@@ -287,8 +292,8 @@ class Trainer:
                 f"weights are no longer finite after step {self.step - 1}, though its loss was {self.final_loss}"
             )
         for names in gather_over_ranks(self.bad_images.names):
-            for name, reason in names.items():
-                self.bad_images.add(name, reason)
+            self._count_bad(names.items())
+        self._share_trouble()
         self.checkpoints.save(self.step, self._tensors(), self._values())
         self._saved, self._last_save = self.step, time.monotonic()
 

@@ -1,162 +1,234 @@
-"""The training loop: exact resume, accumulation, schedules, EMA, and what happens at a non-finite loss."""
+"""The training loop in one process: exact resume, accumulation, schedules, EMA, hooks, and what happens at a non-finite loss."""
 
 import json
-import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from toy_run import CONFIG, NUM_IMAGES, STEPS_PER_EPOCH, Net, Run, pixels, signals_restored, train, weights
 
-from mae_bench.config import TrainConfig
-from mae_bench.data.images import BadImages
-from mae_bench.data.loader import Batch
-from mae_bench.engine.optim import finetune_no_decay, make_adamw, param_groups, pretrain_no_decay
+from mae_bench.data.loader import Batch, epoch_order
+from mae_bench.engine.ema import Ema
+from mae_bench.engine.optim import finetune_no_decay, param_groups, pretrain_no_decay
 from mae_bench.engine.schedule import absolute_lr, cosine_lr
-from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import Interrupted, UserError
-from mae_bench.job import Job
-from mae_bench.progress import Progress
 
-CONFIG = {
-    "kind": "test",
-    "protocol": "test",
-    "data": "",
-    "epochs": 3,
-    "warmup_epochs": 1,
-    "base_lr": 0.32,
-    "global_batch_size": 8,
-    "checkpoint_seconds": 0,
-}
-STEPS_PER_EPOCH = 4
+RARELY = {"checkpoint_seconds": 1e6}
+TOTAL = 3 * STEPS_PER_EPOCH
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.body(x)
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def batches(start: int, stop: int) -> Iterator[Batch]:
-    for step in range(start, stop):
-        generator = torch.Generator().manual_seed(step)
-        yield Batch(torch.randn(8, 6, generator=generator), torch.arange(8) % 3, torch.arange(8))
-
-
-def train(folder: Path, stop_at: int | None = None, poison: int | None = None, **changes: object) -> Trainer:
-    """Trains Net; at step `stop_at` the process is sent SIGTERM, at step `poison` the loss becomes NaN."""
-    folder.mkdir(exist_ok=True)
-    config = TrainConfig(**{**CONFIG, **changes})  # type: ignore[arg-type]
-    model = Net()
-    progress = Progress()
-    progress.stop_on_signals()
-    job = Job("test", "test", {}, folder, seed=5)
-    optimizer = make_adamw(config, pretrain_no_decay)
-    trainer = Trainer(job, config, model, optimizer, STEPS_PER_EPOCH, progress, BadImages(0.1, 100), ema_decay=0.9)
-
-    def loss_of(model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
-        if step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return F.cross_entropy(model(batch.imgs), batch.targets) * (float("nan") if step == poison else 1.0)
-
-    trainer.fit(batches, loss_of)
-    return trainer
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-def plain_loss(model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
-    return F.cross_entropy(model(batch.imgs), batch.targets)
-
-
-def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    assert trainer.ema is not None
-    return {**trainer.model.state_dict(), **{f"ema.{name}": tensor for name, tensor in trainer.ema.weights.items()}}
-
-
-@pytest.mark.parametrize("stop_at", [0, 3, 6, 10])
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, stop_at: int) -> None:
-    whole = train(tmp_path / "whole")
-    with pytest.raises(Interrupted):
-        train(tmp_path / "parts", stop_at=stop_at)
-    resumed = train(tmp_path / "parts")
-    assert resumed.step == whole.step == 12
+@pytest.mark.parametrize(("fault", "step"), [("stop_at", 0), ("stop_at", 3), ("stop_at", 11), ("crash_at", 0), ("crash_at", 6)])
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, fault: str, step: int) -> None:
+    often = RARELY if fault == "stop_at" else {}
+    whole = train(tmp_path / "whole", statistics=True, **RARELY)
+    with pytest.raises((Interrupted, RuntimeError)):
+        train(tmp_path / "parts", statistics=True, **{fault: step}, **often)
+    resumed = train(tmp_path / "parts", statistics=True, **RARELY)
+    assert resumed.step == whole.step == TOTAL
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
-    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
-    assert steps == list(range(12)), "each step is in the log once"
+    one, other = log(tmp_path / "whole"), log(tmp_path / "parts")
+    assert [line["step"] for line in other] == list(range(TOTAL)), "each step is in the log once"
+    assert [line["loss"] for line in one] == [line["loss"] for line in other]
+    assert resumed.final_loss == whole.final_loss
+
+
+@pytest.mark.parametrize("amp_dtype", ["float16", "bfloat16"])
+def test_mixed_precision_resumes_bit_for_bit(tmp_path: Path, amp_dtype: str) -> None:
+    whole = train(tmp_path / "whole", amp_dtype=amp_dtype, clip_grad=0.5, **RARELY)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", amp_dtype=amp_dtype, clip_grad=0.5, stop_at=5, **RARELY)
+    resumed = train(tmp_path / "parts", amp_dtype=amp_dtype, clip_grad=0.5, **RARELY)
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
+    assert resumed.scaler.state_dict() == whole.scaler.state_dict()
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    first = train(tmp_path, **RARELY)
+    with signals_restored():
+        run = Run(tmp_path, **RARELY)
+        run.fit()
+    assert run.seen == []
+    assert all(torch.equal(tensor, weights(run.trainer)[name]) for name, tensor in weights(first).items())
 
 
 def test_two_runs_of_one_seed_are_equal(tmp_path: Path) -> None:
-    first, second = train(tmp_path / "a"), train(tmp_path / "b")
+    first, second = train(tmp_path / "a", **RARELY), train(tmp_path / "b", **RARELY)
     assert all(torch.equal(tensor, weights(second)[name]) for name, tensor in weights(first).items())
 
 
 def test_non_finite_loss_names_the_step_and_keeps_the_last_good_state(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nan at step 7"):
         train(tmp_path, poison=7)
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert state["step"] == 7, "seven steps were good"
-    assert all(tensor.isfinite().all() for tensor in state["model"].values())
-    assert train(tmp_path).step == 12, "without the cause it goes on from there"
+    index = json.loads((tmp_path / "checkpoints" / "index.json").read_text())
+    assert index["checkpoints"][-1]["step"] == 7, "seven steps were good"
+    trainer = train(tmp_path, **RARELY)
+    assert trainer.step == TOTAL, "without the cause it goes on from there"
+    assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
 
 
-def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
-    class Plain(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    with signals_restored():
+        run = Run(tmp_path, epochs=1, **RARELY)
 
-    results = []
-    for device_batch_size in (None, 3):  # 8 images in parts of 3, 3, 2: each image weighs the same
-        torch.manual_seed(0)
-        model = Plain()
-        folder = tmp_path / str(device_batch_size)
-        folder.mkdir()
-        config = TrainConfig(**{**CONFIG, "device_batch_size": device_batch_size})  # type: ignore[arg-type]
-        trainer = Trainer(Job("t", "t", {}, folder, 0), config, model, sgd, STEPS_PER_EPOCH, Progress(), BadImages(0.1, 100))
-        trainer.fit(batches, plain_loss)
-        results.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+        def breaks(model: nn.Module, step: int) -> None:
+            nn.init.constant_(run.trainer.model.stem.bias, float("inf"))
+
+        run.trainer.every_epochs(1, breaks)
+        with pytest.raises(UserError, match="weights are no longer finite after step 3"):
+            run.fit()
+    assert not list(tmp_path.glob("checkpoints/step-*"))
 
 
-def test_state_of_another_architecture_is_refused(tmp_path: Path) -> None:
-    train(tmp_path)
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    state["model"]["body.0.weight"] = torch.zeros(5, 5)
-    torch.save(state, tmp_path / "state.pt")
-    with pytest.raises(UserError, match="another architecture"):
-        train(tmp_path)
+@pytest.mark.parametrize("device_batch_size", [None, 3, 1])
+def test_accumulation_equals_plain_training_on_the_whole_batch(tmp_path: Path, device_batch_size: int | None) -> None:
+    """Against a loop written out here: order, schedule, loss, clipping and AdamW by torch's own functions."""
+    trainer = train(tmp_path, dropout=0.0, clip_grad=0.5, device_batch_size=device_batch_size, **RARELY)
+    model = Net()
+    optimizer = torch.optim.AdamW(param_groups(model.named_parameters(), 0.05, pretrain_no_decay), betas=(0.9, 0.999))
+    for step in range(TOTAL):
+        epoch, place = divmod(step, STEPS_PER_EPOCH)
+        batch = epoch_order(NUM_IMAGES, 5, epoch)[8 * place : 8 * place + 8]
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_lr(step / STEPS_PER_EPOCH, lr=0.01, min_lr=0, warmup_epochs=1, epochs=3)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(pixels(batch)), batch % 3)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        line = log(tmp_path)[step]
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert line["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-12)
+    for (name, tensor), other in zip(trainer.model.state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", b"PK\x03\x04 truncated"])
-def test_damaged_state_is_refused(tmp_path: Path, damage: bytes) -> None:
-    (tmp_path / "state.pt").write_bytes(damage)
-    with pytest.raises(UserError, match="cannot be read"):
-        train(tmp_path)
+def test_every_step_has_a_whole_batch_to_the_end_of_the_epoch(tmp_path: Path) -> None:
+    """The reference drops the gradients of micro-batches that are left over when an epoch ends."""
+    with signals_restored():
+        run = Run(tmp_path, device_batch_size=3, **RARELY)
+        run.fit()
+    sizes = [[len(indices) for s, _, indices in run.seen if s == step] for step in range(TOTAL)]
+    assert sizes == [[3, 3, 2]] * TOTAL
+    starts = [start for s, start, _ in run.seen if s == 0]
+    assert starts == [0, 3, 6]
 
 
-def test_full_disk_leaves_the_last_good_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(tmp_path)
-    before = (tmp_path / "state.pt").read_bytes()
+def test_ema_equals_torchs(tmp_path: Path) -> None:
+    model = Net(statistics=True)
+    ours, torchs = Ema(model, 0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for step in range(5):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn_like(parameter)
+            model(torch.randn(8, 6))
+        ours.update(model, step)
+        torchs.update_parameters(model)
+    for name, tensor in torchs.module.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(ours.weights[name], tensor)
+    assert ours.weights["norm.num_batches_tracked"] == 5
 
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mae_bench.engine.state.torch.save", full)
-    with pytest.raises(UserError, match="No space left"):
-        train(tmp_path, epochs=4)
-    assert (tmp_path / "state.pt").read_bytes() == before
-    assert not list(tmp_path.glob("*.part"))
+def test_full_model_has_the_averaged_weights_and_is_not_the_trained_one(tmp_path: Path) -> None:
+    trainer = train(tmp_path, statistics=True, **RARELY)
+    assert trainer.ema is not None
+    full = trainer.full_model()
+    assert full.state_dict().keys() == trainer.model.state_dict().keys()
+    assert all(torch.equal(tensor, trainer.ema.weights[name]) for name, tensor in full.state_dict().items())
+    assert not torch.equal(full.state_dict()["head.weight"], trainer.model.state_dict()["head.weight"])
+    full.eval()(torch.randn(2, 6))
+    assert all(p.requires_grad for p in full.parameters())
+
+
+@pytest.mark.parametrize("epochs", [0.5, 0.75, 1])
+def test_hooks_run_at_the_same_steps_after_a_resume(tmp_path: Path, epochs: float) -> None:
+    with signals_restored():
+        whole, first = (
+            Run(tmp_path / "whole", hook_epochs=epochs, **RARELY),
+            Run(tmp_path / "parts", hook_epochs=epochs, stop_at=4, **RARELY),
+        )
+        whole.fit()
+        with pytest.raises(Interrupted):
+            first.fit()
+        second = Run(tmp_path / "parts", hook_epochs=epochs, **RARELY)
+        second.fit()
+    assert whole.hooked == [round(n * epochs * STEPS_PER_EPOCH) for n in range(1, int(3 / epochs) + 1)]
+    assert first.hooked + second.hooked == whole.hooked
+
+
+def test_a_hook_leaves_training_as_it_was(tmp_path: Path) -> None:
+    with signals_restored():
+        run = Run(tmp_path / "hooked", ema=False, **RARELY)
+        run.trainer.every_epochs(0.25, lambda model, step: (model.eval(), torch.rand(7)))
+        hooked = run.fit()
+    plain = train(tmp_path / "plain", ema=False, **RARELY)
+    assert all(torch.equal(tensor, weights(plain)[name]) for name, tensor in weights(hooked).items())
+
+
+def test_out_of_memory_names_the_micro_batch_and_its_half(tmp_path: Path) -> None:
+    def full(model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with signals_restored():
+        run = Run(tmp_path, device_batch_size=4)
+        with pytest.raises(UserError, match="4 images at once") as error:
+            run.trainer.fit(run.batches, full)
+    assert "device_batch_size=2" in error.value.fix
+
+
+def test_the_effective_batch_is_told_once(tmp_path: Path) -> None:
+    train(tmp_path, device_batch_size=4, **RARELY)
+    notes = [line for line in (tmp_path / "events.jsonl").read_text().splitlines() if "global batch" in line]
+    assert len(notes) == 1
+    assert "global batch 8 = 1 device x 4 images x 2 accumulated" in notes[0]
+
+
+@pytest.mark.parametrize("compiles", [True, False, None])
+def test_compiled_training_is_the_same_and_keeps_the_names(
+    tmp_path: Path, compiles: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []
+    real = torch.compile
+
+    def eager(model: nn.Module) -> Any:
+        compiled.append(model)
+        return real(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", eager)
+    trainer = train(tmp_path / "compiled", dropout=0.0, compile=compiles, **RARELY)
+    assert bool(compiled) == (compiles is True), "null compiles on CUDA alone"
+    plain = train(tmp_path / "plain", dropout=0.0, compile=False, **RARELY)
+    for name, tensor in weights(plain).items():
+        torch.testing.assert_close(weights(trainer)[name], tensor)
+    assert trainer._tensors().keys() == plain._tensors().keys()
+    assert not any("_orig_mod" in name or "module." in name for name in trainer._tensors())
+
+
+def test_the_determinism_switch_holds_in_training_and_not_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen = []
+
+    def loss(model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
+        import os
+
+        seen.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        return F.cross_entropy(model(batch.imgs), batch.targets)
+
+    for switch in (True, False):
+        with signals_restored():
+            run = Run(tmp_path / str(switch), deterministic=switch, epochs=1, **RARELY)
+            run.trainer.fit(run.batches, loss)
+    assert seen == [(True, ":4096:8")] * STEPS_PER_EPOCH + [(False, None)] * STEPS_PER_EPOCH
 
 
 def test_schedule_known_answers() -> None:
@@ -166,14 +238,21 @@ def test_schedule_known_answers() -> None:
     assert absolute_lr(0.1, 16384) == pytest.approx(6.4), "the paper's linear probe"
 
 
+def test_the_learning_rate_follows_the_fractional_epoch_of_each_step(tmp_path: Path) -> None:
+    train(tmp_path, device_batch_size=2, **RARELY)
+    rates = [line["lr"] for line in log(tmp_path)]
+    assert rates[:5] == pytest.approx([0, 0.0025, 0.005, 0.0075, 0.01]), "linear over the steps of the first epoch"
+    assert rates == pytest.approx([cosine_lr(s / 4, lr=0.01, min_lr=0, warmup_epochs=1, epochs=3) for s in range(TOTAL)])
+    assert CONFIG["base_lr"] == 0.32, "x 8 / 256"
+
+
 def test_lr_scale_multiplies_the_groups_lr(tmp_path: Path) -> None:
-    trainer = train(tmp_path)
-    trainer.optimizer.param_groups[0]["lr_scale"] = 0.1
-    trainer.step = 6
-    trainer._train_step(next(batches(6, 7)), lambda model, batch, step: model(batch.imgs).sum())
+    with signals_restored():
+        run = Run(tmp_path, epochs=2, **RARELY)
+        run.trainer.optimizer.param_groups[0]["lr_scale"] = 0.1
+        trainer = run.fit()
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
-    assert rates[0] == pytest.approx(0.1 * trainer.lr_at(6))
-    assert rates[1] == pytest.approx(trainer.lr_at(6))
+    assert rates == pytest.approx([0.1 * trainer.lr_at(7), trainer.lr_at(7)])
 
 
 def test_weight_decay_rules_of_the_reference() -> None:
@@ -190,6 +269,6 @@ def test_weight_decay_rules_of_the_reference() -> None:
 
 def test_frozen_parameters_are_in_no_group() -> None:
     model = Net()
-    model.body[0].requires_grad_(False)
+    model.stem.requires_grad_(False)
     groups = param_groups(model.named_parameters(), 0.05, pretrain_no_decay)
-    assert sum(len(group["params"]) for group in groups) == 4
+    assert sum(len(group["params"]) for group in groups) == 6

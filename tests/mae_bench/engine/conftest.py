@@ -1,0 +1,50 @@
+"""Lets the engine's tests import their toy run, and start it in several processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # `toy_run` is a script and a module: processes import it too
+
+
+@pytest.fixture(scope="session")
+def together() -> Callable[..., dict[str, Any]]:
+    """together(folder, size, runs): the results of toy runs, one after the other, in `size` processes; none if one was killed."""
+    return run_together
+
+
+def run_together(folder: Path, size: int, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    path = folder / "runs.json"
+    path.write_text(json.dumps(runs, default=str))
+    with socket.socket() as server:
+        server.bind(("", 0))
+        port = str(server.getsockname()[1])
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [_start(path, rank, os.environ | shared | {"PYTHONPATH": str(HERE.parents[2])}) for rank in range(size)]
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if -9 in codes:
+        return {}
+    assert codes == [0] * size, "\n".join(path.with_suffix(f".{rank}").read_text()[-3000:] for rank in range(size))
+    results: dict[str, Any] = torch.load(path.with_suffix(".pt"), weights_only=True)
+    return results
+
+
+def _start(path: Path, rank: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    with open(path.with_suffix(f".{rank}"), "wb") as log:
+        return subprocess.Popen(
+            [sys.executable, str(HERE / "toy_run.py"), str(path)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=log,
+        )  # fmt: skip

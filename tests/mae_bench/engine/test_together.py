@@ -1,0 +1,170 @@
+"""Several processes: they train what one would, stop after the same step, and their states resume on any number of processes."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_run import NUM_IMAGES, STEPS_PER_EPOCH, train, weights
+
+from mae_bench.errors import Interrupted
+
+Results = dict[str, dict[str, Any]]
+SHARDED = {"parallel": "fsdp"}
+EXACT = {"dropout": 0.0, "clip_grad": 0.5, "device_batch_size": 3}  # nothing in it depends on who computes which image
+RARELY = {"checkpoint_seconds": 1e6}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("together")
+
+
+@pytest.fixture(scope="module")
+def results(place: Path, together: Callable[..., Results]) -> Results:
+    """Everything that two processes do here, in one start of them; before it, a run that is killed and one that is alone."""
+    killed = {"killed": {"folder": place / "killed", "kill_at": 6, "on": 1}}
+    for folder in ("start 1", "start 2"):
+        (place / folder).mkdir()
+    with ThreadPoolExecutor() as pool:
+        lone = pool.submit(together, place / "start 1", 1, {"killed": {"folder": place / "killed alone", "kill_at": 6}})
+        assert together(place / "start 2", 2, killed) == lone.result() == {}
+    for name in ("alone ddp", "alone fsdp"):
+        with pytest.raises(Interrupted):
+            train(place / name, stop_at=5, **EXACT, **RARELY)
+    runs: dict[str, dict[str, Any]] = {"killed": RARELY}
+    for name, parallel in (("ddp", {}), ("fsdp", SHARDED)):
+        runs |= {
+            f"whole {name}": parallel | RARELY,
+            f"stopped {name}": parallel | RARELY | {"stop_at": 4, "on": 1},
+            f"resumed {name}": parallel | RARELY | {"folder": place / f"stopped {name}"},
+            f"exact {name}": parallel | EXACT | RARELY,
+            f"half {name}": parallel | EXACT | RARELY | {"stop_at": 6},
+            f"alone {name}": parallel | EXACT | RARELY,
+            f"poisoned {name}": parallel | RARELY | {"poison": 5, "on": 1, "epochs": 2},
+            f"bfloat16 {name}": parallel | EXACT | RARELY | {"amp_dtype": "bfloat16"},
+            f"float16 {name}": parallel | EXACT | RARELY | {"amp_dtype": "float16"},
+        }
+    runs |= {
+        "few bad": {"bad": 4, "epochs": 2, **RARELY},
+        "many bad": {"bad": 8, "epochs": 2, **RARELY},
+        "statistics": {"statistics": True, "epochs": 2, "hook_epochs": 0.5, **RARELY},
+        "hooks": {"hook_epochs": 0.5, "epochs": 2, **SHARDED, **RARELY},
+    }
+    return together(place, 2, {name: {"folder": place / name} | settings for name, settings in runs.items()})
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path) -> dict[str, torch.Tensor]:
+    """The weights of an exact run in one process."""
+    return weights(train(place / "exact alone", **EXACT, **RARELY))
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(
+            tensor, other[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def indices_by_step(ranks: list[dict[str, Any]]) -> dict[int, list[int]]:
+    """The images of each step's global batch, in its order."""
+    parts = sorted((step, start, indices) for rank in ranks for step, start, indices in rank["seen"])
+    return {step: [i for s, _, indices in parts if s == step for i in indices] for step, _, _ in parts}
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_what_one_trains(results: Results, alone: dict[str, torch.Tensor], parallel: str) -> None:
+    assert_close(results[f"exact {parallel}"]["weights"], alone)
+    losses = [rank["loss"] for rank in results[f"exact {parallel}"]["ranks"]]
+    assert losses[0] == losses[1], "the loss of the global batch is everyone's"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_stop_that_one_hears_is_everyones_and_the_resumed_run_equals_the_whole_one(results: Results, parallel: str) -> None:
+    stopped = results[f"stopped {parallel}"]["ranks"]
+    assert [rank["ended"].split(":")[0] for rank in stopped] == ["Interrupted"] * 2
+    assert stopped[0]["step"] == stopped[1]["step"] == 6, "one step after the one in which the signal came"
+    assert [rank["ended"] for rank in results[f"resumed {parallel}"]["ranks"]] == ["done", "done"]
+    assert_equal(results[f"resumed {parallel}"]["weights"], results[f"whole {parallel}"]["weights"])
+
+
+def test_a_lone_run_that_is_killed_goes_on_bit_for_bit(results: Results, place: Path) -> None:
+    killed = train(place / "killed alone", **RARELY)
+    assert_equal(weights(killed), weights(train(place / "whole alone", **RARELY)))
+    resumed = [line for line in (place / "killed alone" / "events.jsonl").read_text().splitlines() if "resumed at" in line]
+    assert len(resumed) == 1
+
+
+def test_killed_processes_go_on_bit_for_bit(results: Results, place: Path) -> None:
+    assert results["killed"]["ranks"][0]["seen"][0][0] >= 4, "it did not begin again"
+    assert_equal(results["killed"]["weights"], results["whole ddp"]["weights"])
+    lines = (place / "killed" / "log.jsonl").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == [f'{{"step": {step}' for step in range(3 * STEPS_PER_EPOCH)]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_process_hands_over_to_two(results: Results, alone: dict[str, torch.Tensor], parallel: str) -> None:
+    assert_close(results[f"alone {parallel}"]["weights"], alone)
+    order, whole = indices_by_step(results[f"alone {parallel}"]["ranks"]), indices_by_step(results["exact ddp"]["ranks"])
+    assert order == {step: whole[step] for step in range(6, 3 * STEPS_PER_EPOCH)}, (
+        "each step has the same images in the same order"
+    )
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_hand_over_to_one(results: Results, alone: dict[str, torch.Tensor], place: Path, parallel: str) -> None:
+    assert results[f"half {parallel}"]["ranks"][0]["step"] == 8
+    assert_close(weights(train(place / f"half {parallel}", **EXACT, **RARELY)), alone)
+
+
+def test_the_order_of_images_is_the_seeds(results: Results) -> None:
+    order = indices_by_step(results["exact ddp"]["ranks"])
+    assert order == indices_by_step(results["exact fsdp"]["ranks"])
+    for epoch in range(3):
+        seen = [i for step in range(epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH) for i in order[step]]
+        assert len(set(seen)) == len(seen) == NUM_IMAGES // 8 * 8
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_loss_that_is_not_finite_on_one_process_stops_all(results: Results, parallel: str) -> None:
+    ranks = results[f"poisoned {parallel}"]["ranks"]
+    assert ranks[0]["ended"] == ranks[1]["ended"]
+    assert "nan at step 5" in ranks[0]["ended"]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
+def test_mixed_precision_stays_near_full_precision(
+    results: Results, alone: dict[str, torch.Tensor], parallel: str, amp_dtype: str
+) -> None:
+    mixed = results[f"{amp_dtype} {parallel}"]["weights"]
+    assert_close(mixed, alone, tolerance=0.2)
+    assert not torch.equal(mixed["stem.weight"], alone["stem.weight"]), "it was mixed"
+    assert all(tensor.dtype == torch.float32 for tensor in mixed.values())
+
+
+def test_bad_images_are_counted_over_all_processes(results: Results) -> None:
+    few, many = results["few bad"]["ranks"], results["many bad"]["ranks"]
+    names = sorted(f"bad {step} {rank}" for step in range(4) for rank in range(2))
+    assert few[0]["bad"] == few[1]["bad"] == names
+    assert many[0]["ended"] == many[1]["ended"]
+    assert many[0]["ended"].startswith("UserError"), "11 of 100 are more than a tenth, though no process saw so many"
+
+
+def test_statistics_of_the_first_process_are_everyones(results: Results, place: Path) -> None:
+    assert results["statistics"]["weights"]["norm.num_batches_tracked"] == 2 * STEPS_PER_EPOCH
+
+
+def test_hooks_run_on_the_main_process_alone(results: Results) -> None:
+    for name in ("hooks", "statistics"):
+        assert [rank["hooked"] for rank in results[name]["ranks"]] == [[2, 4, 6, 8], []]

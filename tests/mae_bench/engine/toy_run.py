@@ -1,0 +1,178 @@
+"""A toy training run for tests, in this process or, run as a script, in several."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mae_bench.config import TrainConfig
+from mae_bench.data.images import BadImages
+from mae_bench.data.loader import Batch, TrainingOrder
+from mae_bench.engine.distributed import gather_over_ranks, process_group, world
+from mae_bench.engine.optim import make_adamw, pretrain_no_decay
+from mae_bench.engine.trainer import Trainer
+from mae_bench.errors import Interrupted, UserError
+from mae_bench.job import Job
+from mae_bench.progress import Progress
+
+CONFIG = {
+    "kind": "test",
+    "protocol": "test",
+    "data": "",
+    "epochs": 3,
+    "warmup_epochs": 1,
+    "base_lr": 0.32,
+    "global_batch_size": 8,
+    "checkpoint_seconds": 0,
+}
+NUM_IMAGES = 37
+STEPS_PER_EPOCH = NUM_IMAGES // 8
+
+
+class Block(nn.Module):
+    """A residual block, with dropout if asked for."""
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.fc, self.drop = nn.Linear(16, 16), nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.drop(F.gelu(self.fc(x)))
+
+
+class Net(nn.Module):
+    """Blocks between two linear layers; `statistics` puts a BatchNorm behind them, whose buffers each process sees otherwise."""
+
+    def __init__(self, dropout: float = 0.0, statistics: bool = False, classes: int = 3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(6, 16)
+        self.blocks = nn.Sequential(Block(dropout), Block(dropout))
+        self.norm = nn.BatchNorm1d(16) if statistics else nn.Identity()
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.norm(self.blocks(self.stem(x))))
+        return out
+
+
+def pixels(index: torch.Tensor) -> torch.Tensor:
+    """The `image` of an index (N,) -> (N, 6)."""
+    return torch.sin(index[:, None] * torch.arange(1.0, 7.0))
+
+
+class Run:
+    """One training run; `seen` holds (step, start, indices) of the micro-batches that were trained on here.
+
+    stop_at, crash_at, kill_at: the step in which the process that is `on` gets SIGTERM, a RuntimeError, SIGKILL;
+    poison: the step with a NaN loss.
+    """
+
+    def __init__(self, folder: Path, *, dropout: float = 0.5, statistics: bool = False, ema: bool = True,
+                 classes: int = 3, hook_epochs: float | None = None, bad: int = 0, **changes: Any):  # fmt: skip
+        folder.mkdir(exist_ok=True)
+        self.faults = {key: changes.pop(key, None) for key in ("stop_at", "crash_at", "kill_at", "poison", "on")}
+        config = TrainConfig(**{**CONFIG, **changes})  # type: ignore[arg-type]
+        self.progress, self.bad = Progress(folder / "events.jsonl" if world().is_main else None), bad
+        self.progress.stop_on_signals()
+        self.order = TrainingOrder(NUM_IMAGES, config.global_batch_size, 5, world().rank, world().size)
+        self.seen: list[tuple[int, int, list[int]]] = []
+        self.hooked: list[int] = []
+        self.trainer = Trainer(
+            Job("test", "test", {}, folder, seed=5), config, Net(dropout, statistics, classes),
+            make_adamw(config, pretrain_no_decay), self.order.steps_per_epoch, self.progress, BadImages(0.1, 100),
+            ema_decay=0.9 if ema else None,
+        )  # fmt: skip
+        if hook_epochs:
+            self.trainer.every_epochs(hook_epochs, lambda model, step: self.hooked.append(step))
+
+    def fit(self) -> Trainer:
+        """Trains to the end."""
+        self.trainer.fit(self.batches, self.loss)
+        return self.trainer
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """What the loader yields."""
+        part = self.order.global_batch_size // self.order.world_size
+        for step, items in enumerate(self.order.batches(start, stop), start):
+            indices = torch.tensor([index for _, index in items])
+            bad = [(f"bad {step} {world().rank}", "broken")] if step < self.bad else []
+            yield Batch(pixels(indices), indices % 3, indices, bad, start=world().rank * part)
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
+        """Cross-entropy, and the faults that are asked for."""
+        self.seen.append((step, batch.start, batch.indices.tolist()))
+        if world().rank == (self.faults["on"] or 0):
+            if step == self.faults["stop_at"]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if step == self.faults["crash_at"]:
+                raise RuntimeError("crash")
+            if step == self.faults["kill_at"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+        loss = F.cross_entropy(model(batch.imgs), batch.targets)
+        return loss * float("nan") if step == self.faults["poison"] and world().rank == (self.faults["on"] or 0) else loss
+
+
+@contextmanager
+def signals_restored() -> Iterator[None]:
+    """Leaves the handlers of signals as they were."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(folder: Path, **changes: Any) -> Trainer:
+    """A run in this process, to its end."""
+    with signals_restored():
+        return Run(folder, **changes).fit()
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Everything that is trained or averaged, whole."""
+    own = trainer.parallel.whole().state_dict()
+    return {**own, **{f"full.{name}": tensor for name, tensor in trainer.full_model().state_dict().items()}}
+
+
+def outcome(run: Run) -> dict[str, Any]:
+    """Trains; what came out on this process."""
+    try:
+        run.fit()
+        ended = "done"
+    except (UserError, Interrupted) as error:
+        ended = f"{type(error).__name__}: {error}"
+    return {"ended": ended, "step": run.trainer.step, "seen": run.seen, "hooked": run.hooked, "loss": run.trainer.final_loss,
+            "bad": sorted(run.trainer.bad_images.names)}  # fmt: skip
+
+
+def main() -> None:
+    """Trains, in the group that torchrun's variables describe, every run of a JSON file {name: settings}.
+
+    Results are saved beside it: {name: {"ranks": [outcome], "weights": whole weights}}.
+    """
+    path = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    results = {}
+    with process_group("cpu"):
+        for name, settings in json.loads(path.read_text()).items():
+            settings["folder"] = Path(settings["folder"])
+            run = Run(**settings)
+            everyone = gather_over_ranks(outcome(run))
+            results[name] = {"ranks": everyone, "weights": weights(run.trainer)}
+            if world().is_main:
+                torch.save(results, path.with_suffix(".pt"))
+
+
+if __name__ == "__main__":
+    main()
