@@ -83,13 +83,6 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-class ImageSet(ImageSource):
-    """The former name of `open_images`, until nobody uses it."""
-
-    def __new__(cls, root: str | Path, split: str) -> ImageSource:  # type: ignore[misc]
-        return open_images(root, split)
-
-
 class BadImages:
     """Counts the images that did not decode, each once; UserError when they are more than `limit` (a share) of `total` images.
 

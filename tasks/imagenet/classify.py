@@ -19,7 +19,7 @@ from torch import nn
 from backbones.load import load_backbone
 from backbones.report import ConversionReport
 from mae_bench.cost import backbone_gmacs, num_params, peak_memory_mib
-from mae_bench.data.images import BadImages, ImageSet
+from mae_bench.data.images import BadImages, ImageSource, open_images
 from mae_bench.data.layouts import LayoutReport, check_layout
 from mae_bench.data.loader import Batch, TrainingOrder, evaluation_batches, training_batches
 from mae_bench.data.transforms import eval_transform, normalize, train_transform
@@ -73,8 +73,8 @@ class Data:
     """Both splits of an ImageNet layout, checked, with the budget of images that may fail to decode."""
 
     report: LayoutReport
-    train: ImageSet
-    val: ImageSet
+    train: ImageSource
+    val: ImageSource
     bad_train: BadImages
     bad_val: BadImages
 
@@ -87,7 +87,7 @@ def open_data(config: EvalConfig) -> Data:
     """Checks the layout before anything is trained."""
     root = Path(config.data)
     report = check_layout("imagenet", root)
-    train, val = ImageSet(root, "train"), ImageSet(root, "val")
+    train, val = open_images(root, "train"), open_images(root, "val")
     return Data(report, train, val, BadImages(config.max_bad_images, len(train)), BadImages(config.max_bad_images, len(val)))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_bench.data.images import BadImage, BadImages, ImageSet, decode
+from mae_bench.data.images import BadImage, BadImages, decode, open_images
 from mae_bench.errors import UserError
 
 
@@ -33,7 +33,7 @@ def root(tmp_path):
 
 
 def test_folder_and_tar_agree(root):
-    folder, tar = ImageSet(root, "train"), ImageSet(root, "packed")
+    folder, tar = open_images(root, "train"), open_images(root, "packed")
     assert folder.classes == tar.classes == ["a", "a-b", "b"]
     assert folder.targets.tolist() == tar.targets.tolist() == [0, 1, 2, 2]
     names = [folder.name(i) for i in range(len(folder))]
@@ -46,7 +46,7 @@ def _send(images, queue):
 
 
 def test_a_tar_is_read_from_a_forked_process_and_from_a_copy(root):
-    images = ImageSet(root, "packed")
+    images = open_images(root, "packed")
     expected = [images.read(i) for i in range(4)]  # the parent's handle is open by now
     assert [pickle.loads(pickle.dumps(images)).read(i) for i in range(4)] == expected
     context = multiprocessing.get_context("fork")
@@ -60,16 +60,16 @@ def test_a_tar_is_read_from_a_forked_process_and_from_a_copy(root):
 
 def test_missing_and_empty_splits_are_named(root):
     with pytest.raises(UserError, match="val"):
-        ImageSet(root, "val")
+        open_images(root, "val")
     (root / "val" / "a").mkdir(parents=True)
     with pytest.raises(UserError, match="no images"):
-        ImageSet(root, "val")
+        open_images(root, "val")
 
 
 def test_a_file_that_is_no_tar_is_named(tmp_path):
     (tmp_path / "train.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(UserError, match="train.tar"):
-        ImageSet(tmp_path, "train")
+        open_images(tmp_path, "train")
 
 
 @pytest.mark.parametrize(("mode", "form"), [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("1", "PNG")])

@@ -8,21 +8,21 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_bench.data.images import ImageSet
+from mae_bench.data.images import ImageSource, open_images
 from mae_bench.data.loader import TrainingOrder, evaluation_batches, seed_of, training_batches
 from mae_bench.data.transforms import eval_transform, normalize, train_transform
 from mae_bench.errors import UserError
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> ImageSet:
+def images(tmp_path: Path) -> ImageSource:
     """14 images of 2 classes; the red channel is the image's number."""
     for number in range(14):
         folder = tmp_path / "train" / f"class{number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 255, (24, 20, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:02}.png")
-    return ImageSet(tmp_path, "train")
+    return open_images(tmp_path, "train")
 
 
 def test_every_image_once_an_epoch_over_any_number_of_processes() -> None:
@@ -59,7 +59,7 @@ def test_batches_too_large_or_indivisible_are_refused() -> None:
         TrainingOrder(16, 8, seed=0, world_size=3)
 
 
-def test_augmentation_depends_on_the_image_and_epoch_not_on_the_loader(images: ImageSet) -> None:
+def test_augmentation_depends_on_the_image_and_epoch_not_on_the_loader(images: ImageSource) -> None:
     transform = train_transform((16, 16), (0.2, 1.0), auto_augment="rand-m9-mstd0.5-inc1")
     order = TrainingOrder(len(images), 7, seed=1)
     alone = list(training_batches(images, transform, order, 0, 4, num_workers=0))
@@ -76,7 +76,7 @@ def test_augmentation_depends_on_the_image_and_epoch_not_on_the_loader(images: I
 
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_evaluation_sees_each_image_once(images: ImageSet, world_size: int, batch_size: int) -> None:
+def test_evaluation_sees_each_image_once(images: ImageSource, world_size: int, batch_size: int) -> None:
     seen = []
     for rank in range(world_size):
         for batch in evaluation_batches(images, eval_transform((16, 16)), batch_size, 0, rank, world_size):
@@ -85,7 +85,7 @@ def test_evaluation_sees_each_image_once(images: ImageSet, world_size: int, batc
     assert sorted(seen) == list(range(14))
 
 
-def test_bad_image_gives_its_place_in_training_and_none_in_evaluation(images: ImageSet, tmp_path: Path) -> None:
+def test_bad_image_gives_its_place_in_training_and_none_in_evaluation(images: ImageSource, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (24, 20)).save(buffer, format="PNG")
     (tmp_path / "train" / "class0" / "04.png").write_bytes(buffer.getvalue()[:40])
@@ -98,13 +98,13 @@ def test_bad_image_gives_its_place_in_training_and_none_in_evaluation(images: Im
     assert sum(len(b.bad) for b in evaluated) == 1
 
 
-def test_a_file_that_cannot_be_read_counts_as_bad(images: ImageSet, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_counts_as_bad(images: ImageSource, tmp_path: Path) -> None:
     (tmp_path / "train" / "class0" / "04.png").unlink()
     batches = list(evaluation_batches(images, eval_transform((16, 16)), 5, 0))
     assert [Path(name).name for batch in batches for name, _ in batch.bad] == ["04.png"]
 
 
-def test_a_long_run_is_not_laid_out_in_memory(images: ImageSet) -> None:
+def test_a_long_run_is_not_laid_out_in_memory(images: ImageSource) -> None:
     order = TrainingOrder(len(images), 7, seed=1)
     assert len(next(training_batches(images, eval_transform((16, 16)), order, 0, 10**12, num_workers=0)).targets) == 7
 
