@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
@@ -11,13 +12,67 @@ from PIL import Image, UnidentifiedImageError
 from mae_bench.data.images import BadImage, ImageSource
 
 JPEG, NUMPY = b"\xff\xd8\xff", b"\x93NUMPY"  # what such files begin with
+END = b"\xff\xd9"  # of a JPEG
+BASELINE, TABLES, SCAN = 0xC0, 0xC4, 0xDA  # markers of a JPEG: sizes, Huffman tables, the first scan
 DTYPES = ("uint8", "uint16", "float32")  # of arrays; float16 and float64 are read as float32
 
 
-def read_pixels(images: ImageSource, i: int, in_chans: int = 3, *, fast: bool = True) -> np.ndarray:
-    """(H, W, in_chans) of image i: raw pixels where the set stores them, else its decoded file. BadImage, OSError."""
-    pixels = images.pixels(i)
-    return decode_pixels(images.read(i), in_chans, fast=fast) if pixels is None else _as_channels(pixels, in_chans)
+@dataclass(frozen=True)
+class Jpeg:
+    """A JPEG that is decoded when its rows are asked for, and no further down than that. shape: (height, width)."""
+
+    data: bytes
+    in_chans: int
+    shape: tuple[int, int]
+    place: int  # of the height in the header
+
+    def rows(self, stop: int) -> np.ndarray:
+        """(at least `stop`, W, in_chans), or all rows if there are fewer; BadImage.
+
+        A lower height in the header ends the decoding early. Two rows more are decoded than are needed, as chroma is interpolated
+        from neighbours, and whole blocks of 16.
+        """
+        height = (stop + 2 + 15) // 16 * 16
+        if height >= self.shape[0]:
+            return decode_pixels(self.data, self.in_chans)
+        cut = self.data[: self.place] + height.to_bytes(2, "big") + self.data[self.place + 2 :]
+        try:
+            return _as_channels(simplejpeg.decode_jpeg(cut, "RGB", strict=False), self.in_chans)  # it warns of the rest
+        except ValueError:
+            return decode_pixels(self.data, self.in_chans, fast=False)
+
+
+def read_pixels(images: ImageSource, i: int, in_chans: int = 3, *, fast: bool = True) -> np.ndarray | Jpeg:
+    """(H, W, in_chans) of image i: raw pixels where the set stores them, else of its file. BadImage, OSError."""
+    if (pixels := images.pixels(i)) is not None:
+        return _as_channels(pixels, in_chans)
+    data = images.read(i)
+    return (_baseline_jpeg(data, in_chans) if fast else None) or decode_pixels(data, in_chans, fast=fast)
+
+
+def _baseline_jpeg(data: bytes, in_chans: int) -> Jpeg | None:
+    """None for what has to be decoded as a whole: it is no JPEG of one scan, or may be truncated, or only Pillow reads it."""
+    if in_chans != 3 or not data.startswith(JPEG) or not data.endswith(END) or not (place := _place_of_height(data)):
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    known = colorspace in ("YCbCr", "Gray", "RGB") and height * width <= (Image.MAX_IMAGE_PIXELS or height * width)
+    return Jpeg(data, in_chans, (height, width), place) if known else None
+
+
+def _place_of_height(data: bytes) -> int:
+    """Where the header of a baseline JPEG has its height; 0 if there is none."""
+    at = 2
+    while at + 9 < len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == BASELINE:
+            return at + 5
+        if marker == SCAN or (0xC0 <= marker <= 0xCF and marker != TABLES):
+            return 0
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 0
 
 
 def decode_pixels(data: bytes, in_chans: int = 3, *, fast: bool = True) -> np.ndarray:

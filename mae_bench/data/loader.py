@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from mae_bench.data.decode import read_pixels
 from mae_bench.data.images import BadImage, ImageSource, decode
@@ -130,10 +129,16 @@ def _stack(views: list[View]) -> tuple[torch.Tensor, torch.Tensor | None]:
     imgs = [img for img, _ in views]
     crops = [crop for _, crop in views if crop is not None]
     if crops:
-        height, width = (max(img.shape[axis] for img in imgs) for axis in (1, 2))
-        imgs = [F.pad(img, (0, width - img.shape[2], 0, height - img.shape[1])) for img in imgs]
-    stacked = default_collate([img.permute(1, 2, 0) for img in imgs]).permute(0, 3, 1, 2)
-    return stacked, torch.tensor(crops, dtype=torch.int32) if crops else None
+        return _pad(imgs), torch.tensor(crops, dtype=torch.int32)
+    return default_collate([img.permute(1, 2, 0) for img in imgs]).permute(0, 3, 1, 2), None
+
+
+def _pad(imgs: list[torch.Tensor]) -> torch.Tensor:
+    height, width = (max(img.shape[axis] for img in imgs) for axis in (1, 2))
+    padded = torch.zeros(len(imgs), height, width, len(imgs[0]), dtype=imgs[0].dtype)
+    for place, img in zip(padded, imgs, strict=True):
+        place[: img.shape[1], : img.shape[2]] = img.permute(1, 2, 0)
+    return (padded.share_memory_() if get_worker_info() else padded).permute(0, 3, 1, 2)
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> torch.Tensor:

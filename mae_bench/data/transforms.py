@@ -30,6 +30,7 @@ from mae_bench.data.crops import (
     resample_exact,
     take_box,
 )
+from mae_bench.data.decode import Jpeg
 from mae_bench.errors import UserError
 
 MOST_DEFERRED = 640  # pixels a side of what is sent to the device undecimated
@@ -93,24 +94,26 @@ class PretrainTransform:
         if self.color_jitter and self.crop_on == "device":
             raise UserError("color_jitter with crop_on=device", expected="crops on the CPU", fix="set crop_on=cpu")
 
-    def __call__(self, pixels: np.ndarray, seed: int) -> torch.Tensor:
+    def __call__(self, pixels: np.ndarray | Jpeg, seed: int) -> torch.Tensor:
         """The input (C, *img_size)."""
         draw = random.Random(seed)
-        return self._resample(pixels, self._crop(pixels, draw), draw)
+        crop = self._crop(pixels.shape, draw)
+        return self._resample(_rows(pixels, crop), crop, draw)
 
-    def defer(self, pixels: np.ndarray, seed: int) -> tuple[torch.Tensor, list[int]]:
+    def defer(self, pixels: np.ndarray | Jpeg, seed: int) -> tuple[torch.Tensor, list[int]]:
         """The crop's box (C, height, width) and the numbers for `resample_batch`.
 
         A box with a side of more than MOST_DEFERRED pixels is resampled here: a batch is as large as its largest image.
         """
         draw = random.Random(seed)
-        crop = self._crop(pixels, draw)
+        crop = self._crop(pixels.shape, draw)
+        pixels = _rows(pixels, crop)
         if max(crop.height, crop.width) <= MOST_DEFERRED:
             return take_box(pixels, crop)[0], describe(crop)
         return self._resample(pixels, crop, draw), describe(Crop(0, 0, *self.img_size, self.img_size))
 
-    def _crop(self, pixels: np.ndarray, draw: random.Random) -> Crop:
-        height, width = pixels.shape[:2]
+    def _crop(self, shape: tuple[int, ...], draw: random.Random) -> Crop:
+        height, width = shape[:2]
         if self.augment == "resized_crop":
             return random_resized_crop(height, width, self.img_size, self.crop_scale, draw)
         return fixed_size_crop(height, width, self.img_size, draw if self.augment == "crop" else None)
@@ -119,6 +122,10 @@ class PretrainTransform:
         how = resample if self.decode == "fast" else resample_exact
         img = how(pixels, crop, self.img_size, self.interpolation)
         return jitter_colors(img, self.color_jitter, draw) if self.color_jitter else img
+
+
+def _rows(pixels: np.ndarray | Jpeg, crop: Crop) -> np.ndarray:
+    return pixels.rows(crop.top + crop.height) if isinstance(pixels, Jpeg) else pixels
 
 
 def pretrain_transform(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_bench.data.decode import decode_pixels
+from mae_bench.data.decode import Jpeg, decode_pixels, read_pixels
 from mae_bench.data.images import BadImage, decode
 
 
@@ -62,12 +62,61 @@ def test_fast_equals_pillow(kind: str) -> None:
     np.testing.assert_array_equal(decode_pixels(data, 1, fast=True), decode_pixels(data, 1, fast=False))
 
 
+class One:
+    """A source of one file."""
+
+    def __init__(self, data: bytes):
+        self.data = data
+
+    def pixels(self, _: int) -> None:
+        """There are none."""
+
+    def read(self, _: int) -> bytes:
+        """The file."""
+        return self.data
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FILES if kind not in ("PNG", "WebP")])
+def test_the_upper_rows_of_a_jpeg_are_pillows(kind: str) -> None:
+    data = FILES[kind]()
+    want, found = np.asarray(decode(data)), read_pixels(One(data), 0)  # type: ignore[arg-type]
+    if not isinstance(found, Jpeg):
+        np.testing.assert_array_equal(found, want)
+        return
+    assert found.shape == want.shape[:2]
+    for stop in range(1, len(want) + 1):
+        rows = found.rows(stop)
+        np.testing.assert_array_equal(rows[:stop], want[:stop])
+        assert len(rows) <= max(stop + 18, 0) or len(rows) == len(want)
+
+
+def test_baseline_jpegs_are_decoded_from_the_top_alone() -> None:
+    for kind in ("4:2:0", "4:2:2, odd size", "4:4:4", "grey", "EXIF-rotated", "stored as RGB"):
+        assert isinstance(read_pixels(One(FILES[kind]()), 0), Jpeg), kind  # type: ignore[arg-type]
+    for kind in ("progressive", "CMYK", "bytes after the end", "PNG"):
+        assert isinstance(read_pixels(One(FILES[kind]()), 0), np.ndarray), kind  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("subsampling", ["4:2:0", "4:2:2", "4:4:4", "4:4:0", "4:1:1"])
+def test_rows_are_whole_whatever_the_subsampling(subsampling: str) -> None:
+    try:
+        data = saved(photo(130, 60), "JPEG", subsampling=subsampling)
+    except (TypeError, ValueError):
+        pytest.skip("Pillow does not write it")
+    want, found = np.asarray(decode(data)), read_pixels(One(data), 0)  # type: ignore[arg-type]
+    assert isinstance(found, Jpeg)
+    for stop in (1, 13, 14, 15, 16, 30, 31, 32, 77, 100, 130):
+        np.testing.assert_array_equal(found.rows(stop)[:stop], want[:stop])
+
+
 @pytest.mark.parametrize("end", [0, 3, 200, -300])
 @pytest.mark.parametrize("kind", ["4:2:0", "progressive", "grey", "PNG"])
 def test_a_truncated_file_is_bad_on_both_routes(kind: str, end: int) -> None:
     for fast in (True, False):
         with pytest.raises(BadImage):
             decode_pixels(FILES[kind]()[:end], fast=fast)
+        with pytest.raises(BadImage):
+            read_pixels(One(FILES[kind]()[:end]), 0, fast=fast)  # type: ignore[arg-type]
 
 
 def test_damage_is_judged_by_pillow() -> None:
