@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import MutableMapping
 from contextlib import suppress
@@ -16,6 +17,7 @@ from mae_bench.provenance import visible_gpus
 from mae_bench.worker import INTERRUPTED
 
 JOIN_SECONDS = 1800.0  # that the processes have to find one another: nodes boot at different times
+SHARED_SECONDS = 60.0  # that a new folder may take to be seen on another machine
 ENDED = "ended"  # keys of the store: rank 0 is done; a rank was asked to stop; the orders, and what becomes of each
 ASKED = "asked"
 
@@ -87,7 +89,7 @@ class Company:
             number = 1
             while self._wait_for(f"order/{number}", stop):
                 order = json.loads(self.store.get(f"order/{number}"))
-                self.store.set(f"code/{number}/{self.rank}", str(self._obey(number, self._own_worker(order), stop)))
+                self.store.set(f"code/{number}/{self.rank}", str(self._obey(number, self._worker_of(number, order), stop)))
                 number += 1
             self.store.add("left", 1)
         except RuntimeError as error:  # the store's own, whose process is gone
@@ -104,6 +106,19 @@ class Company:
                 return False
             time.sleep(POLL_SECONDS)
         return True
+
+    def _worker_of(self, number: int, order: dict[str, Any]) -> Worker:
+        """This rank's worker for rank 0's order; UserError where it does not see the folder that rank 0 has made."""
+        deadline = time.monotonic() + SHARED_SECONDS
+        while not os.path.isdir(order["folder"]):
+            if time.monotonic() > deadline:
+                self.store.set(f"code/{number}/{self.rank}", "1")
+                raise UserError(
+                    f"rank {self.rank} on {socket.gethostname()} does not see {order['folder']}",
+                    expected="a folder on a disk that all machines share", fix="--out DIR",
+                )  # fmt: skip
+            time.sleep(POLL_SECONDS)
+        return self._own_worker(order)
 
     def _obey(self, number: int, worker: Worker, stop: list[int]) -> int:
         """Its exit code once it has ended, by itself or because it has to."""
