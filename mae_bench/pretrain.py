@@ -113,6 +113,7 @@ def train(config: PretrainConfig, job: Job, spec: BackboneSpec, data: Data, loss
         order.steps_per_epoch,
         progress,
         data.bad_train,
+        ema_decay=config.ema_decay,
         flops_per_image=training_flops(model, config.mask_ratio),
     )
     if config.reconstruct_epochs and model.can_reconstruct:

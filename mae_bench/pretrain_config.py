@@ -70,6 +70,7 @@ class PretrainConfig(TrainConfig):
     )
     crop_on: Literal["cpu", "device"] = Field("cpu", description="where crops are resampled and flipped")
     betas: tuple[float, float] = (0.9, 0.95)
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="export averaged weights; the paper does not")
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass: less memory, more time")
     num_reconstructions: int = Field(8, ge=1, description="validation images drawn")
     reconstruct_epochs: float | None = Field(None, gt=0, description="draw them every so many epochs too, not at the end alone")

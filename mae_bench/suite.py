@@ -192,8 +192,8 @@ def check_sources(suite: SuiteConfig) -> None:
 
 
 def _content(key: str, value: Any) -> Any:
-    """A checkpoint counts by its files' bytes: the same path with other weights is another cell."""
-    if key != "source":
+    """Weights count by their files' bytes: the same path with others is another cell."""
+    if key not in ("source", "tokenizer") or not value:
         return value
     if (path := source_path(value)) is None:
         return value
