@@ -43,15 +43,13 @@ print(json.dumps({
 
 
 def make_tree(root: Path, num_classes: int, images_a_class: int) -> None:
-    """root/train/CLASS/NAME.JPEG of a byte each, and root/val with 50 a class."""
+    """root/train/CLASS/NAME.JPEG (empty files), and root/val with 50 a class."""
     for split, count in (("train", images_a_class), ("val", 50)):
         for number in range(num_classes):
             folder = root / split / f"n{number:08d}"
             folder.mkdir(parents=True)
             for i in range(count):
-                handle = os.open(folder / f"{folder.name}_{i}.JPEG", os.O_CREAT | os.O_WRONLY)
-                os.write(handle, b"0")
-                os.close(handle)
+                os.close(os.open(folder / f"{folder.name}_{i}.JPEG", os.O_CREAT | os.O_WRONLY))
 
 
 def measure(script: str, root: Path, cache: Path) -> dict[str, float]:

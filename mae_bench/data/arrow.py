@@ -1,6 +1,7 @@
 """Hugging Face sets on disk: Arrow files are read in place, Parquet files are unpacked once into a packed set in the cache."""
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from mae_bench.data.packed import How, is_packed, open_packed, pack_sources
 from mae_bench.data.shards import spellings
 from mae_bench.digest import json_digest
 from mae_bench.errors import NotInstalled, UserError
+
+log = logging.getLogger(__name__)
 
 IMAGE_NAMES = ("image", "img", "jpg", "png", "webp", "jpeg")  # of the column, where the set does not declare it
 LABEL_NAMES = ("label", "labels", "cls", "fine_label")
@@ -47,22 +50,24 @@ class Columns:
 
 def arrow_files(root: Path, split: str) -> list[Path]:
     """The Arrow files of a split: a folder that `save_to_disk` wrote (root/SPLIT, or root itself as train); [] if none."""
-    places = [root / name for name in spellings(split)] + ([root] if split == "train" else [])
-    for place in places:
+    for place in (root / name for name in spellings(split)):
         if (place / "state.json").is_file():
             return _saved(place)
-        if place.is_dir() and (found := sorted(place.glob("*.arrow"))) and place != root:
-            return found
+        if place.is_dir():  # whatever is beside the split's own folder is no part of it
+            return sorted(place.glob("*.arrow"))
+    if split == "train" and (root / "state.json").is_file():
+        return _saved(root)
     return [path for path in sorted(root.glob("*.arrow")) if any(_is_named(path, name) for name in spellings(split))]
 
 
 def parquet_files(root: Path, split: str) -> list[Path]:
     """The Parquet files of a split: root/data/SPLIT-*.parquet, root/SPLIT-*.parquet or root/SPLIT/*.parquet; [] if none."""
     for name in spellings(split):
-        inside = sorted((root / name).glob("*.parquet"))
+        if (root / name).is_dir():
+            return sorted((root / name).glob("*.parquet"))
         beside = [path for place in (root / "data", root) for path in sorted(place.glob("*.parquet")) if _is_named(path, name)]
-        if inside or beside:
-            return inside or beside
+        if beside:
+            return beside
     return []
 
 
@@ -285,6 +290,7 @@ def open_unpacked(source: ImageSource, key: str) -> IndexedImages:
                 expected="a cache folder with room for the set",
                 fix="export MAE_BENCH_CACHE=FOLDER",
             ) from error
+        log.info("unpacking %d images to %s, once", len(source), out)
         with alone(out):
             pack_sources({"all": source}, out, How(unchecked=True))
     return open_packed(out, "all")

@@ -67,9 +67,9 @@ def _open(root: str, split: str, refresh: bool) -> ImageSource | None:
     place = Path(root)
     if is_packed(place):
         return open_packed(place, split)
-    for folder in (place / split, place):  # known ones first: to look for tables and shards lists every file again
-        if not refresh and (index := known_index(_key("folder", [folder]))):
-            return IndexedImages(index, folder)
+    folder = _place_of(place, split)  # a known one first: to look for tables and shards lists every file again
+    if folder and not refresh and (index := known_index(_key("folder", [folder]))):
+        return IndexedImages(index, folder)
     if files := arrow_files(place, split):
         return _arrow(files, refresh)
     if files := parquet_files(place, split):
@@ -81,8 +81,13 @@ def _key(kind: str, paths: Sequence[str | Path]) -> str:
     return f"{kind}:{json_digest([str(Path(path).absolute()) for path in paths])}"
 
 
+def _place_of(root: Path, split: str) -> Path | None:
+    """The folder that holds a split's images, if they lie in folders."""
+    return root / split if (root / split).is_dir() else root if split == "train" and is_plain(root) else None
+
+
 def _folder(root: Path, split: str, refresh: bool) -> ImageSource | None:
-    folder = root / split if (root / split).is_dir() else root if split == "train" and is_plain(root) else None
+    folder = _place_of(root, split)
     if folder is None:
         return None
     return IndexedImages(find_index(_key("folder", [folder]), lambda: index_folder(folder), refresh), folder)
@@ -91,8 +96,6 @@ def _folder(root: Path, split: str, refresh: bool) -> ImageSource | None:
 def _tars(root: Path, split: str, refresh: bool) -> ImageSource | None:
     tar, shards = root / f"{split}.tar", shards_in(root, split)
     if shards == [tar] and has_classes(tar):
-        if (root / split).is_dir():
-            return None
         return IndexedImages(find_index(_key("tar", [tar]), lambda: index_tar(tar), refresh), root)
     return _shards([str(path) for path in shards], refresh) if shards else None
 

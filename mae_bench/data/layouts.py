@@ -16,7 +16,7 @@ from mae_bench.data.formats import set_digest, splits_in
 from mae_bench.data.images import BadImage, ImageSource, decode, is_image, open_images
 from mae_bench.data.index import IndexedImages
 from mae_bench.data.packed import is_packed, verify_packed
-from mae_bench.data.shards import is_pattern
+from mae_bench.data.shards import is_pattern, pattern_name
 from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
 
@@ -82,7 +82,9 @@ def check_layout(layout: str, root: str | Path, *, thorough: bool = False) -> La
         raise UserError(f"unknown layout {layout!r}", expected=f"one of {', '.join(CHECKS)}")
     if layout in SOURCES and is_pattern(str(root)):
         content = CHECKS[layout](str(root), thorough)
-        return LayoutReport(layout, str(root), Path(root), content.splits, content.classes, content.digest, content.notes)
+        return LayoutReport(
+            layout, pattern_name(str(root)), Path(root), content.splits, content.classes, content.digest, content.notes
+        )
     root = Path(root)
     if not root.is_dir():
         raise UserError(

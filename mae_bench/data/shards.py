@@ -1,6 +1,7 @@
 """Where the shards of a split lie: a folder of them, a pattern of paths, or a pattern of URLs that are fetched."""
 
 import glob
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,11 @@ def expand_pattern(root: str, split: str) -> list[str]:
     return paths
 
 
+def pattern_name(root: str) -> str:
+    """What a set of shards is called: the folder that they lie in."""
+    return Path((_named(root) or {"train": root}).get("train", root)).absolute().parent.name
+
+
 def expand_braces(pattern: str) -> Iterator[str]:
     """`{000..011}` and `{a,b}` as a shell expands them."""
     found = re.search(r"\{([^{}]*)\}", pattern)
@@ -69,10 +75,13 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 
 def shards_in(root: Path, split: str) -> list[Path]:
-    """The tars of a split below a folder: `train/*.tar` or `train*.tar`; [] if there are none."""
+    """The tars of a split below a folder: `train/*.tar` (without class folders beside them) or `train*.tar`; [] if none."""
     for name in spellings(split):
-        inside = sorted((root / name).glob("*.tar"))
-        beside = sorted(path for path in root.glob(f"{name}*.tar") if re.fullmatch(rf"{name}[-_.]?\d*", path.stem))
-        if inside or beside:
-            return inside or beside
+        inside = root / name
+        if inside.is_dir():
+            found = sorted(inside.glob("*.tar"))
+            return [] if any(entry.is_dir() for entry in os.scandir(inside)) else found
+        found = sorted(path for path in root.glob(f"{name}*.tar") if re.fullmatch(rf"{name}[-_.]?\d*", path.stem))
+        if found:
+            return found
     return []

@@ -41,11 +41,13 @@ def refused(layout: str, root: Path, *words: str) -> None:
     ],
 )
 @pytest.mark.parametrize("inside", ["", "train/"])
+@pytest.mark.usefixtures("keeps")
 def test_ones_own_images_need_no_classes(tmp_path: Path, picture: Picture, given: list[str], inside: str) -> None:
     fill(tmp_path, [inside + name for name in given], picture)
     (tmp_path / "notes.txt").write_text("no image")
     fill(tmp_path, [f"{inside}.thumbs/t.jpg", f"{inside}.hidden.jpg"], picture)
-    images = open_images(tmp_path, "train")
+    for _ in range(2):  # the second comes from the cache
+        images = open_images(tmp_path, "train")
     assert sorted(names(tmp_path, "train")) == sorted(given)
     assert (images.classes, set(images.targets.tolist())) == ([""], {0})
     assert {images.name(i): images.read(i) for i in range(len(images))} == {

@@ -144,7 +144,7 @@ def test_members_that_lead_elsewhere_are_refused(archives: Path, tmp_path: Path,
     (tmp_path / "list").write_text("ILSVRC2012_val_00000001 n01440764")
     with pytest.raises(UserError, match="evil"):
         prepare_imagenet(archives, tmp_path / "out", check=False, val_classes=tmp_path / "list")
-    assert not [path for path in tmp_path.rglob("*evil*")]
+    assert not list(tmp_path.rglob("*evil*"))
 
 
 def test_a_link_is_refused(archives: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_every_way_to_name_shards_opens_the_same(root: Path, picture: Picture) -
     for given in (forms(root)[0], forms(root)[-1]):
         assert [image for _, image, _ in contents(open_images(given, "val"))] == [picture(n) for n in (6, 7, 8)]
         report = check_layout("imagenet", given)
-        assert (report.splits, report.classes) == ({"train": 6, "val": 3}, ("0", "1", "2"))
+        assert (report.splits, report.classes, report.name) == ({"train": 6, "val": 3}, ("0", "1", "2"), root.name)
     assert check_layout("images", forms(root)[1]).splits == {"train": 6}
     with pytest.raises(UserError, match="no shards for val"):
         open_images(forms(root)[1], "val")
@@ -72,6 +72,15 @@ def test_shards_in_a_folder_of_the_split(root: Path) -> None:
             path.rename(root / split / path.name.replace("train-", "part"))
     assert len(open_images(root, "train")) == 6
     assert len(open_images(root, "val")) == 3
+
+
+def test_a_folder_of_the_split_comes_before_shards_beside_it(root: Path, picture: Picture) -> None:
+    for name in ("a/1.jpg", "b/2.jpg"):
+        (root / "train" / name).parent.mkdir(parents=True)
+        (root / "train" / name).write_bytes(picture(1))
+    assert open_images(root, "train").classes == ["a", "b"]
+    write_tar(root / "train" / "n01440764.tar", {"left.jpg": picture(2)})
+    assert len(open_images(root, "train")) == 2, "a tar left beside its class folders"
 
 
 def test_braces_expand_as_in_a_shell() -> None:
