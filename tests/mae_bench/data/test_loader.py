@@ -1,6 +1,8 @@
 """Order, augmentation and exactness of the batches."""
 
 import io
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,8 @@ import torch
 from PIL import Image
 
 from mae_bench.data.images import ImageSource, open_images
-from mae_bench.data.loader import TrainingOrder, evaluation_batches, seed_of, training_batches
-from mae_bench.data.transforms import eval_transform, normalize, train_transform
+from mae_bench.data.loader import Batch, TrainingOrder, evaluation_batches, seed_of, training_batches
+from mae_bench.data.transforms import PretrainTransform, eval_transform, train_transform
 from mae_bench.errors import UserError
 
 
@@ -109,13 +111,6 @@ def test_a_long_run_is_not_laid_out_in_memory(images: ImageSource) -> None:
     assert len(next(training_batches(images, eval_transform((16, 16)), order, 0, 10**12, num_workers=0)).targets) == 7
 
 
-def test_normalize_equals_the_formula() -> None:
-    imgs = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    want = (imgs.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(3, 1, 1)
-    torch.testing.assert_close(normalize(imgs, mean, std).double(), want, rtol=1e-5, atol=1e-5)
-
-
 def test_evaluation_resizes_the_short_side_and_crops_the_centre() -> None:
     ramp = np.tile(np.arange(80, dtype=np.uint8)[None, :, None], (64, 1, 3))
     out = eval_transform((56, 56), crop_pct=0.875)(Image.fromarray(ramp))
@@ -127,3 +122,119 @@ def test_seeds_do_not_collide_and_are_stable() -> None:
     seeds = {seed_of(a, b, c) for a in range(10) for b in range(-5, 10) for c in range(10)}
     assert len(seeds) == 1500
     assert seed_of(1, 2, 3) == 6520558355739401531
+
+
+@pytest.mark.parametrize("crop_on", ["cpu", "device"])
+def test_pretraining_batches_depend_on_the_step_alone(images: ImageSource, crop_on: str) -> None:
+    transform = PretrainTransform((16, 16), crop_on=crop_on)  # type: ignore[arg-type]
+    whole = list(training_batches(images, transform, TrainingOrder(len(images), 6, seed=1), 0, 4, num_workers=0))
+    for world_size, num_workers in [(1, 2), (2, 1), (3, 0)]:
+        orders = [TrainingOrder(len(images), 6, 1, rank, world_size) for rank in range(world_size)]
+        ranks = [list(training_batches(images, transform, order, 1, 4, num_workers)) for order in orders]
+        for step, batch in enumerate(whole[1:]):
+            parts = [rank[step] for rank in ranks]
+            assert [part.start for part in parts] == [6 // world_size * rank for rank in range(world_size)]
+            assert torch.equal(torch.cat([part.indices for part in parts]), batch.indices)
+            if crop_on == "cpu":
+                assert torch.equal(torch.cat([part.imgs for part in parts]), batch.imgs)
+                assert batch.imgs.shape == (6, 3, 16, 16)
+                assert batch.imgs.dtype == torch.uint8
+            else:
+                assert batch.crops is not None
+                assert torch.equal(torch.cat([part.crops for part in parts if part.crops is not None]), batch.crops)
+                assert all(0 < height <= 24 and 0 < width <= 20 for height, width, *_ in batch.crops.tolist())
+
+
+def test_a_batch_splits_into_consecutive_parts() -> None:
+    batch = Batch(
+        torch.arange(5).view(5, 1, 1, 1), torch.arange(5), torch.arange(5) * 2, [("a", "b")], 10, torch.arange(5)[:, None]
+    )
+    parts = list(batch.split([2, 3]))
+    assert [part.start for part in parts] == [10, 12]
+    assert [part.targets.tolist() for part in parts] == [[0, 1], [2, 3, 4]]
+    assert [part.crops.flatten().tolist() for part in parts if part.crops is not None] == [[0, 1], [2, 3, 4]]
+    assert not any(part.bad for part in parts)
+
+
+class Arrays:
+    """A source of arrays in memory: raw pixels where uint8 RGB, else .npy files."""
+
+    def __init__(self, arrays: list[np.ndarray], raw: bool = False):
+        self.arrays, self.raw, self.classes, self.targets = arrays, raw, [""], [0] * len(arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def name(self, i: int) -> str:
+        """A number."""
+        return f"{i}.npy"
+
+    def pixels(self, i: int) -> np.ndarray | None:
+        """As they are, or none."""
+        return self.arrays[i] if self.raw else None
+
+    def read(self, i: int) -> bytes:
+        """The array as a file."""
+        buffer = io.BytesIO()
+        np.save(buffer, self.arrays[i])
+        return buffer.getvalue()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_multispectral_arrays_travel_in_their_dtype(dtype: str) -> None:
+    source = Arrays([np.full((20, 24, 6), 10 * i, dtype) for i in range(8)])
+    order = TrainingOrder(8, 4, seed=0)
+    batch = next(training_batches(source, PretrainTransform((16, 16), in_chans=6), order, 0, 1, 0))
+    assert batch.imgs.shape == (4, 6, 16, 16)
+    assert str(batch.imgs.dtype) == f"torch.{dtype}"
+    assert batch.imgs[:, 0, 0, 0].tolist() == pytest.approx([10 * int(i) for i in batch.indices])
+
+
+def test_raw_pixels_serve_every_transform() -> None:
+    source = Arrays([np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8) for i in range(4)], raw=True)
+    for transform in (PretrainTransform((16, 16)), train_transform((16, 16), (0.2, 1.0)), eval_transform((16, 16))):
+        batch = next(training_batches(source, transform, TrainingOrder(4, 4, seed=0), 0, 1, 0))
+        assert batch.imgs.shape == (4, 3, 16, 16)
+        assert not batch.bad
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_set_of_other_channels_is_one_clear_error(num_workers: int) -> None:
+    source = Arrays([np.zeros((20, 24, 2), np.uint8)] * 150)
+    batches = training_batches(source, PretrainTransform((16, 16), in_chans=5), TrainingOrder(150, 4, 0), 0, 2, num_workers)
+    with pytest.raises(UserError, match="none of 100 images in a row.*2 channels of uint8, the model takes 5") as caught:
+        next(batches)
+    assert "Traceback" not in str(caught.value)
+
+
+class Deadly:
+    """A transform that ends its own process."""
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return torch.empty(0)
+
+
+class Full:
+    """A transform that fails as a full /dev/shm does."""
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
+
+
+def test_a_lost_worker_is_one_clear_error(images: ImageSource) -> None:
+    order = TrainingOrder(len(images), 7, seed=1)
+    with pytest.raises(UserError, match="a loader process was lost.*(Killed|exited unexpectedly)") as caught:
+        next(training_batches(images, Deadly(), order, 0, 2, num_workers=1))
+    assert "num_workers" in caught.value.fix
+    with pytest.raises(UserError, match="No space left") as caught:
+        next(training_batches(images, Full(), order, 0, 2, num_workers=1))
+    assert "shm" in caught.value.fix
+
+
+def test_a_mistake_in_the_code_is_not_called_a_lost_worker(images: ImageSource) -> None:
+    def broken(image: Image.Image) -> torch.Tensor:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        next(training_batches(images, broken, TrainingOrder(len(images), 7, seed=1), 0, 2, num_workers=1))
