@@ -129,7 +129,7 @@ def pack_sources(
     """Packs the splits into the folder `out` and returns the header; images that do not decode are left out and named there.
 
     A call that was stopped goes on where it was; a whole set of the same images made in the same way is left as it is.
-    UserError: another set lies in `out`, no image decodes, or the disk is full (then what was written last is removed).
+    UserError: another set lies in `out`, no image decodes, or the disk is full (then what was written is removed).
     """
     made_of = {split: [source.digest, len(source)] for split, source in sources.items()}
     header = {"version": VERSION, "source": made_of, "how": asdict(how), "pillow": PIL.__version__}
@@ -137,7 +137,7 @@ def pack_sources(
         header["subsampling"] = SUBSAMPLING
     if is_packed(out):
         found = read_header(out)
-        if any(found[key] != value for key, value in header.items() if key != "pillow"):
+        if any(found.get(key) != value for key, value in header.items() if key != "pillow"):
             raise UserError(f"{out} holds a packed set of other images, or made otherwise", expected="an empty folder")
         return found
     packs = {split: _Pack(source, out / split, header, num_workers, progress) for split, source in sources.items()}
@@ -145,16 +145,16 @@ def pack_sources(
         out.mkdir(parents=True, exist_ok=True)
         if strangers := [path.name for path in out.iterdir() if path.suffix not in SUFFIXES]:
             raise UserError(f"{out} is not empty: {', '.join(sorted(strangers)[:5])}", expected="a new folder for the packed set")
-        header["splits"] = {split: pack.run(how) for split, pack in packs.items()}
-        for pack in packs.values():
-            pack.part.replace(pack.data)
+        header["splits"] = {split: each.run(how) for split, each in packs.items()}
+        for each in packs.values():
+            each.part.replace(each.data)
         write_json(out / HEADER, header | {"digest": json_digest(header)})
-        for pack in packs.values():
-            pack.journal.unlink()
+        for each in packs.values():
+            each.journal.unlink()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            for pack in packs.values():
-                pack.discard()
+            for each in packs.values():
+                each.discard()
         raise UserError(
             f"{out} cannot be written: {error}", expected="a folder with room for the packed images",
             fix="make room, or give another folder",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_bench.data.images import is_image
+from mae_bench.data.tars import need_end
 from mae_bench.errors import NotInstalled, UserError
 from mae_bench.files import write_json, write_text
 
@@ -152,6 +153,7 @@ def _make_train(archive: Path, folder: Path, progress: Progress | None) -> None:
     """A tar of tars, a class each; a class's folder appears when it is whole."""
     with tarfile.open(archive, "r:") as outer:
         members = [member for member in outer if member.isreg()]
+        need_end(outer)
         for done, member in enumerate(members, 1):
             wnid = Path(member.name).stem
             if not WNID.fullmatch(wnid):
@@ -162,6 +164,7 @@ def _make_train(archive: Path, folder: Path, progress: Progress | None) -> None:
                 with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
                     for image in inner:
                         _extract(inner, image, part, archive)
+                    need_end(inner)
                 part.rename(folder / wnid)
             if progress:
                 progress("train", done, len(members))
@@ -174,6 +177,7 @@ def _make_val(archive: Path, folder: Path, labels: list[str] | dict[str, str], p
     part = folder.with_name(f".{folder.name}.part")
     with tarfile.open(archive, "r:") as file:
         members = sorted((member for member in file if member.isreg()), key=lambda member: Path(member.name).name)
+        need_end(file)
         if isinstance(labels, list) and len(labels) != len(members):
             raise UserError(f"{archive} has {len(members)} images", expected=f"{len(labels)}, as the devkit has labels")
         for done, member in enumerate(members, 1):

@@ -27,18 +27,25 @@ class Members:
 
 def read_members(path: Path) -> Members:
     """What a tar holds; UserError if it is none, is compressed or cut short."""
-    found, size = Members(), path.stat().st_size
+    found = Members()
     try:
         with tarfile.open(path, "r:") as file:
             for member in file:
                 name = member.name.removeprefix("./")
-                if member.isreg() and member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"it ends in the middle of {name}")
                 if member.isreg():
                     _take(found, name, member, file)
+            need_end(file)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{path} cannot be read as a tar file: {_reason(path, error)}", expected=WHOLE, fix=_fix(path)) from error
     return found
+
+
+def need_end(file: tarfile.TarFile) -> None:
+    """ReadError unless an archive that was read through ends with the mark of its end; tarfile takes any odd block for it."""
+    stream: Any = file.fileobj
+    stream.seek(file.offset)
+    if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("it ends without the mark of a tar's end")
 
 
 def _take(found: Members, name: str, member: tarfile.TarInfo, file: tarfile.TarFile) -> None:

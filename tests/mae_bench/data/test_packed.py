@@ -171,12 +171,14 @@ def test_another_way_or_another_source_starts_anew_or_is_refused(
     before = (tmp_path / "out" / "packed.json").stat().st_mtime_ns
     pack(source, tmp_path / "out")
     assert (tmp_path / "out" / "packed.json").stat().st_mtime_ns == before, "a whole set is left as it is"
-    with pytest.raises(UserError, match="made otherwise"):
-        pack(source, tmp_path / "out", short_side=10)
+    pack(source, tmp_path / "raw", raw=True)
+    for out, how in (("out", {"short_side": 10}), ("out", {"raw": True}), ("raw", {})):
+        with pytest.raises(UserError, match="made otherwise"):
+            pack(source, tmp_path / out, **how)
     (source / "train" / "a" / "9.jpg").write_bytes(picture(9))
     with pytest.raises(UserError, match="other images"):
         pack(source, tmp_path / "out")
-    with pytest.raises(UserError, match="is not empty: out, source"):
+    with pytest.raises(UserError, match="is not empty: out, raw, source"):
         pack(source, tmp_path)
 
 

@@ -162,9 +162,10 @@ def test_what_lacks_or_is_damaged_is_named(devkit: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match=f"{TRAIN}, {VAL}, {DEVKIT}"):
         prepare_imagenet(tmp_path / "nowhere", tmp_path / "out")
     whole = (devkit / TRAIN).read_bytes()
-    (devkit / TRAIN).write_bytes(whole[: len(whole) // 2 - 300])
-    with pytest.raises(UserError, match="damaged"):
-        prepare_imagenet(devkit, tmp_path / "out", check=False)
+    for cut in (len(whole) // 2 - 300, whole.index(b"n01443537.tar")):
+        (devkit / TRAIN).write_bytes(whole[:cut])
+        with pytest.raises(UserError, match="damaged"):
+            prepare_imagenet(devkit, tmp_path / "out", check=False)
     (devkit / TRAIN).write_bytes(whole)
     (devkit / DEVKIT).unlink()
     with pytest.raises(UserError, match=f"(?s)lacks {DEVKIT}.*give a file"):

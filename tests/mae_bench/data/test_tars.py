@@ -156,10 +156,14 @@ def test_a_compressed_or_cut_tar_is_named(root: Path) -> None:
     with pytest.raises(UserError, match=r"train-000001.tar.*\n.*\n.*gunzip") as caught:
         open_images(root, "train")
     assert "compressed" in str(caught.value)
-    for cut in (700, 1100):
+    second = whole.index(b"0003.cls")  # where a header starts
+    for cut in (700, second, second + 100, second + 512, second + 700):
         path.write_bytes(whole[:cut])
-        with pytest.raises(UserError, match=r"train-000001.tar.*cut short|train-000001.tar"):
+        with pytest.raises(UserError, match=r"train-000001.tar cannot be read(?s:.*)cut short"):
             open_images(root, "train")
+    path.write_bytes(whole[:second] + b"x" * 512 + whole[second + 512 :])
+    with pytest.raises(UserError, match="train-000001.tar cannot be read"):
+        open_images(root, "train")
 
 
 def test_a_shard_that_shrank_since_is_a_bad_image_not_garbage(root: Path) -> None:
