@@ -41,11 +41,12 @@ def step(model: MAE, imgs: torch.Tensor, noise: torch.Tensor) -> None:
 
 
 def measure(size: str, decoder_depth: int, batch_size: int, repeats: int) -> dict[str, Times]:
-    """Samples of both designs on the same images and noise; both have as many parameters in each block."""
+    """Samples of both designs on the same images and noise; they share the weights of all blocks, to spare memory."""
     spec, draw = vit_spec(size), torch.Generator().manual_seed(0)
     imgs = torch.randn(batch_size, spec.in_chans, *spec.img_size, generator=draw)
     noise = torch.rand(batch_size, spec.num_patches, generator=draw)
     models = {ASYMMETRIC: build_ours(spec, decoder_depth), FULL: build_ours(spec, decoder_depth, encoder_mask_tokens=True)}
+    models[FULL].encoder, models[FULL].decoder_blocks = models[ASYMMETRIC].encoder, models[ASYMMETRIC].decoder_blocks
     return interleave({name: partial(step, model, imgs, noise) for name, model in models.items()}, repeats)
 
 
@@ -104,7 +105,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["large", "huge"])
     parser.add_argument("--decoder-depths", nargs="+", type=int, default=[8, 1])
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=8, help="below 8, writing the gradients begins to count")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each pair")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="FILE: FILE.md and FILE.json are written")
