@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from mae_bench.reconstruct import reconstruct, save_mae
 from mae_bench.spec import BackboneSpec
 
 SPEC = BackboneSpec("vit", (32, 16), (8, 8), 3, 48, 2, 4, mean=(0.4,) * 3, pos_embed="sincos", pretrain_method="mae")
-SMALL = {"decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2}
+SMALL: dict[str, Any] = {"decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2}
 
 
 def randomise(module):

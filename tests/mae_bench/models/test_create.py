@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import timm
@@ -19,7 +20,7 @@ PUBLISHED = {
     "mae_vit_large_patch16": (303_301_632, 329_541_888, 398),
     "mae_vit_huge_patch14": (630_764_800, 657_074_508, 494),
 }
-TINY = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+TINY: dict[str, Any] = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 
 
 def count(module):
@@ -55,7 +56,9 @@ def test_configs_of_the_same_name_are_the_same_model(name):
 @pytest.mark.parametrize(
     ("name", "like"), [("mae_vit_tiny_patch16", "vit_tiny_patch16_224"), ("mae_vit_small_patch16", "vit_small_patch16_224")]
 )
-def test_the_smaller_sizes_are_timms(name, like):
+def test_the_smaller_sizes_are_timms(name: str, like: str) -> None:
+    ours: Any
+    theirs: Any
     with torch.device("meta"):
         ours, theirs = create_mae(name).encoder, timm.create_model(like, num_classes=0)
     assert {k: t.shape for k, t in ours.state_dict().items()} == {k: t.shape for k, t in theirs.state_dict().items()}
@@ -73,7 +76,8 @@ def test_the_smaller_sizes_are_timms(name, like):
         "timm:vit_small_patch16_224.augreg_in1k",
     ],
 )
-def test_a_plain_vit_of_timm_is_an_encoder(name):
+def test_a_plain_vit_of_timm_is_an_encoder(name: str) -> None:
+    theirs: Any
     arch = name.removeprefix("timm:").split(".")[0]
     with torch.device("meta"):
         model, theirs = create_mae(name, **TINY), timm.create_model(arch, num_classes=0)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,7 +216,12 @@ def test_activation_checkpointing_keeps_fewer_activations() -> None:
         model = make().train()
         model.activation_checkpointing = recompute
         saved: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=saved: (to.append(t.numel()), t)[1], lambda t: t):
+
+        def count(tensor: torch.Tensor, to: list[int] = saved) -> torch.Tensor:
+            to.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             model(imgs, 0.75, noise)
         sizes.append(sum(saved))
     assert sizes[1] < sizes[0] / 2
@@ -226,7 +232,7 @@ def test_activation_checkpointing_keeps_fewer_activations() -> None:
 def test_a_blocks_weights_are_touched_in_its_own_forward_alone(encoder_mask_tokens: bool, recompute: bool) -> None:
     """Sharded weights are whole only between a block's hooks: here they are not numbers outside of them."""
     torch.manual_seed(0)
-    options = {"encoder_mask_tokens": encoder_mask_tokens, "activation_checkpointing": recompute}
+    options: dict[str, Any] = {"encoder_mask_tokens": encoder_mask_tokens, "activation_checkpointing": recompute}
     model = MAE(SPEC, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, **options)
     imgs, noise = inputs()
     want = model(imgs, 0.75, noise)[0]
@@ -248,7 +254,7 @@ def test_a_blocks_weights_are_touched_in_its_own_forward_alone(encoder_mask_toke
 
 
 @pytest.mark.parametrize("options", [{}, {"encoder_mask_tokens": True}, {"target": "hog"}, {"activation_checkpointing": True}])
-def test_the_training_step_is_one_graph(options: dict) -> None:
+def test_the_training_step_is_one_graph(options: dict[str, Any]) -> None:
     """Nothing in forward depends on values or waits for a device."""
     torch.manual_seed(0)
     model = MAE(SPEC, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, **options).train()
@@ -335,7 +341,7 @@ def test_cls_and_mask_tokens_are_decayed_and_tables_are_not_trained() -> None:
 def test_the_class_token_is_never_masked_and_has_no_position() -> None:
     model = make().eval()
     imgs, noise = inputs()
-    first = {}
+    first: dict[str, torch.Tensor] = {}
     model.encoder.blocks[0].register_forward_pre_hook(lambda _, args: first.setdefault("x", args[0]))
     model(imgs, 0.75, noise)
     assert first["x"].shape[1] == 1 + 6

@@ -1,11 +1,14 @@
 """Mask samplings: exact counts, their shapes in the image, and that a mask depends on the generator and its row alone."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from mae_bench.errors import UserError
 from mae_bench.models.masking import build_masking, count_kept, sample_noise
 
+STRIPES: Any = "stripes"
 GRIDS = [(14, 14), (7, 10), (1, 9), (3, 2)]
 
 
@@ -100,4 +103,4 @@ def test_the_range_that_is_named_is_usable(num_patches):
 
 def test_an_unknown_sampling_is_refused():
     with pytest.raises(UserError, match="stripes"):
-        sample_noise("stripes", 1, (4, 4), 0.5)
+        sample_noise(STRIPES, 1, (4, 4), 0.5)
