@@ -16,6 +16,7 @@ from mae_bench.registry import EXTRAS, kind
 from mae_bench.runner import check_data, num_processes
 from mae_bench.suite import Place, SuiteConfig, expand
 
+MOST_CHANGES = 5  # that a plan names of a cell
 STYLES = {"done": "green", "left": "", "failed": "bold red", "would fail": "red", "not installed": "yellow"}
 
 
@@ -73,7 +74,11 @@ def _finished_otherwise(cell: Cell) -> dict[str, str]:
     last = max(others, key=lambda folder: (folder / RECORD_FILE).stat().st_mtime)
     config = json.loads((last / CELL_FILE).read_text(encoding="utf-8"))["cell"]["config"]
     changes = [change for change in _changes(config, cell.config) if change.split(": ")[0] not in NOT_THE_METHOD]
-    why = ", ".join(changes) or ("another backbone" if cell.upstream else "other data") + ", or another version of its code"
+    more = [f"{len(changes) - MOST_CHANGES} more"] if len(changes) > MOST_CHANGES else []
+    why = (
+        ", ".join(changes[:MOST_CHANGES] + more)
+        or ("another backbone" if cell.upstream else "other data") + ", or another version of its code"
+    )
     return {"reason": f"{cell.name}: {last} is finished, but with {why}", "fix": ""}
 
 

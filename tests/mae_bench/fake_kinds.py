@@ -33,7 +33,7 @@ class MakerConfig(Config):
 class PretrainingConfig(Config):
     kind: str
     protocol: str = "fake"
-    behave: Literal["well", "user error", "user error on rank 1", "exception on rank 1", "exit 3 on rank 1", "wait"] = "well"
+    behave: Literal["well", "user error", "exception on rank 1", "exit 3 on rank 1", "wait"] = "well"
     steps: int = 5
     global_batch_size: int = 8
     device_batch_size: int | None = None
@@ -83,7 +83,7 @@ def run_together(config: PretrainingConfig, job: Job, progress: Progress) -> Out
 
     here, state = world(), job.dir / "state"
     (job.dir / f"pid-{here.rank}").write_text(str(os.getpid()))
-    if config.behave == "user error" or (here.rank == 1 and config.behave == "user error on rank 1"):
+    if config.behave == "user error":
         raise UserError("a given thing", expected="another thing", fix="mend it")
     if here.rank == 1 and config.behave == "exception on rank 1":
         raise ZeroDivisionError("what nobody foresaw")

@@ -83,7 +83,6 @@ def test_the_number_of_processes_is_no_part_of_the_cell(pretraining: dict[str, A
     ("behave", "reason", "fix"),
     [
         ("user error", "a given thing (expected: another thing)", "mend it"),
-        ("user error on rank 1", "a given thing (expected: another thing)", "mend it"),
         ("exception on rank 1", "ZeroDivisionError: what nobody foresaw (rank 1 of 2)", "log.txt"),
         ("exit 3 on rank 1", "ended with exit code 3", "log.txt"),
     ],

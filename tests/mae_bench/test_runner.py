@@ -232,12 +232,15 @@ def test_a_cell_of_several_processes_takes_as_many_gpus(suite: dict[str, Any], m
     kinds = {"a": "fake_maker", "b": "fake_pretraining", "c": "fake_maker"}
     suite |= {"backbones": {name: {"kind": kind} for name, kind in kinds.items()}, "tasks": {}}
     started: list[tuple[str, str]] = []
-    three = Room([Slot("cuda", "0"), Slot("cuda", "1"), Slot("cuda", "2"), Slot("cuda", "0")], 4, 2)
+    three = Room([Slot("cuda", gpu) for gpu in "0112"], 4, 2)
     runner = placed(suite, three, started, monkeypatch)
     runner._start_ready()
-    assert started == [("a", "0"), ("b", "1,2"), ("c", "0")], "its processes share no GPU"
+    assert started == [("a", "0"), ("b", "1,2"), ("c", "1")], "its processes share no GPU"
     started.clear()
-    runner = placed(suite | {"out": suite["out"] + "2"}, Room([Slot("cuda", "0"), Slot("cuda", "1")], 2, 2), started, monkeypatch)
+    placed(suite, Room(three.slots, 1, 2), started, monkeypatch)._start_ready()
+    assert started == [("a", "0")], "one cell at a time, though there are more slots"
+    started.clear()
+    runner = placed(suite, Room([Slot("cuda", "0"), Slot("cuda", "1")], 2, 2), started, monkeypatch)
     runner._start_ready()
     assert started == [("a", "0")], "it waits for both, and nobody overtakes it"
 
