@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 from torch.utils.data._utils import worker
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
@@ -32,8 +32,8 @@ SIZE, SHORT_SIDE = (224, 224), 256
 REFERENCE = "torchvision ImageFolder, Pillow"
 TARGETS = {"files, fast": 2.2, "packed q95, fast": 6.0, "packed q90, fast": 6.0, "raw, fast": 9.0}  # least ratios
 ROUTES = (
-    "Ratio of medians [95 % interval over rounds] to the first row; above 1 is faster. From a file to a batch: the first row's of "
-    "normalised floats, ours of uint8, which the device normalises. Packed: short side 256, JPEG 4:2:0; raw: the same pixels, "
+    "Ratio of medians [95 % interval over rounds] to the first row; above 1 is faster. From a file to a batch: the first row's "
+    "of normalised floats, ours of uint8, which the device normalises. Packed: short side 256, JPEG 4:2:0; raw: the same pixels, "
     "uncompressed. In shared memory is how a loader's process hands batches over."
 )
 ERRORS = "Against torchvision on Pillow's images from the files. Centre crops: a set of short side 256 is resampled once more."
@@ -149,7 +149,7 @@ def with_workers(images: ImageSource, num_workers: int, batch_size: int, steps: 
 def like_a_worker() -> Iterator[None]:
     """Batches are made in shared memory, as in a loader's process."""
     before = worker._worker_info
-    worker._worker_info = worker.WorkerInfo(id=0, num_workers=1, seed=0, dataset=None)
+    worker._worker_info = worker.WorkerInfo(id=0, num_workers=1, seed=0, dataset=Dataset())
     try:
         yield
     finally:

@@ -114,8 +114,8 @@ class Images(Dataset[Batch | UserError]):
     def _view(self, epoch: int, place: int) -> View:
         seed, transform = seed_of(self.seed, epoch, place), self.transform
         if not isinstance(transform, PretrainTransform):
-            pixels = self.images.pixels(place)
-            image = decode(self.images.read(place)) if pixels is None else Image.fromarray(pixels)
+            stored = self.images.pixels(place)
+            image = decode(self.images.read(place)) if stored is None else Image.fromarray(stored)
             seed_everything(seed)
             return transform(image), None
         pixels = read_pixels(self.images, place, transform.in_chans, fast=transform.decode == "fast")

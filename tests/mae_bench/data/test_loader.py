@@ -156,11 +156,14 @@ def test_a_batch_splits_into_consecutive_parts() -> None:
     assert not any(part.bad for part in parts)
 
 
-class Arrays:
-    """A source of arrays in memory: raw pixels where uint8 RGB, else .npy files."""
+class Arrays(ImageSource):
+    """A source of arrays in memory: raw pixels, or .npy files."""
+
+    classes, digest = [""], "0" * 64
+    targets = np.zeros(1000, np.int32)
 
     def __init__(self, arrays: list[np.ndarray], raw: bool = False):
-        self.arrays, self.raw, self.classes, self.targets = arrays, raw, [""], [0] * len(arrays)
+        self.arrays, self.raw = arrays, raw
 
     def __len__(self) -> int:
         return len(self.arrays)
