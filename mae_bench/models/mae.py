@@ -180,6 +180,8 @@ class MAE(nn.Module):
                 f"images of shape {tuple(imgs.shape)}", expected=f"(N, {', '.join(map(str, want))}), as the model was built",
                 fix="resize the images, or build the model with their in_chans and img_size",
             )  # fmt: skip
+        if not imgs.is_floating_point():
+            raise UserError(f"images of {imgs.dtype}", expected="floats", fix="normalise pixels by the spec's mean and std")
         if noise is not None and noise.shape != (imgs.shape[0], self.spec.num_patches):
             raise UserError(f"noise of shape {tuple(noise.shape)}", expected=f"{(imgs.shape[0], self.spec.num_patches)}")
 

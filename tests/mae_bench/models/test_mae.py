@@ -191,6 +191,11 @@ def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         make()(torch.zeros(shape))
 
 
+def test_pixels_that_are_not_normalised_are_refused() -> None:
+    with pytest.raises(UserError, match="normalise"):
+        make()(torch.zeros(2, 3, 32, 48, dtype=torch.uint8))
+
+
 def test_noise_of_another_shape_is_refused() -> None:
     with pytest.raises(UserError, match="noise of shape"):
         make()(inputs()[0], 0.75, torch.rand(3, 23))
