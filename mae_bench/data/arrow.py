@@ -292,5 +292,5 @@ def open_unpacked(source: ImageSource, key: str) -> IndexedImages:
             ) from error
         log.info("unpacking %d images to %s, once", len(source), out)
         with alone(out):
-            pack_sources({"all": source}, out, How(unchecked=True))
+            pack_sources({"all": source}, out, How(unchecked=True), name="unpacked")
     return open_packed(out, "all")

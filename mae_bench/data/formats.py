@@ -1,5 +1,6 @@
 """Finds out what kind of set lies at a place, and opens its splits."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from mae_bench.data.images import ImageSource
 from mae_bench.data.index import IndexedImages, digest_of, find_index, known_index
 from mae_bench.data.packed import is_packed, open_packed, read_header
 from mae_bench.data.shards import EXPECTED as PATTERNS
-from mae_bench.data.shards import expand_pattern, has_pattern, is_pattern, is_url, shards_in
+from mae_bench.data.shards import expand_pattern, has_pattern, is_pattern, is_url, pattern_name, shards_in
 from mae_bench.data.tars import has_classes, index_shards, index_tar
 from mae_bench.digest import json_digest
 from mae_bench.errors import UserError
@@ -35,6 +36,21 @@ def open_split(root: str | Path, split: str, refresh: bool = False) -> ImageSour
 def splits_in(root: str | Path, plain: bool = True) -> list[str]:
     """Which of train and val are there, by the names of files and folders alone; plain: a folder without splits is train."""
     return [split for split in ("train", "val") if _has(str(root), split, plain)]
+
+
+def set_name(root: str | Path) -> str:
+    """What a set is called: as its dataset.json or its packed header says, else as its folder."""
+    if is_pattern(str(root)):
+        return pattern_name(str(root))
+    root = Path(root)
+    if is_packed(root):
+        return str(read_header(root).get("name") or root.resolve().name)
+    try:
+        return str(json.loads((root / "dataset.json").read_text(encoding="utf-8"))["name"])
+    except FileNotFoundError:
+        return root.resolve().name
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{root / 'dataset.json'} gives no name: {error!r}", expected='{"name": ...}') from error
 
 
 def set_digest(sources: Mapping[str, ImageSource]) -> str:

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mae_bench.data.formats import set_digest, splits_in
+from mae_bench.data.formats import set_digest, set_name, splits_in
 from mae_bench.data.images import BadImage, ImageSource, decode, is_image, open_images
 from mae_bench.data.index import IndexedImages
 from mae_bench.data.packed import is_packed, verify_packed
-from mae_bench.data.shards import is_pattern, pattern_name
+from mae_bench.data.shards import is_pattern
 from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
 
@@ -82,9 +82,8 @@ def check_layout(layout: str, root: str | Path, *, thorough: bool = False) -> La
         raise UserError(f"unknown layout {layout!r}", expected=f"one of {', '.join(CHECKS)}")
     if layout in SOURCES and is_pattern(str(root)):
         content = CHECKS[layout](str(root), thorough)
-        return LayoutReport(
-            layout, pattern_name(str(root)), Path(root), content.splits, content.classes, content.digest, content.notes
-        )
+        name = set_name(root)
+        return LayoutReport(layout, name, Path(root), content.splits, content.classes, content.digest, content.notes)
     root = Path(root)
     if not root.is_dir():
         raise UserError(
@@ -102,21 +101,12 @@ def check_layout(layout: str, root: str | Path, *, thorough: bool = False) -> La
         content = CHECKS[layout](root, thorough)
     except OSError as error:  # a link to nowhere, a folder that may not be read
         raise UserError(f"{root} cannot be read: {error}", expected="files that can be opened") from error
-    return LayoutReport(layout, _name(root), root, content.splits, content.classes, content.digest, content.notes)
+    return LayoutReport(layout, set_name(root), root, content.splits, content.classes, content.digest, content.notes)
 
 
 def _digest(files: dict[str, int | str]) -> str:
     """files: relative path -> size in bytes, or SHA-256 of the content."""
     return hashlib.sha256("".join(f"{path}\0{mark}\n" for path, mark in sorted(files.items())).encode()).hexdigest()
-
-
-def _name(root: Path) -> str:
-    try:
-        return str(json.loads((root / "dataset.json").read_text(encoding="utf-8"))["name"])
-    except FileNotFoundError:
-        return root.resolve().name
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{root / 'dataset.json'} gives no name: {error!r}", expected='{"name": ...}') from error
 
 
 def _is_root(layout: str, folder: Path) -> bool:

@@ -56,6 +56,13 @@ class How:
         if self.raw and self.quality is not None:
             raise UserError(f"raw pixels with quality {self.quality}", expected="one of the two")
 
+    @property
+    def label(self) -> str:
+        """What is added to the name of a set whose images are not those of its source any more."""
+        written = f"q{self.quality or QUALITY}" if (self.short_side or self.quality) and not self.raw else ""
+        parts = [f"{self.short_side}px" if self.short_side else "", written, "raw" if self.raw else ""]
+        return "".join(f"-{part}" for part in parts if part)
+
     def encode(self, data: bytes) -> tuple[bytes, int, int]:
         """What is stored of an encoded image, and its height and width; BadImage if it does not decode."""
         if self.unchecked:
@@ -111,20 +118,24 @@ def open_packed(root: Path, split: str) -> IndexedImages:
             expected=f"{known['bytes']} bytes, as it was made",
             fix="pack or copy the images again",
         )
-    return IndexedImages(index, root, raw=header["how"]["raw"], digest=known["sha256"])
+    return IndexedImages(index, root, raw=header["how"]["raw"], digest=_content(known))
 
 
 def verify_packed(root: Path) -> None:
     """Reads every byte of the set; UserError if one is not as it was written."""
     for split, known in read_header(root)["splits"].items():
-        if (found := file_digest(root / f"{split}.data")) != known["sha256"]:
-            raise UserError(
-                f"{root / split}.data has SHA-256 {found}", expected=known["sha256"], fix="pack or copy the images again"
-            )
+        for path, expected in ((root / f"{split}.data", known["sha256"]), (root / f"{split}.index", known["index_sha256"])):
+            if (found := file_digest(path)) != expected:
+                raise UserError(f"{path} has SHA-256 {found}", expected=expected, fix="pack or copy the images again")
+
+
+def _content(entry: dict[str, Any]) -> str:
+    """The digest of a split: its images, and their names and labels."""
+    return json_digest([entry["sha256"], entry["index_sha256"]])
 
 
 def pack_sources(
-    sources: dict[str, ImageSource], out: Path, how: How, *, num_workers: int = 0, progress: Progress | None = None
+    sources: dict[str, ImageSource], out: Path, how: How, *, name: str, num_workers: int = 0, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Packs the splits into the folder `out` and returns the header; images that do not decode are left out and named there.
 
@@ -132,12 +143,18 @@ def pack_sources(
     UserError: another set lies in `out`, no image decodes, or the disk is full (then what was written is removed).
     """
     made_of = {split: [source.digest, len(source)] for split, source in sources.items()}
-    header = {"version": VERSION, "source": made_of, "how": asdict(how), "pillow": PIL.__version__}
+    header: dict[str, Any] = {
+        "version": VERSION,
+        "source": made_of,
+        "how": asdict(how),
+        "pillow": PIL.__version__,
+        "name": name + how.label,
+    }
     if not how.raw:
         header["subsampling"] = SUBSAMPLING
     if is_packed(out):
         found = read_header(out)
-        if any(found.get(key) != value for key, value in header.items() if key != "pillow"):
+        if any(found.get(key) != value for key, value in header.items() if key not in ("pillow", "name")):
             raise UserError(f"{out} holds a packed set of other images, or made otherwise", expected="an empty folder")
         return found
     packs = {split: _Pack(source, out / split, header, num_workers, progress) for split, source in sources.items()}
@@ -148,7 +165,8 @@ def pack_sources(
         header["splits"] = {split: each.run(how) for split, each in packs.items()}
         for each in packs.values():
             each.part.replace(each.data)
-        write_json(out / HEADER, header | {"digest": json_digest(header)})
+        digest = json_digest({split: _content(entry) for split, entry in header["splits"].items()})
+        write_json(out / HEADER, header | {"digest": digest})
         for each in packs.values():
             each.journal.unlink()
     except OSError as error:
@@ -173,7 +191,7 @@ def pack(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Packs every split of the set at `source` into the folder `out`; see `How` and `pack_sources`. Returns the header."""
-    from mae_bench.data.formats import open_split, splits_in  # it knows every format, and this one is one of them
+    from mae_bench.data.formats import open_split, set_name, splits_in  # it knows every format, and this one is one of them
 
     how = How(short_side, quality, raw)
     splits = splits_in(source)
@@ -182,7 +200,7 @@ def pack(
         raise UserError(
             f"{source} holds no images", expected="a set of images in any form", fix="mae-bench data check images PATH"
         )
-    return pack_sources(sources, Path(out), how, num_workers=num_workers, progress=progress)
+    return pack_sources(sources, Path(out), how, name=set_name(source), num_workers=num_workers, progress=progress)
 
 
 class _Pack:
@@ -279,8 +297,12 @@ class _Pack:
             [self.source.name(i) for i in chosen.tolist()], sizes, self.source.targets[chosen], self.source.classes,
             files=[self.data.name], shard=np.zeros(len(sizes)), starts=np.cumsum(sizes) - sizes, shapes=np.stack(shapes, 1),
         )  # fmt: skip
-        write_atomic(self.index, lambda file: file.write(write_index(index)))
-        return {"images": len(index), "bytes": self.bytes, "sha256": digest, "classes": len(index.classes), "left_out": self.bad}
+        content = write_index(index)
+        write_atomic(self.index, lambda file: file.write(content))
+        return {
+            "images": len(index), "classes": len(index.classes), "bytes": self.bytes, "sha256": digest,
+            "index_sha256": hashlib.sha256(content).hexdigest(), "left_out": self.bad,
+        }  # fmt: skip
 
 
 def _line(entry: dict[str, Any]) -> bytes:

@@ -24,7 +24,9 @@ def is_url(root: str) -> bool:
 
 def is_pattern(root: str) -> bool:
     """Whether it names shards themselves, not a folder."""
-    return _named(root) != {} or is_url(root) or (root.endswith(".tar") and re.search(r"[*?\[{]", root) is not None)
+    if _named(root) or is_url(root):
+        return True
+    return root.endswith(".tar") and (re.search(r"[*?\[{]", root) is not None or Path(root).is_file())
 
 
 def _named(root: str) -> dict[str, str]:

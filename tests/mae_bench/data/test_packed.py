@@ -206,6 +206,10 @@ def test_a_damaged_set_is_named(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another size"):
         open_images(out, "train")
     (out / "train.data").write_bytes(data)
+    index = (out / "val.index").read_bytes()
+    (out / "val.index").write_bytes(index[:-1] + bytes([index[-1] ^ 1]))
+    with pytest.raises(UserError, match="val.index has SHA-256"):
+        verify_packed(out)
     (out / "val.index").write_bytes(b"")
     with pytest.raises(UserError, match="val.data or its index"):
         open_images(out, "val")
@@ -218,12 +222,33 @@ def test_a_damaged_set_is_named(source: Path, tmp_path: Path) -> None:
         open_images(out, "train")
 
 
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        ({}, "toys"),
+        ({"short_side": 20}, "toys-20px-q95"),
+        ({"quality": 80}, "toys-q80"),
+        ({"short_side": 20, "raw": True}, "toys-20px-raw"),
+    ],
+)
+def test_the_name_says_what_was_done_to_the_images(source: Path, tmp_path: Path, how: dict[str, Any], name: str) -> None:
+    (source / "dataset.json").write_text('{"name": "toys"}')
+    pack(source, tmp_path / "out", **how)
+    assert check_layout("imagenet", tmp_path / "out").name == name
+
+
 def test_the_digest_is_that_of_the_content(source: Path, tmp_path: Path) -> None:
     pack(source, tmp_path / "a")
     pack(source, tmp_path / "b")
     pack(source, tmp_path / "c", short_side=20)
     digests = [check_layout("imagenet", tmp_path / name).digest for name in "abc"]
     assert digests[0] == digests[1] != digests[2]
+    assert json.loads((tmp_path / "a" / "packed.json").read_text())["digest"] == digests[0]
+    for split in ("train", "val"):  # the same bytes in the same order under other labels
+        (source / split / "a").rename(source / split / "0")
+    pack(source, tmp_path / "d")
+    assert (tmp_path / "d" / "train.data").read_bytes() == (tmp_path / "a" / "train.data").read_bytes()
+    assert check_layout("imagenet", tmp_path / "d").digest != digests[0]
 
 
 def test_images_without_classes_and_without_validation_are_packed(tmp_path: Path, picture: Picture) -> None:

@@ -61,6 +61,7 @@ def test_every_way_to_name_shards_opens_the_same(root: Path, picture: Picture) -
         report = check_layout("imagenet", given)
         assert (report.splits, report.classes, report.name) == ({"train": 6, "val": 3}, ("0", "1", "2"), root.name)
     assert check_layout("images", forms(root)[1]).splits == {"train": 6}
+    assert len(open_images(root / "train-000001.tar", "train")) == 3, "one shard alone"
     with pytest.raises(UserError, match="no shards for val"):
         open_images(forms(root)[1], "val")
 
