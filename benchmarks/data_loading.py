@@ -77,7 +77,7 @@ def make_sets(folder: Path, photos: Path, count: int) -> tuple[Sets, float]:
     files = open_images(folder / "files", "train")
     kinds = {"q95": How(SHORT_SIDE, quality=95), "q90": How(SHORT_SIDE, quality=90), "raw": How(SHORT_SIDE, raw=True)}
     for name, how in kinds.items():
-        pack_sources({"train": files}, folder / name, how)
+        pack_sources({"train": files}, folder / name, how, name="photos")
     return Sets(folder / "files" / "train", files, *(open_images(folder / name, "train") for name in kinds)), size
 
 

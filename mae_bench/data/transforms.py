@@ -167,7 +167,7 @@ def normalize(imgs: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...
 
     So mean and std are of pixels in [0, 1] for uint8, and in the array's own unit for any other dtype.
     """
-    scale, shift = _constants(mean, std, 255.0 if imgs.dtype == torch.uint8 else 1.0, imgs.device)
+    scale, shift = _constants(tuple(mean), tuple(std), 255.0 if imgs.dtype == torch.uint8 else 1.0, imgs.device)
     return torch.addcmul(shift, imgs.float(), scale)
 
 
