@@ -15,6 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_bench.config import TrainConfig
 from mae_bench.engine.distributed import world
 
+NARROW_DEVICES = {
+    "cuda"
+}  # where autocast lets a LayerNorm with bfloat16 weights have float32 inputs; the CPU's has no such kernel
+
 
 class Parallel:
     """`model` holds the parameters, under the names of the plain model; `call` is what computes: compiled, wrapped or both.
@@ -94,9 +98,8 @@ def _without_weights(model: nn.Module) -> nn.Module:
 
 def _copies(model: nn.Module, device: torch.device) -> DistributedDataParallel:
     # No static_graph: its first step cannot skip the synchronisation, and torch.compile could not split the graph by buckets.
-    # Buffers travel when somebody asks for the whole model, not at every step.
     ids = [world().local_rank] if device.type == "cuda" else None
-    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
 
 
 def _shard(model: nn.Module, device: torch.device, amp_dtype: str, compiles: bool) -> None:
@@ -106,7 +109,7 @@ def _shard(model: nn.Module, device: torch.device, amp_dtype: str, compiles: boo
     not cast: the order of the noise and the pixels of the target must not be rounded.
     """
     mesh = init_device_mesh(device.type, (world().size,))
-    dtype = torch.bfloat16 if amp_dtype == "bfloat16" else None
+    dtype = torch.bfloat16 if amp_dtype == "bfloat16" and device.type in NARROW_DEVICES else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks_of(model):
         if compiles:  # the forward alone: the hooks that gather and free weights stay outside of the graph

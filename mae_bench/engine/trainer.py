@@ -164,8 +164,8 @@ class Trainer:
     def _update(self) -> dict[str, torch.Tensor]:
         """One step of the optimizer; returns the gradient's norm where it is clipped."""
         told = {}
+        self.scaler.unscale_(self.optimizer)  # not left to the fused kernel: that cannot tell an overflow in another's shard
         if self.config.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
             parameters = [p for p in self.model.parameters() if p.grad is not None]
             norm = whole_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
             nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)

@@ -23,6 +23,7 @@ from mae_bench.data.images import BadImages, ImageSource, open_images
 from mae_bench.data.layouts import LayoutReport, check_layout
 from mae_bench.data.loader import Batch, TrainingOrder, evaluation_batches, training_batches
 from mae_bench.data.transforms import eval_transform, normalize, train_transform
+from mae_bench.engine.distributed import gather_over_ranks, sum_over_ranks, world
 from mae_bench.engine.precision import autocast
 from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import UserError
@@ -113,8 +114,8 @@ def load_at_size(
 
 
 def order_of(config: EvalConfig, data: Data, seed: int) -> TrainingOrder:
-    """The order of the training images."""
-    return TrainingOrder(len(data.train), config.global_batch_size, seed)
+    """The order of this process's training images."""
+    return TrainingOrder(len(data.train), config.global_batch_size, seed, world().rank, world().size)
 
 
 def stream(data: Data, config: EvalConfig, order: TrainingOrder, spec: BackboneSpec, auto_augment: str | None) -> BatchStream:
@@ -182,7 +183,7 @@ def train_classifier(
 def evaluate(
     model: nn.Module, data: Data, config: EvalConfig, spec: BackboneSpec, job: Job, progress: Progress
 ) -> tuple[dict[str, Metric], int]:
-    """Every validation image once: top1 and top5 in percent, loss in nats, and how many images there were.
+    """Every validation image once over all processes: top1 and top5 in percent, loss in nats, and how many images there were.
 
     Sums and counts until the last line. The predictions (top-5 classes, margin of the first over the second logit) are kept as
     `predictions.npz` in the job's folder, so that two models can be compared image by image.
@@ -193,7 +194,7 @@ def evaluate(
     progress.stage("evaluate", len(data.val))
     seen: list[tuple[np.ndarray, ...]] = []
     loss_sum, count = 0.0, 0
-    for batch in evaluation_batches(data.val, transform, config.eval_batch_size, config.num_workers):
+    for batch in evaluation_batches(data.val, transform, config.eval_batch_size, config.num_workers, world().rank, world().size):
         for name, reason in batch.bad:
             data.bad_val.add(name, reason)
         if not len(batch.targets):
@@ -207,17 +208,24 @@ def evaluate(
         )
         count += len(batch.targets)
         progress.step(count)
+    loss_sum, num_samples = sum_over_ranks([loss_sum, count])
+    seen = [part for parts in gather_over_ranks(seen) for part in parts]
+    for name, reason in (item for names in gather_over_ranks(data.bad_val.names) for item in names.items()):
+        data.bad_val.add(name, reason)
     indices, targets, classes, margin = (np.concatenate(parts) for parts in zip(*seen, strict=True))
-    write_atomic(
-        job.dir / PREDICTIONS_FILE,
-        lambda file: np.savez_compressed(file, indices=indices, targets=targets, top5=classes.astype(np.int32), margin=margin),
-    )
+    if world().is_main:
+        write_atomic(
+            job.dir / PREDICTIONS_FILE,
+            lambda file: np.savez_compressed(
+                file, indices=indices, targets=targets, top5=classes.astype(np.int32), margin=margin
+            ),
+        )
     hits = classes == targets[:, None]
     return {
-        "top1": Metric(100 * int(hits[:, 0].sum()) / count),
-        "top5": Metric(100 * int(hits.any(axis=1).sum()) / count),
-        "loss": Metric(loss_sum / count, "nats", "lower"),
-    }, count
+        "top1": Metric(100 * int(hits[:, 0].sum()) / num_samples),
+        "top5": Metric(100 * int(hits.any(axis=1).sum()) / num_samples),
+        "loss": Metric(loss_sum / num_samples, "nats", "lower"),
+    }, int(num_samples)
 
 
 def score(

@@ -7,6 +7,7 @@ import torch
 
 from backbones.report import ConversionReport
 from mae_bench.data.loader import seed_everything, seed_of
+from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.engine.optim import finetune_no_decay, make_adamw
 from mae_bench.engine.trainer import clear_state
 from mae_bench.export import EXPORT, write_export
@@ -33,7 +34,8 @@ def run(config: SupervisedConfig, job: Job, progress: Progress) -> Outcome:
     trainer = train_classifier(config, job, progress, data, model, spec, optimizer)
     best: Any = trainer.full_model()
     provenance = {"config": job.config, "seed": job.seed, "data_digest": data.report.digest}
-    digest = write_export(job.dir / EXPORT, best.vit.state_dict(), spec, provenance)
+    written = write_export(job.dir / EXPORT, best.vit.state_dict(), spec, provenance) if world().is_main else ""
+    digest = gather_over_ranks(written)[0]
     report = ConversionReport(source="trained here", format="mae_bench", digest=digest)
     outcome = score(best, trainer, data, config, spec, report, job, progress)
     clear_state(job.dir)

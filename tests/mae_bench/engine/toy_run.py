@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from mae_bench.config import TrainConfig
 from mae_bench.data.images import BadImages
 from mae_bench.data.loader import Batch, TrainingOrder
+from mae_bench.engine import parallel
 from mae_bench.engine.distributed import gather_over_ranks, process_group, world
 from mae_bench.engine.optim import make_adamw, pretrain_no_decay
 from mae_bench.engine.trainer import Trainer
@@ -73,24 +75,40 @@ class Run:
     """One training run; `seen` holds (step, start, indices) of the micro-batches that were trained on here.
 
     stop_at, crash_at, kill_at: the step in which the process that is `on` gets SIGTERM, a RuntimeError, SIGKILL;
-    poison: the step with a NaN loss.
+    poison, overflow: the step with a NaN loss, with a gradient that is infinite in one number.
+    narrow: weights travel in bfloat16 on the CPU too.
     """
 
-    def __init__(self, folder: Path, *, dropout: float = 0.5, statistics: bool = False, ema: bool = True,
-                 classes: int = 3, hook_epochs: float | None = None, bad: int = 0, **changes: Any):  # fmt: skip
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dropout: float = 0.5,
+        statistics: bool = False,
+        classes: int = 3,
+        ema: bool = True,
+        hook_epochs: float | None = None,
+        bad: int = 0,
+        narrow: bool = False,
+        **changes: Any,
+    ):
         folder.mkdir(exist_ok=True)
-        self.faults = {key: changes.pop(key, None) for key in ("stop_at", "crash_at", "kill_at", "poison", "on")}
+        self.faults = {key: changes.pop(key, None) for key in ("stop_at", "crash_at", "kill_at", "poison", "overflow", "on")}
         config = TrainConfig(**{**CONFIG, **changes})  # type: ignore[arg-type]
         self.progress, self.bad = Progress(folder / "events.jsonl" if world().is_main else None), bad
         self.progress.stop_on_signals()
         self.order = TrainingOrder(NUM_IMAGES, config.global_batch_size, 5, world().rank, world().size)
         self.seen: list[tuple[int, int, list[int]]] = []
         self.hooked: list[int] = []
+        if narrow:
+            parallel.NARROW_DEVICES.add("cpu")
         self.trainer = Trainer(
             Job("test", "test", {}, folder, seed=5), config, Net(dropout, statistics, classes),
             make_adamw(config, pretrain_no_decay), self.order.steps_per_epoch, self.progress, BadImages(0.1, 100),
             ema_decay=0.9 if ema else None,
         )  # fmt: skip
+        if self.faults["overflow"] is not None:
+            self.overflow()
         if hook_epochs:
             self.trainer.every_epochs(hook_epochs, lambda model, step: self.hooked.append(step))
 
@@ -119,6 +137,27 @@ class Run:
                 os.kill(os.getpid(), signal.SIGKILL)
         loss = F.cross_entropy(model(batch.imgs), batch.targets)
         return loss * float("nan") if step == self.faults["poison"] and world().rank == (self.faults["on"] or 0) else loss
+
+    def overflows(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient that this process has; at the step of the fault the first number of it is infinite."""
+        if self.trainer.step == self.faults["overflow"] and world().rank == self.faults["on"]:
+            parallel.local_tensor(gradient).view(-1)[0] = float("inf")
+        return gradient
+
+    def overflow(self) -> None:
+        """Lets a gradient overflow where one process alone sees it: in its copy before the sum, or in its shard."""
+        weight, scaler = self.trainer.model.get_parameter("head.weight"), self.trainer.scaler
+        unscale = scaler.unscale_
+
+        def unscale_with_overflow(optimizer: torch.optim.Optimizer) -> None:
+            assert weight.grad is not None
+            self.overflows(weight.grad)
+            unscale(optimizer)
+
+        if self.trainer.config.parallel == "ddp":
+            weight.register_hook(lambda gradient: self.overflows(gradient.clone()))
+        else:
+            scaler.unscale_ = unscale_with_overflow  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -153,7 +192,7 @@ def outcome(run: Run) -> dict[str, Any]:
     except (UserError, Interrupted) as error:
         ended = f"{type(error).__name__}: {error}"
     return {"ended": ended, "step": run.trainer.step, "seen": run.seen, "hooked": run.hooked, "loss": run.trainer.final_loss,
-            "bad": sorted(run.trainer.bad_images.names)}  # fmt: skip
+            "bad": sorted(run.trainer.bad_images.names), "scale": run.trainer.scaler.get_scale()}  # fmt: skip
 
 
 def main() -> None:
@@ -163,6 +202,7 @@ def main() -> None:
     """
     path = Path(sys.argv[1])
     torch.set_num_threads(1)
+    torch.compile = partial(torch.compile, backend="eager")  # what is compiled around what is the test's; inductor is slow
     results = {}
     with process_group("cpu"):
         for name, settings in json.loads(path.read_text()).items():
