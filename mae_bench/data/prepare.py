@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mae_bench.data.images import is_image
+from mae_bench.data.images import ImageSource, is_image
+from mae_bench.data.index import IndexedImages, build_index, by_folder, sort_key
+from mae_bench.data.packed import How, pack_sources
 from mae_bench.data.tars import need_end
 from mae_bench.errors import NotInstalled, UserError
 from mae_bench.files import write_json, write_text
@@ -26,10 +28,10 @@ MD5 = {  # as torchvision's datasets/imagenet.py and the download page of image-
 }
 COUNTS = {"train": 1_281_167, "val": 50_000, "classes": 1000}
 NAME = "ImageNet-1K"
-CHECKED = ".checked"  # beside what is made: the archives whose MD5 was right, by size and time
 WNID = re.compile(r"n\d{8}")
 META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 
+Places = dict[str, tuple[int, int]]  # name -> first byte in the archive, and size
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
@@ -44,13 +46,21 @@ class Prepared:
 
 
 def prepare_imagenet(
-    source: Path, out: Path, progress: Progress | None = None, *, check: bool = True, val_classes: Path | None = None
+    source: Path,
+    out: Path,
+    progress: Progress | None = None,
+    *,
+    check: bool = True,
+    val_classes: Path | None = None,
+    packed: How | None = None,
+    num_workers: int = 0,
 ) -> Prepared:
     """Makes out/train/WNID/*.JPEG and out/val/WNID/*.JPEG from the archives in `source`; a stopped call goes on.
 
     The classes' order is that of their WordNet ids, so that the labels are everybody's. check: compare the archives' MD5, and
     the number of images with ILSVRC2012's. val_classes: a text with an image's name and its WNID a line (or Kaggle's
-    LOC_val_solution.csv), in the place of the devkit. UserError: an archive is missing, is not the published one or is
+    LOC_val_solution.csv), in the place of the devkit. packed: make a packed set in that way instead, straight from the
+    archives, with `num_workers` processes. UserError: an archive is missing, is not the published one or is
     damaged; the disk is full.
     """
     needed = [TRAIN, VAL] if val_classes else [TRAIN, VAL, DEVKIT]
@@ -61,15 +71,54 @@ def prepare_imagenet(
         )  # fmt: skip
     with _readable(out):
         if check:
-            _check_md5([source / name for name in needed], out / CHECKED, progress)
+            _check_md5([source / name for name in needed], out.with_name(f".{out.name}.checked"), progress)
         labels = _listed(val_classes) if val_classes else _devkit(source / DEVKIT)
+        name = NAME if check else out.resolve().name
+        if packed:
+            sources = _sources(source, labels)
+            made = Prepared(out, len(sources["train"]), len(sources["val"]), len(sources["train"].classes))
+            _check_counts(made, check)
+            pack_sources(sources, out, packed, name=name, num_workers=num_workers, progress=progress)
+            return made
         _make_train(source / TRAIN, out / "train", progress)
         _make_val(source / VAL, out / "val", labels, progress)
         made = _count(out)
-        if check and (found := {"train": made.train, "val": made.val, "classes": made.classes}) != COUNTS:
-            raise UserError(f"{out} holds {found}", expected=str(COUNTS), fix=f"remove {out} and prepare it again")
-        write_json(out / "dataset.json", {"name": NAME if check else out.resolve().name})
+        _check_counts(made, check)
+        write_json(out / "dataset.json", {"name": name})
     return made
+
+
+def _check_counts(made: Prepared, check: bool) -> None:
+    found = {"train": made.train, "val": made.val, "classes": made.classes}
+    if check and found != COUNTS:
+        raise UserError(f"{made.root} holds {found}", expected=str(COUNTS), fix=f"remove {made.root} and prepare it again")
+
+
+def _sources(source: Path, labels: list[str] | dict[str, str]) -> dict[str, ImageSource]:
+    """The images where they lie in the archives: a tar inside a tar is read at the sum of both places."""
+    train: Places = {}
+    with tarfile.open(source / TRAIN, "r:") as outer:
+        for member in _classes_of(outer, source / TRAIN):
+            with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
+                images = [(Path(image.name).name, image) for image in inner if _is_plain_image(image, source / TRAIN)]
+                need_end(inner)
+            wnid = Path(member.name).stem
+            train |= {f"{wnid}/{name}": (member.offset_data + image.offset_data, image.size) for name, image in images}
+    with tarfile.open(source / VAL, "r:") as file:
+        val: Places = {
+            f"{wnid}/{Path(member.name).name}": (member.offset_data, member.size)
+            for member, wnid in _labelled(file, labels, source / VAL)
+            if _is_plain_image(member, source / VAL)
+        }
+    return {"train": _in_archive(train, source / TRAIN), "val": _in_archive(val, source / VAL)}
+
+
+def _in_archive(places: Places, archive: Path) -> ImageSource:
+    names = sorted(places, key=sort_key)
+    targets, classes = by_folder(names)
+    starts, sizes = [places[name][0] for name in names], [places[name][1] for name in names]
+    index = build_index(names, sizes, targets, classes, files=[str(archive.absolute())], shard=[0] * len(names), starts=starts)
+    return IndexedImages(index, "/")
 
 
 @contextmanager
@@ -152,12 +201,9 @@ def _listed(path: Path) -> dict[str, str]:
 def _make_train(archive: Path, folder: Path, progress: Progress | None) -> None:
     """A tar of tars, a class each; a class's folder appears when it is whole."""
     with tarfile.open(archive, "r:") as outer:
-        members = [member for member in outer if member.isreg()]
-        need_end(outer)
+        members = _classes_of(outer, archive)
         for done, member in enumerate(members, 1):
             wnid = Path(member.name).stem
-            if not WNID.fullmatch(wnid):
-                raise UserError(f"{archive} has a member {member.name}", expected="a tar a class, such as n01440764.tar")
             if not (folder / wnid).is_dir():
                 part = folder / f".{wnid}.part"
                 shutil.rmtree(part, ignore_errors=True)
@@ -170,31 +216,53 @@ def _make_train(archive: Path, folder: Path, progress: Progress | None) -> None:
                 progress("train", done, len(members))
 
 
+def _classes_of(outer: tarfile.TarFile, archive: Path) -> list[tarfile.TarInfo]:
+    members = [member for member in outer if member.isreg()]
+    need_end(outer)
+    if strange := next((member.name for member in members if not WNID.fullmatch(Path(member.name).stem)), None):
+        raise UserError(f"{archive} has a member {strange}", expected="a tar a class, such as n01440764.tar")
+    return members
+
+
+def _labelled(file: tarfile.TarFile, labels: list[str] | dict[str, str], archive: Path) -> list[tuple[tarfile.TarInfo, str]]:
+    """The validation images in the order of their names, with their WNIDs."""
+    members = sorted((member for member in file if member.isreg()), key=lambda member: Path(member.name).name)
+    need_end(file)
+    stems = [Path(member.name).stem for member in members]
+    if isinstance(labels, list):
+        if len(labels) != len(members):
+            raise UserError(f"{archive} has {len(members)} images", expected=f"{len(labels)}, as the devkit has labels")
+        labels = dict(zip(stems, labels, strict=True))
+    if unknown := next((stem for stem in stems if stem not in labels), None):
+        raise UserError(f"no class is given for {unknown}", expected="one for every validation image")
+    return [(member, labels[stem]) for member, stem in zip(members, stems, strict=True)]
+
+
 def _make_val(archive: Path, folder: Path, labels: list[str] | dict[str, str], progress: Progress | None) -> None:
     """One flat tar, whose images go to the folders of their classes; `val` appears when it is whole."""
     if folder.is_dir():
         return
     part = folder.with_name(f".{folder.name}.part")
     with tarfile.open(archive, "r:") as file:
-        members = sorted((member for member in file if member.isreg()), key=lambda member: Path(member.name).name)
-        need_end(file)
-        if isinstance(labels, list) and len(labels) != len(members):
-            raise UserError(f"{archive} has {len(members)} images", expected=f"{len(labels)}, as the devkit has labels")
-        for done, member in enumerate(members, 1):
-            stem = Path(member.name).stem
-            wnid = labels[done - 1] if isinstance(labels, list) else labels.get(stem)
-            if wnid is None:
-                raise UserError(f"no class is given for {stem}", expected="one for every validation image")
+        members = _labelled(file, labels, archive)
+        for done, (member, wnid) in enumerate(members, 1):
             _extract(file, member, part / wnid, archive)
             if progress and (done % 1000 == 0 or done == len(members)):
                 progress("val", done, len(members))
     part.rename(folder)
 
 
+def _is_plain_image(member: tarfile.TarInfo, archive: Path) -> bool:
+    """True; UserError for whatever is no image's name, is a link or leads elsewhere."""
+    name = Path(member.name).name
+    if member.isreg() and member.name.removeprefix("./") == name and is_image(name):
+        return True
+    raise UserError(f"{archive} has a member {member.name!r}", expected="images alone, without folders or links")
+
+
 def _extract(file: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, archive: Path) -> None:
-    """Writes one image under its bare name; whatever is no image's name, is a link or leads elsewhere is refused."""
-    if not member.isreg() or member.name.removeprefix("./") != Path(member.name).name or not is_image(Path(member.name).name):
-        raise UserError(f"{archive} has a member {member.name!r}", expected="images alone, without folders or links")
+    """Writes one image under its bare name."""
+    _is_plain_image(member, archive)
     path, content = folder / Path(member.name).name, file.extractfile(member)
     if path.is_file() and path.stat().st_size == member.size:  # an earlier call got so far
         return

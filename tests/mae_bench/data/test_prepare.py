@@ -12,6 +12,7 @@ import pytest
 from mae_bench.data import prepare
 from mae_bench.data.images import open_images
 from mae_bench.data.layouts import check_layout
+from mae_bench.data.packed import How, pack
 from mae_bench.data.prepare import DEVKIT, TRAIN, VAL, prepare_imagenet
 from mae_bench.errors import NotInstalled, UserError
 
@@ -48,7 +49,7 @@ def archives(tmp_path: Path, picture: Picture) -> Path:
     classes = {f"{wnid}.tar": tar({f"{wnid}_{i}.JPEG": picture(10 * n + i) for i in range(2)}) for n, wnid in enumerate(WNIDS)}
     (folder / TRAIN).write_bytes(tar(classes))
     names = [f"ILSVRC2012_val_{i:08}.JPEG" for i in (2, 1, 4, 3)]  # the archive's order is not that of the names
-    (folder / VAL).write_bytes(tar({name: name.encode() + picture(0) for name in names}))
+    (folder / VAL).write_bytes(tar({name: picture(0) + name.encode() for name in names}))
     return folder
 
 
@@ -68,7 +69,7 @@ def expected(picture: Picture) -> dict[str, bytes]:
     train = {f"train/{w}/{w}_{i}.JPEG": picture(10 * n + i) for n, w in enumerate(WNIDS) for i in range(2)}
     wnid = {number: name for name, number in NUMBERS.items()}
     names = [f"ILSVRC2012_val_{i:08}.JPEG" for i in (1, 2, 3, 4)]
-    return train | {f"val/{wnid[n]}/{name}": name.encode() + picture(0) for name, n in zip(names, TRUTH, strict=True)}
+    return train | {f"val/{wnid[n]}/{name}": picture(0) + name.encode() for name, n in zip(names, TRUTH, strict=True)}
 
 
 def test_archives_become_the_layout(devkit: Path, tmp_path: Path, picture: Picture) -> None:
@@ -80,6 +81,22 @@ def test_archives_become_the_layout(devkit: Path, tmp_path: Path, picture: Pictu
     assert check_layout("imagenet", tmp_path / "out").splits == {"train": 6, "val": 4}
     assert steps[-1] == ("val", 4, 4)
     assert ("train", 3, 3) in steps
+
+
+def test_archives_become_a_packed_set_without_being_unpacked(devkit: Path, tmp_path: Path) -> None:
+    folders, out = tmp_path / "folders", tmp_path / "packed"
+    prepare_imagenet(devkit, folders, check=False)
+    made = prepare_imagenet(devkit, out, check=False, packed=How(short_side=8), num_workers=1)
+    pack(folders, tmp_path / "again", short_side=8)
+    assert (made.train, made.val, made.classes) == (6, 4, 3)
+    assert {path.name for path in out.iterdir()} == {"packed.json", "train.data", "train.index", "val.data", "val.index"}
+    for split in ("train", "val"):
+        one, other = open_images(out, split), open_images(tmp_path / "again", split)
+        assert [one.name(i) for i in range(len(one))] == [other.name(i) for i in range(len(other))]
+        assert [one.read(i) for i in range(len(one))] == [other.read(i) for i in range(len(other))]
+        assert (one.targets.tolist(), one.classes) == (other.targets.tolist(), other.classes)
+    assert check_layout("imagenet", out).name == "packed-8px-q95"
+    assert check_layout("imagenet", out).digest == check_layout("imagenet", tmp_path / "again").digest
 
 
 @pytest.mark.parametrize("form", ["{name}.JPEG {wnid}", "{name},{wnid} 85 1 499 272", "{name}.JPEG\t{wnid}"])
