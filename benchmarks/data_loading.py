@@ -31,6 +31,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE, SHORT_SIDE = (224, 224), 256
 REFERENCE = "torchvision ImageFolder, Pillow"
 TARGETS = {"files, fast": 2.2, "packed q95, fast": 6.0, "packed q90, fast": 6.0, "raw, fast": 9.0}  # least ratios
+PROCESSES = (1, 2)  # of the whole loader
 ROUTES = (
     "Ratio of medians [95 % interval over rounds] to the first row; above 1 is faster. From a file to a batch: the first row's "
     "of normalised floats, ours of uint8, which the device normalises. Packed: short side 256, JPEG 4:2:0; raw: the same pixels, "
@@ -188,7 +189,7 @@ def worker_rows(sets: Sets, batch_size: int, steps: int) -> list[list[object]]:
     """Throughput and waiting of the whole loader."""
     rows: list[list[object]] = []
     for name, images in {"files": sets.files, "packed q95": sets.packed, "raw": sets.raw}.items():
-        for num_workers in (1, 2):
+        for num_workers in PROCESSES:
             found, share = with_workers(images, num_workers, batch_size, steps)
             rows.append([name, num_workers, f"{found:.0f}", f"{100 * share:.1f} %"])
     return rows
