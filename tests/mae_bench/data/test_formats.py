@@ -1,14 +1,20 @@
 """What lies at a place: class folders, one's own images, tars; and what the layouts `imagenet` and `images` say of it."""
 
+import io
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from mae_bench.data.formats import splits_in
 from mae_bench.data.images import open_images
 from mae_bench.data.layouts import check_layout
+from mae_bench.data.loader import TrainingOrder, training_batches
+from mae_bench.data.packed import pack
+from mae_bench.data.transforms import train_transform
 from mae_bench.errors import UserError
 
 Picture = Callable[..., bytes]
@@ -104,3 +110,35 @@ def test_splits_are_found_by_name(tmp_path: Path, picture: Picture) -> None:
     assert splits_in(tmp_path) == ["val"]
     with pytest.raises(UserError, match="no images for train"):
         open_images(tmp_path, "train")
+
+
+def test_every_form_feeds_the_loader_the_same_batches(tmp_path: Path, picture: Picture) -> None:
+    root = tmp_path / "folders"
+    given = [f"{split}/{name}/{i}.png" for split in ("train", "val") for name in "ab" for i in range(5)]
+    for number, name in enumerate(given):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(picture(number, (40, 30), "PNG"))
+    for split in ("train", "val"):
+        for form in ("tars", "shards"):
+            (tmp_path / form).mkdir(exist_ok=True)
+            with tarfile.open(tmp_path / form / (f"{split}.tar" if form == "tars" else f"{split}-000.tar"), "w") as tar:
+                for path in sorted((root / split).rglob("*.png")):
+                    tar.add(path, path.relative_to(root / split).as_posix())
+                    if form == "shards":
+                        label = tarfile.TarInfo(path.relative_to(root / split).with_suffix(".cls").as_posix())
+                        label.size = 1
+                        tar.addfile(label, io.BytesIO(b"%d" % "ab".index(path.parent.name)))
+    pack(root, tmp_path / "packed")
+    pack(root, tmp_path / "raw", raw=True)
+    found = {}
+    for form in ("folders", "tars", "shards", "packed", "raw"):
+        images = open_images(tmp_path / form, "train")
+        order = TrainingOrder(len(images), 4, seed=3)
+        transform = train_transform((16, 16), (0.2, 1.0))
+        found[form] = list(training_batches(images, transform, order, 1, 4, num_workers=2))
+        assert check_layout("imagenet", tmp_path / form).splits == {"train": 10, "val": 10}
+    for form, batches in found.items():
+        assert not [batch.bad for batch in batches if batch.bad], form
+        for batch, expected in zip(batches, found["folders"], strict=True):
+            assert torch.equal(batch.imgs, expected.imgs), form
+            assert torch.equal(batch.targets, expected.targets), form
