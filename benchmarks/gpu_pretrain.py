@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import Table, write_table
-from benchmarks.peers import MASK_RATIO, TimmMAE, vit_spec
+from benchmarks.peers import MASK_RATIO, TimmMAE, decoder_depth_of, vit_spec
 from mae_bench.cost import training_flops
 from mae_bench.data.images import BadImages, open_images
 from mae_bench.data.loader import Batch, TrainingOrder, training_batches
@@ -103,8 +103,8 @@ def config_of(size: str, batch_size: int, data: str = "none", num_workers: int =
     return PretrainConfig.model_validate(
         {
             "kind": "pretrain", "protocol": "benchmark", "data": data, "model": shape, "mask_ratio": MASK_RATIO,
-            "epochs": 1000, "base_lr": 1e-5, "global_batch_size": batch_size, "betas": (0.9, 0.95), "amp_dtype": "bfloat16",
-            "checkpoint_seconds": NEVER, "num_workers": num_workers,
+            "decoder_depth": decoder_depth_of(size), "epochs": 1000, "base_lr": 1e-5, "global_batch_size": batch_size,
+            "betas": (0.9, 0.95), "amp_dtype": "bfloat16", "checkpoint_seconds": NEVER, "num_workers": num_workers,
         }
     )  # fmt: skip
 
@@ -142,7 +142,7 @@ def reference_style(bench: Bench, size: str, batch_size: int, fused_attention: b
     fused_attention: timm's of today; else the reference's product, softmax, product.
     """
     watch, spec = bench.watch(), vit_spec(size)
-    model = TimmMAE(spec).to(bench.device).train()
+    model = TimmMAE(spec, decoder_depth_of(size)).to(bench.device).train()
     modules: Any = model.modules()
     for module in modules:
         if hasattr(module, "fused_attn"):

@@ -16,14 +16,14 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from mae_bench.models.mae import MAE
 from mae_bench.spec import BackboneSpec
 
-SIZES = {  # patch side, embed_dim, depth, num_heads
-    "toy": (16, 32, 2, 2),
-    "small": (16, 384, 12, 6),
-    "base": (16, 768, 12, 12),
-    "large": (16, 1024, 24, 16),
-    "huge": (14, 1280, 32, 16),
+SIZES = {  # patch side, embed_dim, depth, num_heads, decoder_depth
+    "toy": (16, 32, 2, 2, 1),
+    "small": (16, 384, 12, 6, 8),
+    "base": (16, 768, 12, 12, 8),
+    "large": (16, 1024, 24, 16, 8),
+    "huge": (14, 1280, 32, 16, 8),
 }
-DECODER_DIM, DECODER_DEPTH, DECODER_HEADS = 512, 8, 16
+DECODER_DIM, DECODER_HEADS = 512, 16
 MASK_RATIO = 0.75
 HF_MODULES = {  # of a block, ours -> theirs
     "norm1": "layernorm_before",
@@ -45,12 +45,17 @@ _IN_BLOCK = re.compile(r"(.*layers\.\d+)\.(.+)\.(weight|bias)$")
 
 def vit_spec(size: str) -> BackboneSpec:
     """The ViT of a size at 224 pixels (the toy: 64)."""
-    patch, width, depth, heads = SIZES[size]
+    patch, width, depth, heads, _ = SIZES[size]
     side = 64 if size == "toy" else 224
     return BackboneSpec("vit", (side, side), (patch, patch), 3, width, depth, heads, pos_embed="sincos")
 
 
-def build_ours(spec: BackboneSpec, decoder_depth: int = DECODER_DEPTH, **more: Any) -> MAE:
+def decoder_depth_of(size: str) -> int:
+    """The paper's 8 blocks (the toy: 1)."""
+    return SIZES[size][4]
+
+
+def build_ours(spec: BackboneSpec, decoder_depth: int, **more: Any) -> MAE:
     """Our MAE with the paper's decoder, normalised pixels."""
     return MAE(
         spec,
@@ -108,7 +113,7 @@ class TimmMAE(nn.Module):
     Parameters bear the names of `MAE`.
     """
 
-    def __init__(self, spec: BackboneSpec, decoder_depth: int = DECODER_DEPTH):
+    def __init__(self, spec: BackboneSpec, decoder_depth: int):
         super().__init__()
         norm: Any = partial(nn.LayerNorm, eps=spec.norm_eps)
         block = partial(Block, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm, mlp_layer=Mlp)

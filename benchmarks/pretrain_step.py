@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.measure import Ratio, Table, Times, interleave, ratio, write_table
-from benchmarks.peers import MASK_RATIO, SIZES, build_hf, build_ours, build_timm, vit_spec
+from benchmarks.peers import MASK_RATIO, SIZES, build_hf, build_ours, build_timm, decoder_depth_of, vit_spec
 from mae_bench.engine.optim import adamw, param_groups, pretrain_no_decay
 from mae_bench.models.mae import MAE
 
@@ -42,7 +42,7 @@ class Contender:
 
 def contenders(size: str, dtype: str, compiled: bool) -> dict[str, Contender]:
     """Ours with its fused AdamW, then the peers with AdamW as it comes; all have the same weights."""
-    ours = build_ours(vit_spec(size))
+    ours = build_ours(vit_spec(size), decoder_depth_of(size))
     built: dict[str, nn.Module] = {HF_SDPA: build_hf(ours, "sdpa"), "Hugging Face eager": build_hf(ours, "eager")}
     built["timm blocks"] = build_timm(ours)
     found = {OURS: Contender(ours, our_optimizer(ours), _ours(_compile(ours, compiled)), dtype)}
@@ -97,7 +97,10 @@ def measure_steps(size: str, dtype: str, compiled: bool, batch_size: int, repeat
 
 def measure_optimizer(size: str, repeats: int) -> dict[str, Times]:
     """Samples of the optimizer's step alone: ours, and AdamW as it comes."""
-    models = {OURS: build_ours(vit_spec(size)), "default AdamW": build_ours(vit_spec(size))}
+    models = {
+        OURS: build_ours(vit_spec(size), decoder_depth_of(size)),
+        "default AdamW": build_ours(vit_spec(size), decoder_depth_of(size)),
+    }
     for model in models.values():
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 1e-3) if parameter.requires_grad else None

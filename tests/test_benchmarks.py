@@ -1,11 +1,16 @@
 """The benchmarks: known answers of their arithmetic, and each script run to its end at toy size."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.measure import Table, Times, interleave, ratio, write_table
+from benchmarks import asymmetric, gpu_pretrain, pretrain_step
+from benchmarks.measure import Table, Times, command, interleave, ratio, write_table
+from benchmarks.peers import MASK_RATIO
+from mae_bench.models.mae import MAE
 
 
 def test_interleave_runs_the_calls_in_turns_and_times_all_but_the_warm_up():
@@ -49,3 +54,74 @@ def test_report_is_written_as_markdown_and_json(tmp_path: Path, capsys: pytest.C
     assert content["data"]["samples"] == {"cpu": [1.0], "wall": [2.0]}
     assert content["tables"][0]["rows"][0][1]["median"] == 2.0
     assert content["environment"]["command"]
+
+
+def test_command_leaves_this_machines_folders_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/name.py", "--data", "/home/me/set", "--out", "results/a b"])
+    assert command() == "python -m benchmarks.name --data set --out 'results/a b'"
+
+
+def test_contenders_have_the_same_loss_until_one_of_them_differs():
+    torch.manual_seed(0)
+    found = pretrain_step.contenders("toy", "float32", compiled=False)
+    imgs, noise = pretrain_step.batch_of("toy", 2)
+    assert len(found) == 4
+    pretrain_step.require_equal_losses(found, imgs, noise, 1e-5)
+    with torch.no_grad():
+        next(found["timm blocks"].model.parameters()).mul_(1.1)
+    with pytest.raises(AssertionError, match="timm blocks"):
+        pretrain_step.require_equal_losses(found, imgs, noise, 1e-5)
+
+
+def test_contenders_steps_change_the_weights_alike():
+    """After one step of theirs and ours the losses still agree: gradients and AdamW are the same, grouped or not."""
+    torch.manual_seed(0)
+    found = pretrain_step.contenders("toy", "float32", compiled=False)
+    imgs, noise = pretrain_step.batch_of("toy", 2)
+    before = found[pretrain_step.OURS].forward(imgs, noise).item()
+    for one in found.values():
+        one.step(imgs, noise)
+    assert abs(found[pretrain_step.OURS].forward(imgs, noise).item() - before) > 1e-4
+    pretrain_step.require_equal_losses(found, imgs, noise, 1e-4)  # biases and norms are decayed by the peers alone
+
+
+@pytest.mark.parametrize(("size", "depth"), [("base", 8), ("large", 8), ("huge", 8), ("large", 1), ("huge", 1)])
+def test_flops_of_the_designs_have_the_analytic_ratio(size: str, depth: int):
+    counted = asymmetric.gflops(size, depth)
+    found = counted[asymmetric.FULL] / counted[asymmetric.ASYMMETRIC]
+    assert found == pytest.approx(asymmetric.ANALYTIC[size, depth], rel=0.04)
+
+
+def test_reference_flops_are_those_of_the_analysis():
+    assert asymmetric.gflops("base", 8)["reference"] == pytest.approx(58.5, rel=0.01)
+
+
+def test_both_designs_share_their_blocks_and_train(monkeypatch: pytest.MonkeyPatch):
+    seen: list[MAE] = []
+    monkeypatch.setattr(asymmetric, "step", lambda model, imgs, noise: seen.append(model))
+    asymmetric.measure("toy", 1, batch_size=2, repeats=1)
+    ours, full = seen[:2]
+    assert full.encoder_mask_tokens
+    assert not ours.encoder_mask_tokens
+    assert ours.encoder is full.encoder
+    assert full(torch.zeros(2, 3, 64, 64), MASK_RATIO)[0].isfinite()
+
+
+RUNS = {
+    pretrain_step: ["--sizes", "toy", "--dtypes", "float32", "bfloat16", "--batch-size", "2", "--repeats", "1"],
+    asymmetric: ["--sizes", "toy", "--decoder-depths", "1", "--batch-size", "2", "--repeats", "1"],
+    gpu_pretrain: ["--device", "cpu", "--tiny"],
+}
+
+
+@pytest.mark.parametrize("script", RUNS, ids=lambda script: script.__name__.split(".")[-1])
+def test_script_runs_to_its_end(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", [script.__file__, *RUNS[script], "--out", str(tmp_path / "table")])
+    try:
+        script.main()
+    finally:
+        torch.set_num_threads(threads)
+    content = json.loads((tmp_path / "table.json").read_text())
+    assert all(len(row) == len(table["header"]) for table in content["tables"] for row in table["rows"])
+    assert "Error" not in (tmp_path / "table.md").read_text()
