@@ -6,19 +6,18 @@ import hashlib
 import http.client
 import logging
 import os
-import shutil
-import time
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from mae_bench.data.index import cache_folder
-from mae_bench.errors import UserError
+from mae_bench.errors import Interrupted, UserError
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +25,7 @@ AT_A_TIME = 8
 TRIES = 5  # in a row without a byte more
 TIMEOUT_SECONDS = 30.0  # without a byte
 WAIT_SECONDS = 1.0  # before the next try, doubled each time
+BLOCK = 1 << 20  # bytes
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -35,17 +35,21 @@ class _Failed(Exception):
 
 def fetch_all(urls: Sequence[str]) -> list[Path]:
     """The files behind the URLs, in their order; what the cache has already is not asked for again. UserError names the URL."""
+    stop = threading.Event()
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        running = [pool.submit(fetch, url) for url in urls]
+        running = [pool.submit(fetch, url, stop) for url in urls]
         try:
+            for each in wait(running, return_when=FIRST_EXCEPTION).done:
+                each.result()
             return [each.result() for each in running]
-        except BaseException:
+        except BaseException:  # one has failed, or the user has had enough: the others end with their next block
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def fetch(url: str) -> Path:
-    """The file behind one URL."""
+def fetch(url: str, stop: threading.Event | None = None) -> Path:
+    """The file behind one URL; once `stop` is set it ends with Interrupted and keeps what has come."""
     name = unquote(PurePosixPath(urlsplit(url).path).name) or "file"
     path = cache_folder() / "fetched" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
     if path.is_file():
@@ -54,7 +58,7 @@ def fetch(url: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with alone(path):
             if not path.is_file():
-                _bring(url, path)
+                _bring(url, path, stop or threading.Event())
     except OSError as error:
         if error.errno == errno.ENOSPC:
             part_of(path).unlink(missing_ok=True)
@@ -78,16 +82,16 @@ def alone(path: Path) -> Iterator[None]:
         yield
 
 
-def _bring(url: str, path: Path) -> None:
+def _bring(url: str, path: Path, stop: threading.Event) -> None:
     part, tries, reason = part_of(path), 0, ""
     while tries < TRIES:
         before = _size(part)
         try:
-            _receive(url, part)
+            _receive(url, part, stop)
         except _Failed as error:
             reason, tries = str(error), 1 if _size(part) > before else tries + 1
             log.info("%s: %s; trying again", url, reason)
-            time.sleep(WAIT_SECONDS * 2 ** (tries - 1) if tries < TRIES else 0)
+            stop.wait(WAIT_SECONDS * 2 ** (tries - 1) if tries < TRIES else 0)
             continue
         os.replace(part, path)
         _tag_of(part).unlink(missing_ok=True)
@@ -97,7 +101,7 @@ def _bring(url: str, path: Path) -> None:
     )
 
 
-def _receive(url: str, part: Path) -> None:
+def _receive(url: str, part: Path, stop: threading.Event) -> None:
     """One request for what is still lacking; returns when the file is whole."""
     have, tag = _size(part), _tag_of(part).read_text() if _tag_of(part).is_file() else ""
     headers = {"Range": f"bytes={have}-", "If-Range": tag} if have and tag else {}
@@ -108,7 +112,7 @@ def _receive(url: str, part: Path) -> None:
             whole = None if length is None else int(length) + (have if goes_on else 0)
             _tag_of(part).write_text(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
             with open(part, "ab" if goes_on else "wb") as file:
-                _copy(answer, file)
+                _copy(answer, file, stop)
     except urllib.error.HTTPError as error:
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             part.unlink(missing_ok=True)
@@ -123,9 +127,12 @@ def _receive(url: str, part: Path) -> None:
         raise _Failed(f"it ended after {_size(part)} of {whole} bytes")
 
 
-def _copy(answer: http.client.HTTPResponse, file: BinaryIO) -> None:
+def _copy(answer: http.client.HTTPResponse, file: BinaryIO, stop: threading.Event) -> None:
     try:
-        shutil.copyfileobj(answer, file, 1 << 20)
+        while block := answer.read(BLOCK):
+            file.write(block)
+            if stop.is_set():
+                raise Interrupted(f"the transfer of {file.name} was stopped")
     except http.client.IncompleteRead as error:
         raise _Failed(f"it was cut short: {error}") from error
 

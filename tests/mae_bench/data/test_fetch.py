@@ -134,6 +134,14 @@ def test_what_is_not_there_is_named_at_once(server: Server, cache: Path) -> None
     assert not list(cache.rglob("a-1.tar"))
 
 
+def test_one_that_fails_stops_the_others(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "BLOCK", 100)
+    server.files["/endless.tar"] = b"x" * 100_000_000
+    with pytest.raises(UserError, match="404"):
+        fetch_all([server.url("/endless.tar"), server.url("/none.tar")])
+    assert not list(cache.rglob("endless.tar"))
+
+
 def test_a_server_that_stumbles_is_asked_again_but_not_for_ever(server: Server) -> None:
     server.files["/a.tar"] = b"x" * 10
     server.failures["/a.tar"] = [503, 500]
