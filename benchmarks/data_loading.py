@@ -37,7 +37,10 @@ ROUTES = (
     "of normalised floats, ours of uint8, which the device normalises. Packed: short side 256, JPEG 4:2:0; raw: the same pixels, "
     "uncompressed. In shared memory is how a loader's process hands batches over."
 )
-ERRORS = "Against torchvision on Pillow's images from the files. Centre crops: a set of short side 256 is resampled once more."
+ERRORS = (
+    "Against torchvision on Pillow's images from the files. Centre crops of the raw set are the same pixels, as both are of a short "
+    "side of 256; packed ones show what JPEG costs. Random crops of these sets have less detail than those of the files."
+)
 WORKERS = (
     "The whole loader; the consumer sleeps twice the time that the loader takes for a batch, and the share of all time that it "
     "then still waits is the wait share."
