@@ -128,9 +128,10 @@ def ours(bench: Bench, size: str, batch_size: int, data: Path | None = None, num
 
 
 def synthetic(device: torch.device, size: str, batch_size: int, start: int, stop: int) -> Iterator[Batch]:
-    """The same uint8 images on the device at every step."""
+    """The same uint8 images on the device at every step, channels last in memory as the loader's are."""
     spec = vit_spec(size)
-    imgs = torch.randint(0, 256, (batch_size, spec.in_chans, *spec.img_size), dtype=torch.uint8, device=device)
+    imgs = torch.randint(0, 256, (batch_size, *spec.img_size, spec.in_chans), dtype=torch.uint8, device=device)
+    imgs = imgs.permute(0, 3, 1, 2)
     labels = torch.zeros(batch_size, dtype=torch.int64)
     for _ in range(start, stop):
         yield Batch(imgs, labels, labels)
