@@ -38,8 +38,8 @@ ROUTES = (
     "uncompressed. In shared memory is how a loader's process hands batches over."
 )
 ERRORS = (
-    "Against torchvision on Pillow's images from the files. Centre crops of the raw set are the same pixels, as both are of a short "
-    "side of 256; packed ones show what JPEG costs. Random crops of these sets have less detail than those of the files."
+    "Against torchvision on Pillow's images from the files. Centre crops of the raw set are the same pixels, as both are of a "
+    "short side of 256; packed ones show what JPEG costs. Random crops of these sets have less detail than those of the files."
 )
 WORKERS = (
     "The whole loader; the consumer sleeps twice the time that the loader takes for a batch, and the share of all time that it "

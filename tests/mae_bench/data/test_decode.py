@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from mae_bench.data.decode import Jpeg, decode_pixels, read_pixels
@@ -97,12 +98,9 @@ def test_baseline_jpegs_are_decoded_from_the_top_alone() -> None:
         assert isinstance(read_pixels(One(FILES[kind]()), 0), np.ndarray), kind  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("subsampling", ["4:2:0", "4:2:2", "4:4:4", "4:4:0", "4:1:1"])
+@pytest.mark.parametrize("subsampling", ["420", "422", "444", "440", "411"])
 def test_rows_are_whole_whatever_the_subsampling(subsampling: str) -> None:
-    try:
-        data = saved(photo(130, 60), "JPEG", subsampling=subsampling)
-    except (TypeError, ValueError):
-        pytest.skip("Pillow does not write it")
+    data = simplejpeg.encode_jpeg(np.asarray(photo(130, 60)), colorsubsampling=subsampling)
     want, found = np.asarray(decode(data)), read_pixels(One(data), 0)  # type: ignore[arg-type]
     assert isinstance(found, Jpeg)
     for stop in (1, 13, 14, 15, 16, 30, 31, 32, 77, 100, 130):
