@@ -18,25 +18,25 @@ OURS = """
 import json, pickle, resource, sys, time
 from mae_bench.data.images import open_images
 from mae_bench.data.layouts import check_layout
-began = time.perf_counter()
+began, cpu = time.perf_counter(), time.process_time()
 check_layout("imagenet", sys.argv[1])
 checked = time.perf_counter()
 images = open_images(sys.argv[1], "train")
-opened = time.perf_counter()
+opened, cpu = time.perf_counter(), time.process_time() - cpu
 images.name(len(images) - 1), images.targets[-1]
 print(json.dumps({
-    "check": checked - began, "open": opened - checked, "images": len(images), "pickled": len(pickle.dumps(images)),
+    "check": checked - began, "open": opened - checked, "cpu": cpu, "images": len(images), "pickled": len(pickle.dumps(images)),
     "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
 }))
 """
 PEER = """
 import json, pickle, resource, sys, time
 from torchvision.datasets import ImageFolder
-began = time.perf_counter()
+began, cpu = time.perf_counter(), time.process_time()
 images = ImageFolder(sys.argv[1] + "/train")
-opened = time.perf_counter()
+opened, cpu = time.perf_counter(), time.process_time() - cpu
 print(json.dumps({
-    "open": opened - began, "images": len(images), "pickled": len(pickle.dumps(images)),
+    "open": opened - began, "cpu": cpu, "images": len(images), "pickled": len(pickle.dumps(images)),
     "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
 }))
 """
@@ -66,7 +66,7 @@ def median(starts: list[dict[str, float]]) -> dict[str, float]:
 def row(name: str, found: dict[str, float]) -> list[str]:
     """One line of the table."""
     check = f"{found['check']:.2f}" if "check" in found else "-"
-    return [name, check, f"{found['open']:.3f}", f"{found['memory']:.0f}", f"{int(found['pickled']):,}"]
+    return [name, check, f"{found['open']:.3f}", f"{found['cpu']:.2f}", f"{found['memory']:.0f}", f"{int(found['pickled']):,}"]
 
 
 def main() -> None:
@@ -101,6 +101,7 @@ def report(first: dict[str, float], later: list[dict[str, float]], peers: list[d
         "",
         "check the layout and its digest, s",
         "open train, s",
+        "CPU time of both, s",
         "memory of the process, MiB",
         "pickled for a worker, bytes",
     ]

@@ -73,12 +73,12 @@ class Index:
 
     def __getstate__(self) -> dict[str, Any]:
         """A mapped index travels as its path: a spawned worker maps the same pages."""
-        return {"path": self.path, "stamps": self.stamps} if self.path else self.__dict__
+        return {"path": self.path, "of": json_digest(self.stamps)} if self.path else self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "classes" not in state:
             index = read_index(state["path"])
-            if index is None or index.stamps != state["stamps"]:
+            if index is None or json_digest(index.stamps) != state["of"]:
                 raise UserError(f"the index {state['path']} changed while it was in use", fix="start the command again")
             state = index.__dict__
         self.__dict__.update(state)
