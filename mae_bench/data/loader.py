@@ -253,9 +253,10 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _begin_worker(_: int) -> None:
-    """Signals that stop a job are its main process's to answer; one thread a worker is the DataLoader's own setting."""
-    for name in ("SIGINT", "SIGUSR1"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    """Signals that stop a job are its main process's to answer: a launcher may send them to every process, and one that dies
+    would take the main process with it before it has saved. A worker ends with its main process in any case."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 LOST = (  # what a loader's failure says, and what mends it

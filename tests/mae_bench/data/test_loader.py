@@ -241,3 +241,17 @@ def test_a_mistake_in_the_code_is_not_called_a_lost_worker(images: ImageSource) 
 
     with pytest.raises(RuntimeError, match="a bug"):
         next(training_batches(images, broken, TrainingOrder(len(images), 7, seed=1), 0, 2, num_workers=1))
+
+
+class Signalled:
+    """A transform during which a launcher asks every process to stop."""
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        return torch.zeros(3, 4, 4, dtype=torch.uint8)
+
+
+def test_workers_leave_the_answer_to_a_stop_to_their_main_process(images: ImageSource) -> None:
+    batches = training_batches(images, Signalled(), TrainingOrder(len(images), 7, seed=1), 0, 2, num_workers=1)
+    assert [len(batch.targets) for batch in batches] == [7, 7]
