@@ -89,6 +89,10 @@ def test_two_processes_train_what_one_trains(results: Results, alone: dict[str, 
     assert losses[0] == losses[1], "the loss of the global batch is everyone's"
 
 
+def test_gradients_meet_once_a_step(results: Results) -> None:
+    assert results["exact ddp"]["ranks"][0]["meets"] == [False, True] * 3 * STEPS_PER_EPOCH
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_stop_that_one_hears_is_everyones_and_the_resumed_run_equals_the_whole_one(results: Results, parallel: str) -> None:
     stopped = results[f"stopped {parallel}"]["ranks"]

@@ -100,6 +100,7 @@ class Run:
         self.order = TrainingOrder(NUM_IMAGES, config.global_batch_size, 5, world().rank, world().size)
         self.seen: list[tuple[int, int, list[int]]] = []
         self.hooked: list[int] = []
+        self.meets: list[bool] = []  # of each micro-batch, whether copies exchange its gradients
         if narrow:
             parallel.NARROW_DEVICES.add("cpu")
         self.trainer = Trainer(
@@ -128,6 +129,7 @@ class Run:
     def loss(self, model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
         """Cross-entropy, and the faults that are asked for."""
         self.seen.append((step, batch.start, batch.indices.tolist()))
+        self.meets.append(getattr(model, "require_backward_grad_sync", True))
         if world().rank == (self.faults["on"] or 0):
             if step == self.faults["stop_at"]:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -192,7 +194,7 @@ def outcome(run: Run) -> dict[str, Any]:
     except (UserError, Interrupted) as error:
         ended = f"{type(error).__name__}: {error}"
     return {"ended": ended, "step": run.trainer.step, "seen": run.seen, "hooked": run.hooked, "loss": run.trainer.final_loss,
-            "bad": sorted(run.trainer.bad_images.names), "scale": run.trainer.scaler.get_scale()}  # fmt: skip
+            "bad": sorted(run.trainer.bad_images.names), "meets": run.meets, "scale": run.trainer.scaler.get_scale()}  # fmt: skip
 
 
 def main() -> None:
