@@ -262,7 +262,8 @@ def doctor(as_json: Json = False) -> None:
 @data_app.command("check")
 def data_check(
     layout: Annotated[str, typer.Argument(metavar="LAYOUT", help="imagenet or its like; any other word lists them.")],
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="The folder that should hold data in that layout.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="The folder, or the pattern of shards, that should hold it.")],
+    thorough: Annotated[bool, typer.Option("--thorough", help="Look at every file again, also of sets that are known.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check that a folder holds data in a layout; name what was expected and what was found where it does not."""
@@ -270,7 +271,7 @@ def data_check(
 
     from mae_bench.data.layouts import check_layout
 
-    found = check_layout(layout, path)
+    found = check_layout(layout, path, thorough=thorough)
     splits = ", ".join(f"{split}: {count} images" for split, count in found.splits.items())
     lines = [f"{found.name} ({layout}): {splits}; {len(found.classes)} classes", f"digest {found.digest}", *found.notes]
     _answer(asdict(found), "\n".join(lines), as_json)
@@ -313,15 +314,25 @@ def data_prepare_imagenet(
     val_classes: Annotated[
         Path | None, typer.Option("--val-classes", help="A line a validation image: name and WNID; else the devkit tells.")
     ] = None,
+    packed: Annotated[bool, typer.Option("--packed", help="Make a packed set instead, without unpacking the archives.")] = False,
+    short_side: Annotated[int | None, typer.Option("--short-side", min=1, help="Of a packed set; else images stay.")] = None,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Take archives that are not the published ones.")] = False,
 ) -> None:
-    """Make the folders train/ and val/ of ImageNet-1K from the ILSVRC2012 archives."""
+    """Make the folders train/ and val/ of ImageNet-1K from the ILSVRC2012 archives, or a packed set."""
     from rich.console import Console
 
+    from mae_bench.data.packed import How
     from mae_bench.data.prepare import prepare_imagenet
     from mae_bench.live import counting
+    from mae_bench.provenance import num_cores
 
+    if short_side and not packed:
+        raise UserError("--short-side without --packed", expected="both, or none: class folders keep the images as they are")
+    how = How(short_side=short_side) if packed else None
     with counting(Console(stderr=True)) as progress:
-        made = prepare_imagenet(source, out, progress, val_classes=val_classes)
+        made = prepare_imagenet(
+            source, out, progress, check=not no_check, val_classes=val_classes, packed=how, num_workers=num_cores()
+        )
     print(f"{out}: train: {made.train} images, val: {made.val} images; {made.classes} classes")
 
 

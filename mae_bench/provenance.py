@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 CORE = ("mae_bench", "torch", "torchvision", "timm", "numpy", "pillow", "pandas", "safetensors", "fvcore", "omegaconf",
-        "pydantic", "rich", "typer")  # fmt: skip
+        "pydantic", "rich", "typer", "tensorboard", "simplejpeg")  # fmt: skip
 DETECTRON2 = ("sal-detectron2", "detectron2")  # the wheel that needs no compiler; a build of the upstream repository
 OPTIONAL = (*DETECTRON2, "pycocotools", "shapely", "onedl-mmsegmentation", "onedl-mmengine", "onedl-mmcv",
-            "opencv-python-headless")  # fmt: skip
+            "opencv-python-headless", "pyarrow")  # fmt: skip
 OPTIONAL_ORIGINALS = ("mmsegmentation", "mmengine", "mmcv", "mmcv-lite")  # what the onedl distributions stand in for
 GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # where a driver for NVIDIA, Windows (WSL) or AMD shows itself
 

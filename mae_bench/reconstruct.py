@@ -37,7 +37,7 @@ def save_mae(model: MAE, folder: Path) -> None:
 def reconstruct(
     model: MAE, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """imgs (N, C, H, W) uint8 -> original, masked, reconstructed, each (N, C, H, W) in [0, 1].
+    """imgs (N, C, H, W) -> original, masked, reconstructed, each (N, C, H, W) in [0, 1].
 
     The reconstruction shows the image's own pixels where they were visible. Normalised predictions are given the removed
     patch's own mean and deviation back, which the model never saw: the picture shows structure, not brightness.
@@ -48,19 +48,26 @@ def reconstruct(
         )
     model.eval()
     device = model.mask_token.device
-    shown = imgs.to(device).float() / 255
     inputs = normalize(imgs.to(device), model.spec.mean, model.spec.std)
+    shown = _visible(inputs, model.spec, imgs.dtype)
     _, pred, mask = model(inputs, mask_ratio, noise.to(device))
     patches = model.patchify(inputs)
     pred = model.target.to_pixels(pred, patches)
-    mean, std = (torch.tensor(value, device=device).view(1, -1, 1, 1) for value in (model.spec.mean, model.spec.std))
-    painted = (model.unpatchify(pred) * std + mean).clamp(0, 1)
+    painted = _visible(model.unpatchify(pred), model.spec, imgs.dtype)
     removed = model.unpatchify(mask[..., None].expand_as(patches))
     return shown, shown * (1 - removed) + GREY * removed, shown * (1 - removed) + painted * removed
 
 
+def _visible(x: torch.Tensor, spec: BackboneSpec, dtype: torch.dtype) -> torch.Tensor:
+    """Normalised x (N, C, H, W) in [0, 1]: the pixels of 8-bit images, two deviations about the mean of any other."""
+    if dtype != torch.uint8:
+        return (x / 4 + 0.5).clamp(0, 1)
+    mean, std = (torch.tensor(value, device=x.device).view(1, -1, 1, 1) for value in (spec.mean, spec.std))
+    return (x * std + mean).clamp(0, 1)
+
+
 def draw_reconstructions(model: MAE, imgs: torch.Tensor, mask_ratio: float, out: Path, seed: int = 0) -> None:
-    """A PNG with one row for each of imgs (N, C, H, W) uint8: original, masked, reconstructed.
+    """A PNG with one row for each of imgs (N, C, H, W): original, masked, reconstructed.
 
     The masks depend on `seed` and the image's place alone. Of more than three channels the first three are shown.
     """

@@ -74,6 +74,7 @@ EXTRAS: dict[str, Extra] = {
         'make setup   (or: python -m pip install "mae_bench[ade20k]")',
         compiled=("cv2",),
     ),
+    "arrow": Extra(("pyarrow",), "Arrow and Parquet sets", 'python -m pip install "mae_bench[arrow]"'),
 }
 
 

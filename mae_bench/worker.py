@@ -82,9 +82,7 @@ def work_together(order: Order, progress: Progress) -> None:
         if code := ended(order, lambda: work(order, progress)):
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(
-                code
-            )  # the others may wait for this one inside a step, and leaving the group would wait for them
+            os._exit(code)  # the others may wait for this one inside a step, and leaving the group would wait for them
 
 
 def ended(order: Order, act: Callable[[], None]) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from mae_bench.data.images import BadImage, ImageSource
+from mae_bench.data.images import BadImage, ImageSource, decode
 
 JPEG, NUMPY = b"\xff\xd8\xff", b"\x93NUMPY"  # what such files begin with
 END = b"\xff\xd9"  # of a JPEG
@@ -48,6 +48,14 @@ def read_pixels(images: ImageSource, i: int, in_chans: int = 3, *, fast: bool = 
         return _as_channels(pixels, in_chans)
     data = images.read(i)
     return (_baseline_jpeg(data, in_chans) if fast else None) or decode_pixels(data, in_chans, fast=fast)
+
+
+def probe(data: bytes) -> tuple[int, int]:
+    """Height and width of a file that decodes, whatever its channels; BadImage if it does not."""
+    if data.startswith(NUMPY):
+        return _load_array(data).shape[:2]
+    image = decode(data)
+    return image.height, image.width
 
 
 def _baseline_jpeg(data: bytes, in_chans: int) -> Jpeg | None:

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from mae_bench.data.decode import probe
 from mae_bench.data.formats import set_digest, set_name, splits_in
-from mae_bench.data.images import BadImage, ImageSource, decode, is_image, open_images
+from mae_bench.data.images import BadImage, ImageSource, is_image, open_images
 from mae_bench.data.index import IndexedImages
 from mae_bench.data.packed import is_packed, verify_packed
 from mae_bench.data.shards import is_pattern
@@ -202,7 +203,7 @@ def _need_readable(root: str | Path, split: str, source: ImageSource) -> None:
     for i in np.linspace(0, len(source) - 1, min(len(source), MAX_TRIED)).astype(int).tolist():
         try:
             if source.pixels(i) is None:
-                decode(source.read(i))
+                probe(source.read(i))
         except (BadImage, OSError) as error:
             reason = f"{source.name(i)}: {error}"
             continue

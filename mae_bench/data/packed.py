@@ -17,6 +17,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from mae_bench.data.decode import probe
 from mae_bench.data.images import BadImage, ImageSource, decode
 from mae_bench.data.index import IndexedImages, build_index, read_index, write_index
 from mae_bench.digest import file_digest, json_digest
@@ -67,6 +68,8 @@ class How:
         """What is stored of an encoded image, and its height and width; BadImage if it does not decode."""
         if self.unchecked:
             return data, 0, 0
+        if not (self.short_side or self.quality or self.raw):
+            return data, *probe(data)
         image = decode(data)
         resized = shrink(image, self.short_side) if self.short_side else image
         if self.raw:

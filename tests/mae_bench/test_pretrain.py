@@ -229,3 +229,13 @@ def test_a_resume_from_another_architecture_keeps_the_state(data: Path, tmp_path
     with pytest.raises(UserError, match="another architecture"):
         pretrain(data, job.dir, decoder_embed_dim=32)
     assert run(config, job, Progress()).backbone_digest == pretrain(data, tmp_path / "whole").backbone_digest
+
+
+def test_multispectral_arrays_are_pretrained_on(tmp_path: Path) -> None:
+    (tmp_path / "bands").mkdir()
+    for number in range(6):
+        np.save(tmp_path / "bands" / f"{number}.npy", np.random.default_rng(number).random((20, 20, 5), dtype=np.float32))
+    model = {**MODEL, "in_chans": 5, "mean": (0.5,) * 5, "std": (0.3,) * 5}
+    outcome = pretrain(tmp_path / "bands", tmp_path / "run", model=model, norm_pix_loss=False)
+    assert outcome.metrics["train_loss"].value < 3, "of values whose variance is about 1"
+    assert load_mae(tmp_path / "run").decoder_pred.out_features == 4 * 4 * 5
