@@ -1,6 +1,7 @@
 """The pretraining job end to end at toy size: what it leaves, that it repeats, and what it says of bad input."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def test_reconstruct_needs_a_decoder_and_images(data: Path, tmp_path: Path) -> N
 
 
 def test_every_axis_trains_and_is_what_the_autoencoder_says(data: Path, tmp_path: Path) -> None:
-    axes: list[dict[str, object]] = [
+    axes: list[dict[str, Any]] = [
         {"mask_sampling": "block", "mask_ratio": 0.5},
         {"mask_sampling": "grid"},
         {"encoder_mask_tokens": True},
@@ -210,7 +211,7 @@ def test_reconstructions_are_drawn_on_the_way(data: Path, tmp_path: Path) -> Non
         ({"target": "pca", "num_pca": 49}, "num_pca 49"),
     ],
 )
-def test_bad_input_is_one_clear_error(data: Path, tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_bad_input_is_one_clear_error(data: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         pretrain(data, tmp_path / "run", **changes)
 
