@@ -1,7 +1,6 @@
 """One model on several processes, as copies (DDP) or as shards (FSDP2): what to call, when gradients meet, the whole weights."""
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
