@@ -200,7 +200,8 @@ class PretrainLoss:
             generator = torch.Generator().manual_seed(seed_of(self.seed, step))
             c = self.config
             noise = sample_noise(c.mask_sampling, c.global_batch_size, self.spec.grid_size, c.mask_ratio, generator)
-            self._noise = step, noise
+            pinned = self.device.type == "cuda"  # else the copy to the GPU would wait for all that it still has to do
+            self._noise = step, noise.pin_memory() if pinned else noise
         return self._noise[1]
 
 
