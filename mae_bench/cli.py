@@ -286,7 +286,7 @@ def data_pack(
     source: Images,
     out: NewFolder,
     short_side: Annotated[int, typer.Option("--short-side", min=1, help="Pixels that larger images are reduced to.")] = 256,
-    quality: Annotated[int | None, typer.Option("--quality", min=1, max=100, help="Of the JPEGs; 95 where resized.")] = None,
+    quality: Annotated[int | None, typer.Option("--quality", min=1, max=100, help="Of the JPEGs; 90 where resized.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Store pixels: the fastest to read and the largest.")] = False,
     original: Annotated[bool, typer.Option("--original", help="Store each image's bytes as they are.")] = False,
     num_workers: Annotated[int | None, typer.Option("--num-workers", min=0, help="Processes; by default one a core.")] = None,
