@@ -7,6 +7,7 @@ from typing import Any
 from mae_bench.record import Metric
 
 EXPORT = "export"  # the folder, inside a job's, that holds the backbone that it made
+STATES = "checkpoints"  # the folder, inside a job's, of the training states that it goes on from; its worker removes it
 
 
 @dataclass(frozen=True)

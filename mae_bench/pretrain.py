@@ -15,7 +15,7 @@ from mae_bench.data.loader import Batch, Images, TrainingOrder, epoch_order, see
 from mae_bench.data.transforms import PretrainTransform, normalize, pretrain_transform
 from mae_bench.engine.distributed import barrier, gather_over_ranks, world
 from mae_bench.engine.optim import make_adamw, pretrain_no_decay
-from mae_bench.engine.trainer import Trainer, clear_state
+from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import UserError
 from mae_bench.export import EXPORT, write_export
 from mae_bench.job import Job, Outcome
@@ -68,7 +68,6 @@ def run(config: PretrainConfig, job: Job, progress: Progress) -> Outcome:
     digest = _export(config, job, data, model)
     metrics, num_samples = _evaluate(config, data, model, trainer, loss.tokenizer, progress)
     barrier()  # what is exported is there for all before any of them says so
-    clear_state(job.dir)
     drawn = {"reconstruction": RECONSTRUCTION} if model.can_reconstruct else {}
     return Outcome(
         task="pretrain",

@@ -1,13 +1,15 @@
 """The worker process: runs one cell, writes its record last, or the failure that stands in the record's place."""
 
+import errno
 import fcntl
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +19,7 @@ from mae_bench.config import build, expand_variables
 from mae_bench.digest import json_digest
 from mae_bench.errors import Interrupted, NotInstalled, UserError
 from mae_bench.files import write_json
-from mae_bench.job import EXPORT, Job, Outcome
+from mae_bench.job import EXPORT, STATES, Job, Outcome
 from mae_bench.progress import EVENTS_FILE, Progress
 from mae_bench.provenance import git_hash, hardware, now, versions
 from mae_bench.record import FAILURE_FILE, NOT_THE_METHOD, RECORD_FILE, Failure, ResultRecord, write_failure, write_record
@@ -91,15 +93,26 @@ def ended(order: Order, act: Callable[[], None]) -> int:
         act()
     except Interrupted:
         return INTERRUPTED
-    except UserError as error:
-        print(error, file=sys.stderr)
-        _fail(order.cell, failure_of(order.cell, error))
-        return 1
     except Exception as error:
-        traceback.print_exc()
-        _fail(order.cell, order.cell.failure(_described(error), f"its traceback is in {order.cell.dir / LOG_FILE}"))
+        if mistake := _mistake(error, order.cell.dir):
+            print(mistake, file=sys.stderr)
+            _fail(order.cell, failure_of(order.cell, mistake))
+        else:
+            traceback.print_exc()
+            _fail(order.cell, order.cell.failure(_described(error), f"its traceback is in {order.cell.dir / LOG_FILE}"))
         return 1
     return 0
+
+
+def _mistake(error: Exception, folder: Path) -> UserError | None:
+    """What the user can mend, a full disk among it, wherever it was met; None for all else."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"the disk is full: {error}",
+            expected=f"room in {folder}",
+            fix="free some and run the same command again: it goes on from the last state",
+        )
+    return error if isinstance(error, UserError) else None
 
 
 def _described(error: Exception) -> str:
@@ -110,11 +123,12 @@ def _described(error: Exception) -> str:
 def _fail(cell: Cell, failure: Failure) -> None:
     """Of several ranks the first to fail tells why: the others fail because it did."""
     if "WORLD_SIZE" not in os.environ or not (cell.dir / FAILURE_FILE).exists():
-        write_failure(failure, cell.dir / FAILURE_FILE)
+        with suppress(OSError):  # where the disk is full, what was printed has to do
+            write_failure(failure, cell.dir / FAILURE_FILE)
 
 
 def work(order: Order, progress: Progress) -> None:
-    """Runs the order, unless it is done, and leaves its record in the cell's folder."""
+    """Runs the order, unless it is done, and leaves its record in the cell's folder; training states go after that, not before."""
     with held(order.cell.dir, progress):
         (finished,) = any_rank(is_main() and isinstance(order.cell.result(), ResultRecord))
         if finished:
@@ -122,6 +136,7 @@ def work(order: Order, progress: Progress) -> None:
         record = run_order(order, progress)
         if is_main():
             write_record(record, order.cell.dir / RECORD_FILE)
+            shutil.rmtree(order.cell.dir / STATES, ignore_errors=True)
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.errors import UserError
 from mae_bench.files import write_json
 
-FOLDER = "checkpoints"
 INDEX_FILE = "index.json"
 VALUES_FILE = "values.json"
 METADATA_FILE = ".metadata"
@@ -94,11 +93,6 @@ class Checkpoints:
             expected="the training states of this run",
             fix=f"remove {self.folder} to start this job again from its beginning",
         )
-
-
-def clear_checkpoints(run: Path) -> None:
-    """Removes the training states of a finished job: its export and record are what stays."""
-    shutil.rmtree(run / FOLDER, ignore_errors=True)
 
 
 class DataReader(dcp.FileSystemReader):

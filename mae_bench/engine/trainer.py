@@ -15,7 +15,7 @@ from mae_bench.config import TrainConfig
 from mae_bench.data.images import BadImages
 from mae_bench.data.loader import Batch, seed_everything, seed_of
 from mae_bench.engine.accumulation import accumulation
-from mae_bench.engine.checkpoint import FOLDER, Checkpoints, Shapes, Tensors, clear_checkpoints
+from mae_bench.engine.checkpoint import Checkpoints, Shapes, Tensors
 from mae_bench.engine.distributed import Agreement, gather_over_ranks, sum_over_ranks, world
 from mae_bench.engine.ema import Ema
 from mae_bench.engine.meters import Meters
@@ -25,7 +25,7 @@ from mae_bench.engine.precision import autocast, deterministic, grad_scaler
 from mae_bench.engine.schedule import absolute_lr, cosine_lr
 from mae_bench.engine.trackers import Log, Tracker, open_trackers, require_trackers
 from mae_bench.errors import UserError
-from mae_bench.job import Job
+from mae_bench.job import STATES, Job
 from mae_bench.progress import Progress
 
 LOSSES_HELD = 20  # steps between two reads of the losses on a GPU: each read waits for the device
@@ -78,7 +78,7 @@ class Trainer:
         self.scaler = grad_scaler(self.device, config.amp_dtype)
         self.ema = Ema(self.model, ema_decay) if ema_decay else None
         self.meters = Meters(self.device, config.amp_dtype, config.global_batch_size, flops_per_image)
-        self.checkpoints = Checkpoints(job.dir / FOLDER, config.keep_checkpoints, progress.note)
+        self.checkpoints = Checkpoints(job.dir / STATES, config.keep_checkpoints, progress.note)
         self.step, self.final_loss = 0, math.nan
         self._log_bytes, self._saved = 0, 0  # the latter: the step of the last saved state
         self._held: list[dict[str, torch.Tensor]] = []
@@ -343,9 +343,3 @@ def _another_architecture(folder: Path, here: dict[str, torch.Size], there: dict
 
 def _shape(shape: torch.Size | None) -> str:
     return "absent" if shape is None else str(tuple(shape))
-
-
-def clear_state(folder: Path) -> None:
-    """Removes the training states of a finished job: its export and record are what stays."""
-    if world().is_main:
-        clear_checkpoints(folder)

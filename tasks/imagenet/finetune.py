@@ -5,7 +5,6 @@ import torch
 from backbones.adapters.features import layer_id
 from mae_bench.data.loader import seed_everything, seed_of
 from mae_bench.engine.optim import finetune_no_decay, make_adamw
-from mae_bench.engine.trainer import clear_state
 from mae_bench.job import Job, Outcome
 from mae_bench.progress import Progress
 from tasks.imagenet.classify import Classifier, load_at_size, open_data, score, train_classifier
@@ -27,6 +26,4 @@ def run(config: FinetuneConfig, job: Job, progress: Progress) -> Outcome:
 
     optimizer = make_adamw(config, finetune_no_decay, lr_scale)
     trainer = train_classifier(config, job, progress, data, model, spec, optimizer)
-    outcome = score(trainer.full_model(), trainer, data, config, spec, report, job, progress)
-    clear_state(job.dir)
-    return outcome
+    return score(trainer.full_model(), trainer, data, config, spec, report, job, progress)

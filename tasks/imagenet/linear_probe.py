@@ -9,7 +9,7 @@ from torch import nn
 
 from mae_bench.data.loader import Batch, seed_everything, seed_of
 from mae_bench.data.transforms import normalize
-from mae_bench.engine.trainer import Trainer, clear_state
+from mae_bench.engine.trainer import Trainer
 from mae_bench.job import Job, Outcome
 from mae_bench.progress import Progress
 from mae_bench.spec import BackboneSpec
@@ -50,9 +50,7 @@ def run(config: LinearProbeConfig, job: Job, progress: Progress) -> Outcome:
     order = order_of(config, data, job.seed)
     trainer = Trainer(job, config, model, partial(lars, config=config), order.steps_per_epoch, progress, data.bad_train)
     trainer.fit(stream(data, config, order, spec, auto_augment=None), partial(_loss, spec, device))
-    outcome = score(trainer.full_model(), trainer, data, config, spec, report, job, progress)
-    clear_state(job.dir)
-    return outcome
+    return score(trainer.full_model(), trainer, data, config, spec, report, job, progress)
 
 
 def lars(model: nn.Module, config: LinearProbeConfig) -> Lars:

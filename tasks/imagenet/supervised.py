@@ -9,7 +9,6 @@ from backbones.report import ConversionReport
 from mae_bench.data.loader import seed_everything, seed_of
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.engine.optim import finetune_no_decay, make_adamw
-from mae_bench.engine.trainer import clear_state
 from mae_bench.export import EXPORT, write_export
 from mae_bench.job import Job, Outcome
 from mae_bench.models.vit import build_vit
@@ -38,5 +37,4 @@ def run(config: SupervisedConfig, job: Job, progress: Progress) -> Outcome:
     digest = gather_over_ranks(written)[0]
     report = ConversionReport(source="trained here", format="mae_bench", digest=digest)
     outcome = score(best, trainer, data, config, spec, report, job, progress)
-    clear_state(job.dir)
     return replace(outcome, task="pretrain")

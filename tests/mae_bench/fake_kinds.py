@@ -1,5 +1,6 @@
 """Job kinds that need no framework: run as a script, this is `mae-bench` with them."""
 
+import errno
 import os
 import signal
 import time
@@ -27,7 +28,7 @@ class MakerConfig(Config):
     kind: str
     protocol: str = "fake"
     score: float = 1.0
-    behave: Literal["well", "user error", "not installed", "exception", "SIGKILL", "exit 3", "wait"] = "well"
+    behave: Literal["well", "user error", "not installed", "exception", "full disk", "SIGKILL", "exit 3", "wait"] = "well"
 
 
 class PretrainingConfig(Config):
@@ -68,6 +69,8 @@ def misbehave(how: str, job: Job, progress: Progress) -> None:
         raise NotInstalled("the module 'x' is not installed", fix="pip install x")
     if how == "exception":
         raise ZeroDivisionError("what nobody foresaw")
+    if how == "full disk":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(job.dir / EXPORT))
     if how == "SIGKILL":
         print("last words", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)

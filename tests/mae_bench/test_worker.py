@@ -13,6 +13,7 @@ import pytest
 
 from mae_bench.cell import CELL_FILE, Cell
 from mae_bench.digest import json_digest
+from mae_bench.job import STATES
 from mae_bench.record import read_failure, read_record
 from mae_bench.registry import kind
 from mae_bench.worker import INTERRUPTED, LOCK_FILE, Order, environment
@@ -60,6 +61,29 @@ def test_a_failure_stands_in_the_records_place(fake_kinds: Path, tmp_path: Path,
     assert failure.status == ("not installed" if behave == "not installed" else "failed")
     assert failure.seed == 3
     assert not (tmp_path / "record.json").exists()
+
+
+def test_a_full_disk_is_told_as_what_it_is_and_keeps_the_training_states(fake_kinds: Path, tmp_path: Path) -> None:
+    order(tmp_path, behave="full disk")
+    (tmp_path / STATES).mkdir()
+    done = work(tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    failure = read_failure(tmp_path / "failure.json")
+    assert "the disk is full" in failure.reason
+    assert "free some" in failure.fix
+    assert (tmp_path / STATES).is_dir()
+
+
+def test_training_states_go_once_the_record_is_there_and_not_before(fake_kinds: Path, tmp_path: Path) -> None:
+    order(tmp_path)
+    (tmp_path / STATES).mkdir()
+    (tmp_path / "record.json").mkdir()  # so that no record can be written
+    assert work(tmp_path).returncode == 1
+    assert (tmp_path / STATES).is_dir()
+    (tmp_path / "record.json").rmdir()
+    assert work(tmp_path).returncode == 0
+    assert not (tmp_path / STATES).exists()
 
 
 def test_a_config_that_does_not_fit_is_named(fake_kinds: Path, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import torch
 from toy_run import Run, signals_restored, train, weights
 
 from mae_bench.engine.checkpoint import DataReader
-from mae_bench.engine.trainer import clear_state
 from mae_bench.errors import UserError
 
 RARELY = {"checkpoint_seconds": 1e6}
@@ -138,9 +137,3 @@ def test_another_architecture_is_named_before_anything_is_loaded(run: Path, chan
     with signals_restored(), pytest.raises(UserError, match=f"another architecture: .*{named}"):
         Run(run, epochs=2, **changes)
     assert sorted(path for path in (run / "checkpoints").rglob("*")) == before
-
-
-def test_a_finished_job_keeps_no_state(run: Path) -> None:
-    clear_state(run)
-    assert not (run / "checkpoints").exists()
-    clear_state(run)
