@@ -128,7 +128,7 @@ def _fail(cell: Cell, failure: Failure) -> None:
 
 
 def work(order: Order, progress: Progress) -> None:
-    """Runs the order, unless it is done, and leaves its record in the cell's folder; training states go after that, not before."""
+    """Runs the order, unless it is done, and leaves its record in the cell's folder; training states go after that alone."""
     with held(order.cell.dir, progress):
         (finished,) = any_rank(is_main() and isinstance(order.cell.result(), ResultRecord))
         if finished:
