@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from mae_bench.data.decode import decode_pixels, read_pixels
 from mae_bench.data.images import BadImage, BadImages, ImageSource
 from mae_bench.data.loader import evaluation_batches, seed_of
 from mae_bench.data.transforms import PretrainTransform, normalize, pretrain_transform
-from mae_bench.engine.distributed import sum_over_ranks, world
+from mae_bench.engine.distributed import gather_over_ranks, sum_over_ranks, world
 from mae_bench.errors import UserError
 from mae_bench.files import write_atomic
 from mae_bench.models.mae import MAE
@@ -114,16 +115,19 @@ def reconstruct_files(model: MAE, paths: Sequence[str | Path], out: str | Path, 
 
 
 def first_readable(images: ImageSource, count: int, spec: BackboneSpec) -> torch.Tensor:
-    """(N, C, H, W): `count` images spread over the set (fewer if it has fewer), as `centre_crop` shows them; those that do not
-    decode are left out."""
-    transform, found = centre_crop(spec), []
-    for i in range(min(count, len(images))):
-        try:
-            place = i * len(images) // count if len(images) > count else i
+    """(N, C, H, W): `count` images spread over the set (fewer if it has fewer), as `centre_crop` shows them; the next ones that
+    decode take the places of those that do not."""
+    transform, count = centre_crop(spec), min(count, len(images))
+    found: list[torch.Tensor] = []
+    spread = [i * len(images) // count for i in range(count)]
+    for place in dict.fromkeys([*spread, *range(len(images))]):
+        if len(found) == count:
+            break
+        with suppress(BadImage, OSError):
             found.append(transform(read_pixels(images, place, spec.in_chans, fast=False), 0))
-        except (BadImage, OSError):
-            continue
-    return torch.stack(found) if found else torch.empty(0, spec.in_chans, *spec.img_size, dtype=torch.uint8)
+    if not found:
+        raise UserError("no image can be drawn: none decodes", expected="images that decode and have the model's channels")
+    return torch.stack(found)
 
 
 @torch.no_grad()
@@ -158,6 +162,9 @@ def evaluation_loss(
         total += loss.item() * len(pixels)
         count += len(pixels)
         progress.step(count * here.size)
+    for names in gather_over_ranks(bad_images.names):
+        for name, reason in names.items():
+            bad_images.add(name, reason)
     total, seen = sum_over_ranks([total, count])
     return total / seen, int(seen)
 

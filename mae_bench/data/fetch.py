@@ -50,8 +50,9 @@ def fetch_all(urls: Sequence[str]) -> list[Path]:
 
 def fetch(url: str, stop: threading.Event | None = None) -> Path:
     """The file behind one URL; once `stop` is set it ends with Interrupted and keeps what has come."""
-    name = unquote(PurePosixPath(urlsplit(url).path).name) or "file"
-    path = cache_folder() / "fetched" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+    name = PurePosixPath(unquote(urlsplit(url).path)).name
+    folder = cache_folder() / "fetched" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    path = folder / ("file" if name in ("", "..") else name)
     if path.is_file():
         return path
     try:

@@ -52,7 +52,8 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, from where copies to a GPU do not wait (the DataLoader calls it)."""
-        return replace(self, imgs=self.imgs.pin_memory(), targets=self.targets.pin_memory(), indices=self.indices.pin_memory())
+        crops = None if self.crops is None else self.crops.pin_memory()
+        return replace(self, imgs=self.imgs.pin_memory(), targets=self.targets.pin_memory(), crops=crops)
 
 
 def seed_of(*parts: int) -> int:
@@ -191,7 +192,7 @@ class TrainingOrder:
                 epoch = step // self.steps_per_epoch
                 order = epoch_order(self.num_images, self.seed, epoch)
             begin = step % self.steps_per_epoch * self.global_batch_size + self.rank * part
-            yield [(epoch, int(index)) for index in order[begin : begin + part]]
+            yield [(epoch, index) for index in order[begin : begin + part].tolist()]
 
 
 @dataclass(frozen=True)

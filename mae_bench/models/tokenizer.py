@@ -42,6 +42,10 @@ class Tokenizer(nn.Module):
 
         For a grid of 14 x 14 these are 112 pixels, as in BEiT (arXiv 2106.08254) and MAE's Table 1d.
         """
+        with torch.autocast(imgs.device.type, enabled=False):  # the targets of mixed precision are those of full precision
+            return self._ids(imgs, grid_size)
+
+    def _ids(self, imgs: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         if imgs.shape[1] != 3:
             raise UserError(f"images of {imgs.shape[1]} channels for a tokenizer", expected="RGB images")
         stride = 2 ** (self.num_groups - 1)

@@ -98,6 +98,15 @@ def test_unreadable_image_is_an_error_beyond_the_limit(data: Path, tmp_path: Pat
     assert any("4.png" in note for note in outcome.notes)
 
 
+def test_images_that_do_not_decode_are_not_drawn_but_the_next_ones(data: Path, tmp_path: Path) -> None:
+    for name in ("class0/0.png", "class1/1.png"):
+        (data / "val" / name).write_bytes(b"not an image")
+    outcome = pretrain(data, tmp_path / "some", max_bad_images=0.5)
+    assert outcome.num_samples == 4
+    with Image.open(tmp_path / "some" / outcome.artefacts["reconstruction"]) as picture:
+        assert picture.height == 2 * 6 * (16 + 4) - 4 * 6, "two rows"
+
+
 def test_missing_data_is_named_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         pretrain(tmp_path / "nowhere", tmp_path / "run")

@@ -164,6 +164,14 @@ def test_a_server_that_is_silent_or_gone(server: Server, monkeypatch: pytest.Mon
         fetch("http://127.0.0.1:9/a.tar")
 
 
+@pytest.mark.parametrize("path", ["/..%2f..%2fa.tar", "/x/%2e%2e"])
+def test_no_url_leads_out_of_the_cache(server: Server, path: str) -> None:
+    server.files[path] = b"content"
+    found = fetch(server.url(path))
+    assert found.read_bytes() == b"content"
+    assert found.resolve().parent.parent == (fetching.cache_folder() / "fetched").resolve()
+
+
 def test_a_cache_that_cannot_be_written_is_named(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("MAE_BENCH_CACHE", str(tmp_path / "file" / "x"))

@@ -114,6 +114,15 @@ def test_images_of_any_size_get_one_token_a_patch(tmp_path, weights):
         tokenizer(torch.rand(1, 1, 16, 16), (2, 2))
 
 
+def test_mixed_precision_has_the_same_targets(tmp_path, weights):
+    save_file(weights, tmp_path / "e.safetensors")
+    tokenizer = load_tokenizer(tmp_path / "e.safetensors")
+    imgs = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = tokenizer(imgs, (8, 8))
+    assert torch.equal(mixed, tokenizer(imgs, (8, 8)))
+
+
 class Planted:
     def __reduce__(self):
         return (np.array, ([1],))
