@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -47,29 +48,43 @@ class Meters:
         self._device, self._images_per_step = device, images_per_step
         self._flops_share = flops_per_image / peak / world().size if flops_per_image and peak else None
         self.steps, self.seconds, self.wait_seconds = 0, 0.0, 0.0
-        self._began, self._waited, self._steps = time.monotonic(), 0.0, 0
+        self._began, self._steps = time.monotonic(), 0
+        self._waits: list[tuple[Any, Any]] = []
 
     def start(self) -> None:
         """Training begins now: what came before does not count."""
         self._began = time.monotonic()
 
     def waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Passes the batches on and measures how long they are waited for."""
+        """Passes the batches on and measures how long the device has nothing to do for the want of them."""
         while True:
-            asked = time.monotonic()
+            asked = self._mark()
             batch = next(batches, None)
-            self._waited += time.monotonic() - asked
             if batch is None:
                 return
+            self._waits.append((asked, self._mark()))
             self._steps += 1
             yield batch
 
+    def _mark(self) -> Any:
+        """Now; on a GPU once it has done what it was given so far: it is behind this process, and works while this one waits."""
+        if self._device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     def read(self) -> dict[str, float]:
-        """images_per_second, data_wait (share of the time), mfu where it is known, peak_memory_mib; since the last reading."""
+        """images_per_second, data_wait (share of the time), mfu where it is known, peak_memory_mib; since the last reading.
+
+        On a GPU it waits for the last batch's arrival there, so it is called where the device was waited for anyway.
+        """
+        waited = sum(_seconds_between(*wait) for wait in self._waits)
         now = time.monotonic()
-        steps, seconds, waited = self._steps, max(now - self._began, 1e-9), self._waited
+        steps, seconds = self._steps, max(now - self._began, 1e-9)
         self.steps, self.seconds, self.wait_seconds = self.steps + steps, self.seconds + seconds, self.wait_seconds + waited
-        self._began, self._waited, self._steps = now, 0.0, 0
+        self._began, self._steps = now, 0
+        self._waits.clear()
         rate = steps * self._images_per_step / seconds
         mfu = {"mfu": rate * self._flops_share} if self._flops_share else {}
         return {"images_per_second": rate, "data_wait": waited / seconds, **mfu, "peak_memory_mib": self.peak_memory_mib}
@@ -86,7 +101,7 @@ class Meters:
 
     @property
     def data_wait_share(self) -> float:
-        """Share of the time in which training waited for batches."""
+        """Share of the time in which the device waited for batches."""
         return self.wait_seconds / self.seconds if self.seconds else 0.0
 
     @property
@@ -101,3 +116,11 @@ class Meters:
     def resume(self, state: dict[str, float]) -> None:
         """Takes up what `state` gave."""
         self.steps, self.seconds, self.wait_seconds = int(state["steps"]), state["seconds"], state["wait_seconds"]
+
+
+def _seconds_between(begin: Any, end: Any) -> float:
+    """Of two marks."""
+    if isinstance(begin, float):
+        return float(end - begin)
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000

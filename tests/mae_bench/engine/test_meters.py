@@ -47,6 +47,38 @@ def test_rates_are_counts_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meters.data_wait_share == pytest.approx(4 / 20)
 
 
+def test_a_gpu_waits_only_once_it_has_nothing_left_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    busy_until = 0.0
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = max(clock.now, busy_until)
+
+        def synchronize(self) -> None:
+            clock.now = max(clock.now, self.at)
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr("mae_bench.engine.meters.peak_memory_mib", lambda device: 1.0)
+    meters = Meters(torch.device("cuda"), "float32", images_per_step=1)
+    meters.start()
+    for _ in meters.waits(clock.batches(4, seconds=3)):
+        busy_until = max(clock.now, busy_until) + 2  # the device works on while the next batch is waited for
+    clock.now = busy_until
+    assert meters.read()["data_wait"] == pytest.approx((3 + 3 * 1) / 14)
+    for _ in meters.waits(clock.batches(4, seconds=1)):
+        busy_until = max(clock.now, busy_until) + 2
+    clock.now = busy_until
+    assert meters.read()["data_wait"] == pytest.approx(1 / 9), "the first batch alone"
+
+
 def test_rates_go_on_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     parts = [Meters(torch.device("cpu"), "float32", 10) for _ in range(2)]
