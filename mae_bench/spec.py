@@ -37,6 +37,12 @@ class BackboneSpec:
     pretrain_data: str = "none"
 
     def __post_init__(self) -> None:
+        if min(*self.img_size, *self.patch_size, self.in_chans, self.embed_dim, self.num_heads) < 1:
+            raise UserError(
+                f"img_size {self.img_size}, patch_size {self.patch_size}, in_chans {self.in_chans}, embed_dim {self.embed_dim}, "
+                f"num_heads {self.num_heads}",
+                expected="positive numbers",
+            )
         if any(size % patch for size, patch in zip(self.img_size, self.patch_size, strict=True)):
             raise UserError(
                 f"img_size {self.img_size} is not divisible by patch_size {self.patch_size}",

@@ -235,12 +235,12 @@ class Trainer:
 
     def _record(self, step: int, held: dict[str, torch.Tensor], meters: dict[str, float]) -> None:
         """One line of the log, one point of each curve."""
-        norm = {"grad_norm": held["grad_norm"].item()} if "grad_norm" in held else {}
+        norm = held["grad_norm"].item() if "grad_norm" in held else math.nan  # infinite where float16 overflows: no step is done
         values = {
             "epoch": round(step / self.steps_per_epoch, 4),
             "loss": self.final_loss,
             "lr": self.lr_at(step),
-            **norm,
+            **({"grad_norm": norm} if math.isfinite(norm) else {}),
             **meters,
         }
         for tracker in self._trackers:

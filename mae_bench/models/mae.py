@@ -57,7 +57,7 @@ class MAE(nn.Module):
             "mask_sampling": mask_sampling, "encoder_mask_tokens": encoder_mask_tokens,
             "activation_checkpointing": activation_checkpointing,
         }  # fmt: skip
-        _check(spec, decoder_embed_dim, decoder_num_heads)
+        _check(spec, decoder_embed_dim, decoder_depth, decoder_num_heads)
         self.spec, self.norm_pix_loss, self.loss_on, self.mask_sampling = spec, norm_pix_loss, loss_on, mask_sampling
         self.encoder_mask_tokens, self.activation_checkpointing = encoder_mask_tokens, activation_checkpointing
         encoder: Any = build_vit(spec)  # Any: timm's parts are typed as what they might be, not as what they are here
@@ -186,7 +186,7 @@ class MAE(nn.Module):
             raise UserError(f"noise of shape {tuple(noise.shape)}", expected=f"{(imgs.shape[0], self.spec.num_patches)}")
 
 
-def _check(spec: BackboneSpec, decoder_embed_dim: int, decoder_num_heads: int) -> None:
+def _check(spec: BackboneSpec, decoder_embed_dim: int, decoder_depth: int, decoder_num_heads: int) -> None:
     if spec.num_prefix_tokens != 1 or spec.pos_embed not in ("sincos", "learned"):
         raise UserError(
             f"an encoder with {spec.num_prefix_tokens} prefix tokens and {spec.pos_embed} positions",
@@ -194,6 +194,11 @@ def _check(spec: BackboneSpec, decoder_embed_dim: int, decoder_num_heads: int) -
         )
     if spec.pos_embed == "sincos" and spec.embed_dim % 4:
         raise UserError(f"embed_dim {spec.embed_dim}", expected="a multiple of 4, for the sine-cosine table")
+    if min(decoder_embed_dim, decoder_depth, decoder_num_heads) < 1:
+        raise UserError(
+            f"a decoder {decoder_embed_dim} wide and {decoder_depth} deep with {decoder_num_heads} heads",
+            expected="one of each at least",
+        )
     if decoder_embed_dim % decoder_num_heads or decoder_embed_dim % 4:
         raise UserError(
             f"decoder_embed_dim {decoder_embed_dim} with {decoder_num_heads} heads",

@@ -31,6 +31,8 @@ def test_the_grid_is_rows_by_columns() -> None:
         ({"num_heads": 5}, "not divisible by num_heads"),
         ({"in_chans": 4}, "mean has 3 and std 3 values, in_chans is 4"),
         ({"mean": (0.5,)}, "mean has 1"),
+        ({"num_heads": 0}, "num_heads 0"),
+        ({"patch_size": (0, 16)}, "patch_size"),
     ],
 )
 def test_contradictions_are_refused(change: dict[str, Any], message: str) -> None:

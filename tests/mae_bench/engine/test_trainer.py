@@ -112,6 +112,13 @@ def test_accumulation_equals_plain_training_on_the_whole_batch(tmp_path: Path, d
         torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_a_norm_that_overflowed_is_no_number_of_the_log(tmp_path: Path) -> None:
+    train(tmp_path, amp_dtype="float16", clip_grad=0.5, overflow=5, on=0, **RARELY)
+    lines = log(tmp_path)
+    assert [line["step"] for line in lines if "grad_norm" not in line] == [5]
+    assert "Infinity" not in (tmp_path / "log.jsonl").read_text(), "which JSON does not have"
+
+
 def test_every_step_has_a_whole_batch_to_the_end_of_the_epoch(tmp_path: Path) -> None:
     """The reference drops the gradients of micro-batches that are left over when an epoch ends."""
     with signals_restored():

@@ -201,6 +201,13 @@ def test_noise_of_another_shape_is_refused() -> None:
         make()(inputs()[0], 0.75, torch.rand(3, 23))
 
 
+@pytest.mark.parametrize("key", ["decoder_embed_dim", "decoder_depth", "decoder_num_heads"])
+def test_a_decoder_of_nothing_is_refused(key: str) -> None:
+    sizes: dict[str, Any] = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, key: 0}
+    with pytest.raises(UserError, match="at least"):
+        MAE(SPEC, **sizes)
+
+
 def test_activation_checkpointing_changes_no_bit() -> None:
     imgs, noise = inputs()
     found = []
