@@ -1,5 +1,6 @@
 """Finds out what kind of set lies at a place, and opens its splits."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from mae_bench.data.tars import has_classes, index_shards, index_tar
 from mae_bench.digest import json_digest
 from mae_bench.errors import UserError
 
+NUM_SAMPLED = 64  # images a split whose content counts in the digest of the set
 KNOWN = f"folders of images, train.tar, shards ({PATTERNS}), a packed set, or Arrow or Parquet files"
 
 
@@ -54,11 +56,27 @@ def set_name(root: str | Path) -> str:
 
 
 def set_digest(sources: Mapping[str, ImageSource]) -> str:
-    """SHA-256 of a set: over names and sizes, or of what its splits say of their content."""
+    """SHA-256 of a set: over all names and sizes and the content of some images, or of what its splits say of their content.
+
+    Some images are read because arrays, and other files without compression, are of one size whatever is in them.
+    """
     indexed = {split: s.index for split, s in sources.items() if isinstance(s, IndexedImages) and not s.content_digest}
     if len(indexed) == len(sources):
-        return digest_of(indexed)
+        return json_digest([digest_of(indexed), *(_sample(sources[split]) for split in sorted(sources))])
     return json_digest({split: source.digest for split, source in sources.items()})
+
+
+def _sample(source: ImageSource) -> list[str]:
+    """SHA-256 of images that are spread over the split; "" of one that cannot be read."""
+    count = min(NUM_SAMPLED, len(source))
+    return [_content(source, i * len(source) // count) for i in range(count)]
+
+
+def _content(source: ImageSource, i: int) -> str:
+    try:
+        return hashlib.sha256(source.read(i)).hexdigest()
+    except OSError:
+        return ""
 
 
 def _has(root: str, split: str, plain: bool) -> bool:

@@ -50,8 +50,9 @@ MAX_OPENED = 200  # label maps a split whose pixels are read
 class LayoutReport:
     """What a checked folder holds. splits: images a split. classes: names in the order of their labels.
 
-    digest: SHA-256 over the sorted relative paths of the layout's files with their sizes, for annotations with their contents;
-    a tar counts as the files in it, a packed set as its content. notes: oddities that do not stop a job.
+    digest: SHA-256 over the sorted relative paths of the layout's files with their sizes, for annotations with their contents,
+    for sets of images with the content of some; a tar counts as the files in it, a packed set as its content. notes: oddities
+    that do not stop a job.
     """
 
     layout: str
