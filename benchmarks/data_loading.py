@@ -91,7 +91,7 @@ def torchvision_batches(folder: Path, batch_size: int) -> Callable[[], object]:
     steps = T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)])
     images = ImageFolder(str(folder), steps)
     turn = _turns(len(images), batch_size)
-    return lambda: default_collate([images[i] for _, i in next(turn)])
+    return lambda: default_collate([images[i] for _, i, _ in next(turn)])
 
 
 def our_batches(images: ImageSource, batch_size: int, **options: Any) -> Callable[[], Batch]:
@@ -108,10 +108,10 @@ def our_batches(images: ImageSource, batch_size: int, **options: Any) -> Callabl
     return call
 
 
-def _turns(count: int, batch_size: int) -> Iterator[list[tuple[int, int]]]:
+def _turns(count: int, batch_size: int) -> Iterator[list[tuple[int, int, int]]]:
     step = 0
     while True:
-        yield [((step + i) // count, (step + i) % count) for i in range(batch_size)]
+        yield [((step + i) // count, (step + i) % count, i) for i in range(batch_size)]
         step += batch_size
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -263,7 +264,10 @@ def doctor(as_json: Json = False) -> None:
 def data_check(
     layout: Annotated[str, typer.Argument(metavar="LAYOUT", help="imagenet or its like; any other word lists them.")],
     path: Annotated[str, typer.Argument(metavar="PATH", help="The folder, or the pattern of shards, that should hold it.")],
-    thorough: Annotated[bool, typer.Option("--thorough", help="Look at every file again, also of sets that are known.")] = False,
+    thorough: Annotated[bool, typer.Option("--thorough", help="List every file again, also of sets that are known.")] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every image (imagenet, images); exit code 1 if one fails.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check that a folder holds data in a layout; name what was expected and what was found where it does not."""
@@ -272,9 +276,28 @@ def data_check(
     from mae_bench.data.layouts import check_layout
 
     found = check_layout(layout, path, thorough=thorough)
+    bad = _bad_images(layout, path, list(found.splits)) if decode else {}
     splits = ", ".join(f"{split}: {count} images" for split, count in found.splits.items())
     lines = [f"{found.name} ({layout}): {splits}; {len(found.classes)} classes", f"digest {found.digest}", *found.notes]
-    _answer(asdict(found), "\n".join(lines), as_json)
+    lines += [f"{split}: {name} does not decode: {reason}" for split, names in bad.items() for name, reason in names.items()]
+    _answer(asdict(found) | ({"bad_images": bad} if decode else {}), "\n".join(lines), as_json)
+    if any(bad.values()):
+        raise typer.Exit(FAILED)
+
+
+def _bad_images(layout: str, path: str, splits: list[str]) -> dict[str, dict[str, str]]:
+    """For each split the images that do not decode, and why."""
+    from rich.console import Console
+
+    from mae_bench.data.images import open_images
+    from mae_bench.data.verify import bad_images
+    from mae_bench.live import counting
+    from mae_bench.provenance import num_cores
+
+    if layout not in ("imagenet", "images"):
+        raise UserError(f"--decode with the layout {layout}", expected="imagenet or images")
+    with counting(Console(stderr=True)) as progress:
+        return {split: bad_images(open_images(path, split), num_cores(), partial(progress, split)) for split in splits}
 
 
 Images = Annotated[str, typer.Argument(metavar="SRC", help="Images in any form that pretraining reads: a folder, shards, a URL.")]
@@ -285,7 +308,7 @@ NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to wr
 def data_pack(
     source: Images,
     out: NewFolder,
-    short_side: Annotated[int, typer.Option("--short-side", min=1, help="Pixels that larger images are reduced to.")] = 256,
+    short_side: Annotated[int | None, typer.Option("--short-side", min=1, help="Pixels to reduce larger images to; 256.")] = None,
     quality: Annotated[int | None, typer.Option("--quality", min=1, max=100, help="Of the JPEGs; 90 where resized.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Store pixels: the fastest to read and the largest.")] = False,
     original: Annotated[bool, typer.Option("--original", help="Store each image's bytes as they are.")] = False,
@@ -298,12 +321,18 @@ def data_pack(
     from mae_bench.live import counting
     from mae_bench.provenance import num_cores
 
-    if original and (raw or quality is not None):
-        raise UserError("--original with --raw or --quality", expected="one of the three")
+    if original and (raw or quality is not None or short_side is not None):
+        raise UserError(
+            "--original with --raw, --quality or --short-side", expected="--original alone: it keeps each image's bytes"
+        )
     workers = num_cores() if num_workers is None else num_workers
     with counting(Console(stderr=True)) as progress:
-        pack(source, out, short_side=None if original else short_side, quality=quality, raw=raw, num_workers=workers,
-             progress=progress)  # fmt: skip
+        header = pack(source, out, short_side=None if original else short_side or 256, quality=quality, raw=raw,
+                      num_workers=workers, progress=progress)  # fmt: skip
+    for split, made in header["splits"].items():
+        for name, reason in made["left_out"]:
+            print(f"left out of {split}: {name}: {reason}", file=sys.stderr)
+        print(f"{split}: {made['images']} images, {len(made['left_out'])} that do not decode left out")
     print(out)
 
 
@@ -379,6 +408,7 @@ def _conclude(
     suite: "SuiteConfig", results: "list[tuple[Cell, ResultRecord | Failure]]", files: list[str], as_json: bool
 ) -> None:
     """The last words of a run, and its exit code."""
+    from mae_bench.cell import BACKBONE
     from mae_bench.job import EXPORT
     from mae_bench.plan import as_dict, counts
 
@@ -389,7 +419,8 @@ def _conclude(
     else:
         print(f"\n{counts(cells)}, in {suite.out}")
         print("\n".join(map(str, [*exports, *files])))
-    if any(cell["state"] == "failed" for cell in cells):
+    lost = [cell for cell in cells if cell["state"] == "failed" or (cell["task"] == BACKBONE and cell["state"] != "done")]
+    if lost:  # a transfer that is not installed was known to be left out; a backbone was asked for
         raise typer.Exit(FAILED)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mae_bench.errors import UserError
 
@@ -55,6 +55,14 @@ class TrainConfig(JobConfig):
     keep_checkpoints: int = Field(2, ge=1, description="the last training states that are kept")
     trackers: list[Literal["wandb", "mlflow"]] = Field([], description="where curves are sent besides TensorBoard's files")
     num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
+
+    @model_validator(mode="after")
+    def _warms_up_in_time(self) -> "TrainConfig":
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs:g}: the lr would never be reached"
+            )
+        return self
 
 
 C = TypeVar("C", bound=BaseModel)
@@ -177,6 +185,8 @@ def _missing_keys(value: Any, path: str = "") -> list[str]:
 
 def _explain(cls: type[BaseModel], problem: Any) -> str:
     place = ".".join(str(part) for part in problem["loc"])
+    if not place:  # several keys together; to print them all would hide the message
+        return str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] != "extra_forbidden":
         return f"{place}: {problem['msg']}" + ("" if problem["type"] == "missing" else f" (given {problem['input']!r})")
     *parents, key = map(str, problem["loc"])

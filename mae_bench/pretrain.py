@@ -1,6 +1,6 @@
 """The pretraining job: images in; an exported backbone, the full autoencoder and a picture of its reconstructions out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from mae_bench.data.images import BadImages, ImageSource, open_images
 from mae_bench.data.layouts import LayoutReport, check_layout
 from mae_bench.data.loader import Batch, Images, TrainingOrder, epoch_order, seed_everything, seed_of, training_batches
 from mae_bench.data.transforms import PretrainTransform, normalize, pretrain_transform
-from mae_bench.engine.distributed import barrier, gather_over_ranks, world
+from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.engine.optim import make_adamw, pretrain_no_decay
 from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import UserError
@@ -26,7 +26,7 @@ from mae_bench.models.tokenizer import Tokenizer, load_tokenizer
 from mae_bench.models.vit import build_vit
 from mae_bench.pretrain_config import PretrainConfig, RandomConfig
 from mae_bench.progress import Progress
-from mae_bench.reconstruct import MAE_FILE, draw_reconstructions, evaluation_loss, first_readable, save_mae
+from mae_bench.reconstruct import EVAL_BATCH, MAE_FILE, draw_reconstructions, evaluation_loss, first_readable, save_mae
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
 
@@ -67,7 +67,6 @@ def run(config: PretrainConfig, job: Job, progress: Progress) -> Outcome:
     assert isinstance(model, MAE)
     digest = _export(config, job, data, model)
     metrics, num_samples = _evaluate(config, data, model, trainer, loss.tokenizer, progress)
-    barrier()  # what is exported is there for all before any of them says so
     drawn = {"reconstruction": RECONSTRUCTION} if model.can_reconstruct else {}
     return Outcome(
         task="pretrain",
@@ -87,10 +86,9 @@ def run(config: PretrainConfig, job: Job, progress: Progress) -> Outcome:
 
 def open_data(config: PretrainConfig) -> Data:
     """The images below config.data, in whatever form they lie there."""
-    root = Path(config.data)
-    report = check_layout("images", root)
-    train = open_images(root, "train")
-    val = open_images(root, "val") if "val" in report.splits else None
+    report = check_layout("images", config.data)  # a string: it may be a pattern or a URL
+    train = open_images(config.data, "train")
+    val = open_images(config.data, "val") if "val" in report.splits else None
     bad = (BadImages(config.max_bad_images, len(images) if images else 0) for images in (train, val))
     return Data(report, train, val, *bad)
 
@@ -117,6 +115,7 @@ def train(config: PretrainConfig, job: Job, spec: BackboneSpec, data: Data, loss
     )
     if config.reconstruct_epochs and model.can_reconstruct:
         trainer.every_epochs(config.reconstruct_epochs, Reconstructions(config, job, data.held_out))
+    order = replace(order, sizes=trainer.accumulation.sizes)
     trainer.fit(lambda start, stop: training_batches(data.train, transform, order, start, stop, config.num_workers), loss)
     return trainer
 
@@ -156,7 +155,7 @@ def transform_of(config: PretrainConfig, spec: BackboneSpec) -> PretrainTransfor
 def fit_targets(model: MAE, target: PCA, images: ImageSource, transform: PretrainTransform, seed: int) -> None:
     """Fits the PCA to patches of training images as the model will see them: the same on every process and at every resume."""
     chosen = epoch_order(len(images), seed, 0)[:NUM_PCA_IMAGES].tolist()
-    batch = Images(images, transform, seed, replace_bad=True).__getitems__([(0, index) for index in chosen])
+    batch = Images(images, transform, seed, replace_bad=True).__getitems__([(0, index, 0) for index in chosen])
     if isinstance(batch, UserError):
         raise batch
     target.fit(
@@ -245,7 +244,15 @@ def _evaluate(
     if not data.val:
         return metrics, len(data.train)
     loss, num_samples = evaluation_loss(
-        model, data.val, data.bad_val, config.mask_ratio, progress, config.num_workers, tokenizer=tokenizer
+        model,
+        data.val,
+        data.bad_val,
+        config.mask_ratio,
+        progress,
+        config.num_workers,
+        tokenizer=tokenizer,
+        batch_size=min(EVAL_BATCH, config.device_batch_size or EVAL_BATCH),
+        amp_dtype=config.amp_dtype,
     )
     return {"loss": Metric(loss, unit, "lower"), **metrics}, num_samples
 

@@ -1,8 +1,8 @@
 """Configs of the jobs that make a backbone without labels: MAE pretraining and the random floor."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from mae_bench.config import Config, TrainConfig
 from mae_bench.errors import UserError
@@ -10,7 +10,7 @@ from mae_bench.spec import BackboneSpec
 
 
 class ModelConfig(Config):
-    """The shape of a plain ViT; sizes are one number or (height, width)."""
+    """The shape of a plain ViT; sizes are (height, width), or one number for both."""
 
     img_size: tuple[PositiveInt, PositiveInt] = (224, 224)
     patch_size: tuple[PositiveInt, PositiveInt] = (16, 16)
@@ -21,6 +21,11 @@ class ModelConfig(Config):
     mlp_ratio: float = Field(4.0, gt=0)
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @field_validator("img_size", "patch_size", mode="before")
+    @classmethod
+    def _is_square(cls, size: Any) -> Any:
+        return (size, size) if isinstance(size, int) else size
 
     @model_validator(mode="after")
     def _describes_a_vit(self) -> "ModelConfig":
@@ -82,9 +87,13 @@ class PretrainConfig(TrainConfig):
         return self
 
     @model_validator(mode="after")
-    def _target_is_complete(self) -> "PretrainConfig":
+    def _goes_together(self) -> "PretrainConfig":
         if (self.target == "tokens") != (self.tokenizer is not None):
             raise ValueError("the target 'tokens' needs tokenizer=PATH, and no other target has one")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(
+                f"crop_scale {list(self.crop_scale)}: the least and the largest share of the area, such as [0.2, 1.0]"
+            )
         if self.target == "pca" and self.num_pca > self.model.patch_size[0] * self.model.patch_size[1] * self.model.in_chans:
             raise ValueError(f"num_pca {self.num_pca} is more than the values of a patch")
         return self

@@ -14,6 +14,7 @@ from mae_bench.data.images import BadImage, BadImages, ImageSource
 from mae_bench.data.loader import evaluation_batches, seed_of
 from mae_bench.data.transforms import PretrainTransform, normalize, pretrain_transform
 from mae_bench.engine.distributed import gather_over_ranks, sum_over_ranks, world
+from mae_bench.engine.precision import autocast
 from mae_bench.errors import UserError
 from mae_bench.files import write_atomic
 from mae_bench.models.mae import MAE
@@ -23,6 +24,7 @@ from mae_bench.progress import Progress
 from mae_bench.spec import BackboneSpec
 
 MAE_FILE = "mae.safetensors"
+EVAL_BATCH = 256  # images at once, unless fewer fit
 GREY = 0.5  # of a removed patch
 
 
@@ -140,6 +142,9 @@ def evaluation_loss(
     num_workers: int = 0,
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
+    *,
+    batch_size: int = EVAL_BATCH,
+    amp_dtype: str = "float32",
 ) -> tuple[float, int]:
     """Mean loss an image over the whole set, each image once under its own fixed mask, and the number of images.
 
@@ -150,7 +155,7 @@ def evaluation_loss(
     here = world()
     progress.stage("evaluate", len(images))
     total, count = 0.0, 0
-    for batch in evaluation_batches(images, centre_crop(model.spec), 256, num_workers, here.rank, here.size):
+    for batch in evaluation_batches(images, centre_crop(model.spec), batch_size, num_workers, here.rank, here.size):
         for name, reason in batch.bad:
             bad_images.add(name, reason)
         if not len(batch.targets):
@@ -158,7 +163,8 @@ def evaluation_loss(
         pixels = batch.imgs.to(device)
         targets = tokenizer(pixels, model.spec.grid_size) if tokenizer else None
         noise = _noise(model, batch.indices.tolist(), mask_ratio, seed).to(device)
-        loss = model(normalize(pixels, model.spec.mean, model.spec.std), mask_ratio, noise, targets)[0]
+        with autocast(device, amp_dtype):
+            loss = model(normalize(pixels, model.spec.mean, model.spec.std), mask_ratio, noise, targets)[0]
         total += loss.item() * len(pixels)
         count += len(pixels)
         progress.step(count * here.size)

@@ -299,5 +299,9 @@ def death_of(cell: Cell, code: int) -> Failure:
     name = signal.Signals(-code).name
     cause = ", most often because the system ran out of memory" if -code == signal.SIGKILL else ""
     said = f"; its last words: {last_lines(cell.dir)}" if last_lines(cell.dir) else ""
-    fix = "run with --jobs 1, or with a smaller batch" if cause else f"see {cell.dir / LOG_FILE}"
+    fix = (
+        "use less memory: fewer cells at a time (jobs), fewer num_workers, a smaller device_batch_size"
+        if cause
+        else f"see {cell.dir / LOG_FILE}"
+    )
     return cell.failure(f"its worker was killed by {name}{cause}{said}", fix)

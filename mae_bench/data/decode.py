@@ -168,4 +168,4 @@ def _as_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
         return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
     if pixels.dtype == np.uint8 and (found, in_chans) == (1, 3):
         return np.repeat(pixels, 3, axis=2)
-    raise BadImage(f"{found} channel{'s' * (found > 1)} of {pixels.dtype}, the model takes {in_chans}")
+    raise BadImage(f"(height, width, channels) {pixels.shape} of {pixels.dtype}, the model takes {in_chans} channels")

@@ -6,6 +6,7 @@ import re
 import signal
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,9 +21,10 @@ from mae_bench.data.transforms import PretrainTransform
 from mae_bench.errors import UserError
 
 Transform = Callable[[Image.Image], torch.Tensor] | PretrainTransform
-Item = tuple[int, int]  # epoch and index in the image set; the epoch seeds the augmentation
+Item = tuple[int, int, int]  # epoch, which seeds the augmentation; index in the image set; place in the step's global batch
 View = tuple[torch.Tensor, list[int] | None]  # an input (C, H, W); or what a crop on the device begins with, and its numbers
 
+OUTLIVES = 45  # seconds that a loader process lives on when it is asked to end: longer than its main process has to save
 MOST_BAD_IN_A_ROW = 100  # a set that begins like this is another kind of set
 
 
@@ -72,21 +74,21 @@ def seed_everything(seed: int) -> None:
 
 
 class Images(Dataset[Batch | UserError]):
-    """Decoded and transformed images of a source, a batch at a time, addressed by lists of (epoch, index).
+    """Decoded and transformed images of a source, a batch at a time, addressed by lists of items.
 
     replace_bad: an image that does not decode gives its place to the next one (training); else its place stays empty
     (evaluation). A UserError is returned, not raised: a worker's exception would reach the user as a traceback.
     """
 
-    def __init__(self, images: ImageSource, transform: Transform, seed: int, replace_bad: bool, start: int = 0):
-        self.images, self.transform, self.seed, self.replace_bad, self.start = images, transform, seed, replace_bad, start
+    def __init__(self, images: ImageSource, transform: Transform, seed: int, replace_bad: bool):
+        self.images, self.transform, self.seed, self.replace_bad = images, transform, seed, replace_bad
 
     def __getitems__(self, items: list[Item]) -> Batch | UserError:
         views: list[View] = []
         places: list[int] = []
         bad: list[tuple[str, str]] = []
         try:
-            for epoch, index in items:
+            for epoch, index, _ in items:
                 if (found := self._first_good(epoch, index, bad)) is not None:
                     places.append(found[0])
                     views.append(found[1])
@@ -94,7 +96,7 @@ class Images(Dataset[Batch | UserError]):
             return error
         imgs, crops = _stack(views)
         targets = torch.tensor([int(self.images.targets[place]) for place in places], dtype=torch.int64)
-        return Batch(imgs, targets, torch.tensor(places, dtype=torch.int64), bad, self.start, crops)
+        return Batch(imgs, targets, torch.tensor(places, dtype=torch.int64), bad, items[0][2], crops)
 
     def _first_good(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, View] | None:
         tries = min(MOST_BAD_IN_A_ROW, len(self.images)) if self.replace_bad else 1
@@ -152,7 +154,7 @@ class TrainingOrder:
     """Which images make up each step: a function of (seed, step), so a run resumes at any step and on any number of processes.
 
     An epoch has num_images // global_batch_size steps (the rest waits for another epoch's order); rank r of `world_size` takes
-    the r-th equal part of each global batch.
+    the r-th equal part of each global batch. sizes: the micro-batches that it is loaded in; none: all at once.
     """
 
     num_images: int
@@ -160,13 +162,14 @@ class TrainingOrder:
     seed: int
     rank: int = 0
     world_size: int = 1
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.global_batch_size > self.num_images:
             raise UserError(
                 f"global_batch_size {self.global_batch_size} with {self.num_images} training images",
                 expected="a global batch no larger than the data set",
-                fix=f"set global_batch_size={max(1, self.num_images // 2)} or less",
+                fix=f"set global_batch_size={self.num_images} or less",
             )
         if self.global_batch_size % self.world_size:
             raise UserError(
@@ -184,15 +187,18 @@ class TrainingOrder:
         return self.global_batch_size // self.world_size
 
     def batches(self, start: int, stop: int) -> Iterator[list[Item]]:
-        """The (epoch, index) items of this rank for steps start to stop - 1."""
-        part = self.part
+        """The items of this rank for steps start to stop - 1, a list a micro-batch."""
+        sizes = self.sizes or (self.part,)
         epoch, order = -1, torch.empty(0)
         for step in range(start, stop):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 order = epoch_order(self.num_images, self.seed, epoch)
-            begin = step % self.steps_per_epoch * self.global_batch_size + self.rank * part
-            yield [(epoch, index) for index in order[begin : begin + part].tolist()]
+            begin, place = step % self.steps_per_epoch * self.global_batch_size, self.rank * self.part
+            for size in sizes:
+                indices = order[begin + place : begin + place + size].tolist()
+                yield [(epoch, index, place + i) for i, index in enumerate(indices)]
+                place += size
 
 
 @dataclass(frozen=True)
@@ -204,7 +210,7 @@ class Steps:
     stop: int
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return (self.stop - self.start) * max(1, len(self.order.sizes))
 
     def __iter__(self) -> Iterator[list[Item]]:
         return self.order.batches(self.start, self.stop)
@@ -213,12 +219,11 @@ class Steps:
 def training_batches(
     images: ImageSource, transform: Transform, order: TrainingOrder, start: int, stop: int, num_workers: int
 ) -> Iterator[Batch]:
-    """Batches for steps start to stop - 1.
+    """Batches for steps start to stop - 1: the order's micro-batches.
 
     num_workers processes read ahead; 0 reads in this one, without a thread: augmentations may seed the global generators.
     """
-    first = order.rank * order.part
-    dataset = Images(images, transform, order.seed, replace_bad=True, start=first)
+    dataset = Images(images, transform, order.seed, replace_bad=True)
     return _batches(dataset, Steps(order, start, stop), num_workers)
 
 
@@ -226,7 +231,7 @@ def evaluation_batches(
     images: ImageSource, transform: Transform, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
     """Every image of the set exactly once over all ranks, in order; the last batch may be smaller."""
-    mine = [(0, index) for index in range(rank, len(images), world_size)]
+    mine = [(0, index, 0) for index in range(rank, len(images), world_size)]
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     return _batches(Images(images, transform, seed=0, replace_bad=False), batches, num_workers)
 
@@ -241,7 +246,7 @@ def _batches(dataset: Images, batches: Any, num_workers: int) -> Iterator[Batch]
         worker_init_fn=_begin_worker,
     )
     try:
-        for batch in loader:
+        for batch in _ahead(iter(loader)) if num_workers else loader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
@@ -249,15 +254,25 @@ def _batches(dataset: Images, batches: Any, num_workers: int) -> Iterator[Batch]
         raise (_lost_worker(str(error), num_workers) or error) from error
 
 
+def _ahead(batches: Iterator[Batch | UserError]) -> Iterator[Batch | UserError]:
+    """Takes the next batch over from its loader process while the present one is used: to map its memory takes milliseconds."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
 
 def _begin_worker(_: int) -> None:
-    """Signals that stop a job are its main process's to answer: a launcher may send them to every process, and one that dies
-    would take the main process with it before it has saved. A worker ends with its main process in any case."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    """Signals that stop a job are its main process's to answer: a launcher may send them to every process, and a worker that
+    dies at once would take the main process with it before it has saved. It ends with its main process, or a while after."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(OUTLIVES))
 
 
 LOST = (  # what a loader's failure says, and what mends it

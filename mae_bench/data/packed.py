@@ -17,7 +17,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from mae_bench.data.decode import probe
+from mae_bench.data.decode import NUMPY, probe
 from mae_bench.data.images import BadImage, ImageSource, decode
 from mae_bench.data.index import IndexedImages, build_index, read_index, write_index
 from mae_bench.digest import file_digest, json_digest
@@ -70,6 +70,8 @@ class How:
             return data, 0, 0
         if not (self.short_side or self.quality or self.raw):
             return data, *probe(data)
+        if data.startswith(NUMPY):
+            raise BadImage("an array, which is packed as it is alone: --original")
         image = decode(data)
         resized = shrink(image, self.short_side) if self.short_side else image
         if self.raw:

@@ -19,14 +19,19 @@ class Accumulation:
 
     def __str__(self) -> str:
         """`global batch 4096 = 8 devices x 64 images x 8 accumulated`."""
-        images, count = sum(self.sizes), len(self.sizes)
+        images, count = self.num_images, len(self.sizes)
         equal = min(self.sizes) == max(self.sizes)
         each = f"{self.sizes[0]} images x {count} accumulated" if equal else f"({' + '.join(map(str, self.sizes))}) images"
         return f"global batch {self.world_size * images} = {self.world_size} device{'s' * (self.world_size > 1)} x {each}"
 
+    @property
+    def num_images(self) -> int:
+        """Of a step, on one device."""
+        return sum(self.sizes)
+
     def split(self, batch: "Batch") -> "Iterator[Batch]":
-        """The micro-batches of a device's batch; each knows its first image's place in the global batch."""
-        return batch.split(self.sizes)
+        """The micro-batches of a device's batch, which may be one already; each knows its place in the global batch."""
+        return batch.split(self.sizes) if len(batch.targets) == self.num_images else iter([batch])
 
 
 def accumulation(

@@ -81,12 +81,6 @@ def gather_over_ranks(value: Any) -> list[Any]:
     return gathered
 
 
-def barrier() -> None:
-    """Waits until every process is here."""
-    if dist.is_initialized():
-        sum_over_ranks([0.0])
-
-
 class Agreement:
     """Numbers that all processes see alike, one call late, so that none waits: a signal reaches one process before the others."""
 

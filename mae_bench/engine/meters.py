@@ -63,8 +63,11 @@ class Meters:
             if batch is None:
                 return
             self._waits.append((asked, self._mark()))
-            self._steps += 1
             yield batch
+
+    def count_step(self) -> None:
+        """A step is done."""
+        self._steps += 1
 
     def _mark(self) -> Any:
         """Now; on a GPU once it has done what it was given so far: it is behind this process, and works while this one waits."""

@@ -100,8 +100,8 @@ class Trainer:
         return self.parallel.whole(self.ema.weights if self.ema else None)
 
     def fit(self, batches: Callable[[int, int], Iterator[Batch]], loss_of: BatchLoss) -> None:
-        """Runs the steps that are left; `batches(start, stop)` yields this process's batches of those steps and
-        `loss_of(model, batch, step)` is the mean loss of a (micro-)batch.
+        """Runs the steps that are left; `batches(start, stop)` yields this process's batches of those steps, whole or in the
+        micro-batches of `accumulation.sizes`, and `loss_of(model, batch, step)` is the mean loss of a (micro-)batch.
 
         Raises UserError at a non-finite loss (naming the step; the last good state stays) and Interrupted after saving when
         asked to stop. All processes do so after the same step.
@@ -112,8 +112,9 @@ class Trainer:
             self.parallel.call.train()
             self.meters.start()
             self._last_save = time.monotonic()
-            for batch in self.meters.waits(batches(self.step, self.total_steps)):
-                self._train_step(batch, loss_of)
+            stream = self.meters.waits(batches(self.step, self.total_steps))
+            while self.step < self.total_steps:
+                self._train_step(stream, loss_of)
                 self._after_step(Due(*map(bool, self._agreement.exchange(self._wishes()))))
             self._after_step(Due(*map(bool, self._agreement.settle() or [False] * 3)))
 
@@ -134,31 +135,35 @@ class Trainer:
 
     # One step
 
-    def _train_step(self, batch: Batch, loss_of: BatchLoss) -> None:
-        self._count_bad(batch.bad)
+    def _train_step(self, stream: Iterator[Batch], loss_of: BatchLoss) -> None:
         seed_everything(seed_of(self.job.seed, self.step, -2 - world().rank))  # each process drops other paths
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_at(self.step) * group.get("lr_scale", 1.0)
         try:
-            held = {"loss": self._backward(batch, loss_of), **self._update()}
+            held = {"loss": self._backward(stream, loss_of), **self._update()}
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory() from error
         self._held.append(held)
         if self.ema:
             self.ema.update(self.model, self.step)
+        self.meters.count_step()
         self.step += 1
 
-    def _backward(self, batch: Batch, loss_of: BatchLoss) -> torch.Tensor:
-        """The gradients of the whole batch, from its micro-batches; returns its loss."""
+    def _backward(self, stream: Iterator[Batch], loss_of: BatchLoss) -> torch.Tensor:
+        """The gradients of a step, from its micro-batches; returns its loss."""
         total = torch.zeros((), device=self.device)
-        last = len(self.accumulation.sizes) - 1
-        for number, part in enumerate(self.accumulation.split(batch)):
-            share = len(part.targets) / len(batch.targets)
-            with self.parallel.accumulate(number == last):
-                with autocast(self.device, self.config.amp_dtype):
-                    loss = loss_of(self.parallel.call, part, self.step) * share
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
+        left = self.accumulation.num_images
+        while left:
+            batch = next(stream)
+            self._count_bad(batch.bad)
+            for part in self.accumulation.split(batch):
+                left -= len(part.targets)
+                share = len(part.targets) / self.accumulation.num_images
+                with self.parallel.accumulate(not left):
+                    with autocast(self.device, self.config.amp_dtype):
+                        loss = loss_of(self.parallel.call, part, self.step) * share
+                    self.scaler.scale(loss).backward()
+                total += loss.detach()
         return total
 
     def _update(self) -> dict[str, torch.Tensor]:
@@ -251,7 +256,7 @@ class Trainer:
             f"{what} (epoch {self.step / self.steps_per_epoch:.2f})",
             expected="finite numbers",
             fix=f"lower base_lr (now {self.config.base_lr}), set clip_grad, or use amp_dtype=float32; "
-            f"{self.job.dir} keeps the last good state",
+            + (f"{self.job.dir} keeps the state of step {self._saved}" if self._saved else "nothing had been saved yet"),
         )
 
     def _count_bad(self, images: Iterable[tuple[str, str]]) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -175,6 +175,7 @@ def train_classifier(
         multiple_of=2 if config.mixes else 1,
     )
     loss = MixedLoss(config, spec, len(data.report.classes), torch.device(job.device))
+    order = replace(order, sizes=trainer.accumulation.sizes)
     trainer.fit(stream(data, config, order, spec, config.auto_augment), loss)
     return trainer
 

@@ -1,5 +1,6 @@
 """Linear probing: a linear classifier on frozen features (arXiv 2111.06377, Table 10)."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -49,6 +50,7 @@ def run(config: LinearProbeConfig, job: Job, progress: Progress) -> Outcome:
     model = Probe(Classifier(vit, spec, num_classes, config.global_pool, fc_norm=False).to(device), num_classes).to(device)
     order = order_of(config, data, job.seed)
     trainer = Trainer(job, config, model, partial(lars, config=config), order.steps_per_epoch, progress, data.bad_train)
+    order = replace(order, sizes=trainer.accumulation.sizes)
     trainer.fit(stream(data, config, order, spec, auto_augment=None), partial(_loss, spec, device))
     return score(trainer.full_model(), trainer, data, config, spec, report, job, progress)
 

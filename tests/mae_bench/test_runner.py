@@ -81,7 +81,7 @@ def test_a_changed_config_runs_what_depends_on_it_and_nothing_else(suite: dict[s
         ("user error", "failed", "a given thing (expected: another thing)", "mend it"),
         ("not installed", "not installed", "the module 'x' is not installed", "pip install x"),
         ("exception", "failed", "ZeroDivisionError: what nobody foresaw", "log.txt"),
-        ("SIGKILL", "failed", "killed by SIGKILL, most often because the system ran out of memory", "--jobs 1"),
+        ("SIGKILL", "failed", "killed by SIGKILL, most often because the system ran out of memory", "device_batch_size"),
         ("exit 3", "failed", "ended with exit code 3", "log.txt"),
     ],
 )

@@ -32,7 +32,7 @@ def test_every_image_once_an_epoch_over_any_number_of_processes() -> None:
         orders = [TrainingOrder(18, 8, seed=3, rank=rank, world_size=world_size) for rank in range(world_size)]
         steps = [
             [
-                sorted(i for order in parts for _, i in order)
+                sorted(i for order in parts for _, i, _ in order)
                 for parts in zip(*(list(o.batches(0, 4)) for o in orders), strict=True)
             ]
         ]
@@ -48,9 +48,24 @@ def test_order_starts_anywhere() -> None:
     assert list(order.batches(0, 7))[3:] == list(order.batches(3, 7))
 
 
+def test_micro_batches_are_the_batch_in_parts(images: ImageSource) -> None:
+    transform = PretrainTransform((16, 16))
+    for rank in (0, 1):
+        whole = TrainingOrder(len(images), 10, 3, rank, 2)
+        parts = TrainingOrder(len(images), 10, 3, rank, 2, sizes=(2, 2, 1))
+        batches = list(training_batches(images, transform, whole, 1, 3, num_workers=0))
+        small = list(training_batches(images, transform, parts, 1, 3, num_workers=2))
+        assert [batch.start for batch in batches] == [5 * rank] * 2
+        assert [batch.start for batch in small] == [5 * rank, 5 * rank + 2, 5 * rank + 4] * 2
+        for number, batch in enumerate(batches):
+            mine = small[3 * number : 3 * number + 3]
+            assert torch.equal(torch.cat([part.imgs for part in mine]), batch.imgs)
+            assert torch.equal(torch.cat([part.indices for part in mine]), batch.indices)
+
+
 def test_order_changes_with_epoch_and_seed() -> None:
     order = list(TrainingOrder(16, 16, seed=3).batches(0, 2))
-    assert [i for _, i in order[0]] != [i for _, i in order[1]]
+    assert [i for _, i, _ in order[0]] != [i for _, i, _ in order[1]]
     assert order[0] != list(TrainingOrder(16, 16, seed=4).batches(0, 1))[0]
 
 
@@ -205,7 +220,9 @@ def test_raw_pixels_serve_every_transform() -> None:
 def test_a_set_of_other_channels_is_one_clear_error(num_workers: int) -> None:
     source = Arrays([np.zeros((20, 24, 2), np.uint8)] * 150)
     batches = training_batches(source, PretrainTransform((16, 16), in_chans=5), TrainingOrder(150, 4, 0), 0, 2, num_workers)
-    with pytest.raises(UserError, match="none of 100 images in a row.*2 channels of uint8, the model takes 5") as caught:
+    with pytest.raises(
+        UserError, match=r"none of 100 images in a row.*\(20, 24, 2\) of uint8, the model takes 5 channels"
+    ) as caught:
         next(batches)
     assert "Traceback" not in str(caught.value)
 

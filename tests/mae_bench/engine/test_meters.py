@@ -34,6 +34,7 @@ def test_rates_are_counts_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     meters.start()
     for _ in meters.waits(clock.batches(4, seconds=1)):
         clock.now += 3
+        meters.count_step()
     first = meters.read()
     assert first["images_per_second"] == pytest.approx(64 / 4)
     assert first["data_wait"] == pytest.approx(1 / 4)
@@ -42,6 +43,7 @@ def test_rates_are_counts_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meters.mfu is None
     for _ in meters.waits(clock.batches(4, seconds=0)):
         clock.now += 1
+        meters.count_step()
     assert meters.read()["images_per_second"] == pytest.approx(64), "of the stretch since the last reading"
     assert meters.images_per_second == pytest.approx(8 * 64 / 20), "of the whole"
     assert meters.data_wait_share == pytest.approx(4 / 20)
@@ -86,6 +88,7 @@ def test_rates_go_on_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
         meters.start()
         for _ in meters.waits(clock.batches(2, seconds=1)):
             clock.now += 1
+            meters.count_step()
         meters.read()
         parts[1].resume(json.loads(json.dumps(parts[0].state()))) if meters is parts[0] else None
         clock.now += 500  # between two runs
@@ -100,6 +103,7 @@ def test_mfu_is_the_products_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) 
     meters.start()
     for _ in meters.waits(clock.batches(5, seconds=0)):
         clock.now += 1
+        meters.count_step()
     assert meters.read()["mfu"] == pytest.approx(0.1)
     assert meters.mfu == pytest.approx(0.1)
 

@@ -88,10 +88,12 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("checkpoints/step-*"))
 
 
-@pytest.mark.parametrize("device_batch_size", [None, 3, 1])
-def test_accumulation_equals_plain_training_on_the_whole_batch(tmp_path: Path, device_batch_size: int | None) -> None:
+@pytest.mark.parametrize(("device_batch_size", "in_parts"), [(None, False), (3, False), (3, True), (1, True)])
+def test_accumulation_equals_plain_training_on_the_whole_batch(
+    tmp_path: Path, device_batch_size: int | None, in_parts: bool
+) -> None:
     """Against a loop written out here: order, schedule, loss, clipping and AdamW by torch's own functions."""
-    trainer = train(tmp_path, dropout=0.0, clip_grad=0.5, device_batch_size=device_batch_size, **RARELY)
+    trainer = train(tmp_path, dropout=0.0, clip_grad=0.5, device_batch_size=device_batch_size, in_parts=in_parts, **RARELY)
     model = Net()
     optimizer = torch.optim.AdamW(param_groups(model.named_parameters(), 0.05, pretrain_no_decay), betas=(0.9, 0.999))
     for step in range(TOTAL):
@@ -119,10 +121,11 @@ def test_a_norm_that_overflowed_is_no_number_of_the_log(tmp_path: Path) -> None:
     assert "Infinity" not in (tmp_path / "log.jsonl").read_text(), "which JSON does not have"
 
 
-def test_every_step_has_a_whole_batch_to_the_end_of_the_epoch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_every_step_has_a_whole_batch_to_the_end_of_the_epoch(tmp_path: Path, in_parts: bool) -> None:
     """The reference drops the gradients of micro-batches that are left over when an epoch ends."""
     with signals_restored():
-        run = Run(tmp_path, device_batch_size=3, **RARELY)
+        run = Run(tmp_path, device_batch_size=3, in_parts=in_parts, **RARELY)
         run.fit()
     sizes = [[len(indices) for s, _, indices in run.seen if s == step] for step in range(TOTAL)]
     assert sizes == [[3, 3, 2]] * TOTAL

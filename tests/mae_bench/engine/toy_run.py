@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ class Run:
 
     stop_at, crash_at, kill_at: the step in which the process that is `on` gets SIGTERM, a RuntimeError, SIGKILL;
     poison, overflow: the step with a NaN loss, with a gradient that is infinite in one number.
-    narrow: weights travel in bfloat16 on the CPU too.
+    narrow: weights travel in bfloat16 on the CPU too. in_parts: the loader yields micro-batches, not whole batches.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Run:
         hook_epochs: float | None = None,
         bad: int = 0,
         narrow: bool = False,
+        in_parts: bool = False,
         **changes: Any,
     ):
         folder.mkdir(exist_ok=True)
@@ -100,6 +102,7 @@ class Run:
         self.order = TrainingOrder(NUM_IMAGES, config.global_batch_size, 5, world().rank, world().size)
         self.seen: list[tuple[int, int, list[int]]] = []
         self.hooked: list[int] = []
+        self.in_parts = in_parts
         self.meets: list[bool] = []  # of each micro-batch, whether copies exchange its gradients
         if narrow:
             parallel.NARROW_DEVICES.add("cpu")
@@ -120,11 +123,13 @@ class Run:
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """What the loader yields."""
-        part = self.order.global_batch_size // self.order.world_size
-        for step, items in enumerate(self.order.batches(start, stop), start):
-            indices = torch.tensor([index for _, index in items])
+        order = replace(self.order, sizes=self.trainer.accumulation.sizes if self.in_parts else ())
+        count = max(1, len(order.sizes))
+        for number, items in enumerate(order.batches(start, stop)):
+            step = start + number // count
+            indices = torch.tensor([index for _, index, _ in items])
             bad = [(f"bad {step} {world().rank}", "broken")] if step < self.bad else []
-            yield Batch(pixels(indices), indices % 3, indices, bad, start=world().rank * part)
+            yield Batch(pixels(indices), indices % 3, indices, bad, start=items[0][2])
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
         """Cross-entropy, and the faults that are asked for."""
