@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ def test_version() -> None:
         (["data", "check", "coco", "/nowhere"], "/nowhere is missing"),
         (["data", "check", "cocoa", "/nowhere"], "one of imagenet, coco, ade20k"),
         (["data", "pack", "/nowhere", "out"], "/nowhere"),
-        (["data", "pack", "/nowhere", "out", "--original", "--raw"], "one of the three"),
+        (["data", "pack", "/nowhere", "out", "--original", "--short-side", "32"], "--original alone"),
         (["data", "prepare", "imagenet", "/nowhere", "out"], "ILSVRC2012_img_train.tar"),
         (["pretrain", "pretrain/demo.yaml", "data=x", "--processes", "0"], "--processes"),
         (["reconstruct", "--checkpoint", "/nowhere", "--out", "x.png", "image.png"], "holds no masked autoencoder"),
@@ -212,10 +214,40 @@ def test_data_check_answers_for_people_and_programs(toy_data: Path) -> None:
 def test_data_is_packed(toy_data: Path, tmp_path: Path) -> None:
     done = mae_bench("data", "pack", str(toy_data / "imagenet"), str(tmp_path / "packed"), "--raw", "--num-workers", "0")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(tmp_path / "packed")
-    assert "train: 2" in done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "packed")
+    assert "train: 2 images, 0 that do not decode" in done.stdout
     found = json.loads(mae_bench("data", "check", "imagenet", str(tmp_path / "packed"), "--json").stdout)
     assert found["splits"] == {"train": 2, "val": 2}
+
+
+def test_images_that_do_not_decode_are_named(toy_data: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "images"
+    shutil.copytree(toy_data / "imagenet", broken)
+    (broken / "train" / "a" / "broken.jpg").write_bytes(b"no image")
+    assert mae_bench("data", "check", "images", str(broken)).returncode == 0, "some may fail: each run says how many"
+    done = mae_bench("data", "check", "images", str(broken), "--decode")
+    assert done.returncode == 1
+    assert "train: a/broken.jpg does not decode: no image format" in done.stdout
+    packed = mae_bench("data", "pack", str(broken), str(tmp_path / "packed"), "--num-workers", "0")
+    assert packed.returncode == 0
+    assert "left out of train: a/broken.jpg: no image format" in packed.stderr
+    assert "train: 2 images, 1 that do not decode left out" in packed.stdout
+
+
+def test_a_backbone_that_was_not_made_is_a_failure(toy_data: Path, tmp_path: Path) -> None:
+    """Unlike a transfer whose packages are not installed, which is left out."""
+    tracked = "trackers=[wandb]" if find_spec("wandb") is None else "trackers=[mlflow]"
+    done = mae_bench(
+        "pretrain",
+        "pretrain/demo.yaml",
+        f"data={toy_data / 'imagenet'}",
+        tracked,
+        "global_batch_size=2",
+        "--out",
+        str(tmp_path / "run"),
+    )
+    assert done.returncode == 1
+    assert "is not installed" in done.stdout + done.stderr
 
 
 def test_doctor_answers_in_json() -> None:
