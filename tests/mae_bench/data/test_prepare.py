@@ -95,7 +95,7 @@ def test_archives_become_a_packed_set_without_being_unpacked(devkit: Path, tmp_p
         assert [one.name(i) for i in range(len(one))] == [other.name(i) for i in range(len(other))]
         assert [one.read(i) for i in range(len(one))] == [other.read(i) for i in range(len(other))]
         assert (one.targets.tolist(), one.classes) == (other.targets.tolist(), other.classes)
-    assert check_layout("imagenet", out).name == "packed-8px-q95"
+    assert check_layout("imagenet", out).name == "packed-8px-q90"
     assert check_layout("imagenet", out).digest == check_layout("imagenet", tmp_path / "again").digest
 
 
