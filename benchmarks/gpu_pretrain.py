@@ -195,7 +195,7 @@ class Results:
         try:
             self.rates[size, what] = call()
         except Exception as error:  # whatever it is: time on a GPU is short, and the next measurement may work
-            self.failures[size, what] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            self.failures[size, what] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         print(size, what, self.rates.get((size, what)) or self.failures[size, what], flush=True)
 
     def write(self) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,8 @@ class Trainer:
             self.meters.start()
             self._last_save = time.monotonic()
             stream = self.meters.waits(batches(self.step, self.total_steps))
-            while self.step < self.total_steps:
-                self._train_step(stream, loss_of)
+            for first in stream:  # of a step; the others are taken as they are trained on
+                self._train_step(chain((first,), stream), loss_of)
                 self._after_step(Due(*map(bool, self._agreement.exchange(self._wishes()))))
             self._after_step(Due(*map(bool, self._agreement.settle() or [False] * 3)))
 
