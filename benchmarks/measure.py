@@ -13,7 +13,7 @@ from typing import Any
 
 from mae_bench.provenance import git_hash, hardware, now, version_of, versions
 
-PEERS = ("transformers", "torchcodec", "simplejpeg", "kornia-rs", "webdataset")  # measured against, or part of a faster path
+PEERS = ("transformers",)  # measured against, beside what every record has
 BOOTSTRAPS = 2000  # draws of the interval of a ratio
 INTERVAL = 0.95  # share of the draws that lies between `low` and `high`
 

@@ -1,11 +1,17 @@
 """Files that appear whole or not at all."""
 
+import errno
 import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk, or the user's share of it, has no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -29,7 +29,10 @@ def plan_of(suite: SuiteConfig) -> dict[str, Any]:
     if suite.demo_data:
         problems = {}
     cells, processes = expand(suite, digests), num_processes(suite, num_gpus(suite))
-    planned = [as_dict(cell, cell.result()) | _prospect(cell, problems) | _devices(cell, processes) for cell in cells]
+    planned = []
+    for cell in cells:
+        result = cell.result()
+        planned.append(as_dict(cell, result) | _prospect(cell, result, problems) | _devices(cell, result, processes))
     return {"suite": suite.name, "out": suite.out, "cells": planned}
 
 
@@ -38,9 +41,9 @@ def num_gpus(suite: SuiteConfig) -> int:
     return 0 if suite.device == "cpu" else len(visible_gpus())
 
 
-def _devices(cell: Cell, processes: int) -> dict[str, Any]:
+def _devices(cell: Cell, result: ResultRecord | Failure | None, processes: int) -> dict[str, Any]:
     """How the processes of a distributed kind's cell make its global batch, or why they cannot."""
-    if not kind(cell.kind).distributed or isinstance(cell.result(), ResultRecord):
+    if not kind(cell.kind).distributed or isinstance(result, ResultRecord):
         return {}
     from mae_bench.engine.accumulation import accumulation
 
@@ -51,9 +54,8 @@ def _devices(cell: Cell, processes: int) -> dict[str, Any]:
     return {"processes": processes, "batch": batch}
 
 
-def _prospect(cell: Cell, problems: dict[Place, Any]) -> dict[str, Any]:
+def _prospect(cell: Cell, result: ResultRecord | Failure | None, problems: dict[Place, Any]) -> dict[str, Any]:
     """What stands in the way of a cell that has no record."""
-    result = cell.result()
     if isinstance(result, ResultRecord):
         return {}
     chosen = kind(cell.kind)

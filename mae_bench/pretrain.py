@@ -12,7 +12,7 @@ from mae_bench.data.crops import resample_batch
 from mae_bench.data.images import BadImages, ImageSource, open_images
 from mae_bench.data.layouts import LayoutReport, check_layout
 from mae_bench.data.loader import Batch, Images, TrainingOrder, epoch_order, seed_everything, seed_of, training_batches
-from mae_bench.data.transforms import PretrainTransform, normalize, pretrain_transform
+from mae_bench.data.transforms import PretrainTransform, normalize
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.engine.optim import make_adamw, pretrain_no_decay
 from mae_bench.engine.trainer import Trainer
@@ -140,7 +140,7 @@ def build_mae(config: PretrainConfig, spec: BackboneSpec, tokenizer: Tokenizer |
 
 def transform_of(config: PretrainConfig, spec: BackboneSpec) -> PretrainTransform:
     """The augmentation of a pretraining config."""
-    return pretrain_transform(
+    return PretrainTransform(
         spec.img_size,
         config.augment,
         config.crop_scale,

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from mae_bench.data.decode import decode_pixels, read_pixels
 from mae_bench.data.images import BadImage, BadImages, ImageSource
 from mae_bench.data.loader import evaluation_batches, seed_of
-from mae_bench.data.transforms import PretrainTransform, normalize, pretrain_transform
+from mae_bench.data.transforms import PretrainTransform, normalize
 from mae_bench.engine.distributed import gather_over_ranks, sum_over_ranks, world
 from mae_bench.engine.precision import autocast
 from mae_bench.errors import UserError
@@ -81,7 +81,7 @@ def draw_reconstructions(model: MAE, imgs: torch.Tensor, mask_ratio: float, out:
 
 def centre_crop(spec: BackboneSpec) -> PretrainTransform:
     """How images are shown to a model outside of training: the centre, by Pillow's pixels."""
-    return pretrain_transform(spec.img_size, "none", interpolation=spec.interpolation, decode="exact", in_chans=spec.in_chans)
+    return PretrainTransform(spec.img_size, "none", interpolation=spec.interpolation, decode="exact", in_chans=spec.in_chans)
 
 
 def write_png(out: Path, grid: torch.Tensor, gap: int = 4) -> None:

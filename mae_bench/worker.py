@@ -1,6 +1,5 @@
 """The worker process: runs one cell, writes its record last, or the failure that stands in the record's place."""
 
-import errno
 import fcntl
 import json
 import os
@@ -18,7 +17,7 @@ from mae_bench.cell import CELL_FILE, LOG_FILE, Cell
 from mae_bench.config import build, expand_variables
 from mae_bench.digest import json_digest
 from mae_bench.errors import Interrupted, NotInstalled, UserError
-from mae_bench.files import write_json
+from mae_bench.files import is_full, write_json
 from mae_bench.job import EXPORT, STATES, Job, Outcome
 from mae_bench.progress import EVENTS_FILE, Progress
 from mae_bench.provenance import git_hash, hardware, now, versions
@@ -106,7 +105,7 @@ def ended(order: Order, act: Callable[[], None]) -> int:
 
 def _mistake(error: Exception, folder: Path) -> UserError | None:
     """What the user can mend, a full disk among it, wherever it was met; None for all else."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and is_full(error):
         return UserError(
             f"the disk is full: {error}",
             expected=f"room in {folder}",

@@ -1,15 +1,13 @@
 """Image files and raw arrays as pixels: by Pillow, or by a faster decoder of the same pixels."""
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from mae_bench.data.images import BadImage, ImageSource, decode
+from mae_bench.data.images import BadImage, ImageSource, decode, opened
 
 JPEG, NUMPY = b"\xff\xd8\xff", b"\x93NUMPY"  # what such files begin with
 END = b"\xff\xd9"  # of a JPEG
@@ -95,7 +93,7 @@ def decode_pixels(data: bytes, in_chans: int = 3, *, fast: bool = True) -> np.nd
         return _as_channels(_load_array(data), in_chans)
     if fast and in_chans in (1, 3) and (pixels := _decode_jpeg(data, in_chans)) is not None:
         return pixels
-    with _opened(data) as image:
+    with opened(data) as image:
         if in_chans == 3:
             return np.asarray(image.convert("RGB"))
         return _grey(image) if in_chans == 1 else _bands(image, in_chans)
@@ -114,17 +112,6 @@ def _decode_jpeg(data: bytes, in_chans: int) -> np.ndarray | None:
         return _as_channels(simplejpeg.decode_jpeg(data, "RGB"), in_chans)
     except ValueError:
         return None
-
-
-@contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            yield image
-    except UnidentifiedImageError as error:
-        raise BadImage("no image format that Pillow knows") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise BadImage(str(error) or type(error).__name__) from error
 
 
 def _grey(image: Image.Image) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Files by URL: each is brought once into the cache, goes on where it stopped, and appears there whole or not at all."""
 
-import errno
 import fcntl
 import hashlib
 import http.client
@@ -18,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from mae_bench.data.index import cache_folder
 from mae_bench.errors import Interrupted, UserError
+from mae_bench.files import is_full
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def fetch(url: str, stop: threading.Event | None = None) -> Path:
             if not path.is_file():
                 _bring(url, path, stop or threading.Event())
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if is_full(error):
             part_of(path).unlink(missing_ok=True)
         raise UserError(
             f"{url} cannot be kept in {path.parent}: {error}", expected="a cache folder with room for the shards",

@@ -3,6 +3,8 @@
 import io
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +21,22 @@ class BadImage(Exception):
     """Bytes that are not a whole image."""
 
 
-def decode(data: bytes) -> Image.Image:
-    """The image as RGB, whatever its mode (grey, palette, CMYK, alpha); BadImage if it is truncated or no image."""
+@contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """The image, not decoded yet; BadImage for whatever Pillow raises inside, at a file that is truncated or no image."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
+            yield image
     except UnidentifiedImageError as error:
         raise BadImage("no image format that Pillow knows") from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise BadImage(str(error) or type(error).__name__) from error
+
+
+def decode(data: bytes) -> Image.Image:
+    """The image as RGB, whatever its mode (grey, palette, CMYK, alpha); BadImage if it is truncated or no image."""
+    with opened(data) as image:
+        return image.convert("RGB")
 
 
 class ImageSource(ABC):

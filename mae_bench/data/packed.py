@@ -1,6 +1,5 @@
 """Packed sets: one file of images a split with its index, made once, smaller or decoded if asked, and read by every loader."""
 
-import errno
 import hashlib
 import io
 import json
@@ -22,7 +21,7 @@ from mae_bench.data.images import BadImage, ImageSource, decode
 from mae_bench.data.index import IndexedImages, build_index, read_index, write_index
 from mae_bench.digest import file_digest, json_digest
 from mae_bench.errors import UserError
-from mae_bench.files import write_atomic, write_json
+from mae_bench.files import is_full, write_atomic, write_json
 
 VERSION = 1
 HEADER = "packed.json"  # written last: without it there is no packed set
@@ -175,7 +174,7 @@ def pack_sources(
         for each in packs.values():
             each.journal.unlink()
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             for each in packs.values():
                 each.discard()
         raise UserError(

@@ -1,7 +1,6 @@
 """ImageNet's folders from the original archives of ILSVRC2012, checked, resumable, and whole or not there."""
 
 import csv
-import errno
 import hashlib
 import io
 import re
@@ -18,7 +17,7 @@ from mae_bench.data.index import IndexedImages, build_index, by_folder, sort_key
 from mae_bench.data.packed import How, pack_sources
 from mae_bench.data.tars import need_end
 from mae_bench.errors import NotInstalled, UserError
-from mae_bench.files import write_json, write_text
+from mae_bench.files import is_full, write_json, write_text
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 MD5 = {  # as torchvision's datasets/imagenet.py and the download page of image-net.org have them
@@ -129,7 +128,7 @@ def _readable(out: Path) -> Iterator[None]:
     except tarfile.TarError as error:
         raise UserError(f"an archive is damaged: {error}", fix="fetch it again") from error
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = is_full(error)
         raise UserError(
             f"{out} cannot be made: {error}", expected="about 155 GB of room" * full, fix="make room; the same command goes on"
         ) from error

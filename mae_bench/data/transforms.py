@@ -128,20 +128,6 @@ def _rows(pixels: np.ndarray | Jpeg, crop: Crop) -> np.ndarray:
     return pixels.rows(crop.top + crop.height) if isinstance(pixels, Jpeg) else pixels
 
 
-def pretrain_transform(
-    img_size: tuple[int, int],
-    augment: Literal["none", "crop", "resized_crop"] = "resized_crop",
-    crop_scale: tuple[float, float] = (0.2, 1.0),
-    color_jitter: float = 0.0,
-    interpolation: str = "bicubic",
-    decode: Literal["fast", "exact"] = "fast",
-    in_chans: int = 3,
-    crop_on: Literal["cpu", "device"] = "cpu",
-) -> PretrainTransform:
-    """The transform of a pretraining config; UserError for what does not go together."""
-    return PretrainTransform(img_size, augment, crop_scale, color_jitter, interpolation, decode, in_chans, crop_on)
-
-
 def jitter_colors(img: torch.Tensor, strength: float, draw: random.Random) -> torch.Tensor:
     """torchvision's ColorJitter(s, s, s, s / 4) of a uint8 (C, H, W) image, its factors drawn from `draw`; deeper images raise
     UserError."""

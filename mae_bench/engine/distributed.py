@@ -37,11 +37,6 @@ def world() -> World:
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
 
 
-def launched_world_size() -> int:
-    """How many processes torchrun, or a launcher that speaks as it does, started with this one; 1 when none did."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextmanager
 def process_group(device: str) -> Iterator[World]:
     """Opens the group that torchrun's variables describe; without them, the world is this process alone.

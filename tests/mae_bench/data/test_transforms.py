@@ -12,7 +12,7 @@ from torchvision.transforms import functional as tv
 
 from mae_bench.data.crops import random_resized_crop, resample_batch
 from mae_bench.data.decode import Jpeg, decode_pixels
-from mae_bench.data.transforms import PretrainTransform, eval_transform, jitter_colors, normalize, pretrain_transform
+from mae_bench.data.transforms import PretrainTransform, eval_transform, jitter_colors, normalize
 from mae_bench.errors import UserError
 
 
@@ -39,7 +39,7 @@ def test_exact_is_torchvisions_resized_crop(seed: int) -> None:
 def test_no_augmentation_is_the_evaluations_centre_crop() -> None:
     for shape in ((150, 200), (200, 150), (77, 123)):
         pixels = photo(*shape)
-        found = pretrain_transform((56, 56), "none", decode="exact")(pixels, 1)
+        found = PretrainTransform((56, 56), "none", decode="exact")(pixels, 1)
         assert torch.equal(found, eval_transform((56, 56))(Image.fromarray(pixels)))
 
 
@@ -113,11 +113,11 @@ def test_jitter_of_grey_keeps_one_channel() -> None:
 
 def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(UserError, match="5 channels"):
-        pretrain_transform((32, 32), color_jitter=0.4, in_chans=5)
+        PretrainTransform((32, 32), color_jitter=0.4, in_chans=5)
     with pytest.raises(UserError, match="crop_on=device"):
-        pretrain_transform((32, 32), color_jitter=0.4, crop_on="device")
+        PretrainTransform((32, 32), color_jitter=0.4, crop_on="device")
     with pytest.raises(UserError, match="lanczos"):
-        pretrain_transform((32, 32), interpolation="lanczos")
+        PretrainTransform((32, 32), interpolation="lanczos")
     with pytest.raises(UserError, match="float32"):
         PretrainTransform((16, 16), color_jitter=0.4, in_chans=1)(photo(channels=1).astype(np.float32), 1)
 
