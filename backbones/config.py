@@ -12,7 +12,8 @@ class CheckpointConfig(Config):
 
     kind: Literal["checkpoint"]
     protocol: str = "checkpoint"
-    source: str = Field(description="a path, file:PATH, run:DIR or timm:NAME")
+    source: str = Field(description="a path, file:PATH, run:DIR, timm:NAME, official:NAME or hf:REPO@REVISION")
     format: str | None = Field(None, description="a name of backbones.detect.FORMATS, where the file alone cannot decide")
+    weights: str | None = Field(None, description="which set of weights, where a file holds several: teacher, model_ema ...")
     sha256: str | None = Field(None, pattern="^[0-9a-fA-F]{64}$", description="digest of the weight file, which must match")
     spec: dict[str, Any] = Field({}, description="fields of the BackboneSpec that the file does not tell, e.g. num_heads")

@@ -24,6 +24,7 @@ def convert(
     to: str,
     format: str | None = None,
     *,
+    weights: str | None = None,
     sha256: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> ConversionReport:
@@ -33,7 +34,7 @@ def convert(
     back and must be bit-equal. UserError for an `out` that exists, or a backbone that the format cannot express.
     """
     target = _checked_target(Path(out), to)
-    checkpoint = open_source(source, sha256)
+    checkpoint = open_source(source, sha256, weights)
     name, translation, spec = translate(checkpoint, format, overrides)
     with torch.device("meta" if spec.arch == "vit" else "cpu"):
         model = build_vit(spec, global_pool=stored_pooling(translation.weights))

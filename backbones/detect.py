@@ -15,6 +15,11 @@ FORMATS: dict[str, str] = {
 }
 
 
+def written_formats() -> list[str]:
+    """The formats that `convert` can write."""
+    return [name for name in FORMATS if hasattr(format_named(name), "write")]
+
+
 def format_named(name: str) -> Format:
     """The translator of that name; UserError lists the known ones."""
     if name not in FORMATS:
@@ -29,7 +34,7 @@ def detect(checkpoint: Checkpoint) -> str:
         return fitting[0]
     keys = list(checkpoint.tensors)
     found = f"{len(keys)} tensors, {', '.join(keys[:4])} ... {keys[-1]}" if len(keys) > 4 else ", ".join(keys)
-    where = f" under {checkpoint.wrapper!r} beside {sorted(checkpoint.extras)}" if checkpoint.wrapper else ""
+    where = f" under {checkpoint.label!r} beside {sorted(checkpoint.extras)}" if checkpoint.label else ""
     why = f"fits {' and '.join(fitting)}" if fitting else "fits no known format"
     raise UserError(
         f"{checkpoint.source} {why}: {found}{where}",

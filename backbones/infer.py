@@ -8,11 +8,13 @@ import torch
 
 from backbones.translation import Translation, is_sincos
 from mae_bench.errors import UserError
+from mae_bench.models.vit import ARCHS
 from mae_bench.spec import BackboneSpec
 
 # Width -> heads of the standard ViTs: Ti and S (arXiv 2012.12877), B, L and H (arXiv 2010.11929). Shapes do not tell heads.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 GIVE = "give {0} to inspect or convert, backbones.NAME.spec.{0} to evaluate or run"
+HIDDEN = ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight")  # of a plain and of a gated MLP
 PAIRS = ("img_size", "patch_size", "mean", "std")
 
 
@@ -66,7 +68,10 @@ def _standard_heads(embed_dim: int, source: str) -> int:
 def shape_facts(weights: Mapping[str, torch.Tensor], source: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Fields that the tensors' shapes decide. A table that is not square needs `img_size` in `given`."""
     try:
-        proj, fc1 = weights["patch_embed.proj.weight"], weights["blocks.0.mlp.fc1.weight"]
+        proj = weights["patch_embed.proj.weight"]
+        fc1 = next((weights[name] for name in HIDDEN if name in weights), None)
+        if fc1 is None:
+            raise KeyError(HIDDEN[0])
         embed_dim, in_chans, *patch = proj.shape
     except (KeyError, ValueError) as error:
         raise UserError(f"{source}: no usable {error}", expected="a ViT with a patch embedding and numbered blocks") from error
@@ -74,6 +79,7 @@ def shape_facts(weights: Mapping[str, torch.Tensor], source: str, given: Mapping
         raise UserError(f"{source}: patch_embed.proj.weight is {tuple(proj.shape)}", expected="(width, channels, height, width)")
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     prefix = int("cls_token" in weights) + registers
+    in_table = 0 if given.get("options", {}).get("no_embed_class") else prefix
     facts = {
         "patch_size": tuple(patch),
         "in_chans": in_chans,
@@ -82,15 +88,16 @@ def shape_facts(weights: Mapping[str, torch.Tensor], source: str, given: Mapping
         "mlp_ratio": fc1.shape[0] / embed_dim,
         "num_prefix_tokens": prefix,
     }
-    if given.get("arch", "vit") == "vit" and (table := weights.get("pos_embed")) is not None:
-        facts["img_size"] = _img_size(table, prefix, tuple(patch), given.get("img_size"), source)
+    if given.get("arch", "vit") in ARCHS and (table := weights.get("pos_embed")) is not None:
+        facts["img_size"] = _img_size(table.flatten(1, -2), in_table, tuple(patch), given.get("img_size"), source)
     if "img_size" not in facts and "img_size" not in given:
         raise UserError(f"{source}: no position table tells the image size", fix=GIVE.format("img_size=[H,W]"))
     return facts
 
 
 def _img_size(table: torch.Tensor, prefix: int, patch: tuple[int, ...], given: Any, source: str) -> tuple[int, int]:
-    """Image size of a table (1, prefix + L, D): the given one if it has L patches, else the square one."""
+    """Image size of a table (1, prefix + L, D): the given one if it has L patches, else the square one. `prefix` counts the
+    prefix tokens that have a row."""
     num_patches = table.shape[1] - prefix if table.ndim == 3 else 0
     if given and (given[0] // patch[0]) * (given[1] // patch[1]) == num_patches:
         return tuple(given)
@@ -108,5 +115,7 @@ def pos_embed_kind(weights: Mapping[str, torch.Tensor], spec: Mapping[str, Any])
     """ "sincos" if the table is MAE's fixed one, "learned" for another table, "none" without one."""
     if "pos_embed" not in weights:
         return "none"
+    if spec["arch"] != "vit" or spec.get("options"):
+        return "learned"
     grid = tuple(size // patch for size, patch in zip(spec["img_size"], spec["patch_size"], strict=True))
     return "sincos" if is_sincos(weights["pos_embed"], spec["num_prefix_tokens"], grid) else "learned"

@@ -21,10 +21,10 @@ PARTS = {r"decoder|mask_token": "decoder", r"head\.": "head"}  # what a key's be
 
 
 def inspect_checkpoint(
-    source: str | Path, format: str | None = None, overrides: Mapping[str, Any] | None = None
+    source: str | Path, format: str | None = None, overrides: Mapping[str, Any] | None = None, weights: str | None = None
 ) -> dict[str, Any]:
     """A JSON-ready description of a checkpoint; everything that `load_backbone` refuses raises the same UserError here."""
-    checkpoint = open_source(source)
+    checkpoint = open_source(source, weights=weights)
     name, translation, spec = translate(checkpoint, format, overrides)
     return {
         "source": checkpoint.source,
@@ -32,8 +32,8 @@ def inspect_checkpoint(
         "architecture": architecture(spec),
         "sha256": checkpoint.digest,
         "bytes": checkpoint.size,
-        "tensors": len(checkpoint.tensors),
-        "dtypes": dict(Counter(str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values())),
+        "tensors": len(checkpoint.stored),
+        "dtypes": dict(Counter(str(t.dtype).removeprefix("torch.") for t in checkpoint.stored.values())),
         "parameters": {
             "backbone": sum(tensor.numel() for tensor in translation.weights.values()),
             **_parts(checkpoint),
@@ -56,7 +56,7 @@ def architecture(spec: BackboneSpec) -> str:
 
 def _parts(checkpoint: Checkpoint) -> dict[str, int]:
     parts: Counter[str] = Counter()
-    for key, tensor in checkpoint.tensors.items():
+    for key, tensor in checkpoint.stored.items():
         if part := next((part for pattern, part in PARTS.items() if re.match(pattern, key)), None):
             parts[part] += tensor.numel()
     return dict(parts)

@@ -15,7 +15,9 @@ def run(config: CheckpointConfig, job: Job, progress: Progress) -> Outcome:
     The record keeps the digest of the export (which the transfers' records bear) and, in the report, that of the source.
     """
     progress.stage("load")
-    model, spec, report = load_backbone(config.source, format=config.format, sha256=config.sha256, overrides=config.spec)
+    model, spec, report = load_backbone(
+        config.source, format=config.format, weights=config.weights, sha256=config.sha256, overrides=config.spec
+    )
     progress.stage("export")
     provenance = {"config": job.config, "converted": report.to_dict()}
     digest = write_export(job.dir / EXPORT, model.state_dict(), spec, provenance)

@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from backbones.detect import detect, format_named
 from backbones.infer import infer_spec
 from backbones.report import ConversionReport
+from backbones.resample import resample
 from backbones.safe import check_values
 from backbones.source import Checkpoint, open_source
 from backbones.translation import Translation
 from mae_bench.errors import UserError
-from mae_bench.models.vit import build_vit
+from mae_bench.models.vit import ViT, build_vit
 from mae_bench.spec import BackboneSpec
 
 
@@ -24,23 +24,30 @@ def load_backbone(
     global_pool: str | None = None,
     drop_path_rate: float = 0.0,
     dynamic_img_size: bool = False,
+    img_size: tuple[int, int] | None = None,
+    patch_size: tuple[int, int] | None = None,
     format: str | None = None,
+    weights: str | None = None,
     sha256: str | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> tuple[VisionTransformer, BackboneSpec, ConversionReport]:
-    """Loads any known checkpoint into a timm VisionTransformer without a head, in float32.
+) -> tuple[ViT, BackboneSpec, ConversionReport]:
+    """Loads any known checkpoint into a timm ViT without a head, in float32.
 
     `forward_features` gives prefix and patch tokens after the final norm; weights whose norm stands behind the average pooling
     (`fc_norm`) keep it there, and `forward_head(..., pre_logits=True)` applies it. `global_pool` "avg" asks for that layout:
     a final norm is then dropped and a new one put behind the pooling, as MAE fine-tunes.
-    source: a path, file:PATH, run:DIR, timm:NAME. format: a name of `backbones.detect.FORMATS` where detection cannot decide.
-    sha256: the weight file's digest, which must match. overrides: spec fields that the file does not tell (num_heads, ...).
+    source: a path, file:PATH, run:DIR, timm:NAME, official:NAME, hf:REPO@REVISION. format: a name of `backbones.detect.FORMATS`
+    where detection cannot decide. weights: which set of weights, where the file holds several (teacher, model_ema ...).
+    img_size, patch_size: (height, width) in pixels, where a task needs others than the weights were trained at: tables and
+    patch embedding are resampled (`backbones.resample`). sha256: the weight file's digest, which must match. overrides: spec
+    fields that the file does not tell (num_heads, ...).
     Raises UserError for whatever is wrong with the file: nothing is loaded in part.
     """
-    checkpoint = open_source(source, sha256)
+    checkpoint = open_source(source, sha256, weights)
     name, translation, spec = translate(checkpoint, format, overrides)
     translation.weights = {key: tensor.float() for key, tensor in translation.weights.items()}
     layout = _fit_pooling(translation, global_pool, checkpoint.source, spec)
+    spec = resample(translation, spec, img_size, patch_size)
     options: Any = {"drop_path_rate": drop_path_rate, "dynamic_img_size": dynamic_img_size}
     with torch.device("meta" if spec.arch == "vit" else "cpu"):  # a plain ViT is filled wholly by its weights
         model = build_vit(spec, global_pool=layout, **options)
@@ -52,7 +59,10 @@ def load_backbone(
 def translate(
     checkpoint: Checkpoint, format: str | None = None, overrides: Mapping[str, Any] | None = None
 ) -> tuple[str, Translation, BackboneSpec]:
-    """Format, translation (weights still in the stored precision, all finite) and spec of an opened checkpoint."""
+    """Format, translation (weights still in the stored precision, all finite) and spec of an opened checkpoint.
+
+    The account names the tensors as the file does: with their prefix, and with those that stand outside of it.
+    """
     name = format or detect(checkpoint)
     translation = format_named(name).read(checkpoint)
     if lost := sorted(set(checkpoint.tensors) - set(translation.renamed) - set(translation.dropped)):
@@ -60,8 +70,12 @@ def translate(
     check_values(translation.weights, checkpoint.source)
     if other := sorted({str(tensor.dtype) for tensor in translation.weights.values()} - {"torch.float32"}):
         translation.notes.append(f"stored as {', '.join(other)}; loaded as torch.float32")
-    if averaged := sorted({"state_dict_ema", "model_ema"} & set(checkpoint.extras)):
-        translation.notes.append(f"{checkpoint.wrapper!r} was read; the file also holds averaged weights: {', '.join(averaged)}")
+    if checkpoint.wrapper or checkpoint.prefix:
+        translation.notes.append(f"read from {checkpoint.label!r}")
+    translation.renamed = {checkpoint.prefix + theirs: ours for theirs, ours in translation.renamed.items()}
+    translation.dropped = {checkpoint.prefix + theirs: reason for theirs, reason in translation.dropped.items()}
+    for theirs in checkpoint.outside:
+        translation.dropped[theirs] = translation.outside.get(theirs, f"outside of {checkpoint.label!r}, where the ViT is")
     return name, translation, infer_spec(translation, checkpoint.source, checkpoint.stated_spec, overrides)
 
 

@@ -77,7 +77,8 @@ def _read(path: Path, overrides: Mapping[str, Any]) -> tuple[BackboneSpec, dict[
     if _is_ours(path):
         return _read_ours(path)
     checkpoint = open_source(path)
-    decoder = {name: t for name, t in checkpoint.tensors.items() if DECODER.match(name) or name.startswith("decoder.")}
+    named = checkpoint.tensors | checkpoint.outside
+    decoder = {name: t for name, t in named.items() if DECODER.match(name) or name.startswith("decoder.")}
     if not any(name.endswith("mask_token") for name in decoder):
         raise _no_decoder(path)
     check_values(decoder, checkpoint.source)

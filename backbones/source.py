@@ -1,4 +1,4 @@
-"""Opens a SOURCE (a path, file:, run:, timm:) as a Checkpoint: named tensors and what the file says of them."""
+"""Opens a SOURCE (a path, file:, run:, timm:) as a Checkpoint: the ViT's named tensors and what the file says of them."""
 
 import difflib
 import hashlib
@@ -13,13 +13,13 @@ from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 
 from backbones.safe import check_tensors, read_file
+from backbones.unwrap import unwrap
 from mae_bench.errors import UserError
 from mae_bench.export import EXPORT, SPEC_FILE, WEIGHTS_FILE
 
 CONFIG_FILE = "config.json"  # of Hugging Face and timm folders
 PREPROCESSOR_FILE = "preprocessor_config.json"  # of Hugging Face folders
 WEIGHT_FILES = (WEIGHTS_FILE, "model.safetensors", "pytorch_model.bin")
-WRAPPERS = ("model", "state_dict")  # the top-level keys under which training files keep their weights
 SPEC_KEY = "spec"  # where files that we write carry the BackboneSpec
 MAX_JSON = 1 << 20
 
@@ -28,8 +28,9 @@ MAX_JSON = 1 << 20
 class Checkpoint:
     """What stands in a weight file and beside it.
 
-    wrapper: the top-level key that held the weights ("" for a bare dict of tensors). extras: what else stood at the top level.
-    beside: the JSON files of the same folder by name. stated_spec: the BackboneSpec that our own writers put into a file.
+    tensors: of the ViT, without the prefix that they have in the file. wrapper: the keys that lead to the dictionary that held
+    them, joined by dots ("" for a bare one). outside: that dictionary's tensors without the prefix. extras: what else the file
+    holds. beside: the JSON files of the same folder by name. stated_spec: the BackboneSpec that our writers put into a file.
     """
 
     source: str
@@ -37,39 +38,54 @@ class Checkpoint:
     tensors: dict[str, torch.Tensor]
     size: int = 0  # bytes of the weight file
     wrapper: str = ""
+    prefix: str = ""
+    outside: dict[str, torch.Tensor] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
     beside: dict[str, dict[str, Any]] = field(default_factory=dict)
     stated_spec: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The tensors of the dictionary by the names that they have in the file, the ViT's and the others."""
+        return {self.prefix + name: tensor for name, tensor in self.tensors.items()} | self.outside
 
-def open_source(source: str | Path, sha256: str | None = None) -> Checkpoint:
-    """The Checkpoint behind a SOURCE; UserError for one that is unknown, missing, damaged or not the one that `sha256` pins."""
+    @property
+    def label(self) -> str:
+        """Where in the file the ViT is: wrapper and prefix as one dotted name, "" for the top level."""
+        return ".".join(part.strip(".") for part in (self.wrapper, self.prefix) if part.strip("."))
+
+
+def open_source(source: str | Path, sha256: str | None = None, weights: str | None = None) -> Checkpoint:
+    """The Checkpoint behind a SOURCE; UserError for one that is unknown, missing, damaged or not the one that `sha256` pins.
+
+    weights: which set of weights, where the file holds several (teacher, student, model_ema ...).
+    """
     kind, colon, rest = str(source).partition(":")
     if not colon or Path(source).exists():
-        return _open_path(str(source), Path(source), sha256)
+        return _open_path(str(source), Path(source), sha256, weights)
     if kind == "file":
-        return _open_path(str(source), Path(rest), sha256)
+        return _open_path(str(source), Path(rest), sha256, weights)
     if kind == "run":
-        return _open_path(str(source), Path(rest) / EXPORT, sha256)
+        return _open_path(str(source), Path(rest) / EXPORT, sha256, weights)
     if kind == "timm":
         return _open_timm(rest, sha256)
     raise UserError(f"source {source}", expected="a path, file:PATH, run:DIR (a cell's folder) or timm:NAME")
 
 
-def _open_path(source: str, path: Path, sha256: str | None) -> Checkpoint:
+def _open_path(source: str, path: Path, sha256: str | None, weights: str | None) -> Checkpoint:
     path = path / EXPORT if (path / EXPORT).is_dir() else path  # a cell's folder: the backbone that it made
-    weights = _weights_of(path) if path.is_dir() else path
-    content, metadata, digest = read_file(weights, sha256)
-    wrapper, tensors = _unwrap(content, weights)
-    size = weights.stat().st_size
-    check_tensors(tensors, weights, size)
-    extras = {} if not wrapper else {key: value for key, value in content.items() if key != wrapper}
+    file = _weights_of(path) if path.is_dir() else path
+    content, metadata, digest = read_file(file, sha256)
+    part = unwrap(content, source, weights)
+    size = file.stat().st_size
+    check_tensors(part.tensors | part.outside, file, size)
     names = (SPEC_FILE, CONFIG_FILE, PREPROCESSOR_FILE)
-    beside = {name: _read_json(weights.parent / name) for name in names if (weights.parent / name).is_file()}
-    if weights.name != WEIGHTS_FILE and not path.is_dir():
+    beside = {name: _read_json(file.parent / name) for name in names if (file.parent / name).is_file()}
+    if file.name != WEIGHTS_FILE and not path.is_dir():
         beside = {name: value for name, value in beside.items() if name != SPEC_FILE or value.get("digest") == digest}
-    stated = _stated(metadata.get(SPEC_KEY), extras.get(SPEC_KEY), weights)
-    return Checkpoint(source, digest, tensors, size, wrapper, extras, beside, stated)
+    stated = _stated(metadata.get(SPEC_KEY), part.extras.get(SPEC_KEY), file)
+    tensors = {name: tensor.detach() for name, tensor in part.tensors.items()}
+    return Checkpoint(source, digest, tensors, size, part.wrapper, part.prefix, part.outside, part.extras, beside, stated)
 
 
 def _weights_of(folder: Path) -> Path:
@@ -82,29 +98,6 @@ def _weights_of(folder: Path) -> Path:
         f"{folder} holds {listed}",
         expected=f"one weight file: {' or '.join(WEIGHT_FILES)}",
         fix="name the weight file itself",
-    )
-
-
-def _unwrap(content: Any, path: Path) -> tuple[str, dict[str, torch.Tensor]]:
-    """The first of: the content itself, its `model`, its `state_dict` that is a dict of named tensors."""
-    candidates = [("", content)]
-    if isinstance(content, dict):
-        candidates += [(key, content[key]) for key in WRAPPERS if key in content]
-    for wrapper, value in candidates:
-        if _is_state_dict(value):
-            return wrapper, {name: tensor.detach() for name, tensor in value.items()}
-    found = sorted(map(str, content))[:10] if isinstance(content, dict) else type(content).__name__
-    raise UserError(
-        f"{path} holds {found}", expected=f"named tensors at the top level or under {' or '.join(WRAPPERS)}",
-        fix="save the model's state_dict",
-    )  # fmt: skip
-
-
-def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and len(value) > 0
-        and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
     )
 
 

@@ -21,12 +21,15 @@ class Translation:
     """`weights` has the names of a timm VisionTransformer.
 
     facts: fields of the BackboneSpec that the file states. assumed: fields that hold for the family where the file is silent.
+    renamed, dropped: by the names in `Checkpoint.tensors`. outside: reasons for tensors of `Checkpoint.outside`, whole names,
+    where there is more to say than that they stand outside of the ViT.
     """
 
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     reshaped: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    outside: dict[str, str] = field(default_factory=dict)
     new: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -43,7 +46,7 @@ class Format(Protocol):
         """Our names; a key that the format does not know keeps its name, and the model's keys decide."""
 
     def write(self, weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
-        """The reverse of `read`; UserError for a backbone that the format cannot express."""
+        """The reverse of `read`; UserError for a backbone that the format cannot express. Formats without it are only read."""
 
 
 def keep_names(tensors: Mapping[str, torch.Tensor], drop: Mapping[str, str]) -> Translation:
@@ -83,7 +86,7 @@ def numbers(value: Any, what: str, source: str) -> tuple[Any, ...]:
 
 def require_plain(spec: BackboneSpec, weights: Mapping[str, torch.Tensor], to: str, *, fc_norm: bool) -> None:
     """UserError where a format of the official ViT (one class token, no registers) cannot express the backbone."""
-    if spec.arch != "vit" or spec.num_prefix_tokens != 1 or "pos_embed" not in weights:
+    if spec.arch != "vit" or spec.options or spec.num_prefix_tokens != 1 or "pos_embed" not in weights:
         raise UserError(
             f"a {spec.arch} with {spec.num_prefix_tokens} prefix tokens and {spec.pos_embed} positions cannot be written as {to}",
             expected="a plain ViT with one class token and a position table", fix="write it as mae_bench or timm",

@@ -1,12 +1,13 @@
 """BackboneSpec: the frozen description of a backbone that every later stage reads (standard library only)."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from mae_bench.errors import UserError
 
 PosEmbed = Literal["sincos", "learned", "rope", "relative", "none"]
 Pool = Literal["token", "avg"]
+PosResample = Literal["bicubic", "bicubic_antialias", "bicubic_offset"]
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,12 @@ class BackboneSpec:
     Sizes are (height, width) in pixels. `mean` and `std` are per channel, for pixels in [0, 1].
     `global_pool` is the pooling that the weights were trained for or that their authors evaluate with.
     `num_prefix_tokens` counts the class token and any register tokens that stand before the patch tokens.
+    `options` are further keywords of the architecture's class in timm, as JSON: layer scale, registers' positions, gated MLPs ...
+    `pos_resample` is how the family takes its position table to other grids: bicubic, with antialiasing, or by DINO's offset of
+    0.1 in the scale factor.
     """
 
-    arch: str  # "vit" (built from the fields below) or a timm model name
+    arch: str  # "vit", "beit", "eva", "sam" (timm's classes, built from the fields below) or a timm model name
     img_size: tuple[int, int]
     patch_size: tuple[int, int]
     in_chans: int
@@ -35,6 +39,8 @@ class BackboneSpec:
     interpolation: str = "bicubic"
     pretrain_method: str = "none"  # "mae", "supervised", "none" (random initialisation), ...
     pretrain_data: str = "none"
+    pos_resample: PosResample = "bicubic"
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if min(*self.img_size, *self.patch_size, self.in_chans, self.embed_dim, self.num_heads) < 1:

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from backbones.adapters.features import FeatureMaps, layer_id
 from backbones.load import load_backbone
 from backbones.report import ConversionReport
 from mae_bench.errors import NotInstalled, UserError
+from mae_bench.models.vit import ViT
 from mae_bench.spec import BackboneSpec
 
 try:
@@ -33,9 +33,7 @@ class ViTBackbone(Backbone):
     N batch, C channels, H W image, h w grid, D width. Images come normalised as the spec says, H and W multiples of the patch.
     """
 
-    def __init__(
-        self, vit: VisionTransformer, spec: BackboneSpec, report: ConversionReport, out_indices: Sequence[int] | None = None
-    ):
+    def __init__(self, vit: ViT, spec: BackboneSpec, report: ConversionReport, out_indices: Sequence[int] | None = None):
         super().__init__()
         self.features = FeatureMaps(vit, spec, [spec.depth - 1] if out_indices is None else out_indices)
         self.spec, self.report = spec, report

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae_bench.errors import UserError
+from mae_bench.models.vit import ViT
 from mae_bench.spec import BackboneSpec
 
 
@@ -18,7 +18,7 @@ class FeatureMaps(nn.Module):
     N batch, C channels, H W image, h w grid, D width. The position table is resampled to the image's grid by timm.
     """
 
-    def __init__(self, vit: VisionTransformer, spec: BackboneSpec, out_indices: Sequence[int] | None = None, norm: bool = False):
+    def __init__(self, vit: ViT, spec: BackboneSpec, out_indices: Sequence[int] | None = None, norm: bool = False):
         super().__init__()
         if bad := [i for i in out_indices or () if not 0 <= i < spec.depth]:
             raise UserError(f"out_indices {bad} of a backbone of depth {spec.depth}", expected=f"0 to {spec.depth - 1}")

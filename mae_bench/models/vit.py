@@ -1,15 +1,43 @@
-"""The backbone: a timm VisionTransformer built from a BackboneSpec."""
+"""The backbone: a timm ViT of one of four classes, built from a BackboneSpec."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import SwiGLUPacked
 from timm.models import create_model
+from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from mae_bench.errors import UserError
 from mae_bench.models.pos_embed import sincos_2d
+from mae_bench.models.windowed_vit import WindowedViT
 from mae_bench.spec import BackboneSpec
+
+ViT = VisionTransformer | Beit | Eva | WindowedViT
+ARCHS: dict[str, Callable[..., ViT]] = {"vit": VisionTransformer, "beit": Beit, "eva": Eva, "sam": WindowedViT}
+LAYERS: dict[str, Callable[..., nn.Module]] = {  # what an option of a spec may name
+    "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "silu": nn.SiLU, "swiglu_packed": SwiGLUPacked,
+}  # fmt: skip
+OPTIONS: dict[str, tuple[str, ...]] = {  # the keywords of each class that a spec may set; a file's description can name no other
+    "vit": (
+        "qkv_bias", "qk_norm", "proj_bias", "init_values", "class_token", "no_embed_class", "pre_norm", "final_norm", "act_layer",
+        "mlp_layer",
+    ),
+    "beit": (
+        "qkv_bias", "swiglu_mlp", "scale_mlp", "init_values", "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias",
+    ),
+    "eva": (
+        "qkv_bias", "qkv_fused", "swiglu_mlp", "swiglu_align_to", "scale_mlp", "scale_attn_inner", "attn_type", "init_values",
+        "class_token", "no_embed_class", "use_abs_pos_emb", "use_rot_pos_emb", "rope_type", "rope_grid_offset",
+        "rope_grid_indexing", "rope_temperature", "rope_rotate_half", "ref_feat_shape", "use_post_norm",
+        "use_pre_transformer_norm",
+    ),
+    "sam": ("qkv_bias", "use_abs_pos", "use_rel_pos", "window_size", "global_attn_indexes", "neck_chans", "act_layer"),
+}  # fmt: skip
 
 
 def build_vit(
@@ -19,38 +47,64 @@ def build_vit(
     global_pool: str = "token",
     drop_path_rate: float = 0.0,
     dynamic_img_size: bool = False,
-) -> VisionTransformer:
-    """A timm VisionTransformer of the spec's shape, freshly initialised as MAE does (xavier uniform, paper A.1).
+) -> Any:
+    """A timm ViT of the spec's shape (one of `ViT`, or the timm model that `arch` names), without weights of its own.
 
     `forward_features(imgs)` (N, C, H, W) -> (N, prefix + L, D), after the final norm. With `global_pool` "avg" timm moves the
     norm behind the pooling as `fc_norm`, the layout of MAE's fine-tuned files. `dynamic_img_size` accepts any image size that
-    the patch divides.
+    the patch divides. A plain "vit" is freshly initialised as MAE does (xavier uniform, paper A.1), the others as timm does.
+    UserError for an unknown architecture or option.
     """
     args: dict[str, Any] = {
         "img_size": spec.img_size,
         "num_classes": num_classes,
         "global_pool": global_pool,
         "drop_path_rate": drop_path_rate,
-        "dynamic_img_size": dynamic_img_size,
     }
-    if spec.arch != "vit":
-        named: Any = create_model(spec.arch, pretrained=False, in_chans=spec.in_chans, **args)
-        return named
-    model = VisionTransformer(
-        **args,
-        patch_size=spec.patch_size,
-        in_chans=spec.in_chans,
-        embed_dim=spec.embed_dim,
-        depth=spec.depth,
-        num_heads=spec.num_heads,
-        mlp_ratio=spec.mlp_ratio,
-        class_token=spec.num_prefix_tokens > 0,
-        reg_tokens=max(0, spec.num_prefix_tokens - 1),
-        norm_layer=partial(nn.LayerNorm, eps=spec.norm_eps),
-        weight_init="skip",
+    if spec.arch not in ARCHS:
+        return create_model(
+            spec.arch, pretrained=False, in_chans=spec.in_chans, dynamic_img_size=dynamic_img_size, **args, **_checked(spec)
+        )
+    if spec.arch in ("vit", "eva"):
+        args |= {"dynamic_img_size": dynamic_img_size} | _prefix_tokens(spec)
+    if spec.arch == "vit":
+        args["weight_init"] = "skip"
+    model: Any = ARCHS[spec.arch](
+        **args
+        | {
+            "patch_size": spec.patch_size,
+            "in_chans": spec.in_chans,
+            "embed_dim": spec.embed_dim,
+            "depth": spec.depth,
+            "num_heads": spec.num_heads,
+            "mlp_ratio": spec.mlp_ratio,
+            "norm_layer": partial(nn.LayerNorm, eps=spec.norm_eps),
+        }
+        | _checked(spec)
     )
-    init_weights(model, spec)
+    if spec.arch == "vit":
+        init_weights(model, spec)
     return model
+
+
+def _prefix_tokens(spec: BackboneSpec) -> dict[str, Any]:
+    """Prefix tokens are a class token and registers behind it."""
+    registers = max(0, spec.num_prefix_tokens - 1)
+    return {"class_token": spec.num_prefix_tokens > 0, ("reg_tokens" if spec.arch == "vit" else "num_reg_tokens"): registers}
+
+
+def _checked(spec: BackboneSpec) -> dict[str, Any]:
+    """The spec's options as keywords: names of layers become the layers."""
+    known = OPTIONS.get(spec.arch, ())
+    if unknown := sorted(set(spec.options) - set(known)):
+        raise UserError(f"options {', '.join(unknown)} of a {spec.arch}", expected=f"only {', '.join(known) or 'none'}")
+    return {key: _layer(key, value) if key.endswith("_layer") else value for key, value in spec.options.items()}
+
+
+def _layer(key: str, name: Any) -> Callable[..., nn.Module]:
+    if name not in LAYERS:
+        raise UserError(f"{key} {name!r}", expected=f"one of {', '.join(LAYERS)}")
+    return LAYERS[name]
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from backbones.load import load_backbone
@@ -29,6 +28,7 @@ from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import UserError
 from mae_bench.files import write_atomic
 from mae_bench.job import Job, Outcome
+from mae_bench.models.vit import ViT
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
@@ -46,15 +46,14 @@ class Classifier(nn.Module):
     backbone keeps its own, in front of the pooling (`norm`) or, in fine-tuned files, behind it (`fc_norm`).
     """
 
-    def __init__(
-        self, vit: VisionTransformer, spec: BackboneSpec, num_classes: int, pool: Literal["token", "avg"], *, fc_norm: bool
-    ):
+    def __init__(self, vit: ViT, spec: BackboneSpec, num_classes: int, pool: Literal["token", "avg"], *, fc_norm: bool):
         super().__init__()
-        self.vit, self.pool, self.num_prefix_tokens = vit, pool, spec.num_prefix_tokens
+        self.vit: Any = vit
+        self.pool, self.num_prefix_tokens = pool, spec.num_prefix_tokens
         if fc_norm:
             vit.norm = vit.fc_norm = nn.Identity()
-        self.fc_norm = nn.LayerNorm(spec.embed_dim, eps=spec.norm_eps) if fc_norm else nn.Identity()
-        self.head = nn.Linear(spec.embed_dim, num_classes)
+        self.fc_norm = nn.LayerNorm(vit.num_features, eps=spec.norm_eps) if fc_norm else nn.Identity()
+        self.head = nn.Linear(vit.num_features, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
 
@@ -102,14 +101,12 @@ def require_vit(config: EvalConfig, spec: BackboneSpec) -> tuple[int, int]:
     return size
 
 
-def load_at_size(
-    config: EvalConfig, source: str, drop_path_rate: float = 0.0
-) -> tuple[VisionTransformer, BackboneSpec, ConversionReport]:
+def load_at_size(config: EvalConfig, source: str, drop_path_rate: float = 0.0) -> tuple[ViT, BackboneSpec, ConversionReport]:
     """The backbone behind a SOURCE, its position table resampled to the protocol's image size."""
     vit, spec, report = load_backbone(source, drop_path_rate=drop_path_rate)
     img_size = require_vit(config, spec)
     if img_size != spec.img_size:
-        vit.set_input_size(img_size=img_size)
+        vit, spec, report = load_backbone(source, drop_path_rate=drop_path_rate, img_size=img_size)
     return vit, spec, report
 
 

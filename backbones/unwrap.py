@@ -1,0 +1,107 @@
+"""Finds the sets of ViT weights in what a file holds: by where a patch embedding lies, under whatever wrappers and prefixes."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mae_bench.errors import UserError
+
+# Names of the patch embedding's weight in the layouts that are read; what stands before one is the prefix of a ViT.
+ANCHORS = (
+    "patch_embed.proj.weight",  # timm and the research code that grew from it
+    "patch_embed.projection.weight",  # mmpretrain, mmsegmentation, transformers' SAM
+    "embeddings.patch_embeddings.projection.weight",  # transformers' ViT, ViTMAE, BEiT, DINOv2, I-JEPA
+    "embeddings.patch_embeddings.weight",  # transformers' DINOv3
+    "embeddings.patch_embedding.weight",  # transformers' CLIP
+    "conv1.weight",  # OpenAI's CLIP and OpenCLIP, beside a class embedding
+)
+CLIP_MARK = "class_embedding"
+INFIXES = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # torch.compile, FSDP, checkpointing
+MAX_DEPTH = 3  # of dictionaries in a file
+
+
+@dataclass(frozen=True)
+class Part:
+    """One set of ViT weights. wrapper: the keys down to its dictionary, joined by dots. prefix: of its names there."""
+
+    wrapper: str
+    prefix: str
+    tensors: dict[str, torch.Tensor]  # without prefix
+    outside: dict[str, torch.Tensor]  # the same dictionary's other tensors, whole names
+    extras: dict[str, Any]  # what else stands in the file's top level or in the dictionary
+
+    @property
+    def label(self) -> str:
+        """Wrapper and prefix as one dotted name; "" where both are empty."""
+        return ".".join(part.strip(".") for part in (self.wrapper, self.prefix) if part.strip("."))
+
+
+def unwrap(content: Any, source: str, weights: str | None = None) -> Part:
+    """The one set of ViT weights in `content`, or that of which `weights` names a component of the label (teacher, model_ema).
+
+    A file without any gives its largest dictionary of tensors, for whoever tells what is wrong with it. UserError where several
+    sets are in the file and `weights` does not decide, and where there are no named tensors at all.
+    """
+    found = list(_parts(content))
+    if not found:
+        return _fallback(content, source)
+    fitting = [part for part in found if weights is None or _names(part, weights)]
+    if len(fitting) == 1:
+        return fitting[0]
+    listed = ", ".join(part.label or "(top level)" for part in found)
+    raise UserError(
+        f"{source} holds {len(found)} sets of ViT weights: {listed}" + (f"; {weights!r} names {len(fitting)}" if weights else ""),
+        expected="one of them",
+        fix=f"say which with --weights NAME, for example --weights {(found[-1].label or found[0].label).split('.')[0]}",
+    )
+
+
+def _names(part: Part, weights: str) -> bool:
+    return weights == part.label or weights in part.label.split(".")
+
+
+def _parts(content: Any) -> Iterator[Part]:
+    for wrapper, named in _dictionaries(content):
+        tensors = {INFIXES.sub("", name): tensor for name, tensor in named.items() if isinstance(tensor, torch.Tensor)}
+        for prefix in sorted(set(_prefixes(tensors))):
+            inside = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            outside = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+            extras = {str(key): value for key, value in named.items() if not isinstance(value, torch.Tensor)}
+            if wrapper and isinstance(content, dict):
+                top = wrapper.split(".")[0]
+                extras |= {str(key): value for key, value in content.items() if key != top}
+            yield Part(wrapper, prefix, inside, outside, extras)
+
+
+def _prefixes(tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    for name in tensors:
+        for anchor in ANCHORS:
+            before = name.removesuffix(anchor)
+            if before == name or (before and not before.endswith(".")):
+                continue
+            if anchor != "conv1.weight" or before + CLIP_MARK in tensors:
+                yield before
+
+
+def _dictionaries(content: Any, wrapper: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every dictionary with string keys and tensors in it, with the keys that lead to it."""
+    if not isinstance(content, dict) or depth > MAX_DEPTH:
+        return
+    if any(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()):
+        yield wrapper, {key: value for key, value in content.items() if isinstance(key, str)}
+    for key, value in content.items():
+        if isinstance(key, str):
+            yield from _dictionaries(value, f"{wrapper}.{key}" if wrapper else key, depth + 1)
+
+
+def _fallback(content: Any, source: str) -> Part:
+    candidates = sorted(_dictionaries(content), key=lambda item: -len(item[1]))
+    if not candidates:
+        found = sorted(map(str, content))[:10] if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{source} holds {found}", expected="named tensors", fix="save the model's state_dict")
+    wrapper, named = candidates[0]
+    tensors = {name: tensor for name, tensor in named.items() if isinstance(tensor, torch.Tensor)}
+    return Part(wrapper, "", tensors, {}, {})
