@@ -23,6 +23,14 @@ INFIXES = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mod
 MAX_DEPTH = 3  # of dictionaries in a file
 
 
+class SeveralSets(UserError):
+    """A file holds several sets of ViT weights and nothing says which; `labels` are what `weights` may be."""
+
+    def __init__(self, given: str, labels: list[str], *, expected: str, fix: str):
+        super().__init__(given, expected=expected, fix=fix)
+        self.labels = labels
+
+
 @dataclass(frozen=True)
 class Part:
     """One set of ViT weights. wrapper: the keys down to its dictionary, joined by dots. prefix: of its names there."""
@@ -49,11 +57,13 @@ def unwrap(content: Any, source: str, weights: str | None = None) -> Part:
     if not found:
         return _fallback(content, source)
     fitting = [part for part in found if weights is None or _names(part, weights)]
-    if len(fitting) == 1:
-        return fitting[0]
+    exact = [part for part in found if part.label == weights]
+    if len(fitting) == 1 or len(exact) == 1:
+        return (exact or fitting)[0]
     listed = ", ".join(part.label or "(top level)" for part in found)
-    raise UserError(
+    raise SeveralSets(
         f"{source} holds {len(found)} sets of ViT weights: {listed}" + (f"; {weights!r} names {len(fitting)}" if weights else ""),
+        [part.label for part in found],
         expected="one of them",
         fix=f"say which with --weights NAME, for example --weights {(found[-1].label or found[0].label).split('.')[0]}",
     )
