@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import SwiGLUPacked
+from timm.layers import QuickGELU, SwiGLUPacked
 from timm.models import create_model
 from timm.models.beit import Beit
 from timm.models.eva import Eva
@@ -13,14 +13,21 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae_bench.errors import UserError
+from mae_bench.models.any_size import AnySizeBeit, AnySizeEva, AnySizeVisionTransformer
 from mae_bench.models.pos_embed import sincos_2d
 from mae_bench.models.windowed_vit import WindowedViT
 from mae_bench.spec import BackboneSpec
 
 ViT = VisionTransformer | Beit | Eva | WindowedViT
-ARCHS: dict[str, Callable[..., ViT]] = {"vit": VisionTransformer, "beit": Beit, "eva": Eva, "sam": WindowedViT}
+ARCHS: dict[str, Callable[..., ViT]] = {
+    "vit": AnySizeVisionTransformer,
+    "beit": AnySizeBeit,
+    "eva": AnySizeEva,
+    "sam": WindowedViT,
+}
 LAYERS: dict[str, Callable[..., nn.Module]] = {  # what an option of a spec may name
-    "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "silu": nn.SiLU, "swiglu_packed": SwiGLUPacked,
+    "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "silu": nn.SiLU, "quick_gelu": QuickGELU,
+    "swiglu_packed": SwiGLUPacked,
 }  # fmt: skip
 OPTIONS: dict[str, tuple[str, ...]] = {  # the keywords of each class that a spec may set; a file's description can name no other
     "vit": (
@@ -29,6 +36,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # the keywords of each class that a spe
     ),
     "beit": (
         "qkv_bias", "swiglu_mlp", "scale_mlp", "init_values", "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias",
+        "final_norm",
     ),
     "eva": (
         "qkv_bias", "qkv_fused", "swiglu_mlp", "swiglu_align_to", "scale_mlp", "scale_attn_inner", "attn_type", "init_values",
@@ -65,8 +73,10 @@ def build_vit(
         return create_model(
             spec.arch, pretrained=False, in_chans=spec.in_chans, dynamic_img_size=dynamic_img_size, **args, **_checked(spec)
         )
+    if spec.arch != "sam":
+        args |= {"dynamic_img_size": dynamic_img_size}
     if spec.arch in ("vit", "eva"):
-        args |= {"dynamic_img_size": dynamic_img_size} | _prefix_tokens(spec)
+        args |= _prefix_tokens(spec)
     if spec.arch == "vit":
         args["weight_init"] = "skip"
     model: Any = ARCHS[spec.arch](
@@ -82,15 +92,17 @@ def build_vit(
         }
         | _checked(spec)
     )
+    model.pos_resample = spec.pos_resample
     if spec.arch == "vit":
         init_weights(model, spec)
     return model
 
 
 def _prefix_tokens(spec: BackboneSpec) -> dict[str, Any]:
-    """Prefix tokens are a class token and registers behind it."""
-    registers = max(0, spec.num_prefix_tokens - 1)
-    return {"class_token": spec.num_prefix_tokens > 0, ("reg_tokens" if spec.arch == "vit" else "num_reg_tokens"): registers}
+    """Prefix tokens are a class token, unless the options say that there is none, and registers behind it."""
+    class_token = spec.num_prefix_tokens > 0 and spec.options.get("class_token", True)
+    registers = spec.num_prefix_tokens - int(class_token)
+    return {"class_token": class_token, ("reg_tokens" if spec.arch == "vit" else "num_reg_tokens"): registers}
 
 
 def _checked(spec: BackboneSpec) -> dict[str, Any]:
