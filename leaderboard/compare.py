@@ -9,9 +9,9 @@ from leaderboard.ablation import beside_columns
 from leaderboard.columns import PRETRAIN, column_order, columns_of, columns_of_failures
 from leaderboard.costs import costs_of, mean_of, seconds_of, totals_of
 from leaderboard.index import Run, Runs
-from leaderboard.intervals import paired_interval, sample_std, welch_interval
 from leaderboard.table import Cell, Column, Comparison, Difference
 from leaderboard.wording import column_name, verdict
+from mae_bench.intervals import paired_interval, sample_std, welch_interval
 from mae_bench.record import Failure, ResultRecord
 
 

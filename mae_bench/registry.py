@@ -39,11 +39,19 @@ KINDS: dict[str, Kind] = {
     ),
     "random": Kind("mae_bench.pretrain_config:RandomConfig", "mae_bench.pretrain:run_random", "", emits_backbone=True),
     "supervised": Kind(
-        "tasks.imagenet.config:SupervisedConfig", "tasks.imagenet.supervised:run", "imagenet", emits_backbone=True
+        "tasks.imagenet.config:SupervisedConfig",
+        "tasks.imagenet.supervised:run",
+        "imagenet",
+        emits_backbone=True,
+        distributed=True,
     ),
     "checkpoint": Kind("backbones.config:CheckpointConfig", "backbones.job:run", "", emits_backbone=True),
-    "finetune": Kind("tasks.imagenet.config:FinetuneConfig", "tasks.imagenet.finetune:run", "imagenet"),
-    "linear_probe": Kind("tasks.imagenet.config:LinearProbeConfig", "tasks.imagenet.linear_probe:run", "imagenet"),
+    "finetune": Kind("tasks.imagenet.config:FinetuneConfig", "tasks.imagenet.finetune:run", "imagenet", distributed=True),
+    "linear_probe": Kind(
+        "tasks.imagenet.config:LinearProbeConfig", "tasks.imagenet.linear_probe:run", "imagenet", distributed=True, version=2
+    ),
+    "knn": Kind("tasks.imagenet.config:KnnConfig", "tasks.imagenet.knn:run", "imagenet", distributed=True),
+    "few_shot": Kind("tasks.imagenet.config:FewShotConfig", "tasks.imagenet.few_shot:run", "imagenet", distributed=True),
     "maskrcnn": Kind("tasks.coco.config:MaskRCNNConfig", "tasks.coco.maskrcnn:run", "coco", extra="coco"),
     "upernet": Kind("tasks.ade20k.config:UPerNetConfig", "tasks.ade20k.upernet:run", "ade20k", extra="ade20k"),
 }

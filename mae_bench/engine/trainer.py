@@ -83,15 +83,16 @@ class Trainer:
         self.step, self.final_loss = 0, math.nan
         self._log_bytes, self._saved = 0, 0  # the latter: the step of the last saved state
         self._held: list[dict[str, torch.Tensor]] = []
-        self._hooks: list[tuple[float, Hook]] = []
+        self._hooks: list[tuple[float, Hook, bool]] = []
         self._trouble: UserError | None = None
         self._agreement = Agreement()
         progress.note(str(self.accumulation))
         self._resume()
 
-    def every_epochs(self, epochs: float, hook: Hook) -> None:
-        """Calls `hook(full_model, step)` on the main process each time that so many epochs are complete, resumed or not."""
-        self._hooks.append((epochs * self.steps_per_epoch, hook))
+    def every_epochs(self, epochs: float, hook: Hook, *, everywhere: bool = False) -> None:
+        """Calls `hook(full_model, step)` each time that so many epochs are complete, resumed or not: on the main process, or
+        `everywhere`."""
+        self._hooks.append((epochs * self.steps_per_epoch, hook, everywhere))
 
     def full_model(self) -> nn.Module:
         """A plain module with all weights on this process, averaged ones where there is an EMA: for evaluation and export.
@@ -198,14 +199,14 @@ class Trainer:
         return [float(self.progress.should_stop), float(save), float(self._trouble is not None)]
 
     def _after_step(self, due: Due) -> None:
-        hooks = [hook for period, hook in self._hooks if self._completes(period)] if self._held else []
+        hooks = [due for due in self._hooks if self._completes(due[0])] if self._held else []
         ended = self.step == self.total_steps
         if due.trouble:
             self._share_trouble()
         if len(self._held) >= self._held_steps or due.stop or due.save or hooks or ended:
             self._read_losses()
-        for hook in hooks:
-            self._call(hook)
+        for _, hook, everywhere in hooks:
+            self._call(hook, everywhere)
         if (due.stop or due.save or ended) and self.step > self._saved:
             self._save()
         if due.stop:
@@ -219,9 +220,9 @@ class Trainer:
         """Whether the last step completed a multiple of `period` steps."""
         return math.floor(self.step / period + 1e-9) > math.floor((self.step - 1) / period + 1e-9)
 
-    def _call(self, hook: Hook) -> None:
+    def _call(self, hook: Hook, everywhere: bool) -> None:
         model = self.full_model()
-        if world().is_main:
+        if everywhere or world().is_main:
             hook(model, self.step)
         self.parallel.call.train()
 

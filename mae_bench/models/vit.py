@@ -63,6 +63,8 @@ def build_vit(
     the patch divides. A plain "vit" is freshly initialised as MAE does (xavier uniform, paper A.1), the others as timm does.
     UserError for an unknown architecture or option.
     """
+    if global_pool == "token" and not spec.num_prefix_tokens:
+        global_pool = ""  # no pooling in timm, and the norm stays where it is
     args: dict[str, Any] = {
         "img_size": spec.img_size,
         "num_classes": num_classes,

@@ -1,21 +1,36 @@
-"""Configs of the ImageNet protocols: supervised training from scratch, fine-tuning, linear probing."""
+"""Configs of the ImageNet protocols."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mae_bench.config import TrainConfig
+from mae_bench.config import JobConfig, TrainConfig
 from mae_bench.pretrain_config import ModelConfig
 
+Pool = Literal["token", "avg"]
 
-class EvalConfig(TrainConfig):
+
+class ImageConfig(JobConfig):
     """What every protocol on the ImageNet layout shares. img_size None: the size that the backbone was trained at."""
 
     img_size: tuple[int, int] | None = None
-    crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_pct: float = Field(0.875, gt=0, le=1, description="evaluation resizes the short side to img_size / crop_pct")
     eval_batch_size: int = Field(256, gt=0)
-    global_pool: Literal["token", "avg"] = "avg"
+    global_pool: Pool = "avg"
+    amp_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
+    expect: Literal["imagenet-1k"] | None = Field(
+        None, description="the data set that the numbers are for: another list of classes or number of images is refused"
+    )
+
+
+class EvalConfig(TrainConfig, ImageConfig):
+    """What every protocol that trains shares."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    eval_epochs: float | None = Field(
+        None, gt=0, description="epochs between two evaluations while training, of which the best is told; none: at the end alone"
+    )
 
 
 class ClassifyConfig(EvalConfig):
@@ -60,8 +75,61 @@ class FinetuneConfig(ClassifyConfig):
 
 
 class LinearProbeConfig(EvalConfig):
-    """A linear classifier on frozen features behind a BatchNorm without affine parameters, trained by LARS (Table 10)."""
+    """Linear classifiers on frozen features behind a BatchNorm without affine parameters, trained by LARS (Table 10).
+
+    One head for each of lrs x pools x layers (by default one: base_lr, global_pool, the last layer), all in one pass over the
+    backbone; the best on `holdout`, a share of the training images that none is trained on, is scored on val.
+    """
 
     kind: Literal["linear_probe"]
     weight_decay: float = Field(0.0, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
+    lrs: list[Annotated[float, Field(gt=0)]] = Field([], description="base_lr of each head; none: base_lr alone")
+    pools: list[Pool] = Field([], description="none: global_pool alone")
+    layers: list[Annotated[int, Field(gt=0)]] = Field([1], min_length=1, description="how many last blocks are joined")
+    holdout: float = Field(0.0, ge=0, lt=1, description="share of each class's training images that heads are chosen on")
+    features: Literal["augmented", "cached"] = Field(
+        "augmented", description="each image anew in each epoch, cropped at random; or once, cropped in the centre"
+    )
+
+    @model_validator(mode="after")
+    def _chooses_fairly(self) -> "LinearProbeConfig":
+        if self.num_heads > 1 and not self.holdout:
+            raise ValueError(f"{self.num_heads} heads to choose from: set holdout (0.02), a share of train; val is not chosen on")
+        if self.num_heads > 1 and self.eval_epochs:
+            raise ValueError(f"eval_epochs with {self.num_heads} heads: the head is chosen at the end")
+        return self
+
+    @property
+    def num_heads(self) -> int:
+        """Heads trained side by side."""
+        return max(1, len(self.lrs)) * max(1, len(self.pools)) * len(self.layers)
+
+
+class KnnConfig(ImageConfig):
+    """Weighted nearest neighbours on frozen features (DINO, arXiv 2104.14294, section 4.1 and appendix)."""
+
+    kind: Literal["knn"]
+    ks: list[Annotated[int, Field(gt=0)]] = Field([10, 20, 100, 200], min_length=1)
+    k: int = Field(20, description="the one of `ks` that is the score, as DINO's")
+    temperature: float = Field(0.07, gt=0)
+    chunk: int = Field(65536, gt=0, description="training features at a time: memory is eval_batch_size x chunk")
+
+    @model_validator(mode="after")
+    def _scores_one_of_them(self) -> "KnnConfig":
+        if self.k not in self.ks:
+            raise ValueError(f"k {self.k} is none of ks {self.ks}")
+        return self
+
+
+class FewShotConfig(ImageConfig):
+    """A linear classifier on frozen features of few labelled images, drawn several times."""
+
+    kind: Literal["few_shot"]
+    shots: list[Annotated[int, Field(gt=0)]] = Field([1, 2, 5, 10], description="images a class")
+    shares: list[Annotated[float, Field(gt=0, le=1)]] = Field([0.01, 0.1], description="of each class's images, at least one")
+    draws: int = Field(5, ge=2)
+    score: str = Field("1%", description="the one that is the score: 5shot, 1% ...")
+    weight_decays: list[Annotated[float, Field(gt=0)]] = Field(
+        [1e-4, 1e-3, 1e-2, 1e-1, 1.0], min_length=1, description="chosen on training images that were not drawn"
+    )

@@ -7,8 +7,10 @@ from mae_bench.data.loader import seed_everything, seed_of
 from mae_bench.engine.optim import finetune_no_decay, make_adamw
 from mae_bench.job import Job, Outcome
 from mae_bench.progress import Progress
-from tasks.imagenet.classify import Classifier, load_at_size, open_data, score, train_classifier
+from tasks.imagenet.classify import Classifier, load_at_size, train_classifier
 from tasks.imagenet.config import FinetuneConfig
+from tasks.imagenet.data import open_data
+from tasks.imagenet.evaluate import score
 
 
 def run(config: FinetuneConfig, job: Job, progress: Progress) -> Outcome:
@@ -17,7 +19,7 @@ def run(config: FinetuneConfig, job: Job, progress: Progress) -> Outcome:
     device = torch.device(job.device)
     seed_everything(seed_of(job.seed, 0, -5))
     vit, spec, report = load_at_size(config, job.backbone, config.drop_path)
-    model = Classifier(vit, spec, len(data.report.classes), config.global_pool, fc_norm=config.global_pool == "avg").to(device)
+    model = Classifier(vit, spec, data.num_classes, config.global_pool, fc_norm=config.global_pool == "avg").to(device)
     model.requires_grad_(True)  # the position table too: MAE freezes it in pretraining only
 
     def lr_scale(name: str) -> float:

@@ -13,8 +13,10 @@ from mae_bench.export import EXPORT, write_export
 from mae_bench.job import Job, Outcome
 from mae_bench.models.vit import build_vit
 from mae_bench.progress import Progress
-from tasks.imagenet.classify import Classifier, open_data, require_vit, score, train_classifier
+from tasks.imagenet.classify import Classifier, require_vit, train_classifier
 from tasks.imagenet.config import SupervisedConfig
+from tasks.imagenet.data import open_data
+from tasks.imagenet.evaluate import score
 
 
 def run(config: SupervisedConfig, job: Job, progress: Progress) -> Outcome:
@@ -28,7 +30,7 @@ def run(config: SupervisedConfig, job: Job, progress: Progress) -> Outcome:
     spec = config.model.spec(pretrain_method="supervised", pretrain_data=data.report.name, global_pool=config.global_pool)
     require_vit(config, spec)
     vit = build_vit(spec, global_pool="token", drop_path_rate=config.drop_path)
-    model = Classifier(vit, spec, len(data.report.classes), config.global_pool, fc_norm=False).to(device)
+    model = Classifier(vit, spec, data.num_classes, config.global_pool, fc_norm=False).to(device)
     optimizer = make_adamw(config, finetune_no_decay)
     trainer = train_classifier(config, job, progress, data, model, spec, optimizer)
     best: Any = trainer.full_model()

@@ -14,6 +14,11 @@ def sample_std(values: Sequence[float]) -> float | None:
     return math.sqrt(variance(values)) if len(values) > 1 else None
 
 
+def mean_margin(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of the values' mean (at least two)."""
+    return student_quantile(len(values) - 1) * math.sqrt(variance(values) / len(values))
+
+
 def paired_interval(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of `values - others`, taken pair by pair (at least two pairs)."""
     differences = [value - other for value, other in zip(values, others, strict=True)]

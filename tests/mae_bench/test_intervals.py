@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from leaderboard.intervals import paired_interval, sample_std, student_quantile, welch_interval
+from mae_bench.intervals import paired_interval, sample_std, student_quantile, welch_interval
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,260 @@
+"""Frozen features of a backbone, several sets in one pass, and the cache that probes, neighbours and few-shot tests share."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from backbones.report import ConversionReport
+from mae_bench.cost import backbone_gmacs, num_params
+from mae_bench.data.fetch import alone
+from mae_bench.data.images import BadImages, ImageSource
+from mae_bench.data.index import cache_folder
+from mae_bench.data.subset import Subset
+from mae_bench.digest import json_digest
+from mae_bench.engine.distributed import gather_over_ranks, world
+from mae_bench.errors import UserError
+from mae_bench.files import is_full, write_json
+from mae_bench.job import Job, Outcome
+from mae_bench.models.vit import ViT
+from mae_bench.progress import Progress
+from mae_bench.record import Metric
+from mae_bench.spec import BackboneSpec
+from tasks.imagenet.classify import load_at_size
+from tasks.imagenet.config import ImageConfig, Pool
+from tasks.imagenet.data import Data, open_data
+from tasks.imagenet.evaluate import Feed, outcome_of, share_bad
+
+VERSION = 1  # raised when a change of code changes the features
+DONE = "done.json"
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """The last `layers` blocks, each behind the final norm: their class tokens or the averages of their patch tokens, joined."""
+
+    pool: Pool
+    layers: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.pool}-{self.layers}"
+
+
+class FrozenFeatures(nn.Module):
+    """A backbone in eval mode without gradients. N images, D width of its output."""
+
+    def __init__(self, vit: ViT, spec: BackboneSpec, sets: Sequence[FeatureSet]):
+        super().__init__()
+        if any(each.layers > spec.depth for each in sets):
+            raise UserError(f"layers of a backbone of depth {spec.depth}: {max(each.layers for each in sets)}")
+        if spec.arch == "sam" and any(each.layers > 1 for each in sets):
+            raise UserError("several layers of a backbone with windowed attention", expected="layers=[1]")
+        self.vit: Any = vit.requires_grad_(False).eval()
+        self.sets, self.num_prefix_tokens = list(sets), spec.num_prefix_tokens
+        self.widths = [vit.num_features * each.layers for each in sets]
+
+    def train(self, mode: bool = True) -> "FrozenFeatures":
+        """Stays in eval mode: no drop path under a frozen backbone."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, imgs: torch.Tensor) -> torch.Tensor:
+        """imgs (N, C, H, W) -> (N, sum of the sets' widths), the sets one after another."""
+        layers = self._layers(imgs)
+        pooled = {
+            "token": [prefix[:, 0] for prefix, _ in layers] if self.num_prefix_tokens else [],
+            "avg": [patches.mean(dim=1) for _, patches in layers],
+        }
+        parts = [self.vit.fc_norm(vector) for each in self.sets for vector in pooled[each.pool][-each.layers :]]
+        return torch.cat(parts, dim=1)
+
+    def _layers(self, imgs: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Prefix and patch tokens of the last blocks behind the final norm, the last at the end."""
+        count = max(each.layers for each in self.sets)
+        if count == 1:
+            tokens = self.vit.forward_features(imgs)
+            return [(tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :])]
+        options = {"norm": True, "output_fmt": "NLC", "intermediates_only": True}
+        if not self.num_prefix_tokens:
+            return [(patches[:, :0], patches) for patches in self.vit.forward_intermediates(imgs, indices=count, **options)]
+        found = self.vit.forward_intermediates(imgs, indices=count, return_prefix_tokens=True, **options)
+        return [(prefix, patches) for patches, prefix in found]
+
+
+@dataclass(frozen=True)
+class SplitFeatures:
+    """Features of one split, memory-mapped. values (N, width) float32, a row an image; known (N,): whether it did decode."""
+
+    values: np.ndarray
+    targets: np.ndarray
+    known: np.ndarray
+
+    def rows(self, indices: np.ndarray | None = None) -> np.ndarray:
+        """The rows among `indices` (by default all) that are known, sorted."""
+        chosen = np.arange(len(self.known)) if indices is None else np.asarray(indices)
+        return chosen[self.known[chosen]]
+
+    def whole(self, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """values (n, width) and targets (n,) of these rows on the device."""
+        targets = torch.from_numpy(self.targets[rows].astype(np.int64))
+        return torch.from_numpy(self.values[rows]).to(device), targets.to(device)
+
+    def chunks(self, rows: np.ndarray, size: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(values (n, width), targets (n,)) on the device, at most `size` rows at a time."""
+        for begin in range(0, len(rows), size):
+            yield self.whole(rows[begin : begin + size], device)
+
+
+def cached_features(
+    model: FrozenFeatures, data: Data, config: ImageConfig, spec: BackboneSpec, device: torch.device, progress: Progress
+) -> dict[str, SplitFeatures]:
+    """Features of "train" and "val" under the evaluation crop, from the cache or made now by all processes together.
+
+    The key: the weights themselves, how images are fed (size, crop, mean, std, precision), which features, and the data's
+    digest. What was made before an interruption is not made again. They lie below $MAE_BENCH_CACHE/features.
+    """
+    key = json_digest(
+        {
+            "version": VERSION,
+            "weights": weights_digest(model.vit),
+            "feed": [
+                config.img_size or spec.img_size,
+                config.crop_pct,
+                spec.mean,
+                spec.std,
+                spec.interpolation,
+                config.amp_dtype,
+            ],
+            "sets": [each.name for each in model.sets],
+            "data": data.report.digest,
+        }
+    )
+    folder = cache_folder() / "features" / key[:32]
+    feed = Feed(config, spec, device)
+    made = {}
+    for split, images, bad in (("train", data.train, data.bad_train), ("val", data.val, data.bad_val)):
+        made[split] = _split(folder / split, model, images, bad, feed, progress, f"features of {split}")
+    return made
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over names and values of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _split(
+    folder: Path, model: FrozenFeatures, images: ImageSource, bad: BadImages, feed: Feed, progress: Progress, stage: str
+) -> SplitFeatures:
+    with ExitStack() as stack:
+        if world().is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(alone(folder / DONE))
+            _reserve(folder, len(images), sum(model.widths))
+        gather_over_ranks(None)  # the others wait until the files are there
+        known = np.load(folder / "known.npy", mmap_mode="r+")
+        if not (folder / DONE).is_file():
+            values = np.load(folder / "values.npy", mmap_mode="r+")
+            _fill(values, known, model, images, bad, feed, progress, stage)
+            gather_over_ranks(None)
+            if world().is_main:
+                write_json(folder / DONE, {"images": len(images), "bad": bad.names})
+        for name, reason in json.loads((folder / DONE).read_text(encoding="utf-8"))["bad"].items() if world().is_main else ():
+            bad.add(name, reason)
+    values = np.load(folder / "values.npy", mmap_mode="r")
+    return SplitFeatures(values, np.asarray(images.targets), np.array(known))
+
+
+def _reserve(folder: Path, count: int, width: int) -> None:
+    """Files of their final size, so that a full disk is met here and not in the middle."""
+    for name, dtype, shape in (("known.npy", np.bool_, (count,)), ("values.npy", np.float32, (count, width))):
+        if (folder / name).is_file():
+            continue
+        part = folder / f"{name}.part"
+        try:
+            array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
+            array.flush()
+            with part.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            if not is_full(error):
+                raise
+            raise UserError(
+                f"no room in {folder} for {count * width * 4 / 2**30:.1f} GiB of features",
+                expected="as much free disk", fix="set MAE_BENCH_CACHE to a folder on a larger disk",
+            ) from error  # fmt: skip
+        part.replace(folder / name)
+
+
+def _fill(
+    values: np.ndarray,
+    known: np.ndarray,
+    model: FrozenFeatures,
+    images: ImageSource,
+    bad: BadImages,
+    feed: Feed,
+    progress: Progress,
+    stage: str,
+) -> None:
+    """This process's share of the rows that nobody has made yet."""
+    left = np.flatnonzero(~known)
+    gather_over_ranks(None)  # all have looked before anyone writes
+    progress.stage(stage, len(left))
+    done = 0
+    for indices, _, imgs in feed.batches(Subset(images, left), bad):
+        rows = left[indices.numpy()]
+        values[rows] = feed.run(model, imgs).cpu().numpy()
+        known[rows] = True
+        done += len(rows) * world().size
+        progress.step(done)
+    share_bad(bad)
+    for array in (values, known):
+        array.flush() if isinstance(array, np.memmap) else None
+
+
+@dataclass(frozen=True)
+class FrozenTask:
+    """A protocol on cached features of one set: what it reads, and how it says what it found."""
+
+    config: ImageConfig
+    job: Job
+    data: Data
+    spec: BackboneSpec
+    report: ConversionReport
+    device: torch.device
+    model: FrozenFeatures
+    features: dict[str, SplitFeatures]
+    main_metric: str
+
+    def outcome(
+        self, metrics: dict[str, Metric], num_samples: int, seconds_eval: float, artefacts: dict[str, str] | None = None
+    ) -> Outcome:
+        """The Outcome on the validation images."""
+        found = outcome_of(
+            metrics, num_samples, self.data, self.spec, self.report, self.job, seconds_eval, main_metric=self.main_metric
+        )
+        cost = found.cost | {"params": float(num_params(self.model)), "gmacs": backbone_gmacs(self.spec, self.config.img_size)}
+        return replace(found, cost=cost, artefacts=found.artefacts | (artefacts or {}))
+
+
+def frozen_task(config: ImageConfig, job: Job, progress: Progress, main_metric: str = "top1") -> FrozenTask:
+    """Checks the data, loads the backbone and brings its features of the config's pooling."""
+    data = open_data(config)
+    device = torch.device(job.device)
+    vit, spec, report = load_at_size(config, job.backbone)
+    model = FrozenFeatures(vit, spec, [FeatureSet(config.global_pool)]).to(device)
+    features = cached_features(model, data, config, spec, device, progress)
+    return FrozenTask(config, job, data, spec, report, device, model, features, main_metric)

@@ -1,0 +1,176 @@
+"""Cached features and what is made of them: nearest neighbours and few labels, against brute force and known answers."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from backbones.load import load_backbone
+from mae_bench.config import build
+from mae_bench.errors import UserError
+from mae_bench.export import write_export
+from mae_bench.job import Outcome
+from mae_bench.progress import Progress
+from tasks.imagenet import features, few_shot, knn
+from tasks.imagenet.config import FewShotConfig, KnnConfig
+from tasks.imagenet.data import open_data
+from tests.tasks.imagenet.toy import SPEC, job, write_backbone, write_images
+
+COMMON: dict[str, Any] = {"protocol": "toy", "crop_pct": 1.0}
+
+
+def run_knn(data: Path, folder: Path, backbone: str, **changes: Any) -> Outcome:
+    values = {"kind": "knn", "data": str(data), **COMMON, "ks": [1, 5], "k": 5, **changes}
+    return knn.run(build(KnnConfig, values, "test"), job(folder, backbone), Progress())
+
+
+def run_few_shot(data: Path, folder: Path, backbone: str, seed: int = 0, **changes: Any) -> Outcome:
+    values = {"kind": "few_shot", "data": str(data), **COMMON, "shots": [1, 3], "shares": [0.5], "score": "3shot", **changes}
+    return few_shot.run(build(FewShotConfig, values, "test"), job(folder, backbone, seed), Progress())
+
+
+class TestCache:
+    @pytest.fixture
+    def passes(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """How many images went through the backbone, a number a batch."""
+        seen: list[int] = []
+        real = features.FrozenFeatures.forward
+
+        def forward(self, imgs):
+            seen.append(len(imgs))
+            return real(self, imgs)
+
+        monkeypatch.setattr(features.FrozenFeatures, "forward", forward)
+        return seen
+
+    def test_one_pass_serves_every_protocol(self, data, tmp_path, backbone, passes):
+        run_knn(data, tmp_path / "a", backbone)
+        assert sum(passes) == 33
+        run_few_shot(data, tmp_path / "b", backbone)
+        run_knn(data, tmp_path / "c", backbone, ks=[3], k=3)
+        assert sum(passes) == 33
+
+    @pytest.mark.parametrize("change", [{"global_pool": "token"}, {"crop_pct": 0.8}, {"img_size": (32, 32)}])
+    def test_another_feed_is_another_entry(self, data, tmp_path, backbone, passes, change):
+        run_knn(data, tmp_path / "a", backbone)
+        run_knn(data, tmp_path / "b", backbone, **change)
+        assert sum(passes) == 66
+
+    def test_other_weights_and_other_data_are_other_entries(self, tmp_path, data, backbone, passes):
+        run_knn(data, tmp_path / "a", backbone)
+        vit, spec, _ = load_backbone(backbone)
+        other = {name: tensor + 1e-3 * (name == "norm.weight") for name, tensor in vit.state_dict().items()}
+        write_export(tmp_path / "other", other, spec, {})
+        run_knn(data, tmp_path / "b", str(tmp_path / "other"))
+        assert sum(passes) == 66
+        run_knn(write_images(tmp_path / "more", 27), tmp_path / "c", backbone)
+        assert sum(passes) == 66 + 36
+
+    def test_an_interrupted_pass_goes_on(self, data, tmp_path, backbone, passes, monkeypatch):
+        real = features.Feed.run
+
+        def fail(self, model, imgs):
+            if sum(passes) >= 16:
+                raise KeyboardInterrupt
+            return real(self, model, imgs)
+
+        monkeypatch.setattr(features.Feed, "run", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run_knn(data, tmp_path / "a", backbone, eval_batch_size=8)
+        monkeypatch.setattr(features.Feed, "run", real)
+        outcome = run_knn(data, tmp_path / "a", backbone, eval_batch_size=8)
+        assert sum(passes) == 33
+        assert outcome.metrics == run_knn(data, tmp_path / "b", backbone, crop_pct=0.999).metrics
+
+    def test_an_image_that_does_not_decode_is_left_out_and_told(self, tmp_path, backbone):
+        root = write_images(tmp_path / "images", 24, 12)
+        (root / "val/class0/0.png").write_bytes(b"no image")
+        for _ in range(2):  # made, then read from the cache
+            outcome = run_knn(root, tmp_path / "a", backbone, max_bad_images=0.2)
+            assert outcome.num_samples == 11
+            assert any("0.png" in note or "1 of 12" in note for note in outcome.notes), outcome.notes
+
+
+class TestKnn:
+    def test_it_equals_brute_force_whatever_the_chunks(self):
+        generator = torch.Generator().manual_seed(0)
+        train, labels = torch.randn(50, 8, generator=generator), torch.randint(0, 4, (50,), generator=generator)
+        queries = torch.randn(7, 8, generator=generator)
+        similarity = F.normalize(queries, dim=1) @ F.normalize(train, dim=1).T
+        for size in (1, 7, 50, 80):
+            chunks = zip(train.split(size), labels.split(size), strict=True)
+            near, found = knn.nearest(queries, chunks, 5)
+            torch.testing.assert_close(near, similarity.topk(5, dim=1).values)
+            top = knn.vote(near, found, 4, 0.07)
+            for i in range(7):
+                votes = torch.zeros(4)
+                for j in similarity[i].topk(5).indices:
+                    votes[labels[j]] += torch.exp(similarity[i, j] / 0.07)
+                assert top[i].tolist()[0] == votes.argmax()
+
+    def test_separable_features_reach_100_for_every_k(self, data, tmp_path, backbone):
+        outcome = run_knn(data, tmp_path / "run", backbone)
+        assert {name: outcome.metrics[name].value for name in ("top1", "top1_k1", "top1_k5")} == dict.fromkeys(
+            ("top1", "top1_k1", "top1_k5"), 100.0
+        )
+        assert outcome.num_samples == 9
+
+    def test_more_neighbours_than_images_is_refused(self, data, tmp_path, backbone):
+        with pytest.raises(UserError, match="k 25 with 24"):
+            run_knn(data, tmp_path / "run", backbone, ks=[5, 25])
+        with pytest.raises(UserError, match="none of ks"):
+            build(KnnConfig, {"kind": "knn", "data": "", **COMMON, "ks": [3], "k": 5}, "test")
+
+
+class TestFewShot:
+    def test_separable_features_need_few_labels(self, data, tmp_path, backbone):
+        outcome = run_few_shot(data, tmp_path / "run", backbone)
+        assert outcome.main_metric == "top1_3shot"
+        assert outcome.metrics["top1_3shot"].value > 90
+        assert outcome.metrics["top1_3shot"].value >= outcome.metrics["top1_1shot"].value
+        draws = json.loads((tmp_path / "run/draws.json").read_text())
+        assert outcome.metrics["top1_1shot"].value == pytest.approx(np.mean(draws["1shot"]))
+        half = 2.7764 * np.std(draws["1shot"], ddof=1) / np.sqrt(5)  # Student's t for 4 degrees of freedom
+        assert outcome.metrics["top1_1shot_margin"].value == pytest.approx(half, rel=1e-3)
+
+    def test_draws_follow_from_the_seed(self, tmp_path, backbone):
+        data = write_images(tmp_path / "hard", 60, 60, signal=8)
+        runs = [run_few_shot(data, tmp_path / name, backbone, seed).metrics for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+        assert runs[0] == runs[1] != runs[2]
+
+    def test_the_solver_finds_the_minimum(self):
+        """At the minimum the gradient of mean cross-entropy + decay / 2 |W|^2 is zero, and the weights shrink with the decay."""
+        x, y = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
+        norms = []
+        for decay, weight in zip([1.0, 0.1, 0.01], few_shot.decay_path(x, y, 3, [1.0, 0.1, 0.01]), strict=True):
+            w = weight.clone().requires_grad_(True)
+            loss = F.cross_entropy(F.linear(x, w[:, :-1], w[:, -1]), y) + decay / 2 * w[:, :-1].square().sum()
+            (gradient,) = torch.autograd.grad(loss, w)
+            assert gradient.abs().max() < 1e-4
+            norms.append(weight[:, :-1].norm().item())
+        assert norms == sorted(norms)
+
+    def test_what_cannot_be_drawn_is_refused(self, data, tmp_path, backbone):
+        with pytest.raises(UserError, match="every training image is drawn"):
+            run_few_shot(data, tmp_path / "a", backbone, shares=[1.0])
+        with pytest.raises(UserError, match="score '7shot'"):
+            run_few_shot(data, tmp_path / "b", backbone, score="7shot")
+
+
+def test_data_of_another_set_is_refused(data):
+    config = build(KnnConfig, {"kind": "knn", "data": str(data), **COMMON, "expect": "imagenet-1k"}, "test")
+    with pytest.raises(UserError, match="3 classes: 1000 of ImageNet-1k are absent"):
+        open_data(config)
+
+
+def test_a_backbone_without_class_token(data, tmp_path):
+    spec = replace(SPEC, num_prefix_tokens=0, pos_embed="learned")
+    source = write_backbone(tmp_path / "export", spec)
+    assert run_knn(data, tmp_path / "a", source).metrics["top1"].value == 100
+    with pytest.raises(UserError, match="global_pool"):
+        run_knn(data, tmp_path / "b", source, global_pool="token")
