@@ -15,7 +15,8 @@ class FeatureMaps(nn.Module):
     """Patch tokens after the blocks `out_indices` (0-based), as maps; build the ViT with `dynamic_img_size=True` for images of
     any size.
 
-    N batch, C channels, H W image, h w grid, D width. The position table is resampled to the image's grid by timm.
+    N batch, C channels, H W image, h w grid, D width. Tables are resampled to the image's grid as the family publishes it
+    (`mae_bench.models.any_size`; timm's own bicubic with antialiasing is 1 % off MAE's in a table from 14 x 14 to 32 x 32).
     """
 
     def __init__(self, vit: ViT, spec: BackboneSpec, out_indices: Sequence[int] | None = None, norm: bool = False):

@@ -1,0 +1,68 @@
+"""Weights that their authors publish themselves, by name: the addresses and checksums stand in official.yaml."""
+
+import difflib
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mae_bench.data.fetch import fetch
+from mae_bench.errors import UserError
+
+
+@dataclass(frozen=True)
+class Official:
+    """format: of `backbones.detect`. weights: which set of the file. checksum: "md5:" or "sha256:" and at least its beginning;
+    "" where none is published. source: who says so."""
+
+    url: str
+    format: str
+    source: str
+    weights: str | None = None
+    checksum: str = ""
+
+
+@cache
+def table() -> dict[str, Official]:
+    """Name -> what is published."""
+    groups: Any = OmegaConf.to_container(OmegaConf.create(files("backbones").joinpath("official.yaml").read_text("utf-8")))
+    return {
+        name: Official(
+            f"{group['base']}/{entry['path']}",
+            group["format"],
+            group["source"],
+            group.get("weights"),
+            entry.get("checksum", ""),
+        )
+        for group in groups
+        for name, entry in group["files"].items()
+    }
+
+
+def fetch_official(name: str) -> tuple[Path, Official]:
+    """The file behind official:NAME, brought into the cache once. UserError for an unknown name, a file that cannot be brought,
+    and one that does not have the published checksum."""
+    if name not in table():
+        near = difflib.get_close_matches(name, table(), n=3, cutoff=0.4)
+        raise UserError(
+            f"no official weights {name!r}",
+            expected=f"one of {len(table())} names, among them {', '.join(near or list(table())[:3])}",
+            fix="weights on a hub are hf:REPO@REVISION or timm:NAME",
+        )
+    entry = table()[name]
+    path = fetch(entry.url)
+    kind, _, published = entry.checksum.partition(":")
+    if published:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, kind).hexdigest()
+        if not found.startswith(published):
+            raise UserError(
+                f"{path} from {entry.url} has {kind} {found}",
+                expected=f"{published}, as its authors publish ({entry.source})",
+                fix="remove the file to fetch it again",
+            )
+    return path, entry
