@@ -1,0 +1,26 @@
+"""mmpretrain: ViT, MAE, MoCo v3, MaskFeat, DeiT III and BEiT as mmpretrain, mmselfsup and mmclassification save them."""
+
+from backbones.open_mmlab import is_segmentation, is_vit
+from backbones.open_mmlab import read as read_open_mmlab
+from backbones.source import Checkpoint
+from backbones.translation import Translation
+
+MAE_DECODER = "neck.decoder_blocks.0.attn.qkv.weight"
+
+
+def fits(checkpoint: Checkpoint) -> bool:
+    """OpenMMLab's names without a mark of mmsegmentation, whose BEiT has the same ones and the same forward."""
+    return is_vit(checkpoint.tensors) and not is_segmentation(checkpoint)
+
+
+def read(checkpoint: Checkpoint) -> Translation:
+    """eps 1e-6 and the mean and std of ImageNet are the library's defaults; the config inside the file goes before them."""
+    result = read_open_mmlab(checkpoint, "mmpretrain")
+    if MAE_DECODER in checkpoint.outside:
+        result.assumed["pretrain_method"] = "mae"
+    if "blocks.0.ls1.gamma" in result.weights and result.facts["options"].get("no_embed_class"):
+        result.assumed["pretrain_method"] = "supervised"
+        result.notes.append(
+            "DeiT III: its blocks are run as they were trained; mmpretrain 1.0's own forward takes a block's first norm twice"
+        )
+    return result

@@ -1,0 +1,45 @@
+"""mmseg: mmsegmentation's VisionTransformer, MAE and BEiT backbones; a plain ViT is written for its VisionTransformer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbones.open_mmlab import VIT, is_segmentation, is_vit
+from backbones.open_mmlab import read as read_open_mmlab
+from backbones.source import SPEC_KEY, Checkpoint
+from backbones.translation import Translation
+from mae_bench.errors import UserError
+from mae_bench.files import write_atomic
+from mae_bench.spec import BackboneSpec
+
+CONFIG = {"final_norm", "pre_norm", "qkv_bias"}  # options of a spec that a config of mmsegmentation can state
+
+
+def fits(checkpoint: Checkpoint) -> bool:
+    """OpenMMLab's names with torch's own attention, or with a segmentation head beside the backbone."""
+    return is_vit(checkpoint.tensors) and is_segmentation(checkpoint)
+
+
+def read(checkpoint: Checkpoint) -> Translation:
+    """A backbone without final norm stays without one: the heads take its maps as they are."""
+    return read_open_mmlab(checkpoint, "mmseg")
+
+
+def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
+    """`{"state_dict": ...}` with bare names, for `backbone=dict(type="VisionTransformer", patch_bias=True, final_norm=True,
+    init_cfg=dict(type="Pretrained", checkpoint=out))`."""
+    if spec.arch != "vit" or set(spec.options) - CONFIG or spec.num_prefix_tokens != 1 or "pos_embed" not in weights:
+        raise UserError(
+            f"a {spec.arch} with {spec.num_prefix_tokens} prefix tokens, {spec.pos_embed} positions and options "
+            f"{sorted(spec.options)} cannot be written as mmseg",
+            expected="a plain ViT with one class token and a position table", fix="write it as mae_bench or timm",
+        )  # fmt: skip
+    if "fc_norm.weight" in weights:
+        raise UserError(
+            "this backbone's last norm stands behind the average pooling (fc_norm); mmsegmentation's ViT has no place for it"
+        )
+    if len(set(spec.patch_size)) > 1 or not float(spec.mlp_ratio).is_integer():
+        raise UserError(f"patches {spec.patch_size}, mlp_ratio {spec.mlp_ratio}", expected="square patches, a whole mlp_ratio")
+    content = {"state_dict": VIT.write(weights), SPEC_KEY: spec.to_dict(), "provenance": provenance}
+    write_atomic(out, lambda file: torch.save(content, file))

@@ -1,0 +1,246 @@
+"""What the ViTs of OpenMMLab's libraries share: tensor names, relative tables, and the training's config inside the file."""
+
+import ast
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from backbones.families import family
+from backbones.naming import Naming
+from backbones.source import Checkpoint
+from backbones.translation import HEAD, Translation
+from mae_bench.errors import UserError
+
+ANCHOR = "layers.0.ffn.layers.0.0.weight"
+GATED = "layers.0.ffn.w12.weight"
+TABLE = "relative_position_bias_table"
+TOP = {
+    "cls_token": "cls_token",
+    "dist_token": "reg_token",  # DeiT's distillation token stands between class token and patches, as a register does
+    "pos_embed": "pos_embed",
+    "patch_embed.projection": "patch_embed.proj",
+    "ln_pre": "norm_pre",  # mmsegmentation
+    "pre_norm": "norm_pre",  # mmpretrain
+    "ln1": "norm",
+    "ln2": "fc_norm",
+    "rel_pos_bias": "rel_pos_bias",
+}
+BLOCK = {
+    "ln1": "norm1",
+    "attn.attn.in_proj_weight": "attn.qkv.weight",
+    "attn.attn.in_proj_bias": "attn.qkv.bias",
+    "attn.attn.out_proj": "attn.proj",
+    "attn.gamma1.weight": "ls1.gamma",
+    "ln2": "norm2",
+    "ffn.layers.0.0": "mlp.fc1",
+    "ffn.layers.1": "mlp.fc2",
+    "ffn.w12": "mlp.fc1",
+    "ffn.w3": "mlp.fc2",
+    "ffn.gamma2.weight": "ls2.gamma",
+}
+DROP = {
+    r"mask_token$": "stands for masked patches in the pretraining: no part of the backbone",
+    r".*relative_position_index$": "which row of a relative table is for which pair of patches: follows from the grid",
+}
+VIT = Naming(TOP, BLOCK, ("layers.{}.",), drop=DROP)
+OUTSIDE = {
+    r"(decode|auxiliary)_head\.": "segmentation head: every task trains its own",
+    r"head\.": HEAD,
+    r"neck\.": "decoder or projection of the pretraining: no part of the backbone",
+    r"target_generator\.": "makes the targets of the pretraining: no part of the backbone",
+    r"(ema_|momentum_)": "a moving average of the weights beside the ones that are read",
+    r"data_preprocessor\.": "mean and std of the images",
+}
+ATTENTION = "attn.qkv.bias"
+# Heads where the width alone does not tell: arch_zoo of mmpretrain's vision_transformer.py, beit.py and deit3.py.
+HEADS = {512: 8, 1408: 16, 1536: 24}
+ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "mmpretrain.QuickGELU": "quick_gelu"}
+SMALL = (768, 8, 8)  # width, depth and heads of the arch "small" there, which is unlike everyone else's ViT-S
+
+
+def is_vit(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether these are the names of an OpenMMLab ViT."""
+    return "patch_embed.projection.weight" in tensors and (ANCHOR in tensors or GATED in tensors)
+
+
+def is_segmentation(checkpoint: Checkpoint) -> bool:
+    """mmsegmentation's mark: torch's own attention in the blocks, or a segmentation head beside the backbone."""
+    heads = any(name.startswith(("decode_head.", "auxiliary_head.")) for name in checkpoint.outside)
+    return heads or "layers.0.attn.attn.in_proj_weight" in checkpoint.tensors
+
+
+def read(checkpoint: Checkpoint, library: str) -> Translation:
+    """Our names, the architecture that the names show, and what the config of the training inside the file says.
+
+    library: its entry in families.yaml. UserError for a config that the model cannot follow.
+    """
+    result = VIT.read(checkpoint.tensors, checkpoint.source)
+    for name in checkpoint.outside:
+        if reason := next((reason for pattern, reason in OUTSIDE.items() if re.match(pattern, name)), None):
+            result.outside[name] = reason
+    result.assumed = family(library)
+    is_beit = any(name.endswith(TABLE) for name in checkpoint.tensors)
+    result.facts = (_beit if is_beit else _plain)(result, checkpoint)
+    if "fc_norm.weight" in result.weights:
+        result.assumed["global_pool"] = "avg"
+        _drop_second_norm(result)
+    result.facts |= _described(config_of(checkpoint.extras), checkpoint.source, result)
+    return result
+
+
+def _plain(result: Translation, checkpoint: Checkpoint) -> dict[str, Any]:
+    weights = result.weights
+    options: dict[str, Any] = {}
+    if "norm.weight" not in weights and "fc_norm.weight" not in weights:
+        options["final_norm"] = False
+    if "norm_pre.weight" in weights:
+        options["pre_norm"] = True
+    elif "patch_embed.proj.bias" not in weights and "patch_embed.proj.weight" in weights:
+        weights["patch_embed.proj.bias"] = weights["patch_embed.proj.weight"].new_zeros(len(weights["patch_embed.proj.weight"]))
+        result.new["patch_embed.proj.bias"] = "zeros: the file's patch embedding has no bias"
+    if "blocks.0.attn.qkv.bias" not in weights:
+        options["qkv_bias"] = False
+    if "blocks.0.ls1.gamma" in weights:
+        options["init_values"] = 1.0  # that there are layer scales; their values are in the file
+    if GATED in checkpoint.tensors:
+        options |= {"mlp_layer": "swiglu_packed", "act_layer": "silu"}
+    if _table_has_no_prefix(weights):
+        options["no_embed_class"] = True
+    result.assumed |= _heads(weights)
+    return {"arch": "vit", "options": options}
+
+
+def _table_has_no_prefix(weights: Mapping[str, torch.Tensor]) -> bool:
+    """DeiT III's table has rows for the patches alone: their number is a square, though there is a class token."""
+    table = weights.get("pos_embed")
+    if table is None or table.ndim != 3 or "cls_token" not in weights:
+        return False
+    return round(table.shape[1] ** 0.5) ** 2 == table.shape[1]
+
+
+def _heads(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    proj = weights.get("patch_embed.proj.weight")
+    width = proj.shape[0] if proj is not None and proj.ndim else 0
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    if (width, depth) == SMALL[:2]:
+        return {"num_heads": SMALL[2]}
+    return {"num_heads": HEADS[width]} if width in HEADS else {}
+
+
+def _beit(result: Translation, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Facts of BEiT's architecture; its attention knows no bias of the keys, which softmax would take out again."""
+    weights = result.weights
+    for name in [name for name in weights if name.endswith(ATTENTION)]:
+        _split_bias(result, name, checkpoint.source)
+    name, table = next((name, tensor) for name, tensor in weights.items() if name.endswith(TABLE))
+    side = round(max(0, len(table) - 3) ** 0.5) if table.ndim == 2 else 0  # (2 grid - 1) squared, and 3 rows for the class token
+    if table.ndim != 2 or side * side != len(table) - 3 or side % 2 == 0:
+        raise UserError(
+            f"{checkpoint.source}: {name} is {tuple(table.shape)}", expected="((2 grid - 1)^2 + 3, heads), of a square grid"
+        )
+    shared = name.startswith("rel_pos_bias.")
+    facts: dict[str, Any] = {
+        "arch": "beit",
+        "num_heads": table.shape[1],
+        "pos_embed": "relative",
+        "options": {
+            "qkv_bias": "blocks.0.attn.q_bias" in weights,
+            "init_values": 1.0 if "blocks.0.gamma_1" in weights else None,
+            "use_abs_pos_emb": "pos_embed" in weights,
+            "use_rel_pos_bias": not shared,
+            "use_shared_rel_pos_bias": shared,
+        },
+    }
+    if "norm.weight" not in weights and "fc_norm.weight" not in weights:
+        facts["options"]["final_norm"] = False
+    proj = weights.get("patch_embed.proj.weight")
+    if proj is not None and proj.ndim == 4:
+        facts["img_size"] = tuple((side + 1) // 2 * patch for patch in proj.shape[2:])
+    return facts
+
+
+def _split_bias(result: Translation, name: str, source: str) -> None:
+    bias = result.weights.pop(name)
+    if bias.ndim != 1 or len(bias) % 3:
+        raise UserError(f"{source}: {name} is {tuple(bias.shape)}", expected="the biases of query, key and value")
+    block = name.removesuffix("qkv.bias")
+    result.weights[block + "q_bias"], _, result.weights[block + "v_bias"] = bias.chunk(3)
+    theirs = next(theirs for theirs, ours in result.renamed.items() if ours == name)
+    result.renamed[theirs] = block + "q_bias"
+    result.reshaped[block + "q_bias"] = "the query's third; the key's shifts a query's logits alike, which softmax takes out"
+    result.new[block + "v_bias"] = f"the value's third of {theirs}"
+
+
+def _drop_second_norm(result: Translation) -> None:
+    """Where a final norm and a norm behind the pooling are both there, the second belongs to the classifier."""
+    if "norm.weight" in result.weights:
+        result.assumed["global_pool"] = "avg"
+        for theirs in [theirs for theirs, ours in result.renamed.items() if ours.startswith("fc_norm.")]:
+            del result.weights[result.renamed.pop(theirs)]
+            result.dropped[theirs] = "a second norm, behind the average pooling: part of the classifier"
+
+
+def config_of(extras: Mapping[str, Any]) -> dict[str, Any]:
+    """The config's text in `meta`, as data: {} where there is none or where it is not made of literals and dict() alone."""
+    meta = extras.get("meta")
+    text = (meta.get("cfg") or meta.get("config")) if isinstance(meta, dict) else None
+    if not isinstance(text, str):
+        return {}
+    try:
+        lines = [(line.targets[0], line.value) for line in ast.parse(text).body if isinstance(line, ast.Assign)]
+        return {name.id: _value(value) for name, value in lines if isinstance(name, ast.Name)}
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}
+
+
+def _value(node: ast.expr) -> Any:
+    """A literal, or a call of dict with keywords; None for whatever else (nothing is run)."""
+    if isinstance(node, ast.Call):
+        is_dict = isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args
+        return {word.arg: _value(word.value) for word in node.keywords} if is_dict else None
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_value(item) for item in node.elts]
+    if isinstance(node, ast.Dict):
+        pairs = zip(node.keys, node.values, strict=True)
+        return {key.value: _value(value) for key, value in pairs if isinstance(key, ast.Constant)}
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None
+
+
+def _described(config: dict[str, Any], source: str, result: Translation) -> dict[str, Any]:
+    """Facts of a config: heads, eps, mean and std; the activation becomes an option. UserError for an unknown activation."""
+    backbone = _inside(config, "model", "backbone")
+    facts: dict[str, Any] = {}
+    arch = backbone.get("arch")
+    for told in (arch.get("num_heads") if isinstance(arch, dict) else None, backbone.get("num_heads")):
+        if isinstance(told, int) and not isinstance(told, bool):
+            facts["num_heads"] = told
+    if isinstance(eps := _inside(backbone, "norm_cfg").get("eps"), float):
+        facts["norm_eps"] = eps
+    for layers in (backbone, _inside(backbone, "layer_cfgs")):
+        activation = _inside(layers, "act_cfg").get("type", "GELU")
+        if activation not in ACTIVATIONS:
+            raise UserError(f"{source}: its config's activation is {activation!r}", expected=f"one of {', '.join(ACTIVATIONS)}")
+        if activation != "GELU":
+            result.facts["options"]["act_layer"] = ACTIVATIONS[activation]
+    for place in (config.get("img_norm_cfg"), config.get("data_preprocessor"), _inside(config, "model").get("data_preprocessor")):
+        if isinstance(place, dict):
+            facts |= {key: tuple(x / 255 for x in place[key]) for key in ("mean", "std") if _is_color(place.get(key))}
+    if facts:
+        result.notes.append(f"{', '.join(sorted(facts))}: as in the config inside the file")
+    return facts
+
+
+def _inside(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    value: Any = config
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _is_color(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(x, int | float) for x in value)
