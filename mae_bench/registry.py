@@ -16,6 +16,7 @@ class Kind:
     emits_backbone: the job ends with `export/` in its folder, which other jobs load as a backbone.
     extra: the optional set of packages that it needs ("" for the core), a key of EXTRAS.
     distributed: several processes can run it together, each on its GPU.
+    of: what its records say under `task`, where that is not the layout.
     version: raised when a change of its code changes its results: cells that an older version finished are then run again.
     """
 
@@ -26,11 +27,12 @@ class Kind:
     extra: str = ""
     version: int = 1
     distributed: bool = False
+    of: str = ""
 
     @property
     def task(self) -> str:
         """What its records and failures say under `task`."""
-        return "pretrain" if self.emits_backbone else self.layout
+        return "pretrain" if self.emits_backbone else self.of or self.layout
 
 
 KINDS: dict[str, Kind] = {
@@ -52,6 +54,12 @@ KINDS: dict[str, Kind] = {
     ),
     "knn": Kind("tasks.imagenet.config:KnnConfig", "tasks.imagenet.knn:run", "imagenet", distributed=True),
     "few_shot": Kind("tasks.imagenet.config:FewShotConfig", "tasks.imagenet.few_shot:run", "imagenet", distributed=True),
+    "eval_only": Kind(
+        "tasks.imagenet.config:EvalOnlyConfig", "tasks.imagenet.eval_only:run", "imagenet_val", distributed=True, of="imagenet"
+    ),
+    "robustness": Kind(
+        "tasks.imagenet.config:RobustnessConfig", "tasks.imagenet.robustness:run", "image_sets", distributed=True, of="imagenet"
+    ),
     "maskrcnn": Kind("tasks.coco.config:MaskRCNNConfig", "tasks.coco.maskrcnn:run", "coco", extra="coco"),
     "upernet": Kind("tasks.ade20k.config:UPerNetConfig", "tasks.ade20k.upernet:run", "ade20k", extra="ade20k"),
 }

@@ -19,7 +19,11 @@ from mae_bench.registry import KINDS, kind, load_object
 
 CELLS = "cells"  # the folder of a suite's cells
 Place = tuple[Layout, str]  # a layout and the folder that holds data in it
-DATA_KEYS: dict[str, tuple[str, ...]] = {"images": ("pretrain", "imagenet")}  # what names a layout's folder, if not itself
+DATA_KEYS: dict[str, tuple[str, ...]] = {  # what names a layout's folder, if not itself
+    "images": ("pretrain", "imagenet"),
+    "imagenet_val": ("imagenet",),
+    "image_sets": ("imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2", "imagenet-c"),
+}
 
 
 class SuiteConfig(Config):
@@ -103,7 +107,7 @@ def _fill_data(job: Any, data: dict[str, Any]) -> None:
     name = job.get("kind") if isinstance(job, dict) else None
     layout = KINDS[name].layout if isinstance(name, str) and name in KINDS else ""
     if layout and job.get("data", "???") == "???":
-        root, keys = data.get("root"), _data_keys(layout)
+        root, keys = data.get("root"), (job["set"],) if job.get("set") in _data_keys(layout) else _data_keys(layout)
         named = [data[key] for key in keys if data.get(key)]
         folder = named[0] if named else f"{root}/{keys[-1]}" if root and root != "???" else None
         if folder in (None, "???"):

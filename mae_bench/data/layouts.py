@@ -21,19 +21,23 @@ from mae_bench.data.shards import is_pattern
 from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
 
-Layout = Literal["imagenet", "coco", "ade20k", "images"]
+Layout = Literal["imagenet", "coco", "ade20k", "images", "imagenet_val", "image_sets"]
 
 EXPECTED: dict[str, str] = {
     "imagenet": "train/CLASS/NAME.JPEG and val/CLASS/NAME.JPEG, or train.tar and val.tar with members CLASS/NAME.JPEG, "
     "or a packed, Arrow or Parquet set or shards, with labels",
+    "imagenet_val": "val/CLASS/NAME.JPEG, or val.tar, or any form that imagenet may have; a train split need not be there",
+    "image_sets": "CLASS/NAME.JPEG, or CORRUPTION/SEVERITY/CLASS/NAME.JPEG as ImageNet-C",
     "images": "images at any depth, in train/ (and val/) or in the folder itself; or a set in any form that imagenet may have",
     "coco": "train2017/*.jpg, val2017/*.jpg and annotations/instances_{train,val}2017.json",
     "ade20k": "images/{training,validation}/*.jpg, annotations/{training,validation}/*.png and objectInfo*.txt",
 }
-SOURCES = ("imagenet", "images")  # what open_images reads, in any of its forms
+SOURCES = ("imagenet", "images", "imagenet_val")  # what open_images reads, in any of its forms
 MARKS: dict[str, tuple[str, ...]] = {  # one of them is there: this is, or was meant to be, the layout's root
     "imagenet": ("train", "val", "train.tar", "val.tar"),
     "images": ("train", "train.tar"),
+    "imagenet_val": ("val", "val.tar"),
+    "image_sets": (".",),
     "coco": ("annotations/instances_train2017.json", "annotations/instances_val2017.json", "train2017", "val2017"),
     "ade20k": ("images/training", "images/validation", "annotations/training", "annotations/validation"),
 }
@@ -375,8 +379,39 @@ def _check_map(image_path: Path, path: Path, num_classes: int) -> None:
         raise UserError(f"{image_path} or its label map {path} cannot be read: {error}", expected="whole images") from error
 
 
+def _check_imagenet_val(root: str | Path, thorough: bool) -> Content:
+    source = _open_split(root, "val", thorough)
+    return Content({"val": len(source)}, tuple(_classes(root, "val", source)), set_digest({"val": source}))
+
+
+def _check_image_sets(root: Path, thorough: bool) -> Content:
+    sources = {name: open_images(path, "train", refresh=thorough) for name, path in image_sets(root).items()}
+    classes = {name: tuple(source.classes) for name, source in sources.items()}
+    first = next(iter(classes))
+    if classes[first] == ("",):
+        raise UserError(f"{root / first} has no class folders; found: {_listing(root)}", expected=EXPECTED["image_sets"])
+    if odd := [name for name, found in classes.items() if found != classes[first]]:
+        raise UserError(
+            f"{root}: {odd[0]} has other classes than {first}: {_shown(set(classes[odd[0]]) ^ set(classes[first]))}",
+            expected="the same classes in every set",
+        )
+    return Content({name: len(source) for name, source in sources.items()}, classes[first], set_digest(sources))
+
+
+def image_sets(root: Path) -> dict[str, Path]:
+    """The folders of classes below `root`: itself (as "."), or CORRUPTION/SEVERITY of ImageNet-C where severities are numbers."""
+    found = {
+        f"{corruption.name}/{severity.name}": severity
+        for corruption in sorted(path for path in root.iterdir() if path.is_dir())
+        for severity in sorted(path for path in corruption.iterdir() if path.is_dir() and path.name.isdigit())
+    }
+    return found or {".": root}
+
+
 CHECKS: dict[str, Callable[[Any, bool], Content]] = {
     "imagenet": _check_imagenet,
+    "imagenet_val": _check_imagenet_val,
+    "image_sets": _check_image_sets,
     "coco": _check_coco,
     "ade20k": _check_ade20k,
     "images": _check_images,

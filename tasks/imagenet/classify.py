@@ -25,7 +25,7 @@ from mae_bench.models.vit import ViT
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
-from tasks.imagenet.config import ClassifyConfig, EvalConfig, ImageConfig
+from tasks.imagenet.config import ClassifyConfig, EvalConfig, ImageConfig, PooledConfig
 from tasks.imagenet.data import Data
 from tasks.imagenet.evaluate import Feed, predict_images, watch_epochs
 
@@ -61,20 +61,26 @@ class Classifier(nn.Module):
         return self.head(self.features(imgs))
 
 
-def require_vit(config: ImageConfig, spec: BackboneSpec) -> tuple[int, int]:
+def size_of(config: ImageConfig, spec: BackboneSpec) -> tuple[int, int]:
     """The image size of the protocol; one that the patch does not divide raises UserError."""
     size = config.img_size or spec.img_size
     if any(side % patch for side, patch in zip(size, spec.patch_size, strict=True)):
         raise UserError(f"img_size {size} with a patch of {spec.patch_size}", expected="sides that the patch divides")
-    if spec.num_prefix_tokens == 0 and config.global_pool == "token":
-        raise UserError("global_pool=token with a backbone that has no class token", expected="global_pool=avg for this backbone")
     return size
+
+
+def require_pool(pool: str, spec: BackboneSpec) -> None:
+    """UserError where the class token is asked for and there is none."""
+    if spec.num_prefix_tokens == 0 and pool == "token":
+        raise UserError("global_pool=token with a backbone that has no class token", expected="global_pool=avg for this backbone")
 
 
 def load_at_size(config: ImageConfig, source: str, drop_path_rate: float = 0.0) -> tuple[ViT, BackboneSpec, ConversionReport]:
     """The backbone behind a SOURCE, its position table resampled to the protocol's image size."""
     vit, spec, report = load_backbone(source, drop_path_rate=drop_path_rate)
-    img_size = require_vit(config, spec)
+    if isinstance(config, PooledConfig):
+        require_pool(config.global_pool, spec)
+    img_size = size_of(config, spec)
     if img_size != spec.img_size:
         vit, spec, report = load_backbone(source, drop_path_rate=drop_path_rate, img_size=img_size)
     return vit, spec, report

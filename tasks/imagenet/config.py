@@ -16,7 +16,6 @@ class ImageConfig(JobConfig):
     img_size: tuple[int, int] | None = None
     crop_pct: float = Field(0.875, gt=0, le=1, description="evaluation resizes the short side to img_size / crop_pct")
     eval_batch_size: int = Field(256, gt=0)
-    global_pool: Pool = "avg"
     amp_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
     expect: Literal["imagenet-1k"] | None = Field(
@@ -24,7 +23,13 @@ class ImageConfig(JobConfig):
     )
 
 
-class EvalConfig(TrainConfig, ImageConfig):
+class PooledConfig(ImageConfig):
+    """What protocols that pool a backbone's tokens themselves share."""
+
+    global_pool: Pool = "avg"
+
+
+class EvalConfig(TrainConfig, PooledConfig):
     """What every protocol that trains shares."""
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -72,6 +77,10 @@ class FinetuneConfig(ClassifyConfig):
 
     kind: Literal["finetune"]
     layer_decay: float = Field(0.75, gt=0, le=1)
+    export_classifier: bool = Field(
+        False,
+        description="keep the fine-tuned model as `classifier/` in the cell's folder, a checkpoint for eval_only and robustness",
+    )
 
 
 class LinearProbeConfig(EvalConfig):
@@ -106,7 +115,7 @@ class LinearProbeConfig(EvalConfig):
         return max(1, len(self.lrs)) * max(1, len(self.pools)) * len(self.layers)
 
 
-class KnnConfig(ImageConfig):
+class KnnConfig(PooledConfig):
     """Weighted nearest neighbours on frozen features (DINO, arXiv 2104.14294, section 4.1 and appendix)."""
 
     kind: Literal["knn"]
@@ -122,7 +131,7 @@ class KnnConfig(ImageConfig):
         return self
 
 
-class FewShotConfig(ImageConfig):
+class FewShotConfig(PooledConfig):
     """A linear classifier on frozen features of few labelled images, drawn several times."""
 
     kind: Literal["few_shot"]
@@ -133,3 +142,17 @@ class FewShotConfig(ImageConfig):
     weight_decays: list[Annotated[float, Field(gt=0)]] = Field(
         [1e-4, 1e-3, 1e-2, 1e-1, 1.0], min_length=1, description="chosen on training images that were not drawn"
     )
+
+
+class EvalOnlyConfig(ImageConfig):
+    """A classifier as it is, on the validation images; `data` needs no train split."""
+
+    kind: Literal["eval_only"]
+    real: str | None = Field(None, description="ReaL's labels (real.json, arXiv 2006.07159): top1_real is told too")
+
+
+class RobustnessConfig(ImageConfig):
+    """A classifier of ImageNet-1k as it is, on images that its training did not see the like of (`data` is that set's folder)."""
+
+    kind: Literal["robustness"]
+    set: Literal["imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2", "imagenet-c"]

@@ -1,6 +1,7 @@
 """The data of an ImageNet protocol: both splits, checked before anything is trained, and the budget of images that may be bad."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from timm.data import ImageNetInfo
@@ -42,14 +43,15 @@ def open_data(config: ImageConfig) -> Data:
     return Data(report, train, val, BadImages(config.max_bad_images, len(train)), BadImages(config.max_bad_images, len(val)))
 
 
-def imagenet_classes() -> list[str]:
+@cache
+def imagenet_classes() -> tuple[str, ...]:
     """The 1000 WordNet ids of ImageNet-1k in the order of their labels, as timm lists them."""
-    return list(ImageNetInfo("imagenet-1k").label_names())
+    return tuple(ImageNetInfo("imagenet-1k").label_names())
 
 
-def require_imagenet(report: LayoutReport) -> None:
+def require_imagenet(report: LayoutReport, splits: tuple[str, ...] = ("train", "val")) -> None:
     """UserError unless classes, their order and the splits' sizes are those of ImageNet-1k; it names the difference."""
-    known, found = imagenet_classes(), list(report.classes)
+    known, found = imagenet_classes(), report.classes
     fix = "give the folder of ImageNet-1k, or set expect=null for another data set"
     if found != known:
         absent, strange = sorted(set(known) - set(found)), sorted(set(found) - set(known))
@@ -58,5 +60,5 @@ def require_imagenet(report: LayoutReport) -> None:
             f"({', '.join(absent[:3]) or 'none'}), {len(strange)} are not of it ({', '.join(strange[:3]) or 'none'})",
             expected="the 1000 classes of ImageNet-1k by their WordNet ids", fix=fix,
         )  # fmt: skip
-    if report.splits != IMAGENET_SIZES:
-        raise UserError(f"{report.root} has {report.splits} images", expected=f"{IMAGENET_SIZES}", fix=fix)
+    if report.splits != (sizes := {split: IMAGENET_SIZES[split] for split in splits}):
+        raise UserError(f"{report.root} has {report.splits} images", expected=f"{sizes}", fix=fix)

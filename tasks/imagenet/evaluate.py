@@ -14,6 +14,7 @@ from torch import nn
 from backbones.report import ConversionReport
 from mae_bench.cost import backbone_gmacs, num_params, peak_memory_mib
 from mae_bench.data.images import BadImages, ImageSource
+from mae_bench.data.layouts import LayoutReport
 from mae_bench.data.loader import evaluation_batches
 from mae_bench.data.transforms import eval_transform, normalize
 from mae_bench.engine.distributed import gather_over_ranks, sum_over_ranks, world
@@ -193,7 +194,7 @@ def score(
     """Evaluates a trained model and says everything that is known of the cell. Main metric top1, of the last epoch."""
     began = time.monotonic()
     metrics, num_samples = evaluate(model, data, config, spec, job, progress)
-    outcome = outcome_of(metrics, num_samples, data, spec, report, job, time.monotonic() - began)
+    outcome = outcome_of(metrics, num_samples, data.report, spec, report, job, time.monotonic() - began, notes=data.notes)
     return trained_outcome(outcome, trainer, num_params(model), backbone_gmacs(spec, config.img_size), job)
 
 
@@ -212,27 +213,29 @@ def trained_outcome(outcome: Outcome, trainer: Trainer, params: int, gmacs: floa
 def outcome_of(
     metrics: dict[str, Metric],
     num_samples: int,
-    data: Data,
+    data: LayoutReport,
     spec: BackboneSpec,
     report: ConversionReport,
     job: Job,
     seconds_eval: float,
     main_metric: str = "top1",
+    *,
+    notes: list[str],
 ) -> Outcome:
-    """The Outcome of a protocol on the validation images."""
+    """The Outcome of a protocol on a set of images."""
     files = {"predictions": PREDICTIONS_FILE, "epochs": EPOCHS_FILE}
     return Outcome(
         task="imagenet",
-        dataset=data.report.name,
+        dataset=data.name,
         split="val",
         num_samples=num_samples,
         metrics=metrics,
         main_metric=main_metric,
-        data_digest=data.report.digest,
+        data_digest=data.digest,
         backbone_spec=spec.to_dict(),
         backbone_digest=report.digest,
         conversion_report=report.to_dict(),
         cost={"seconds_eval": seconds_eval, "peak_memory_mib": peak_memory_mib(torch.device(job.device))},
-        notes=data.notes,
+        notes=notes,
         artefacts={name: file for name, file in files.items() if (job.dir / file).is_file()},
     )

@@ -29,7 +29,7 @@ from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
 from tasks.imagenet.classify import load_at_size
-from tasks.imagenet.config import ImageConfig, Pool
+from tasks.imagenet.config import Pool, PooledConfig
 from tasks.imagenet.data import Data, open_data
 from tasks.imagenet.evaluate import Feed, outcome_of, share_bad
 
@@ -115,7 +115,7 @@ class SplitFeatures:
 
 
 def cached_features(
-    model: FrozenFeatures, data: Data, config: ImageConfig, spec: BackboneSpec, device: torch.device, progress: Progress
+    model: FrozenFeatures, data: Data, config: PooledConfig, spec: BackboneSpec, device: torch.device, progress: Progress
 ) -> dict[str, SplitFeatures]:
     """Features of "train" and "val" under the evaluation crop, from the cache or made now by all processes together.
 
@@ -229,7 +229,7 @@ def _fill(
 class FrozenTask:
     """A protocol on cached features of one set: what it reads, and how it says what it found."""
 
-    config: ImageConfig
+    config: PooledConfig
     job: Job
     data: Data
     spec: BackboneSpec
@@ -244,13 +244,21 @@ class FrozenTask:
     ) -> Outcome:
         """The Outcome on the validation images."""
         found = outcome_of(
-            metrics, num_samples, self.data, self.spec, self.report, self.job, seconds_eval, main_metric=self.main_metric
+            metrics,
+            num_samples,
+            self.data.report,
+            self.spec,
+            self.report,
+            self.job,
+            seconds_eval,
+            self.main_metric,
+            notes=self.data.notes,
         )
         cost = found.cost | {"params": float(num_params(self.model)), "gmacs": backbone_gmacs(self.spec, self.config.img_size)}
         return replace(found, cost=cost, artefacts=found.artefacts | (artefacts or {}))
 
 
-def frozen_task(config: ImageConfig, job: Job, progress: Progress, main_metric: str = "top1") -> FrozenTask:
+def frozen_task(config: PooledConfig, job: Job, progress: Progress, main_metric: str = "top1") -> FrozenTask:
     """Checks the data, loads the backbone and brings its features of the config's pooling."""
     data = open_data(config)
     device = torch.device(job.device)

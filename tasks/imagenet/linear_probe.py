@@ -173,8 +173,9 @@ def run(config: LinearProbeConfig, job: Job, progress: Progress) -> Outcome:
     share_bad(data.bad_val)
     if world().is_main:
         found.save(job.dir / PREDICTIONS_FILE)
-    outcome = outcome_of(found.metrics(), len(found.targets), data, spec, report, job, time.monotonic() - began)
-    outcome = replace(outcome, notes=[*told, *outcome.notes], artefacts=outcome.artefacts | {"heads": HEADS_FILE})
+    seconds, notes = time.monotonic() - began, [*told, *data.notes]
+    outcome = outcome_of(found.metrics(), len(found.targets), data.report, spec, report, job, seconds, notes=notes)
+    outcome = replace(outcome, artefacts=outcome.artefacts | {"heads": HEADS_FILE})
     params = num_params(vit) + num_params(probe.heads[place])
     return trained_outcome(outcome, trainer, params, backbone_gmacs(spec, config.img_size), job)
 

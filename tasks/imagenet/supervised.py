@@ -13,7 +13,7 @@ from mae_bench.export import EXPORT, write_export
 from mae_bench.job import Job, Outcome
 from mae_bench.models.vit import build_vit
 from mae_bench.progress import Progress
-from tasks.imagenet.classify import Classifier, require_vit, train_classifier
+from tasks.imagenet.classify import Classifier, require_pool, size_of, train_classifier
 from tasks.imagenet.config import SupervisedConfig
 from tasks.imagenet.data import open_data
 from tasks.imagenet.evaluate import score
@@ -28,7 +28,8 @@ def run(config: SupervisedConfig, job: Job, progress: Progress) -> Outcome:
     device = torch.device(job.device)
     seed_everything(seed_of(job.seed, 0, -3))
     spec = config.model.spec(pretrain_method="supervised", pretrain_data=data.report.name, global_pool=config.global_pool)
-    require_vit(config, spec)
+    size_of(config, spec)
+    require_pool(config.global_pool, spec)
     vit = build_vit(spec, global_pool="token", drop_path_rate=config.drop_path)
     model = Classifier(vit, spec, data.num_classes, config.global_pool, fc_norm=False).to(device)
     optimizer = make_adamw(config, finetune_no_decay)
