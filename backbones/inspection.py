@@ -1,4 +1,4 @@
-"""What is in a checkpoint: its format, architecture, sizes, digest, contents, spec and report, as JSON or for a terminal."""
+"""What is in a checkpoint: its format, architecture, sizes, digests, contents, spec and report, as JSON or for a terminal."""
 
 import argparse
 import math
@@ -13,52 +13,101 @@ from rich.table import Table
 from rich.text import Text
 
 from backbones.load import make_report, translate
+from backbones.origins import family_of, origins, published
 from backbones.source import Checkpoint, open_source
+from backbones.unwrap import SeveralSets
+from mae_bench.errors import UserError
+from mae_bench.models.vit import ARCHS
 from mae_bench.spec import BackboneSpec
 
 NAMES = {(192, 12): "ViT-Ti", (384, 12): "ViT-S", (768, 12): "ViT-B", (1024, 24): "ViT-L", (1280, 32): "ViT-H"}  # (width, depth)
-PARTS = {r"decoder|mask_token": "decoder", r"head\.": "head"}  # what a key's beginning says that it belongs to
+PARTS = {  # what a component of a dropped tensor's name says that it belongs to; the first that fits
+    r"(^|\.)decoder": "decoder",
+    r"(^|\.)mask_token": "mask token",
+    r"(^|\.)(\w*head\w*|classifier|fc|lm_head|projector|predictor|visual_projection)\.": "head",
+    r"(^|\.)(text_model|transformer|token_embedding|text_projection)(\.|$)": "text tower",
+}
+STATES = ("optimizer", "optimizer_states", "optim", "scaler", "loss_scaler", "lr_schedulers", "scheduler", "amp")  # of a training
 
 
 def inspect_checkpoint(
-    source: str | Path, format: str | None = None, overrides: Mapping[str, Any] | None = None, weights: str | None = None
+    source: str | Path,
+    format: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    weights: str | None = None,
+    *,
+    trust: bool = False,
 ) -> dict[str, Any]:
-    """A JSON-ready description of a checkpoint; everything that `load_backbone` refuses raises the same UserError here."""
-    checkpoint = open_source(source, weights=weights)
+    """A JSON-ready description of a checkpoint; everything that `load_backbone` refuses raises the same UserError here.
+
+    A file with several sets of ViT weights, of which `weights` names none, is described by the list of them (`sets`).
+    """
+    try:
+        checkpoint = open_source(source, weights=weights, trust=trust)
+    except SeveralSets as several:
+        if weights is not None:
+            raise
+        return _describe_sets(source, several.labels, format, overrides, trust)
     name, translation, spec = translate(checkpoint, format, overrides)
+    report = make_report(checkpoint, name, translation).to_dict()
     return {
         "source": checkpoint.source,
         "format": name,
         "architecture": architecture(spec),
+        "weights": checkpoint.label,
         "sha256": checkpoint.digest,
+        "files": checkpoint.files,
         "bytes": checkpoint.size,
         "tensors": len(checkpoint.stored),
         "dtypes": dict(Counter(str(t.dtype).removeprefix("torch.") for t in checkpoint.stored.values())),
         "parameters": {
             "backbone": sum(tensor.numel() for tensor in translation.weights.values()),
-            **_parts(checkpoint),
+            **_parts(checkpoint, report["dropped"]),
         },
+        "training_state": [key for key in checkpoint.extras if key in STATES],
         "wrapper": checkpoint.wrapper,
         "extras": {str(key): _summary(value) for key, value in checkpoint.extras.items()},
         "spec": spec.to_dict(),
-        "report": make_report(checkpoint, name, translation).to_dict(),
+        "origins": origins(name, translation, checkpoint, spec, overrides),
+        "published": published(family_of(name, translation.assumed)),
+        "report": report,
     }
 
 
+def _describe_sets(
+    source: str | Path, labels: list[str], format: str | None, overrides: Mapping[str, Any] | None, trust: bool
+) -> dict[str, Any]:
+    """Each set by what `--weights` calls it, with what it is or why it cannot be read."""
+    rows: list[dict[str, Any]] = []
+    told: dict[str, Any] = {}
+    for label in labels:
+        try:
+            told = inspect_checkpoint(source, format, overrides, label, trust=trust)
+            rows.append({key: told[key] for key in ("weights", "format", "architecture", "tensors", "parameters")})
+        except UserError as error:
+            rows.append({"weights": label, "error": error.given, "fix": error.fix})
+    file = {key: told[key] for key in ("sha256", "files", "bytes") if told}
+    return {"source": str(source), **file, "sets": rows}
+
+
 def architecture(spec: BackboneSpec) -> str:
-    """ViT-B/16 and its like, else the widths; a timm name as it is."""
-    if spec.arch != "vit":
+    """ViT-B/16 and its like, else the widths; with the class that builds it unless that is "vit"; a timm name as it is."""
+    if spec.arch not in ARCHS:
         return spec.arch
     patch = "x".join(map(str, dict.fromkeys(spec.patch_size)))
-    name = NAMES.get((spec.embed_dim, spec.depth), f"ViT (width {spec.embed_dim}, depth {spec.depth}, {spec.num_heads} heads)")
-    return f"{name}/{patch}"
+    widths = f"width {spec.embed_dim}, depth {spec.depth}, {spec.num_heads} heads"
+    name = NAMES.get((spec.embed_dim, spec.depth), f"ViT ({widths})")
+    return f"{name}/{patch}" + ("" if spec.arch == "vit" else f" as {spec.arch}")
 
 
-def _parts(checkpoint: Checkpoint) -> dict[str, int]:
+def _parts(checkpoint: Checkpoint, dropped: Mapping[str, str]) -> dict[str, int]:
+    """Parameters of what is left out, by what it belongs to."""
     parts: Counter[str] = Counter()
-    for key, tensor in checkpoint.stored.items():
-        if part := next((part for pattern, part in PARTS.items() if re.match(pattern, key)), None):
-            parts[part] += tensor.numel()
+    stored = checkpoint.stored
+    for key in dropped:
+        part = next((part for pattern, part in PARTS.items() if re.search(pattern, key)), "other")
+        if stored[key].is_floating_point():  # else an index or a counter
+            parts[part] += stored[key].numel()
     return dict(parts)
 
 
@@ -74,12 +123,14 @@ def _summary(value: Any) -> Any:
 
 
 def render(inspection: Mapping[str, Any]) -> RenderableType:
-    """The description for a terminal: a table of what it is, one of the spec, and what became of the keys."""
+    """The description for a terminal: what it is, the spec with its origins, what became of the keys; or the sets to choose."""
+    if "sets" in inspection:
+        return _render_sets(inspection)
     facts = _table(
         {
             "format": inspection["format"],
             "architecture": inspection["architecture"],
-            "sha256": inspection["sha256"],
+            **{f"sha256 of {name}": digest for name, digest in (inspection["files"] or {"it": inspection["sha256"]}).items()},
             "size": f"{inspection['bytes'] / 2**20:.1f} MiB, {inspection['tensors']} tensors, {', '.join(inspection['dtypes'])}",
             **{f"{part} parameters": f"{count:,}" for part, count in inspection["parameters"].items()},
             **{f"also in the file: {key}": value for key, value in inspection["extras"].items()},
@@ -94,13 +145,38 @@ def render(inspection: Mapping[str, Any]) -> RenderableType:
         **{f"reshaped: {what}": f"{count} tensors" for what, count in Counter(report["reshaped"].values()).items()},
         **{f"note {number}": note for number, note in enumerate(report["notes"], 1)},
     }
-    return Group(facts, _table(inspection["spec"], "spec"), _table(account, "keys"))
+    spec = {key: (value, inspection["origins"][key]) for key, value in inspection["spec"].items()}
+    return Group(facts, _table(spec, "spec"), _table(account, "keys"))
 
 
-def _table(rows: Mapping[str, Any], title: str) -> Table:
-    table = Table(title=Text(title, style="bold"), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+def _render_sets(inspection: Mapping[str, Any]) -> RenderableType:
+    """A row a set; one that cannot be read says why."""
+    rows = {
+        f"--weights {found['weights'] or repr('')}": found.get("error")
+        or (f"{found['format']}, {found['architecture']}", f"{found['parameters']['backbone']:,} parameters")
+        for found in inspection["sets"]
+    }
+    title = f"{inspection['source']} holds {len(rows)} sets of ViT weights; say which with"
+    return Group(_table(rows, title), _table(inspection.get("files", {}), "sha256"))
+
+
+def render_published(found: Mapping[str, Any]) -> RenderableType:
+    """How the family's authors feed it, for beside a suggestion; one line where the family is not known."""
+    if not found:
+        return Text("No published values are known for these weights.")
+    rows = {key: value for key, value in found.items() if key not in ("family", "source")}
+    return _table(rows, f"published for {found['family']}: {found['source']}")
+
+
+def _table(rows: Mapping[str, Any], title: str) -> RenderableType:
+    """Names and values; a tuple is several columns."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column()
-    table.add_column(overflow="fold")  # a digest is worth nothing cut short
     for name, value in rows.items():
-        table.add_row(Text(name, style="cyan"), Text(str(value)))  # Text: names in a file may look like markup
-    return table
+        cells = value if isinstance(value, tuple) else (value,)
+        while len(table.columns) <= len(cells):
+            table.add_column(overflow="fold")  # a digest is worth nothing cut short
+        table.add_row(
+            Text(name, style="cyan"), *(Text(str(cell)) for cell in cells)
+        )  # Text: names in a file may look like markup
+    return Group(Text(f"\n{title}", style="bold"), table)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 FAILED, WRONG_USE, STOPPED = 1, 2, 130  # exit codes; 130 is the shell's for SIGINT
 DEMO = "suites/demo.yaml"
 WIDTH = 100  # columns of a table that goes into a file
-GENERAL = ("", "export", "cells", "backbone.safetensors", "mae.safetensors", "model.safetensors", "pytorch_model.bin")  # no names
 
 app = typer.Typer(name="mae-bench", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="Prepare, pack and check data.")
@@ -38,6 +37,12 @@ Out = Annotated[Path | None, typer.Option("--out", help="Where everything is wri
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Worker processes at a time.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read, and nothing else, on stdout.")]
 Format = Annotated[str | None, typer.Option("--format", help="The checkpoint's format, where the file alone cannot decide.")]
+Weights = Annotated[
+    str | None, typer.Option("--weights", help="Which set of weights, where the file holds several; `inspect` lists them.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Run the pickle of a file that is more than data, in a process without network.")
+]
 Fields = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="What the file does not tell of the backbone, e.g. num_heads=6.")
 ]
@@ -131,38 +136,42 @@ def pretrain(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[list[str], typer.Option("--checkpoint", help="What `inspect` reads; give it again for more rows.")],
+    checkpoint: Annotated[
+        list[str],
+        typer.Option(
+            "--checkpoint", help="What `inspect` reads, a pattern in quotes ('ckpts/*.pth'), or a YAML list; repeatable."
+        ),
+    ],
     tasks: Annotated[str, typer.Option("--tasks", help="Names below configs/tasks, or YAML files, separated by commas.")],
     overrides: Overrides = None,
     out: Out = None,
     jobs: Jobs = None,
+    format: Format = None,
+    weights: Weights = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Transfer given checkpoints to given tasks; where the data is: data.root=PATH, or data.imagenet=PATH and its like."""
-    _run(lambda: _suite_of(checkpoint, tasks), overrides, out, jobs, as_json)
+    """Transfer given checkpoints to given tasks; where the data is: data.root=PATH, or data.imagenet=PATH and its like.
+
+    --format, --weights and --trust hold for all that is no YAML list; a list's rows have their own.
+    """
+    options: dict[str, Any] = {"format": format, "weights": weights, "trust": trust or None}
+    chosen = {key: value for key, value in options.items() if value is not None}
+    _run(lambda: _suite_of(checkpoint, tasks, chosen), overrides, out, jobs, as_json)
 
 
-def _suite_of(checkpoints: list[str], tasks: str) -> dict[str, Any]:
+def _suite_of(checkpoints: list[str], tasks: str, options: dict[str, Any]) -> dict[str, Any]:
+    from mae_bench.rows import rows_of
+
     named = [name.strip() for name in tasks.split(",") if name.strip()]
     files = {Path(name).stem: name if name.endswith((".yaml", ".yml")) else f"tasks/{name}.yaml" for name in named}
     if len(files) < len(named):
         raise UserError(f"--tasks {tasks}: two of one name", expected="files whose names differ", fix="copy one to another name")
     return {
         "name": "evaluate",
-        "backbones": {name: {"kind": "checkpoint", "source": source} for name, source in _rows_of(checkpoints).items()},
+        "backbones": rows_of(checkpoints, options),
         "tasks": {name: {"base": file} for name, file in files.items()},
     }
-
-
-def _rows_of(sources: list[str]) -> dict[str, str]:
-    """A name for each checkpoint: that of its file, or of the nearest folder that has one of its own."""
-    rows: dict[str, str] = {}
-    for source in sources:
-        path = Path(source.rpartition(":")[2])
-        own = [part.stem for part in (path, *path.parents) if part.name not in GENERAL and not part.name.startswith("backbone-s")]
-        name = next(iter(own), "checkpoint")
-        rows[name if name not in rows else f"{name}-{len(rows) + 1}"] = source
-    return rows
 
 
 @app.command()
@@ -202,29 +211,90 @@ def report(
 
 
 @app.command()
-def inspect(ckpt: Checkpoint, fields: Fields = None, format: Format = None, as_json: Json = False) -> None:
-    """Print what is in a checkpoint: format, architecture, sizes, digest, and what becomes of every key."""
-    from backbones.inspection import inspect_checkpoint, render
+def inspect(
+    ckpt: Checkpoint,
+    fields: Fields = None,
+    format: Format = None,
+    weights: Weights = None,
+    trust: Trust = False,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Try on these images how the weights want them fed and pooled: a suggestion.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print what is in a checkpoint: format, architecture, sizes, digests, the spec with its origins, what becomes of each key.
 
-    found = inspect_checkpoint(ckpt, format, _values(fields))
-    _answer(found, render(found), as_json)
+    A file with several sets of weights is answered with the list of them.
+    """
+    from backbones.inspection import inspect_checkpoint, render, render_published
+
+    found = inspect_checkpoint(ckpt, format, _values(fields), weights, trust=trust)
+    if images is None:
+        _answer(found, render(found), as_json)
+        return
+    if "sets" in found:
+        raise UserError(f"{ckpt} holds {len(found['sets'])} sets of ViT weights", fix="say which with --weights NAME")
+    from rich.console import Group
+
+    from backbones.probe import render as render_probe
+    from backbones.probe import suggest
+
+    tried = suggest(ckpt, images, format=format, weights=weights, trust=trust, overrides=_values(fields))
+    shown = Group(render(found), "", render_probe(tried), "", render_published(found["published"]))
+    _answer(found | {"suggestion": tried.to_dict()}, shown, as_json)
 
 
 @app.command()
 def convert(
     ckpt: Checkpoint,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file or folder to write; it must not exist.")],
-    to: Annotated[str, typer.Option("--to", help="mae_bench, timm, hf_vitmae or official_mae.")],
+    to: Annotated[str, typer.Option("--to", help="A format that is written; any other word lists them.")],
     fields: Fields = None,
     format: Format = None,
+    weights: Weights = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint's backbone in another format; what is written is read back and must be bit-equal."""
     from backbones.convert import convert as write_as
 
-    done = write_as(ckpt, out, to, format, overrides=_values(fields))
+    done = write_as(ckpt, out, to, format, weights=weights, trust=trust, overrides=_values(fields))
     counts = f"{len(done.renamed)} keys carried over, {len(done.dropped)} dropped with a reason, {len(done.new)} new"
     _answer({"out": str(out), "to": to, "report": done.to_dict()}, f"{ckpt} ({done.format}) -> {out} ({to}): {counts}", as_json)
+
+
+@app.command()
+def verify(
+    ckpt: Checkpoint,
+    against: Annotated[
+        str, typer.Option("--against", metavar="MODULE:CALLABLE", help="Your own code, which is run: it returns a torch module.")
+    ],
+    fields: Fields = None,
+    images: Annotated[Path | None, typer.Option("--images", help="A folder of images; by default random ones.")] = None,
+    num_images: Annotated[int, typer.Option("--num-images", min=1, help="How many of them.")] = 2,
+    seed: Annotated[int, typer.Option("--seed", help="Of random images, or of the choice among those of a folder.")] = 0,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, help="Largest difference that passes, by the layer's largest value.")
+    ] = 1e-5,
+    format: Format = None,
+    weights: Weights = None,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Run a checkpoint and another implementation on the same images and print how far apart they are, layer by layer.
+
+    CALLABLE, in MODULE (from here, or installed), is called with CKPT's path if it takes an argument without a default. Its
+    blocks are its first ModuleList or Sequential of as many members as ours. Exit code 1 for a difference above --tolerance.
+    """
+    from backbones.parity import render
+    from backbones.parity import verify as compared
+
+    options: dict[str, Any] = {"format": format, "weights": weights, "trust": trust, "overrides": _values(fields)}
+    found = compared(ckpt, against, images=images, count=num_images, seed=seed, tolerance=tolerance, **options)
+    chosen = {"source": ckpt, "against": against, "images": str(images or "random"), "num_images": num_images, "seed": seed}
+    _answer(chosen | found.to_dict(), render(found), as_json)
+    if not found.equal:
+        raise typer.Exit(FAILED)
 
 
 def _values(fields: list[str] | None) -> dict[str, Any]:

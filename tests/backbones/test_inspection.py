@@ -3,16 +3,26 @@
 import json
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
-from backbones.inspection import architecture, inspect_checkpoint, render
+from backbones.families import published_in
+from backbones.inspection import architecture, inspect_checkpoint, render, render_published
 from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
 from mae_bench.spec import BackboneSpec
 
 
-def spec_of(embed_dim: int, depth: int, patch: int, num_heads: int) -> BackboneSpec:
-    return BackboneSpec("vit", (224, 224), (patch, patch), 3, embed_dim, depth, num_heads)
+def spec_of(embed_dim: int, depth: int, patch: int, num_heads: int, arch: str = "vit") -> BackboneSpec:
+    return BackboneSpec(arch, (224, 224), (patch, patch), 3, embed_dim, depth, num_heads)
+
+
+def shown(*rendered) -> str:
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for part in rendered:
+        console.print(part)
+    return console.export_text()
 
 
 @pytest.mark.parametrize("name", ["encoder", "full", "fine", "probe", "checkpoint-7", "timm.pth", "hf"])
@@ -24,26 +34,87 @@ def test_every_layout_is_described_in_json(files, name):
     assert told["architecture"] == "ViT (width 192, depth 2, 3 heads)/8"
     weight_file = path / "model.safetensors" if path.is_dir() else path
     assert (told["sha256"], told["bytes"]) == (file_digest(weight_file), weight_file.stat().st_size)
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(render(told))
-    assert told["sha256"] in console.export_text()
+    assert told["sha256"] in shown(render(told))
+    assert set(told["origins"]) == set(told["spec"])
 
 
 def test_what_is_in_the_file(files, toys):
     parameters = {name: inspect_checkpoint(files[name][0])["parameters"] for name in ("encoder", "full", "fine", "hf")}
     assert set(parameters["encoder"]) == {"backbone"}
     assert parameters["encoder"]["backbone"] == sum(tensor.numel() for tensor in toys["encoder"].values())
-    assert set(parameters["full"]) == set(parameters["hf"]) == {"backbone", "decoder"}
+    assert set(parameters["full"]) == {"backbone", "decoder", "mask token"}
+    assert parameters["full"]["mask token"] == toys["full"]["mask_token"].numel()
+    assert set(parameters["hf"]) == {"backbone", "decoder"}
     assert parameters["fine"]["head"] == 10 * 192 + 10
-    training = inspect_checkpoint(files["checkpoint-7"][0])["extras"]
-    assert training["epoch"] == 7
-    assert training["args"]["blr"] == 1.5e-4
-    assert training["optimizer"] == "dict of 2"
+    training = inspect_checkpoint(files["checkpoint-7"][0])
+    assert training["training_state"] == ["optimizer", "scaler"]
+    assert training["extras"]["epoch"] == 7
+    assert training["extras"]["args"]["blr"] == 1.5e-4
+    assert training["extras"]["optimizer"] == "dict of 2"
+
+
+def test_every_file_has_its_digest(files):
+    folder, _ = files["hf"]
+    told = inspect_checkpoint(folder)
+    assert told["files"] == {name: file_digest(folder / name) for name in ("model.safetensors", "config.json")}
+    assert told["report"]["files"] == told["files"]
+    text = shown(render(told))
+    assert all(digest in text for digest in told["files"].values())
+
+
+def test_each_field_has_its_origin(files, tmp_path, encoder):
+    path, _ = files["encoder"]
+    told = inspect_checkpoint(path, overrides={"interpolation": "bilinear"})["origins"]
+    assert told["interpolation"] == "given"
+    assert told["embed_dim"] == told["depth"] == told["img_size"] == "told by the tensors"
+    assert told["num_heads"] == "standard for a width of 192"
+    assert told["mean"] == told["pretrain_method"] == f"family official_mae: {published_in('official_mae')}"
+    of_hf = inspect_checkpoint(files["hf"][0])["origins"]
+    assert of_hf["num_heads"] == of_hf["norm_eps"] == "stated by the file"
+    save_file(encoder | {"pos_embed": encoder["pos_embed"] + 1}, tmp_path / "x.safetensors")
+    unknown = inspect_checkpoint(tmp_path / "x.safetensors")
+    assert unknown["origins"]["mean"] == "assumed: the default"
+    assert unknown["origins"]["norm_eps"] == "assumed for timm"
+    assert unknown["published"] == {}
+    assert "assumed: the default" in shown(render(unknown))
+
+
+def test_published_values_name_their_place(files):
+    told = inspect_checkpoint(files["encoder"][0])["published"]
+    assert (told["family"], told["mean"], told["global_pool"]) == ("official_mae", [0.485, 0.456, 0.406], "token")
+    assert "published for official_mae: facebookresearch/mae" in shown(render_published(told))
+    assert "No published values" in shown(render_published({}))
+
+
+def test_several_sets_are_listed_with_what_reads_each(tmp_path, encoder):
+    other = encoder | {"norm.bias": encoder["norm.bias"] + 1}
+    broken = {name: tensor for name, tensor in encoder.items() if name != "blocks.0.norm1.bias"}
+    broken["blocks.0.attn.qkv.weight"] = torch.zeros(3)
+    torch.save(
+        {"model": encoder, "model_ema": other, "third": broken | {"pos_embed": torch.zeros(1, 16, 192)}}, tmp_path / "x.pth"
+    )
+    told = inspect_checkpoint(tmp_path / "x.pth")
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    assert [row["weights"] for row in told["sets"]] == ["model", "model_ema", "third"]
+    assert told["sha256"] == file_digest(tmp_path / "x.pth")
+    first, second, third = told["sets"]
+    assert (first["format"], first["architecture"]) == ("official_mae", "ViT (width 192, depth 2, 3 heads)/8")
+    assert second["parameters"]["backbone"] == sum(tensor.numel() for tensor in encoder.values())
+    assert "error" in third
+    text = shown(render(told))
+    assert "holds 3 sets" in text
+    assert "--weights model_ema" in text
+    for row in (first, second):
+        assert inspect_checkpoint(tmp_path / "x.pth", weights=row["weights"])["weights"] == row["weights"]
+    with pytest.raises(UserError, match="'teacher' names 0"):
+        inspect_checkpoint(tmp_path / "x.pth", weights="teacher")
 
 
 def test_published_sizes_have_their_names():
     assert architecture(spec_of(768, 12, 16, 12)) == "ViT-B/16"
     assert architecture(spec_of(1280, 32, 14, 16)) == "ViT-H/14"
+    assert architecture(spec_of(1024, 24, 14, 16, "eva")) == "ViT-L/14 as eva"
+    assert architecture(spec_of(768, 12, 16, 12, "vit_base_patch16_224")) == "vit_base_patch16_224"
 
 
 def test_a_refused_file_is_refused_here_too(tmp_path):

@@ -5,15 +5,18 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from mae_bench.cli import _rows_of, app
+from mae_bench.cli import app, main
 
 MAIN = ("-m", "mae_bench.cli")
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
@@ -80,6 +83,10 @@ def test_version() -> None:
         (["pretrain", "pretrain/demo.yaml", "data=x", "--processes", "0"], "--processes"),
         (["reconstruct", "--checkpoint", "/nowhere", "--out", "x.png", "image.png"], "holds no masked autoencoder"),
         (["inspect", "/nowhere.pth"], "/nowhere.pth"),
+        (["evaluate", "--checkpoint", "no/*.pth", "--tasks", "imagenet/linear_demo"], "no/*.pth matches nothing"),
+        (["evaluate", "--checkpoint", "no.yaml", "--tasks", "imagenet/linear_demo"], "no.yaml is missing"),
+        (["verify", "/nowhere.pth", "--against", "timm:create_model"], "/nowhere.pth"),
+        (["verify", "/nowhere.pth"], "Missing option '--against'"),
     ],
 )
 def test_wrong_use_is_2_and_says_what_to_do(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -256,8 +263,101 @@ def test_doctor_answers_in_json() -> None:
     assert json.loads(done.stdout)["problems"] == []
 
 
-def test_checkpoints_are_named_after_their_files() -> None:
-    sources = ["a/mae_vit_base.pth", "timm:vit_tiny", "runs/demo/cells/mae/backbone-s0-12ab/export", "file:b/mae_vit_base.pth"]
-    assert _rows_of(sources) == {
-        "mae_vit_base": sources[0], "vit_tiny": sources[1], "mae": sources[2], "mae_vit_base-4": sources[3],
+@pytest.fixture
+def vit(tmp_path: Path) -> VisionTransformer:
+    """A small ViT, saved as vit.safetensors, and in several.pth beside its average."""
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0)
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    average = {name: tensor * 0.5 for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": model.state_dict(), "state_dict_ema": average, "optimizer": {"lr": 1.0}}, tmp_path / "several.pth")
+    return model
+
+
+@pytest.fixture
+def here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """`mae-bench` in this process and in tmp_path, which imports torch once: exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mae-bench", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        printed = capsys.readouterr()
+        return int(end.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+def test_inspect_lists_several_sets_and_reads_the_chosen_one(tmp_path: Path, vit: VisionTransformer, here) -> None:
+    code, out, _ = here("inspect", "several.pth", "--json")
+    assert (code, [row["weights"] for row in json.loads(out)["sets"]]) == (0, ["state_dict", "state_dict_ema"])
+    assert "--weights state_dict_ema" in here("inspect", "several.pth")[1]
+    chosen = json.loads(here("inspect", "several.pth", "--weights", "state_dict_ema", "--json")[1])
+    assert (chosen["format"], chosen["weights"], chosen["training_state"]) == ("timm", "state_dict_ema", ["optimizer"])
+    code, _, told = here("convert", "several.pth", "ours", "--to", "mae_bench", "--weights", "state_dict_ema")
+    assert code == 0, told
+    exported = load_file(tmp_path / "ours" / "backbone.safetensors")
+    assert torch.equal(exported["norm.weight"], vit.state_dict()["norm.weight"] * 0.5)
+
+
+def test_inspect_suggests_how_to_feed(tmp_path: Path, vit: VisionTransformer, here) -> None:
+    for number in range(16):
+        place = tmp_path / "images" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (15 * number, 0, 255 * (number % 2))).save(place / f"{number}.png")
+    found = json.loads(here("inspect", "vit.safetensors", "--images", "images", "--json")[1])
+    assert (found["suggestion"]["applied"], found["suggestion"]["images"]) == (False, 16)
+    assert found["spec"]["mean"] == [0.485, 0.456, 0.406]
+    _, shown, _ = here("inspect", "vit.safetensors", "--images", "images")
+    assert "A suggestion from 16 images; nothing was applied." in shown
+    assert "No published values are known" in shown
+    code, _, told = here("inspect", "several.pth", "--images", "images")
+    assert (code, "--weights NAME" in told) == (2, True)
+
+
+def test_verify_is_0_for_equal_models_and_1_for_others(tmp_path: Path, vit: VisionTransformer, here) -> None:
+    (tmp_path / "theirs_in_cli.py").write_text(
+        "from safetensors.torch import load_file\n"
+        "from timm.models.vision_transformer import VisionTransformer\n"
+        "def same(path):\n"
+        "    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0)\n"
+        "    model.load_state_dict(load_file(path))\n"
+        "    return model\n"
+        "def other(path):\n"
+        "    model = same(path)\n"
+        "    model.blocks[1].mlp.fc2.bias.data += 1\n"
+        "    return model\n"
+        "def breaks(path):\n"
+        "    raise ValueError('their own trouble')\n"
+    )
+    code, out, told = here("verify", "vit.safetensors", "--against", "theirs_in_cli:same")
+    assert code == 0, told
+    assert "They are equal within 1e-05" in out
+    code, out, _ = here("verify", "vit.safetensors", "--against", "theirs_in_cli:other", "--json")
+    assert (code, [layer["absolute"] > 0 for layer in json.loads(out)["layers"]]) == (1, [False, False, True, True])
+    assert here("verify", "vit.safetensors", "--against", "theirs_in_cli:other", "--tolerance", "9")[0] == 0
+    code, _, told = here("verify", "vit.safetensors", "--against", "theirs_in_cli:breaks")
+    assert (code, "ValueError: their own trouble" in told) == (2, True)
+
+
+def test_a_bad_checkpoint_among_many_does_not_stop_the_others(
+    tmp_path: Path, toy_data: Path, vit: VisionTransformer, here
+) -> None:
+    (tmp_path / "list.yaml").write_text(json.dumps([{"name": "ema", "source": "several.pth", "weights": "state_dict_ema"}]))
+    save_file({name: tensor for name, tensor in vit.state_dict().items() if name != "norm.bias"}, tmp_path / "a_bad.safetensors")
+    given = ["--checkpoint", "a_*.safetensors", "--checkpoint", "list.yaml", "--tasks", "imagenet/linear_demo", "--out", "out"]
+    small = ["tasks.linear_demo.epochs=1", "tasks.linear_demo.warmup_epochs=0", "tasks.linear_demo.global_batch_size=2"]
+    code, out, told = here("evaluate", *given, f"data.root={toy_data}", *small, "device=cpu", "--json")
+    assert code == 1, told
+    cells = json.loads(out)["cells"]
+    assert {(cell["backbone"], cell["task"]): cell["state"] for cell in cells} == {
+        ("a_bad", "backbone"): "failed", ("ema", "backbone"): "done",
+        ("a_bad", "linear_demo"): "failed", ("ema", "linear_demo"): "done",
     }  # fmt: skip
+    assert "missing: norm.bias" in cells[0]["reason"]
+    table = (tmp_path / "out" / "report" / "leaderboard.md").read_text()
+    assert "ema" in table
+    assert "missing: norm.bias" in table
+    assert "4 cells: 2 done, 2 failed" in here("plan", "out/suite.json")[1]

@@ -1,0 +1,82 @@
+"""Checkpoints as rows of a comparison: one, those that a pattern of paths matches, or the rows of a YAML list."""
+
+from collections.abc import Iterator, Mapping
+from glob import glob, has_magic
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mae_bench.errors import UserError
+
+GENERAL = ("", "export", "cells", "backbone.safetensors", "mae.safetensors", "model.safetensors", "pytorch_model.bin")  # no names
+LISTS = (".yaml", ".yml")
+PATHS = ("file", "run")  # schemes that a path follows
+ROW = "source, and as far as needed name, format, weights, sha256, spec, trust"
+
+
+def rows_of(checkpoints: list[str], options: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """Name -> config of the job `checkpoint`, for sources, patterns and YAML lists in the order in which they are given.
+
+    options: format, weights, trust for what is no list. A row without a name gets that of its file, or of the nearest folder
+    that has one of its own. UserError for a pattern that matches nothing, a list that is none, and two rows of one name.
+    """
+    given = [row for checkpoint in checkpoints for row in _rows(checkpoint, dict(options or {}))]
+    named = [row["name"] for row in given if "name" in row]
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise UserError(f"two checkpoints are called {', '.join(twice)}", expected="a name for each")
+    rows: dict[str, dict[str, Any]] = {}
+    for row in given:
+        own = row.pop("name", "")
+        rows[own or _free_name(row["source"], {*rows, *named}, len(rows) + 1)] = {"kind": "checkpoint"} | row
+    return rows
+
+
+def _rows(checkpoint: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if not checkpoint.endswith(LISTS):
+        yield from ({"source": source} | options for source in _sources(checkpoint))
+        return
+    for place, row in enumerate(_list_in(Path(checkpoint)), 1):
+        described = {"source": row} if isinstance(row, str) else row
+        if not isinstance(described, dict) or not isinstance(described.get("source"), str):
+            raise UserError(f"{checkpoint}: row {place} is {row!r}", expected=f"a source, or a mapping of {ROW}")
+        if not isinstance(described.get("name", ""), str) or "/" in described.get("name", ""):
+            raise UserError(
+                f"{checkpoint}: row {place} is called {described['name']!r}", expected="a name that a folder can have"
+            )
+        sources = _sources(described["source"])
+        if len(sources) > 1:
+            described.pop("name", None)  # of a pattern, each file has its own
+        yield from (described | {"source": source} for source in sources)
+
+
+def _list_in(path: Path) -> list[Any]:
+    try:
+        rows = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing", expected=f"a YAML list of checkpoints: {ROW}") from error
+    except Exception as error:  # the YAML reader has many error types; each is the file's author's mistake
+        raise UserError(f"{path} is not YAML: {error}") from error
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path} holds a {type(rows).__name__} of {len(rows or [])}", expected=f"a list of checkpoints: {ROW}")
+    return rows
+
+
+def _sources(given: str) -> list[str]:
+    """What a pattern matches, sorted; anything else as it is."""
+    scheme, colon, rest = given.partition(":")
+    prefix, pattern = (f"{scheme}:", rest) if colon and scheme in PATHS else ("", given)
+    if not has_magic(pattern) or Path(pattern).exists():
+        return [given]
+    if not (found := sorted(glob(pattern, recursive=True))):
+        raise UserError(f"--checkpoint {given} matches nothing", expected="at least one file or folder")
+    return [prefix + path for path in found]
+
+
+def _free_name(source: str, taken: set[str], number: int) -> str:
+    path = Path(source.rpartition(":")[2])
+    parts = [part.stem for part in (path, *path.parents) if part.name not in GENERAL and not part.name.startswith("backbone-s")]
+    own = next(iter(parts), "checkpoint")
+    numbered = (f"{own}-{n}" for n in count(number))
+    return next(name for name in chain([own], numbered) if name not in taken)
