@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from backbones.load import make_report, translate
+from backbones.load import check_fit, make_report, stored_pooling, translate
 from backbones.origins import family_of, origins, published
 from backbones.source import Checkpoint, open_source
 from backbones.unwrap import SeveralSets
 from mae_bench.errors import UserError
-from mae_bench.models.vit import ARCHS
+from mae_bench.models.vit import ARCHS, build_vit
 from mae_bench.spec import BackboneSpec
 
 NAMES = {(192, 12): "ViT-Ti", (384, 12): "ViT-S", (768, 12): "ViT-B", (1024, 24): "ViT-L", (1280, 32): "ViT-H"}  # (width, depth)
@@ -49,6 +50,9 @@ def inspect_checkpoint(
             raise
         return _describe_sets(source, several.labels, format, overrides, trust)
     name, translation, spec = translate(checkpoint, format, overrides)
+    with torch.device("meta" if spec.arch == "vit" else "cpu"):
+        model = build_vit(spec, global_pool=stored_pooling(translation.weights))
+    check_fit(model, translation.weights, checkpoint.source, name)
     report = make_report(checkpoint, name, translation).to_dict()
     return {
         "source": checkpoint.source,

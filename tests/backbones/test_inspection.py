@@ -100,7 +100,7 @@ def test_several_sets_are_listed_with_what_reads_each(tmp_path, encoder):
     first, second, third = told["sets"]
     assert (first["format"], first["architecture"]) == ("official_mae", "ViT (width 192, depth 2, 3 heads)/8")
     assert second["parameters"]["backbone"] == sum(tensor.numel() for tensor in encoder.values())
-    assert "error" in third
+    assert "qkv" in third["error"]
     text = shown(render(told))
     assert "holds 3 sets" in text
     assert "--weights model_ema" in text
@@ -117,7 +117,11 @@ def test_published_sizes_have_their_names():
     assert architecture(spec_of(768, 12, 16, 12, "vit_base_patch16_224")) == "vit_base_patch16_224"
 
 
-def test_a_refused_file_is_refused_here_too(tmp_path):
+def test_a_refused_file_is_refused_here_too(tmp_path, encoder):
     (tmp_path / "x.pth").write_text("nothing")
     with pytest.raises(UserError):
         inspect_checkpoint(tmp_path / "x.pth")
+    del encoder["blocks.1.norm2.bias"]
+    save_file(encoder, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="missing: blocks.1.norm2.bias"):
+        inspect_checkpoint(tmp_path / "x.safetensors")
