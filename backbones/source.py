@@ -1,27 +1,44 @@
-"""Opens a SOURCE (a path, file:, run:, timm:) as a Checkpoint: the ViT's named tensors and what the file says of them."""
+"""Opens a SOURCE (path, file:, run:, official:, timm:, hf:) as a Checkpoint: the ViT's named tensors and what describes them."""
 
 import difflib
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from safetensors.torch import save
+from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 
-from backbones.safe import check_tensors, read_file
+from backbones.description import read_json
+from backbones.hub import fetch_repo
+from backbones.official import fetch_official
+from backbones.safe import WeightFile, check_tensors, read_file
+from backbones.shards import INDEX_SUFFIX, read_shards
 from backbones.unwrap import unwrap
+from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
 from mae_bench.export import EXPORT, SPEC_FILE, WEIGHTS_FILE
 
 CONFIG_FILE = "config.json"  # of Hugging Face and timm folders
 PREPROCESSOR_FILE = "preprocessor_config.json"  # of Hugging Face folders
-WEIGHT_FILES = (WEIGHTS_FILE, "model.safetensors", "pytorch_model.bin")
+OPEN_CLIP_CONFIG = "open_clip_config.json"  # of OpenCLIP's folders
+WEIGHT_FILES = (
+    WEIGHTS_FILE,
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+VIT_CLASSES = (VisionTransformer, Beit, Eva, VisionTransformerSAM)  # of timm
 SPEC_KEY = "spec"  # where files that we write carry the BackboneSpec
-MAX_JSON = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,10 @@ class Checkpoint:
     extras: dict[str, Any] = field(default_factory=dict)
     beside: dict[str, dict[str, Any]] = field(default_factory=dict)
     stated_spec: dict[str, Any] = field(default_factory=dict)
+    trusted: bool = False  # its pickle was run, in a subprocess without network (`backbones.trust`)
+    files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 of each file that was read: the weights, then `beside`
+    format: str | None = None  # that the source itself tells; else it is detected
+    notes: list[str] = field(default_factory=list)  # what the reader of a report should know of the source
 
     @property
     def stored(self) -> dict[str, torch.Tensor]:
@@ -55,37 +76,59 @@ class Checkpoint:
         return ".".join(part.strip(".") for part in (self.wrapper, self.prefix) if part.strip("."))
 
 
-def open_source(source: str | Path, sha256: str | None = None, weights: str | None = None) -> Checkpoint:
+def open_source(source: str | Path, sha256: str | None = None, weights: str | None = None, *, trust: bool = False) -> Checkpoint:
     """The Checkpoint behind a SOURCE; UserError for one that is unknown, missing, damaged or not the one that `sha256` pins.
 
-    weights: which set of weights, where the file holds several (teacher, student, model_ema ...).
+    weights: which set of weights, where the file holds several (teacher, student, model_ema ...). trust: unpickle in a subprocess
+    without network what cannot be read as data (`backbones.trust`).
     """
     kind, colon, rest = str(source).partition(":")
     if not colon or Path(source).exists():
-        return _open_path(str(source), Path(source), sha256, weights)
+        return _open_path(str(source), Path(source), sha256, weights, trust)
     if kind == "file":
-        return _open_path(str(source), Path(rest), sha256, weights)
+        return _open_path(str(source), Path(rest), sha256, weights, trust)
     if kind == "run":
-        return _open_path(str(source), Path(rest) / EXPORT, sha256, weights)
+        return _open_path(str(source), Path(rest) / EXPORT, sha256, weights, trust)
+    if kind == "official":
+        path, entry = fetch_official(rest)
+        opened = _open_path(str(source), path, sha256, weights or entry.weights, trust)
+        return replace(opened, format=entry.format)
     if kind == "timm":
         return _open_timm(rest, sha256)
-    raise UserError(f"source {source}", expected="a path, file:PATH, run:DIR (a cell's folder) or timm:NAME")
+    if kind == "hf":
+        folder, pinned, notes = fetch_repo(rest)
+        return replace(_open_path(f"hf:{pinned}", folder, sha256, weights, trust), notes=notes)
+    raise UserError(
+        f"source {source}",
+        expected="a path, file:PATH, run:DIR (a cell's folder), official:NAME, timm:NAME or hf:REPO@REVISION",
+    )
 
 
-def _open_path(source: str, path: Path, sha256: str | None, weights: str | None) -> Checkpoint:
+def _open_path(source: str, path: Path, sha256: str | None, weights: str | None, trust: bool = False) -> Checkpoint:
     path = path / EXPORT if (path / EXPORT).is_dir() else path  # a cell's folder: the backbone that it made
     file = _weights_of(path) if path.is_dir() else path
-    content, metadata, digest = read_file(file, sha256)
-    part = unwrap(content, source, weights)
-    size = file.stat().st_size
+    read, files = _read(file, sha256, trust)
+    digest, size = read.digest, read.size
+    part = unwrap(read.content, source, weights)
     check_tensors(part.tensors | part.outside, file, size)
-    names = (SPEC_FILE, CONFIG_FILE, PREPROCESSOR_FILE)
-    beside = {name: _read_json(file.parent / name) for name in names if (file.parent / name).is_file()}
+    names = (SPEC_FILE, CONFIG_FILE, PREPROCESSOR_FILE, OPEN_CLIP_CONFIG)
+    beside = {name: read_json(file.parent / name) for name in names if (file.parent / name).is_file()}
     if file.name != WEIGHTS_FILE and not path.is_dir():
         beside = {name: value for name, value in beside.items() if name != SPEC_FILE or value.get("digest") == digest}
-    stated = _stated(metadata.get(SPEC_KEY), part.extras.get(SPEC_KEY), file)
+    stated = _stated(read.metadata.get(SPEC_KEY), part.extras.get(SPEC_KEY), file)
     tensors = {name: tensor.detach() for name, tensor in part.tensors.items()}
-    return Checkpoint(source, digest, tensors, size, part.wrapper, part.prefix, part.outside, part.extras, beside, stated)
+    files |= {name: file_digest(file.parent / name) for name in beside}
+    return Checkpoint(
+        source, digest, tensors, size, part.wrapper, part.prefix, part.outside, part.extras, beside, stated, read.trusted, files
+    )
+
+
+def _read(file: Path, sha256: str | None, trust: bool) -> tuple[WeightFile, dict[str, str]]:
+    """What stands in one file, or in the shards of an index; the SHA-256 of each file that holds weights."""
+    if file.name.endswith(INDEX_SUFFIX):
+        return read_shards(file, sha256, trust)
+    read = read_file(file, sha256, trust)
+    return read, {file.name: read.digest}
 
 
 def _weights_of(folder: Path) -> Path:
@@ -99,18 +142,6 @@ def _weights_of(folder: Path) -> Path:
         expected=f"one weight file: {' or '.join(WEIGHT_FILES)}",
         fix="name the weight file itself",
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise ValueError(f"{path.stat().st_size} bytes are too many for a description")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}", expected="a JSON file") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}", expected="a JSON object")
-    return value
 
 
 def _stated(in_metadata: str | None, in_extras: Any, path: Path) -> dict[str, Any]:
@@ -135,8 +166,10 @@ def _open_timm(name: str, sha256: str | None) -> Checkpoint:
             expected="a network, or the weights in the hub's cache",
             fix="download the file elsewhere and give its path",
         ) from error
-    if not isinstance(model, VisionTransformer):
-        raise UserError(f"timm:{name} is a {type(model).__name__}", expected="a timm VisionTransformer")
+    if not isinstance(model, VIT_CLASSES):
+        raise UserError(
+            f"timm:{name} is a {type(model).__name__}", expected=f"one of {', '.join(c.__name__ for c in VIT_CLASSES)}"
+        )
     tensors = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
     data = save(tensors)
     digest = hashlib.sha256(data).hexdigest()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from backbones.families import evaluates, families
 from mae_bench.errors import UserError
 
 # Names of the patch embedding's weight in the layouts that are read; what stands before one is the prefix of a ViT.
@@ -21,6 +22,8 @@ ANCHORS = (
 CLIP_MARK = "class_embedding"
 INFIXES = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # torch.compile, FSDP, checkpointing
 MAX_DEPTH = 3  # of dictionaries in a file
+MAX_SETS = 32  # of ViT weights in a dictionary
+SHOWN = 80  # characters of a name that a file brings
 
 
 class SeveralSets(UserError):
@@ -53,37 +56,73 @@ def unwrap(content: Any, source: str, weights: str | None = None) -> Part:
     A file without any gives its largest dictionary of tensors, for whoever tells what is wrong with it. UserError where several
     sets are in the file and `weights` does not decide, and where there are no named tensors at all.
     """
-    found = list(_parts(content))
+    found = list(_parts(content, source))
     if not found:
         return _fallback(content, source)
     fitting = [part for part in found if weights is None or _names(part, weights)]
     exact = [part for part in found if part.label == weights]
     if len(fitting) == 1 or len(exact) == 1:
         return (exact or fitting)[0]
-    listed = ", ".join(part.label or "(top level)" for part in found)
+    listed = ", ".join(_shown(part.label) for part in found)
     raise SeveralSets(
         f"{source} holds {len(found)} sets of ViT weights: {listed}" + (f"; {weights!r} names {len(fitting)}" if weights else ""),
         [part.label for part in found],
         expected="one of them",
-        fix=f"say which with --weights NAME, for example --weights {(found[-1].label or found[0].label).split('.')[0]}",
+        fix=_advice(found),
     )
+
+
+def _shown(label: str) -> str:
+    return label[:SHOWN] or '"" (the top level)'
+
+
+def _advice(found: list[Part]) -> str:
+    """What to say, and which of these sets the authors of a family evaluate."""
+    authors: dict[str, list[str]] = {}
+    for family in families():
+        if (name := evaluates(family)) and sum(_names(part, name) for part in found) == 1:
+            authors.setdefault(name, []).append(family)
+    example = next(iter(authors), "") or _shown((found[-1].label or found[0].label).split(".")[0])
+    told = [f"{name} is what the authors of {', '.join(who)} evaluate" for name, who in authors.items()]
+    return "; ".join([f"say which with --weights NAME, for example --weights {example}", *told])
 
 
 def _names(part: Part, weights: str) -> bool:
     return weights == part.label or weights in part.label.split(".")
 
 
-def _parts(content: Any) -> Iterator[Part]:
+def _parts(content: Any, source: str) -> Iterator[Part]:
     for wrapper, named in _dictionaries(content):
-        tensors = {INFIXES.sub("", name): tensor for name, tensor in named.items() if isinstance(tensor, torch.Tensor)}
-        for prefix in sorted(set(_prefixes(tensors))):
-            inside = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            outside = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+        tensors = _tensors(named, source)
+        prefixes = sorted(set(_prefixes(tensors)))
+        if len(prefixes) > MAX_SETS:
+            raise UserError(f"{source} holds {len(prefixes)} sets of ViT weights", expected=f"at most {MAX_SETS}")
+        for prefix in prefixes:
+            others = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
+            inside = {name for name in tensors if name.startswith(prefix) and not name.startswith(others)}
             extras = {str(key): value for key, value in named.items() if not isinstance(value, torch.Tensor)}
             if wrapper and isinstance(content, dict):
                 top = wrapper.split(".")[0]
                 extras |= {str(key): value for key, value in content.items() if key != top}
-            yield Part(wrapper, prefix, inside, outside, extras)
+            yield Part(
+                wrapper,
+                prefix,
+                {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name in inside},
+                {name: tensor for name, tensor in tensors.items() if name not in inside},
+                extras,
+            )
+
+
+def _tensors(named: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:
+    """The tensors of a dictionary without the infixes of wrapped modules."""
+    result: dict[str, torch.Tensor] = {}
+    for name, value in named.items():
+        if isinstance(value, torch.Tensor):
+            plain = INFIXES.sub("", name)
+            if plain in result:
+                raise UserError(f"{source} holds {plain[:SHOWN]} twice, wrapped and unwrapped", expected="each tensor once")
+            result[plain] = value
+    return result
 
 
 def _prefixes(tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
@@ -96,22 +135,25 @@ def _prefixes(tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
                 yield before
 
 
-def _dictionaries(content: Any, wrapper: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every dictionary with string keys and tensors in it, with the keys that lead to it."""
-    if not isinstance(content, dict) or depth > MAX_DEPTH:
-        return
-    if any(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()):
-        yield wrapper, {key: value for key, value in content.items() if isinstance(key, str)}
-    for key, value in content.items():
-        if isinstance(key, str):
-            yield from _dictionaries(value, f"{wrapper}.{key}" if wrapper else key, depth + 1)
+def _dictionaries(content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every dictionary with string keys and tensors in it, with the keys that lead to it; once, by however many ways."""
+    seen: set[int] = set()
+    waiting = [("", content, 0)]
+    while waiting:
+        wrapper, value, depth = waiting.pop()
+        if not isinstance(value, dict) or depth > MAX_DEPTH or id(value) in seen:
+            continue
+        seen.add(id(value))
+        named = {key: item for key, item in value.items() if isinstance(key, str)}
+        if any(isinstance(item, torch.Tensor) for item in named.values()):
+            yield wrapper, named
+        waiting += [(f"{wrapper}.{key}" if wrapper else key, item, depth + 1) for key, item in reversed(named.items())]
 
 
 def _fallback(content: Any, source: str) -> Part:
     candidates = sorted(_dictionaries(content), key=lambda item: -len(item[1]))
     if not candidates:
-        found = sorted(map(str, content))[:10] if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{source} holds {found}", expected="named tensors", fix="save the model's state_dict")
+        names = sorted(str(key)[:SHOWN] for key in content)[:10] if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{source} holds {names or 'nothing'}", expected="named tensors", fix="save the model's state_dict")
     wrapper, named = candidates[0]
-    tensors = {name: tensor for name, tensor in named.items() if isinstance(tensor, torch.Tensor)}
-    return Part(wrapper, "", tensors, {}, {})
+    return Part(wrapper, "", _tensors(named, source), {}, {})
