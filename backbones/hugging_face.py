@@ -5,7 +5,7 @@ from typing import Any
 
 from backbones.naming import Naming
 from backbones.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
-from backbones.translation import numbers
+from backbones.translation import is_sincos, numbers
 from mae_bench.errors import UserError
 from mae_bench.spec import BackboneSpec
 
@@ -32,7 +32,33 @@ BLOCK = {
 }
 VIT = Naming(TOP, BLOCK, BLOCKS, QKV)  # ViT, ViTMAE, DeiT and I-JEPA
 ANCHOR = "embeddings.patch_embeddings.projection.weight"
+NORMS = ("encoder.layer.0.layernorm_before.weight", "layers.0.layernorm_before.weight")
+ACTIVATIONS = {  # hidden_act -> option of our spec; the plain GELU needs none
+    "gelu": None, "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu",
+}  # fmt: skip
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+
+def is_plain(checkpoint: Checkpoint) -> bool:
+    """Whether the names are those that transformers' ViT, ViTMAE, DeiT and I-JEPA share (BEiT has more, DINOv2 others)."""
+    keys = checkpoint.tensors
+    more = any("lambda_" in name or "relative_position" in name for name in keys)
+    return ANCHOR in keys and any(name in keys for name in NORMS) and "embeddings.position_embeddings" in keys and not more
+
+
+def vit_marks(checkpoint: Checkpoint) -> str | None:
+    """What tells ViT's and ViTMAE's files apart without a config: "vit", "vit_mae" or None."""
+    keys, outside = checkpoint.tensors, checkpoint.outside
+    if any(name.startswith(("pooler.", "embeddings.mask_token", "embeddings.distillation_token")) for name in keys):
+        return "vit"
+    if any("classifier." in name for name in outside):
+        return "vit"
+    table = keys.get("embeddings.position_embeddings")
+    if any(name.endswith("decoder.mask_token") for name in outside) or (
+        table is not None and table.ndim == 3 and is_sincos(table)
+    ):
+        return "vit_mae"
+    return None
 
 
 def model_type(checkpoint: Checkpoint) -> str | None:
@@ -41,23 +67,58 @@ def model_type(checkpoint: Checkpoint) -> str | None:
     return None if config is None else str(config.get("model_type"))
 
 
-def facts_of(checkpoint: Checkpoint, default_eps: float) -> dict[str, Any]:
-    """Fields of the BackboneSpec that config.json and preprocessor_config.json state; UserError for an activation not GELU."""
-    facts: dict[str, Any] = {}
-    config, processor = checkpoint.beside.get(CONFIG_FILE), checkpoint.beside.get(PREPROCESSOR_FILE, {})
-    if config:
-        if (activation := config.get("hidden_act", "gelu")) != "gelu":
-            raise UserError(f"{checkpoint.source}: hidden_act {activation!r}", expected="'gelu', as in timm's ViT")
-        facts["norm_eps"] = config.get("layer_norm_eps", default_eps)
-        size = config.get("image_size", 224)
-        facts["img_size"] = numbers(size if isinstance(size, list) else [size, size], "image_size", checkpoint.source)
-        if "num_attention_heads" in config:
-            facts["num_heads"] = config["num_attention_heads"]
-    for theirs, ours in (("image_mean", "mean"), ("image_std", "std")):
-        if theirs in processor:
-            facts[ours] = numbers(processor[theirs], theirs, checkpoint.source)
-    if processor.get("resample") in RESAMPLE:
-        facts["interpolation"] = RESAMPLE[processor["resample"]]
+def vision_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """config.json, or its part for the image tower; None without a config."""
+    config = checkpoint.beside.get(CONFIG_FILE)
+    part = config.get("vision_config", config) if config else config
+    if part is not None and not isinstance(part, dict):
+        raise UserError(f"{checkpoint.source}: vision_config is {part!r}", expected="an object")
+    return part
+
+
+def facts_of(checkpoint: Checkpoint, default_eps: float, hidden_act: str = "gelu") -> dict[str, Any]:
+    """Fields of the BackboneSpec that config.json and preprocessor_config.json state.
+
+    default_eps, hidden_act: of the model's config class. UserError for an activation that we do not have."""
+    source, facts = checkpoint.source, _fed(checkpoint)
+    config = vision_config(checkpoint)
+    if config is None:
+        return facts
+    activation = config.get("hidden_act", hidden_act)
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise UserError(f"{source}: hidden_act {activation!r}", expected=f"one of {', '.join(ACTIVATIONS)}")
+    options: dict[str, Any] = {"act_layer": layer} if (layer := ACTIVATIONS[activation]) else {}
+    if config.get("qkv_bias", True) is False:
+        options["qkv_bias"] = False
+    size = config.get("image_size", 224)
+    facts["norm_eps"] = config.get("layer_norm_eps", default_eps)
+    facts["img_size"] = numbers(size if isinstance(size, list) else [size, size], "image_size", source)
+    if "num_attention_heads" in config:
+        facts["num_heads"] = config["num_attention_heads"]
+    if not isinstance(facts["norm_eps"], int | float) or not isinstance(facts.get("num_heads", 1), int):
+        raise UserError(f"{source}: layer_norm_eps and num_attention_heads in {CONFIG_FILE}", expected="numbers")
+    return facts | ({"options": options} if options else {})
+
+
+def silence(checkpoint: Checkpoint, model: str, eps: float) -> list[str]:
+    """Notes on what is assumed where the JSON files are not beside the weights."""
+    notes = {
+        CONFIG_FILE: f"eps {eps} is the default of transformers' {model}",
+        PREPROCESSOR_FILE: "mean, std and interpolation are its family's",
+    }
+    return [f"no {name} beside the file: {what}" for name, what in notes.items() if name not in checkpoint.beside]
+
+
+def _fed(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How images are fed, by preprocessor_config.json."""
+    processor = checkpoint.beside.get(PREPROCESSOR_FILE, {})
+    facts: dict[str, Any] = {
+        ours: numbers(processor[theirs], theirs, checkpoint.source)
+        for theirs, ours in (("image_mean", "mean"), ("image_std", "std"))
+        if theirs in processor
+    }
+    if isinstance(number := processor.get("resample"), int) and number in RESAMPLE:
+        facts["interpolation"] = RESAMPLE[number]
     return facts
 
 

@@ -33,6 +33,7 @@ def load_mae(
     norm_pix_loss: bool | None = None,
     img_size: int | tuple[int, int] | None = None,
     decoder_num_heads: int | None = None,
+    weights: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> MAE:
     """The whole autoencoder, in eval mode and float32, of a file or folder: ours, facebookresearch/mae's, transformers'.
@@ -40,17 +41,18 @@ def load_mae(
     path: `mae.safetensors`, the folder of the pretraining that wrote it (also as run:DIR), a .pth, a Hugging Face folder.
     norm_pix_loss: by default what the file says (our metadata, the reference's saved arguments, transformers' config); where
     it is silent False, the reference constructor's own default: its released *_full.pth were trained with True.
-    decoder_num_heads: by default what the file says, else the reference's 16. overrides: fields of the BackboneSpec.
+    decoder_num_heads: by default what the file says, else the reference's 16. weights: which set of weights, where the file
+    holds several (model_ema ...). overrides: fields of the BackboneSpec.
     img_size: another one than the file's resamples both position tables (bicubic), as MAE is taken to 448 pixels.
     Raises UserError for a file without a decoder and for whatever does not fit: nothing is loaded in part.
     """
-    spec, options, weights = _read(_file(path), overrides or {})
+    spec, options, tensors = _read(_file(path), weights, overrides or {})
     told = {"norm_pix_loss": norm_pix_loss, "decoder_num_heads": decoder_num_heads}
     options |= {key: value for key, value in told.items() if value is not None}
     if img_size is not None:
-        spec, weights = _resize(spec, weights, (img_size, img_size) if isinstance(img_size, int) else img_size)
+        spec, tensors = _resize(spec, tensors, (img_size, img_size) if isinstance(img_size, int) else img_size)
     model = _hollow(spec, options, path)
-    ours = {name if DECODER.match(name) else f"encoder.{name}": tensor.float() for name, tensor in weights.items()}
+    ours = {name if DECODER.match(name) else f"encoder.{name}": tensor.float() for name, tensor in tensors.items()}
     check_fit(model, ours, str(path), "a masked autoencoder")
     model.load_state_dict({name: tensor.clone() for name, tensor in ours.items()}, assign=True)
     return model.eval()
@@ -72,12 +74,13 @@ def _file(path: str | Path) -> Path:
     return found / MAE_FILE if (found / MAE_FILE).is_file() else found
 
 
-def _read(path: Path, overrides: Mapping[str, Any]) -> tuple[BackboneSpec, dict[str, Any], Weights]:
+def _read(path: Path, weights: str | None, overrides: Mapping[str, Any]) -> tuple[BackboneSpec, dict[str, Any], Weights]:
     """Spec, keywords of MAE and weights, the encoder's without prefix."""
     if _is_ours(path):
         return _read_ours(path)
-    checkpoint = open_source(path)
-    named = checkpoint.tensors | checkpoint.outside
+    checkpoint = open_source(path, weights=weights)
+    root = checkpoint.prefix.removesuffix("vit.")  # transformers' decoder stands beside the encoder, not inside
+    named = checkpoint.tensors | {name.removeprefix(root): tensor for name, tensor in checkpoint.outside.items()}
     decoder = {name: t for name, t in named.items() if DECODER.match(name) or name.startswith("decoder.")}
     if not any(name.endswith("mask_token") for name in decoder):
         raise _no_decoder(path)
@@ -100,8 +103,9 @@ def _is_ours(path: Path) -> bool:
 
 
 def _read_ours(path: Path) -> tuple[BackboneSpec, dict[str, Any], Weights]:
-    weights, metadata, _ = read_file(path)
-    check_tensors(weights, path, path.stat().st_size)
+    read = read_file(path)
+    weights, metadata = read.content, read.metadata
+    check_tensors(weights, path, read.size)
     check_values(weights, str(path))
     try:
         return BackboneSpec.from_dict(json.loads(metadata["spec"])), dict(json.loads(metadata["decoder"])), weights

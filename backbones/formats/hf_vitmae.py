@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from backbones.carry import write_safetensors
-from backbones.hugging_face import ANCHOR, VIT, config_of, facts_of, model_type, processor_of
+from backbones.hugging_face import VIT, config_of, facts_of, is_plain, model_type, processor_of, silence, vit_marks
 from backbones.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
-from backbones.translation import Translation, is_sincos, require_plain
+from backbones.translation import Translation, require_plain
 from mae_bench.files import write_json
 from mae_bench.spec import BackboneSpec
 
@@ -17,23 +17,20 @@ DECODER = "decoder of the pretraining: no part of the backbone"
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """transformers' names with its ViTMAE config, MAE's decoder or MAE's fixed position table (its ViT has the same encoder)."""
-    keys = checkpoint.tensors
-    if ANCHOR not in keys or "embeddings.cls_token" not in keys or "embeddings.position_embeddings" not in keys:
+    """transformers' names with its ViTMAE config, or without what marks a ViT; without either, ViT's files look alike."""
+    if not is_plain(checkpoint) or "embeddings.cls_token" not in checkpoint.tensors:
         return False
-    if told := model_type(checkpoint):
-        return told == "vit_mae"
-    return "decoder.mask_token" in checkpoint.outside or is_sincos(keys["embeddings.position_embeddings"])
+    told = model_type(checkpoint)
+    return told == "vit_mae" if told else vit_marks(checkpoint) != "vit"
 
 
 def read(checkpoint: Checkpoint) -> Translation:
     """Query, key and value are stacked to qkv; the decoder is dropped; eps, heads, mean and std come from the JSON files."""
     result = VIT.read(checkpoint.tensors, checkpoint.source)
-    result.outside = dict.fromkeys((name for name in checkpoint.outside if name.startswith("decoder.")), DECODER)
+    result.outside = dict.fromkeys((name for name in checkpoint.outside if ".decoder." in f".{name}"), DECODER)
     result.assumed = {"norm_eps": DEFAULT_EPS, "pretrain_method": "mae", "pretrain_data": "unknown"}
     result.facts = facts_of(checkpoint, DEFAULT_EPS)
-    if CONFIG_FILE not in checkpoint.beside:
-        result.notes.append(f"no {CONFIG_FILE} beside the file: eps {DEFAULT_EPS} is the default of transformers' ViTMAE")
+    result.notes = silence(checkpoint, "ViTMAE", DEFAULT_EPS)
     if result.facts.get("norm_eps", DEFAULT_EPS) != 1e-6:
         result.notes.append("the reference trains with a LayerNorm eps of 1e-6; this file's own is followed")
     return result

@@ -16,7 +16,6 @@ from backbones.mae import load_mae
 from mae_bench.errors import UserError
 from mae_bench.export import write_export
 from mae_bench.models.mae import MAE
-from mae_bench.models.pos_embed import sincos_2d
 from mae_bench.reconstruct import reconstruct, save_mae
 from mae_bench.spec import BackboneSpec
 
@@ -78,6 +77,38 @@ def test_transformers_older_names_of_the_decoder(tmp_path, theirs):
     save_file(older, tmp_path / "older" / "model.safetensors")
     one, other = load_mae(tmp_path).state_dict(), load_mae(tmp_path / "older").state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_folder_in_shards(tmp_path, theirs):
+    theirs.save_pretrained(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "in_shards", max_shard_size="100KB")
+    assert (tmp_path / "in_shards/model.safetensors.index.json").is_file()
+    one, other = load_mae(tmp_path / "one").state_dict(), load_mae(tmp_path / "in_shards").state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_state_dict_of_transformers_memory(tmp_path, theirs, prefix):
+    """Version 5 names its layers otherwise in memory than in files; without a config nothing tells heads, eps and loss."""
+    theirs.save_pretrained(tmp_path / "folder")
+    torch.save({prefix + name: tensor for name, tensor in theirs.state_dict().items()}, tmp_path / "memory.pth")
+    said = {"num_heads": 4, "norm_eps": 1e-12}
+    model = load_mae(tmp_path / "memory.pth", norm_pix_loss=True, decoder_num_heads=2, overrides=said)
+    folder = load_mae(tmp_path / "folder", norm_pix_loss=True)
+    assert (model.spec, model.options) == (folder.spec, folder.options)
+    assert model.state_dict().keys() == folder.state_dict().keys()
+    assert all(torch.equal(tensor, folder.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_training_state_with_an_average_of_the_weights_asks_for_one(tmp_path, toys):
+    average = {f"module.{name}": tensor * 2 for name, tensor in toys["full"].items()}
+    torch.save({"model": toys["full"], "model_ema": average, "epoch": 7}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="model_ema"):
+        load_mae(tmp_path / "x.pth")
+    for weights, factor in (("model", 1), ("model_ema", 2)):
+        found = load_mae(tmp_path / "x.pth", weights=weights).state_dict()
+        for ours, name in (("encoder.blocks.1.mlp.fc1.weight", "blocks.1.mlp.fc1.weight"), ("decoder_norm.bias",) * 2):
+            assert torch.equal(found[ours], toys["full"][name] * factor)
 
 
 def reference_forward(w, imgs, noise, mask_ratio, heads, decoder_heads, norm_pix_loss):
@@ -202,7 +233,7 @@ def test_another_image_size_resamples_both_tables(tmp_path, toys, theirs):
         assert wide.spec.grid_size == (4, 8)
         same = load_mae(source, img_size=32)
         assert torch.equal(same.encoder.pos_embed, small.encoder.pos_embed)
-    assert torch.equal(load_mae(tmp_path / "full.pth").encoder.pos_embed, sincos_2d(192, (4, 4)))
+    assert torch.equal(load_mae(tmp_path / "full.pth").encoder.pos_embed, toys["full"]["pos_embed"])
     with pytest.raises(UserError, match="not divisible"):
         load_mae(tmp_path / "full.pth", img_size=60)
 

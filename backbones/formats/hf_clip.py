@@ -1,0 +1,54 @@
+"""hf_clip: the image tower of transformers' CLIP (CLIPVisionModel, with a projection, or within CLIPModel)."""
+
+from backbones.families import family
+from backbones.formats.clip import add_axes
+from backbones.hugging_face import facts_of, model_type, silence
+from backbones.naming import Naming
+from backbones.source import CONFIG_FILE, Checkpoint
+from backbones.translation import Translation
+
+DEFAULT_EPS, DEFAULT_HEADS = 1e-5, 12  # of CLIPVisionConfig: nested in another config it writes only what differs
+NAMES = Naming(
+    top={
+        "embeddings.class_embedding": "cls_token",
+        "embeddings.position_embedding.weight": "pos_embed",
+        "embeddings.patch_embedding": "patch_embed.proj",
+        "pre_layrnorm": "norm_pre",  # so spelt in its files
+        "post_layernorm": "norm",
+    },
+    block={
+        "layer_norm1": "norm1",
+        "self_attn.out_proj": "attn.proj",
+        "layer_norm2": "norm2",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    },
+    blocks=("encoder.layers.{}.",),
+    qkv=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),),
+    drop={r"embeddings\.position_ids$": "the numbers 0 to L: no weights"},
+)
+
+
+def fits(checkpoint: Checkpoint) -> bool:
+    """The names of transformers' CLIP image tower (SigLIP has no class embedding)."""
+    keys = checkpoint.tensors
+    told = model_type(checkpoint)
+    return "embeddings.class_embedding" in keys and "pre_layrnorm.weight" in keys and told in (None, "clip", "clip_vision_model")
+
+
+def read(checkpoint: Checkpoint) -> Translation:
+    """The last norm comes after all tokens, as timm has it (transformers applies it to the class token alone).
+
+    Without config.json the user must say whether the activation is gelu or quick_gelu: nothing else tells it."""
+    result = NAMES.read(checkpoint.tensors, checkpoint.source)
+    add_axes(result)
+    result.outside = dict.fromkeys(checkpoint.outside, "text tower, projections and logits' scale")
+    result.assumed, result.needed = family("clip"), ("act_layer",)
+    result.facts = facts_of(checkpoint, DEFAULT_EPS, hidden_act="quick_gelu")
+    options = {"pre_norm": True} | result.facts.get("options", {})
+    if CONFIG_FILE in checkpoint.beside:
+        result.facts = {"num_heads": DEFAULT_HEADS} | result.facts
+        options = {"act_layer": "gelu"} | options
+    result.facts["options"] = options
+    result.notes = silence(checkpoint, "CLIP", DEFAULT_EPS)
+    return result

@@ -1,0 +1,39 @@
+"""hf_sam: the image encoder of transformers' SAM (SamVisionModel, or within SamModel)."""
+
+from backbones.families import family
+from backbones.hugging_face import facts_of, model_type, silence, vision_config
+from backbones.naming import Naming
+from backbones.source import Checkpoint
+from backbones.translation import Translation
+from backbones.windows import windowed_facts
+
+DEFAULT_EPS = 1e-6  # of SamVisionConfig
+NAMES = Naming(
+    top={
+        "patch_embed.projection": "patch_embed.proj",
+        "neck.conv1": "neck.0",
+        "neck.layer_norm1": "neck.1",
+        "neck.conv2": "neck.2",
+        "neck.layer_norm2": "neck.3",
+    },
+    block={"layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.lin1": "mlp.fc1", "mlp.lin2": "mlp.fc2"},
+    blocks=("layers.{}.",),
+)
+MARKS = {"patch_embed.projection.weight", "pos_embed", "neck.conv1.weight", "layers.0.attn.rel_pos_h"}
+
+
+def fits(checkpoint: Checkpoint) -> bool:
+    """The names of transformers' SAM encoder."""
+    return set(checkpoint.tensors) >= MARKS and model_type(checkpoint) in (None, "sam", "sam_vision_model")
+
+
+def read(checkpoint: Checkpoint) -> Translation:
+    """Windows, heads and neck are told by shapes, which config.json must not contradict."""
+    result = NAMES.read(checkpoint.tensors, checkpoint.source)
+    result.outside = dict.fromkeys(checkpoint.outside, "prompt encoder and mask decoder: no part of the image backbone")
+    result.assumed = {"norm_eps": DEFAULT_EPS} | family("sam")
+    shapes = windowed_facts(result, checkpoint.source, vision_config(checkpoint))
+    told = facts_of(checkpoint, DEFAULT_EPS)
+    result.facts = shapes | told | {"options": shapes["options"] | told.get("options", {})}
+    result.notes = silence(checkpoint, "SAM", DEFAULT_EPS)
+    return result

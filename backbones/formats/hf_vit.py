@@ -1,0 +1,57 @@
+"""hf_vit: transformers' ViT and DeiT, with and without heads, as their save_pretrained writes them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbones.carry import write_safetensors
+from backbones.families import family
+from backbones.hugging_face import VIT, config_of, facts_of, is_plain, model_type, processor_of, silence, vit_marks
+from backbones.naming import Naming
+from backbones.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
+from backbones.translation import HEAD, Translation, require_plain
+from mae_bench.files import write_json
+from mae_bench.spec import BackboneSpec
+
+DEFAULT_EPS = 1e-12  # of ViTConfig and DeiTConfig
+DISTILLATION = "embeddings.distillation_token"
+DECODER = "decoder of a masked-image pretraining: no part of the backbone"
+NAMES = Naming(
+    {**VIT.top, DISTILLATION: "reg_token"},  # the second prefix token: attended to like a register, with its row in the table
+    VIT.block,
+    VIT.blocks,
+    VIT.qkv,
+    drop={
+        r"pooler\.": "pooler: a layer on the class token in front of a classifier",
+        r"embeddings\.mask_token$": "mask token of a masked-image pretraining: no part of the backbone",
+    },
+)
+
+
+def fits(checkpoint: Checkpoint) -> bool:
+    """transformers' names with its ViT or DeiT config, or with what ViTMAE lacks; without either, ViTMAE's files look alike."""
+    if not is_plain(checkpoint) or "embeddings.cls_token" not in checkpoint.tensors:
+        return False
+    told = model_type(checkpoint)
+    return told in ("vit", "deit") if told else vit_marks(checkpoint) != "vit_mae"
+
+
+def read(checkpoint: Checkpoint) -> Translation:
+    """Query, key and value are stacked to qkv; pooler and classifiers are dropped; DeiT's distillation token is a register."""
+    result = NAMES.read(checkpoint.tensors, checkpoint.source)
+    result.outside = {name: HEAD for name in checkpoint.outside if "classifier." in name}
+    result.outside |= dict.fromkeys((name for name in checkpoint.outside if ".decoder." in f".{name}"), DECODER)
+    result.assumed = {"norm_eps": DEFAULT_EPS} | family("deit" if DISTILLATION in checkpoint.tensors else "hf_vit")
+    result.facts = facts_of(checkpoint, DEFAULT_EPS)
+    result.notes = silence(checkpoint, "ViT", DEFAULT_EPS)
+    return result
+
+
+def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
+    """A folder that `ViTModel.from_pretrained` loads (its pooler is new); its tensors' metadata carry spec and provenance."""
+    require_plain(spec, weights, "hf_vit", fc_norm=False)
+    config = config_of(spec, "ViTModel", "vit")
+    write_safetensors(out / "model.safetensors", NAMES.write(weights), spec, provenance)
+    write_json(out / PREPROCESSOR_FILE, processor_of(spec))
+    write_json(out / CONFIG_FILE, config)
