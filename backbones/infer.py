@@ -1,5 +1,6 @@
 """The BackboneSpec of a translated checkpoint: sizes from shapes, the rest from the file, its family or the user."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -15,6 +16,7 @@ from mae_bench.spec import BackboneSpec
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 GIVE = "give {0} to inspect or convert, backbones.NAME.spec.{0} to evaluate or run"
 HIDDEN = ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight")  # of a plain and of a gated MLP
+LARGEST = 4096  # pixels, of an image that a description may name
 PAIRS = ("img_size", "patch_size", "mean", "std")
 
 
@@ -27,12 +29,21 @@ def infer_spec(
     """
     try:
         return _infer(translation, source, stated or {}, overrides or {})
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{source}: its description cannot be read: {error}", expected="the fields of a BackboneSpec") from error
 
 
 def _infer(translation: Translation, source: str, stated: Mapping[str, Any], overrides: Mapping[str, Any]) -> BackboneSpec:
-    given = {**translation.assumed, **_tuples(stated), **translation.facts, **_checked(overrides)}
+    layers = (translation.assumed, _tuples(stated), translation.facts, _checked(overrides))
+    given = {key: value for layer in layers for key, value in layer.items()}
+    stated_or_assumed = layers[1] if "options" in stated else layers[0]  # a whole spec, or what holds for the family
+    parts = [layer.get("options", {}) for layer in (stated_or_assumed, *layers[2:])]
+    given["options"] = {key: value for part in parts for key, value in dict(part).items()}
+    if lacking := [name for name in translation.needed if name not in given["options"]]:
+        raise UserError(
+            f"{source}: nothing tells {' and '.join(lacking)}",
+            fix=" and ".join(GIVE.format(f"options.{name}=...") for name in lacking),
+        )
     shapes = shape_facts(translation.weights, source, given)
     if wrong := {key: (given[key], value) for key, value in shapes.items() if key in given and given[key] != value}:
         told = ", ".join(f"{key} {said!r} where the shapes say {found!r}" for key, (said, found) in wrong.items())
@@ -85,14 +96,36 @@ def shape_facts(weights: Mapping[str, torch.Tensor], source: str, given: Mapping
         "in_chans": in_chans,
         "embed_dim": embed_dim,
         "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
-        "mlp_ratio": fc1.shape[0] / embed_dim,
+        "mlp_ratio": _ratio(fc1.shape[0] // _halves(weights, given), embed_dim),
         "num_prefix_tokens": prefix,
     }
     if given.get("arch", "vit") in ARCHS and (table := weights.get("pos_embed")) is not None:
-        facts["img_size"] = _img_size(table.flatten(1, -2), in_table, tuple(patch), given.get("img_size"), source)
-    if "img_size" not in facts and "img_size" not in given:
-        raise UserError(f"{source}: no position table tells the image size", fix=GIVE.format("img_size=[H,W]"))
+        rows = table.flatten(1, -2) if table.ndim > 2 else table
+        facts["img_size"] = _img_size(rows, in_table, tuple(patch), given.get("img_size"), source)
+    if "img_size" not in facts:
+        _check_size(given.get("img_size"), source)
     return facts
+
+
+def _check_size(size: Any, source: str) -> None:
+    """Without a table the description alone tells the image size, and a rotary embedding is made for it."""
+    if size is None:
+        raise UserError(f"{source}: no position table tells the image size", fix=GIVE.format("img_size=[H,W]"))
+    if len(size) != 2 or not all(isinstance(side, int) and 0 < side <= LARGEST for side in size):
+        raise UserError(f"{source}: images of {size}", expected=f"height and width, whole numbers to {LARGEST}")
+
+
+def _halves(weights: Mapping[str, torch.Tensor], given: Mapping[str, Any]) -> int:
+    """2 where fc1 of an Eva makes gate and value at once: timm's Eva counts one of them, its VisionTransformer both."""
+    fc1, fc2 = (weights.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
+    packed = given.get("arch") == "eva" and fc1 is not None and fc2 is not None and fc1.shape[0] == 2 * fc2.shape[-1]
+    return 2 if packed else 1
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The ratio from which timm computes `hidden`: it cuts the product off, which is 487.99... for 488 / 224 * 224."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _img_size(table: torch.Tensor, prefix: int, patch: tuple[int, ...], given: Any, source: str) -> tuple[int, int]:

@@ -8,12 +8,19 @@ from typing import Any, Protocol
 
 import torch
 
+from backbones.families import family
 from backbones.source import Checkpoint
 from mae_bench.errors import UserError
 from mae_bench.models.pos_embed import sincos_2d
 from mae_bench.spec import BackboneSpec
 
+HUGE = 1e12  # no number of a description is larger
 HEAD = "classifier: every task trains its own"
+PROJECTOR = "projection head of the pretraining: no part of the backbone"
+MASK_TOKEN = "mask token of the pretraining: no part of the backbone"
+# The ViT of arXiv 2010.11929 as timm names it.
+BLOCK = r"(?:norm[12]|attn\.(?:qkv|proj)|mlp\.fc[12])"
+OFFICIAL = rf"(?:cls_token|pos_embed|(?:patch_embed\.proj|norm|blocks\.\d+\.{BLOCK})\.(?:weight|bias))$"
 
 
 @dataclass
@@ -22,7 +29,9 @@ class Translation:
 
     facts: fields of the BackboneSpec that the file states. assumed: fields that hold for the family where the file is silent.
     renamed, dropped: by the names in `Checkpoint.tensors`. outside: reasons for tensors of `Checkpoint.outside`, whole names,
-    where there is more to say than that they stand outside of the ViT.
+    where there is more to say than that they stand outside of the ViT. taken: those of `Checkpoint.outside` that fill one of our
+    weights all the same, whole names. needed: options that nothing in the file tells and that
+    the user or the spec in the file must state.
     """
 
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -30,10 +39,12 @@ class Translation:
     reshaped: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     outside: dict[str, str] = field(default_factory=dict)
+    taken: dict[str, str] = field(default_factory=dict)
     new: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     assumed: dict[str, Any] = field(default_factory=dict)
+    needed: tuple[str, ...] = ()
 
 
 class Format(Protocol):
@@ -49,26 +60,80 @@ class Format(Protocol):
         """The reverse of `read`; UserError for a backbone that the format cannot express. Formats without it are only read."""
 
 
-def keep_names(tensors: Mapping[str, torch.Tensor], drop: Mapping[str, str]) -> Translation:
-    """A translation that renames nothing; keys that match a pattern of `drop` (pattern -> reason) are left out."""
+def keep_names(
+    tensors: Mapping[str, torch.Tensor], drop: Mapping[str, str], rename: Mapping[str, str] | None = None
+) -> Translation:
+    """A translation that keeps every name but those that match a pattern of `rename` (pattern -> our name, as in re.sub); keys
+    that match a pattern of `drop` (pattern -> reason) are left out. UserError where two keys get one name."""
     result = Translation()
     for name, tensor in tensors.items():
         if reason := next((reason for pattern, reason in drop.items() if re.match(pattern, name)), None):
             result.dropped[name] = reason
-        else:
-            result.weights[name], result.renamed[name] = tensor, name
+            continue
+        ours = next((re.sub(pattern, to, name) for pattern, to in (rename or {}).items() if re.match(pattern, name)), name)
+        if ours in result.weights:
+            raise UserError(f"{name} and another tensor would both be {ours}", expected="one tensor for every weight")
+        result.weights[ours], result.renamed[name] = tensor, ours
     return result
 
 
+def plain(
+    checkpoint: Checkpoint,
+    name: str,
+    drop: Mapping[str, str],
+    *,
+    rename: Mapping[str, str] | None = None,
+    outside: Mapping[str, str] | None = None,
+    heads: Mapping[int, int] | None = None,
+) -> Translation:
+    """A file of the family `name` (of families.yaml) whose ViT has timm's names, `rename` and layer scales (gamma_1) aside.
+
+    drop, outside: pattern -> reason for keys of the ViT and for keys beside it. heads: width -> heads of the family's own sizes.
+    """
+    result = keep_names(checkpoint.tensors, drop, {r"(blocks\.\d+)\.gamma_([12])$": r"\1.ls\2.gamma", **(rename or {})})
+    result.outside = {
+        key: reason for key in checkpoint.outside for pattern, reason in (outside or {}).items() if re.match(pattern, key)
+    }
+    result.assumed = family(name)
+    if num_heads := (heads or {}).get(width(checkpoint.tensors)):
+        result.assumed["num_heads"] = num_heads
+    if "blocks.0.ls1.gamma" in result.weights:
+        result.facts["options"] = {"init_values": 1.0}  # that there are layer scales; their values are in the file
+    return result
+
+
+def width(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Channels of a token, by the patch embedding; 0 where there is none."""
+    weight = tensors.get("patch_embed.proj.weight")
+    return weight.shape[0] if weight is not None and weight.ndim else 0
+
+
 def is_vit(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether these are the names of a plain timm VisionTransformer (and of everything that grew from it)."""
+    """Whether these are the names of a plain timm VisionTransformer (and of everything that grew from it and has its norm)."""
+    return is_timm_vit(tensors) and has_last_norm(tensors)
+
+
+def is_timm_vit(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether patch embedding and blocks are named as timm names them."""
     return {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"} <= set(tensors)
+
+
+def has_last_norm(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a norm stands behind the blocks or behind the pooling; the encoders of detectors have none."""
+    return any(name.startswith(("norm.", "fc_norm.")) for name in tensors)
+
+
+def is_official_vit(tensors: Mapping[str, torch.Tensor], *others: str) -> bool:
+    """Whether there is a ViT of arXiv 2010.11929 under timm's names and nothing else but keys that match patterns of `others`."""
+    return is_timm_vit(tensors) and all(re.match("|".join((OFFICIAL, *others)), name) for name in tensors)
 
 
 def is_sincos(table: torch.Tensor, num_prefix_tokens: int = 1, grid_size: tuple[int, int] | None = None) -> bool:
     """Whether a table (1, prefix + L, D) is MAE's fixed one, to the precision in which it is stored.
 
     Without `grid_size` the grid is taken for square."""
+    if table.ndim != 3 or table.shape[1] <= num_prefix_tokens:
+        return False
     side = round((table.shape[1] - num_prefix_tokens) ** 0.5)
     grid = grid_size or (side, side)
     if table.shape[1] != grid[0] * grid[1] + num_prefix_tokens or table.shape[2] % 4:
@@ -78,9 +143,9 @@ def is_sincos(table: torch.Tensor, num_prefix_tokens: int = 1, grid_size: tuple[
 
 
 def numbers(value: Any, what: str, source: str) -> tuple[Any, ...]:
-    """A JSON list of numbers as a tuple."""
-    if not isinstance(value, list | tuple) or not all(isinstance(item, int | float) for item in value):
-        raise UserError(f"{source}: {what} is {value!r}", expected="a list of numbers")
+    """A JSON list of numbers as a tuple; UserError for other things, and for what is no size, mean or base: infinities."""
+    if not isinstance(value, list | tuple) or not all(isinstance(item, int | float) and abs(item) < HUGE for item in value):
+        raise UserError(f"{source}: {what} is {str(value)[:80]}", expected="a list of numbers")
     return tuple(value)
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from backbones.formats import deit, moco_v3
 from backbones.source import SPEC_KEY, Checkpoint
-from backbones.translation import HEAD, Translation, is_sincos, is_vit, keep_names, require_plain
+from backbones.translation import HEAD, Translation, is_official_vit, is_sincos, plain, require_plain
 from mae_bench.files import write_atomic
 from mae_bench.spec import BackboneSpec
 
@@ -14,30 +15,35 @@ DROP = {
     r"decoder_|mask_token$": "decoder of the pretraining: no part of the backbone",
     r"head\.": HEAD,
 }
+WRAPPERS = ("model", "model_ema")
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """Names of a timm ViT with MAE's decoder, or wrapped in `model` as the reference's scripts save them (others do so too)."""
+    """Names of its ViT with MAE's decoder, or wrapped as its scripts (and others') save them, with no other family's mark."""
     keys = checkpoint.tensors
-    has_decoder = "mask_token" in keys and "decoder_embed.weight" in keys
-    return is_vit(keys) and (has_decoder or checkpoint.wrapper == "model")
-
-
-def is_marked(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether something tells MAE's file from anyone's ViT: its fixed position table, or a head of its transfers."""
-    if "head.0.running_mean" in tensors or "fc_norm.weight" in tensors:
+    if not is_official_vit(keys, r"fc_norm\.", *DROP) or not {"cls_token", "pos_embed"} <= set(keys):
+        return False
+    if "mask_token" in keys and "decoder_embed.weight" in keys:
         return True
-    return "pos_embed" in tensors and is_sincos(tensors["pos_embed"])
+    return checkpoint.wrapper in WRAPPERS and not deit.is_marked(checkpoint) and not moco_v3.fits(checkpoint)
+
+
+def is_marked(checkpoint: Checkpoint) -> bool:
+    """Whether something tells MAE's file from anyone's ViT: its fixed position table, a head of its transfers, its arguments,
+    the spec that `write` adds."""
+    keys = checkpoint.tensors
+    if "head.0.running_mean" in keys or "fc_norm.weight" in keys or hasattr(checkpoint.extras.get("args"), "blr"):
+        return True
+    if checkpoint.stated_spec:
+        return True
+    return "pos_embed" in keys and is_sincos(keys["pos_embed"])
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """The encoder keeps its names; decoder and head are dropped. eps 1e-6 and the mean and std of ImageNet are in its code."""
-    result = keep_names(checkpoint.tensors, DROP)
-    result.assumed = {
-        "norm_eps": 1e-6,
-        "pretrain_method": "mae, fine-tuned" if fine_tuned(checkpoint.tensors) else "mae",
-        "pretrain_data": "unknown",
-    }
+    """The encoder keeps its names; decoder and head are dropped."""
+    result = plain(checkpoint, "official_mae", DROP)
+    if fine_tuned(checkpoint.tensors):
+        result.assumed["pretrain_method"] = "mae, fine-tuned"
     if "fc_norm.weight" in result.weights:
         result.assumed["global_pool"] = "avg"
     return result

@@ -1,6 +1,5 @@
 """Toy checkpoints in the exact layout of each format, made without the code under test."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -8,53 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mae_bench.models.pos_embed import sincos_2d
+from tests.backbones.formats import toys_official_mae
+from tests.backbones.formats.plain_vit import DEPTH, SIZE, WIDTH, encoder_shapes
+from tests.backbones.formats.toys_official_mae import DECODER, decoder_shapes
 
-WIDTH, DEPTH, HEADS, SIZE, PATCH, DECODER = 192, 2, 3, 32, 8, 16  # 192 is a standard width: 3 heads
-
-
-def block_shapes(width: int) -> dict[str, tuple[int, ...]]:
-    """One block of facebookresearch/mae and timm."""
-    return {
-        "norm1.weight": (width,), "norm1.bias": (width,),
-        "attn.qkv.weight": (3 * width, width), "attn.qkv.bias": (3 * width,),
-        "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
-        "norm2.weight": (width,), "norm2.bias": (width,),
-        "mlp.fc1.weight": (4 * width, width), "mlp.fc1.bias": (4 * width,),
-        "mlp.fc2.weight": (width, 4 * width), "mlp.fc2.bias": (width,),
-    }  # fmt: skip
-
-
-def encoder_shapes(width: int, depth: int, size: int, patch: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, width),
-        "pos_embed": (1, (size // patch) ** 2 + 1, width),
-        "patch_embed.proj.weight": (width, 3, patch, patch),
-        "patch_embed.proj.bias": (width,),
-    }
-    for i in range(depth):
-        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block_shapes(width).items()}
-    return shapes | {"norm.weight": (width,), "norm.bias": (width,)}
-
-
-def decoder_shapes(width: int, decoder: int, depth: int, size: int, patch: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "mask_token": (1, 1, decoder),
-        "decoder_pos_embed": (1, (size // patch) ** 2 + 1, decoder),
-        "decoder_embed.weight": (decoder, width), "decoder_embed.bias": (decoder,),
-        "decoder_norm.weight": (decoder,), "decoder_norm.bias": (decoder,),
-        "decoder_pred.weight": (patch * patch * 3, decoder), "decoder_pred.bias": (patch * patch * 3,),
-    }  # fmt: skip
-    for i in range(depth):
-        shapes |= {f"decoder_blocks.{i}.{name}": shape for name, shape in block_shapes(decoder).items()}
-    return shapes
-
-
-def fill(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
-    """Random weights; LayerNorm scales around 1, so that a norm that is forgotten or misplaced shows."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
-    return {name: tensor + 1 if "norm" in name and name.endswith("weight") else tensor for name, tensor in drawn.items()}
+HEADS = 3  # of 192 channels, a standard width
 
 
 @pytest.fixture(scope="session")
@@ -71,43 +28,19 @@ def encoder(toys) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def toys() -> dict[str, dict[str, torch.Tensor]]:
-    """The toy weights that the files are made of; not to be changed.
-
-    fine: as main_finetune.py saves it (global pooling, fc_norm, a trained position table).
-    probe: as main_linprobe.py saves it (BatchNorm without affine parameters, then a linear layer).
-    """
-    encoder = fill(encoder_shapes(WIDTH, DEPTH, SIZE, PATCH), 0)
-    encoder["pos_embed"] = sincos_2d(WIDTH, (SIZE // PATCH, SIZE // PATCH))
-    head = fill({"head.weight": (10, WIDTH), "head.bias": (10,)}, 2)
-    fine = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: t for name, t in encoder.items()}
-    fine["pos_embed"] = fine["pos_embed"] + fill({"table": (1, 17, WIDTH)}, 3)["table"]
-    norm = {"head.0.running_mean": torch.zeros(WIDTH), "head.0.running_var": torch.ones(WIDTH)}
-    count = {"head.0.num_batches_tracked": torch.tensor(7)}
-    probe_head = {**norm, **count, "head.1.weight": head["head.weight"], "head.1.bias": head["head.bias"]}
-    decoder = fill(decoder_shapes(WIDTH, DECODER, 1, SIZE, PATCH), 1)
-    return {
-        "encoder": encoder,
-        "full": {**encoder, **decoder},
-        "fine": {**fine, **head},
-        "probe": {**encoder, **probe_head},
-        "classifier": {**encoder, **head},
-    }
+    """The toy weights that the files are made of; not to be changed."""
+    return toys_official_mae.models()
 
 
 @pytest.fixture(scope="session")
 def files(toys, tmp_path_factory) -> dict[str, tuple[Path, str]]:
-    """Name -> (path, format) of a toy file of every layout that is read."""
+    """Name -> (path, format) of toy files that say by themselves what they are: the reference's, timm's, transformers'."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    for name in ("encoder", "full", "fine", "probe"):
-        torch.save({"model": toys[name]}, folder / f"{name}.pth")
-    args = argparse.Namespace(model="mae_vit_toy", blr=1.5e-4, norm_pix_loss=True, resume="", gpu=0)
-    training = {"optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3}]}, "epoch": 7}
-    scaler = {"scale": 65536.0, "growth_factor": 2.0}
-    torch.save({"model": toys["full"], **training, "scaler": scaler, "args": args}, folder / "checkpoint-7.pth")
+    written = toys_official_mae.write(folder)
+    official = {name: (path, "official_mae") for name, (path, options) in written.items() if not options}
     save_file(toys["classifier"], folder / "timm.safetensors")
     torch.save(toys["encoder"], folder / "timm.bin")
     torch.save({"state_dict": toys["classifier"], "epoch": 3, "arch": "vit"}, folder / "timm.pth")
-    official = {name: (folder / f"{name}.pth", "official_mae") for name in ("encoder", "full", "fine", "probe", "checkpoint-7")}
     in_timm = {f"timm{suffix}": (folder / f"timm{suffix}", "timm") for suffix in (".safetensors", ".bin", ".pth")}
     return {**official, **in_timm, "hf": (write_hf(folder / "hf", toys["encoder"]), "hf_vitmae")}
 

@@ -1,7 +1,6 @@
 """load_backbone: every toy file arrives whole, gives the published features, and whatever is unexplained is refused."""
 
 import json
-import math
 from typing import Any
 
 import pytest
@@ -17,30 +16,9 @@ from mae_bench.export import write_export
 from mae_bench.models.mae import MAE
 from mae_bench.reconstruct import save_mae
 from mae_bench.spec import BackboneSpec
+from tests.backbones.formats.plain_vit import published_vit
 
 NAMES = ["encoder", "full", "fine", "probe", "checkpoint-7", "timm.safetensors", "timm.bin", "timm.pth", "hf"]
-
-
-def published_vit(weights, imgs, num_heads, eps=1e-6):
-    """Tokens after the last block of the ViT of arXiv 2010.11929 with pre-norm blocks, in plain tensor algebra.
-
-    imgs (N, C, H, W) -> (N, 1 + L, D).
-    """
-    n, (width, _, patch, _) = len(imgs), weights["patch_embed.proj.weight"].shape
-    patches = F.unfold(imgs, patch, stride=patch).transpose(1, 2)
-    x = patches @ weights["patch_embed.proj.weight"].flatten(1).T + weights["patch_embed.proj.bias"]
-    x = torch.cat([weights["cls_token"].expand(n, -1, -1), x], dim=1) + weights["pos_embed"]
-    norm = lambda z, name: F.layer_norm(z, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"], eps)  # noqa: E731
-    linear = lambda z, name: z @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]  # noqa: E731
-    for i in range(len({name.split(".")[1] for name in weights if name.startswith("blocks.")})):
-        block = f"blocks.{i}"
-        qkv = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv")
-        q, k, v = qkv.reshape(n, -1, 3, num_heads, width // num_heads).permute(2, 0, 3, 1, 4)
-        attention = (q @ k.transpose(-2, -1) / math.sqrt(width // num_heads)).softmax(-1)
-        x = x + linear((attention @ v).transpose(1, 2).reshape(n, -1, width), f"{block}.attn.proj")
-        hidden = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
-        x = x + linear(hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))), f"{block}.mlp.fc2")
-    return norm(x, "norm") if "norm.weight" in weights else x
 
 
 @pytest.fixture

@@ -1,0 +1,30 @@
+"""deit3: DeiT III's files (facebookresearch/deit models_v2.py): layer scale, and no row for the class token in the table."""
+
+from math import isqrt
+
+from backbones.source import Checkpoint
+from backbones.structure import by_timm
+from backbones.translation import HEAD, Translation, is_official_vit, plain
+
+DROP = {r"head\.": HEAD}
+HEADS = {512: 8, 1408: 16, 1664: 16}  # of deit_medium, deit_giant and deit_Giant; the others' are the standard
+
+
+def fits(checkpoint: Checkpoint) -> bool:
+    """gamma_1 and gamma_2 in a ViT whose table has a row for each patch and none for its class token."""
+    keys = checkpoint.tensors
+    if (
+        by_timm(checkpoint)
+        or not is_official_vit(keys, r"blocks\.\d+\.gamma_[12]$", *DROP)
+        or not {"cls_token", "pos_embed"} <= set(keys)
+    ):
+        return False
+    table = keys["pos_embed"]
+    return "blocks.0.gamma_1" in keys and table.ndim == 3 and isqrt(table.shape[1]) ** 2 == table.shape[1]
+
+
+def read(checkpoint: Checkpoint) -> Translation:
+    """Layer scales are renamed; the class token is put in front of the patches after their positions were added."""
+    result = plain(checkpoint, "deit3", DROP, heads=HEADS)
+    result.facts["options"] = {"no_embed_class": True, **result.facts.get("options", {})}
+    return result

@@ -1,0 +1,22 @@
+"""ijepa: training files of facebookresearch/ijepa (encoder and target_encoder beside the predictor)."""
+
+from backbones.source import Checkpoint
+from backbones.translation import Translation, is_official_vit, plain
+
+ENCODERS = ("encoder", "target_encoder")
+HEADS = {1408: 16}  # of vit_giant
+
+
+def fits(checkpoint: Checkpoint) -> bool:
+    """A ViT without a class token in one of the file's two encoders, or in one of its own beside nothing but the predictor."""
+    return (
+        is_official_vit(checkpoint.tensors)
+        and "cls_token" not in checkpoint.tensors
+        and checkpoint.wrapper in ENCODERS
+        and "predictor" in checkpoint.extras
+    )
+
+
+def read(checkpoint: Checkpoint) -> Translation:
+    """The names are timm's. Without a class token there are only patch tokens; their average is what is evaluated."""
+    return plain(checkpoint, "ijepa", {}, heads=HEADS)
