@@ -48,6 +48,7 @@ def _tokens(vit: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=2)  # 4097 x 4097 for an image of 1024
+@torch.inference_mode(False)  # what is kept serves training too
 def _index(grid: Grid, device: torch.device) -> torch.Tensor:
     return gen_relative_position_index(grid, device=device)
 
@@ -59,21 +60,21 @@ def _bias(module: Any) -> torch.Tensor:
 
 
 class AnySizeAttention(Attention):
-    """`grid` is that of the images that are looked at."""
+    """`grid` is that of the images that are looked at, where it is another than the own."""
 
-    grid: Grid
+    grid: Grid | None = None
 
     def _get_rel_pos_bias(self) -> torch.Tensor:
-        return super()._get_rel_pos_bias() if self.grid == self.window_size else _bias(self)[None]
+        return super()._get_rel_pos_bias() if self.grid in (None, self.window_size) else _bias(self)[None]
 
 
 class AnySizeRelativePositionBias(RelativePositionBias):
-    """`grid` is that of the images that are looked at."""
+    """`grid` is that of the images that are looked at, where it is another than the own."""
 
-    grid: Grid
+    grid: Grid | None = None
 
     def forward(self) -> torch.Tensor:
-        return super().forward() if self.grid == self.window_size else _bias(self)
+        return super().forward() if self.grid in (None, self.window_size) else _bias(self)
 
 
 class AnySizeBeit(Beit):

@@ -18,8 +18,8 @@ def resize_table(table: torch.Tensor, old: Grid, new: Grid, method: PosResample)
     """A table (1, prefix + h * w, D) of grid `old` at grid `new`; the rows of prefix tokens, which come first, stay.
 
     "bicubic": to the size, without antialiasing (facebookresearch/mae util/pos_embed.py, detectron2). "bicubic_antialias": with
-    it (DINOv2 with registers). "bicubic_offset": by the scale factor (new + 0.1) / old (DINO). ValueError for a table that is
-    too short.
+    it (DINOv2 with registers). "bicubic_offset": by the scale factor (new + 0.1) / old (DINO). "bilinear": MaskFeat's (which is
+    trilinear with one frame). ValueError for a table that is too short.
     """
     if old == new:
         return table
@@ -32,7 +32,8 @@ def resize_table(table: torch.Tensor, old: Grid, new: Grid, method: PosResample)
         scale = ((new[0] + OFFSET) / old[0], (new[1] + OFFSET) / old[1])
         maps = F.interpolate(maps, scale_factor=scale, mode="bicubic")
     else:
-        maps = F.interpolate(maps, size=new, mode="bicubic", antialias=method == "bicubic_antialias")
+        mode = "bilinear" if method == "bilinear" else "bicubic"
+        maps = F.interpolate(maps, size=new, mode=mode, antialias=method == "bicubic_antialias")
     return torch.cat([prefix, maps.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
@@ -47,7 +48,8 @@ def resize_bias_table(table: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor
     if old == new:
         return table
     (height, width), (new_height, new_width) = ((2 * down - 1, 2 * across - 1) for down, across in (old, new))
-    down, across = _spread(height, new_height).to(table), _spread(width, new_width).to(table)
+    down = _spread(height, new_height, table.device, table.dtype)
+    across = _spread(width, new_width, table.device, table.dtype)
     maps = table[: height * width].unflatten(0, (height, width))
     return torch.cat([torch.einsum("yh,xw,hwn->yxn", down, across, maps).flatten(0, 1), table[height * width :]])
 
@@ -70,10 +72,11 @@ def resize_filters(filters: torch.Tensor, patch_size: tuple[int, int], method: s
 
 
 @lru_cache(maxsize=16)
-def _spread(source: int, target: int) -> torch.Tensor:
+@torch.inference_mode(False)  # what is kept serves training too
+def _spread(source: int, target: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """(target, source) weights of BEiT's resampling in one direction; both numbers of distances are odd."""
     if source == target:
-        return torch.eye(target)
+        return torch.eye(target, device=device, dtype=dtype)
     steps = _ratio(source // 2, target // 2) ** np.arange(source // 2)
     right = np.cumsum(steps)
     known = np.concatenate([-right[::-1], [0.0], right])
@@ -82,7 +85,8 @@ def _spread(source: int, target: int) -> torch.Tensor:
     inside = known[2:-2] if degree == 3 else known[:0]  # the spline of degree 3 has no knot next to its ends
     knots = np.concatenate([np.repeat(known[0], degree + 1), inside, np.repeat(known[-1], degree + 1)])
     through = np.linalg.inv(_splines(knots, degree, known))
-    return torch.from_numpy(_splines(knots, degree, wanted.clip(known[0], known[-1])) @ through)
+    weights = torch.from_numpy(_splines(knots, degree, wanted.clip(known[0], known[-1])) @ through)
+    return weights.to(device, dtype)
 
 
 def _ratio(terms: int, reach: int) -> float:

@@ -16,6 +16,7 @@ from backbones.adapters.features import FeatureMaps
 from backbones.load import load_backbone
 from backbones.resample import resample
 from backbones.translation import Translation
+from mae_bench.cost import backbone_gmacs
 from mae_bench.errors import UserError
 from mae_bench.export import write_export
 from mae_bench.models.resampling import resize_bias_table, resize_distances, resize_filters, resize_table
@@ -191,6 +192,15 @@ def test_training_at_another_size_reaches_the_stored_tables(model):
     assert tables
     assert all(table.grad is not None and table.grad.abs().max() > 0 for table in tables.values())
     assert {name: tensor.shape for name, tensor in vit.state_dict().items()} == shapes
+
+
+def test_training_after_evaluation_and_after_a_count_of_operations(model):
+    """What is kept of a grid is of no mode and no device but its own."""
+    vit, spec = model
+    with torch.inference_mode():
+        vit.forward_features(torch.zeros(1, 3, 56, 40))
+    assert backbone_gmacs(spec, (56, 40)) > backbone_gmacs(spec)
+    vit.forward_features(torch.zeros(1, 3, 56, 40)).square().mean().backward()
 
 
 @pytest.mark.parametrize("arch", ["beit", "sam"])
