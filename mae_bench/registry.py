@@ -49,6 +49,9 @@ KINDS: dict[str, Kind] = {
     ),
     "checkpoint": Kind("backbones.config:CheckpointConfig", "backbones.job:run", "", emits_backbone=True),
     "finetune": Kind("tasks.imagenet.config:FinetuneConfig", "tasks.imagenet.finetune:run", "imagenet", distributed=True),
+    "partial_finetune": Kind(
+        "tasks.imagenet.config:PartialFinetuneConfig", "tasks.imagenet.partial_finetune:run", "imagenet", distributed=True
+    ),
     "linear_probe": Kind(
         "tasks.imagenet.config:LinearProbeConfig", "tasks.imagenet.linear_probe:run", "imagenet", distributed=True, version=2
     ),

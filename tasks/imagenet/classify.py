@@ -29,6 +29,7 @@ from tasks.imagenet.config import ClassifyConfig, EvalConfig, ImageConfig, Poole
 from tasks.imagenet.data import Data
 from tasks.imagenet.evaluate import Feed, predict_images, watch_epochs
 
+MLP_HALF = ("norm2", "mlp", "ls2", "drop_path2")  # of timm's blocks
 BatchStream = Callable[[int, int], Iterator[Batch]]
 
 
@@ -42,6 +43,7 @@ class Classifier(nn.Module):
     def __init__(self, vit: ViT, spec: BackboneSpec, num_classes: int, pool: Literal["token", "avg"], *, fc_norm: bool):
         super().__init__()
         self.vit: Any = vit
+        self._frozen: list[nn.Module] = []
         self.pool, self.num_prefix_tokens = pool, spec.num_prefix_tokens
         if fc_norm:
             vit.norm = vit.fc_norm = nn.Identity()
@@ -49,6 +51,29 @@ class Classifier(nn.Module):
         self.head = nn.Linear(vit.num_features, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
+
+    def freeze(self, last_blocks: float) -> None:
+        """Leaves the last blocks, what follows them and the head to be trained; 0.5 is the MLP half of the last block.
+
+        What is frozen stays in eval mode: no drop path where nothing learns (arXiv 2111.06377, section 4.3 and A.1)."""
+        vit = self.vit
+        whole = int(last_blocks)
+        blocks = list(vit.blocks)
+        tuned: list[nn.Module] = blocks[len(blocks) - whole :]
+        self._frozen = blocks[: len(blocks) - whole]
+        if last_blocks % 1:
+            last = self._frozen.pop()
+            tuned += [part for name, part in last.named_children() if name in MLP_HALF]
+            self._frozen += [part for name, part in last.named_children() if name not in MLP_HALF]
+        vit.requires_grad_(False)
+        for part in (*tuned, vit.norm, vit.fc_norm):
+            part.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
 
     def features(self, imgs: torch.Tensor) -> torch.Tensor:
         """imgs (N, C, H, W) -> (N, D)."""

@@ -1,6 +1,6 @@
 """Configs of the ImageNet protocols."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -8,6 +8,23 @@ from mae_bench.config import JobConfig, TrainConfig
 from mae_bench.pretrain_config import ModelConfig
 
 Pool = Literal["token", "avg"]
+SHARED_WITH_PROBE = (
+    "protocol",
+    "data",
+    "max_bad_images",
+    "img_size",
+    "crop_pct",
+    "eval_batch_size",
+    "amp_dtype",
+    "num_workers",
+    "expect",
+    "epochs",
+    "base_lr",
+    "global_batch_size",
+    "device_batch_size",
+    "crop_scale",
+    "deterministic",
+)
 
 
 class ImageConfig(JobConfig):
@@ -81,6 +98,33 @@ class FinetuneConfig(ClassifyConfig):
         False,
         description="keep the fine-tuned model as `classifier/` in the cell's folder, a checkpoint for eval_only and robustness",
     )
+
+
+class PartialFinetuneConfig(FinetuneConfig):
+    """Fine-tuning the last blocks alone, for several numbers of blocks: a curve (Figure 9).
+
+    blocks: 0 is a linear probe by `linear`, 0.5 the MLP of the last block, a number above the depth is left out.
+    """
+
+    kind: Literal["partial_finetune"]  # type: ignore[assignment]
+    blocks: list[Annotated[float, Field(ge=0)]] = Field([0, 0.5, 1, 2, 4, 6, 12, 18, 24], min_length=1)
+    score: float = Field(1, description="the one of `blocks` that is the score")
+    linear: dict[str, Any] = Field({}, description="fields of linear_probe for 0 blocks, over those that both have")
+
+    @model_validator(mode="after")
+    def _counts_blocks(self) -> "PartialFinetuneConfig":
+        if wrong := [count for count in self.blocks if count != 0.5 and count % 1]:
+            raise ValueError(f"blocks {wrong}: 0, 0.5 (the MLP of the last block) or whole numbers")
+        if self.score not in self.blocks:
+            raise ValueError(f"score {self.score:g} is none of blocks {self.blocks}")
+        if 0 in self.blocks:
+            self.probe()
+        return self
+
+    def probe(self) -> "LinearProbeConfig":
+        """The config of 0 blocks."""
+        shared = {name: getattr(self, name) for name in LinearProbeConfig.model_fields if name in SHARED_WITH_PROBE}
+        return LinearProbeConfig(**(shared | self.linear | {"kind": "linear_probe"}))
 
 
 class LinearProbeConfig(EvalConfig):

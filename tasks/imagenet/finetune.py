@@ -25,12 +25,19 @@ CLASSIFIER = "classifier"  # the folder, inside a job's, of the model that it ma
 
 def run(config: FinetuneConfig, job: Job, progress: Progress) -> Outcome:
     """Fine-tunes every weight of job.backbone and scores the last epoch. Main metric top1."""
+    return fine_tune(config, job, progress)
+
+
+def fine_tune(config: FinetuneConfig, job: Job, progress: Progress, last_blocks: float | None = None) -> Outcome:
+    """Fine-tunes the head and the `last_blocks` (see Classifier.freeze; None: every weight) and scores the last epoch."""
     data = open_data(config)
     device = torch.device(job.device)
     seed_everything(seed_of(job.seed, 0, -5))
     vit, spec, report = load_at_size(config, job.backbone, config.drop_path)
     model = Classifier(vit, spec, data.num_classes, config.global_pool, fc_norm=config.global_pool == "avg").to(device)
     model.requires_grad_(True)  # the position table too: MAE freezes it in pretraining only
+    if last_blocks is not None:
+        model.freeze(last_blocks)
 
     def lr_scale(name: str) -> float:
         layer = layer_id(name.removeprefix("vit."), spec.depth)
