@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.layers import resample_abs_pos_embed
 
 from backbones.formats import hf_vitmae
 from backbones.load import check_fit, translate
@@ -18,6 +17,7 @@ from backbones.safe import check_tensors, check_values, read_file
 from backbones.source import CONFIG_FILE, Checkpoint, open_source
 from mae_bench.errors import UserError
 from mae_bench.models.mae import MAE
+from mae_bench.models.resampling import resize_table
 from mae_bench.reconstruct import MAE_FILE
 from mae_bench.spec import BackboneSpec
 
@@ -158,7 +158,7 @@ def _resize(spec: BackboneSpec, weights: Weights, img_size: tuple[int, int]) -> 
         return spec, weights
     new = replace(spec, img_size=(img_size[0], img_size[1]), pos_embed="learned")
     tables = {
-        name: resample_abs_pos_embed(weights[name].float(), list(new.grid_size), list(spec.grid_size), spec.num_prefix_tokens)
+        name: resize_table(weights[name].float(), spec.grid_size, new.grid_size, spec.pos_resample)
         for name in ("pos_embed", "decoder_pos_embed")
     }
     return new, weights | tables

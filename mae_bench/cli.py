@@ -46,7 +46,12 @@ Trust = Annotated[
 Fields = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="What the file does not tell of the backbone, e.g. num_heads=6.")
 ]
-Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A path, file:PATH, run:DIR (a cell's folder) or timm:NAME.")]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="CKPT", help="A path, file:PATH, run:DIR (a cell's folder), official:NAME, timm:NAME or hf:REPO@REVISION."
+    ),
+]
 
 
 def main() -> None:
