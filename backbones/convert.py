@@ -1,5 +1,6 @@
 """Writes any known checkpoint in another format, and reads it back as proof."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from backbones.detect import FORMATS, format_named
+from backbones.detect import FORMATS, format_named, written_formats
 from backbones.load import check_fit, make_report, stored_pooling, translate
 from backbones.report import ConversionReport
 from backbones.source import open_source
@@ -15,7 +16,10 @@ from mae_bench.errors import UserError
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
 
-SUFFIXES = {"official_mae": (".pth", ".pt"), "timm": (".safetensors",)}  # the other formats are folders
+TORCH_FILE = (".pth", ".pt")
+SUFFIXES = {  # of the formats that are one file; the others are folders
+    "official_mae": TORCH_FILE, "mmseg": TORCH_FILE, "detectron2": TORCH_FILE, "timm": (".safetensors",),
+}  # fmt: skip
 
 
 def convert(
@@ -27,27 +31,33 @@ def convert(
     weights: str | None = None,
     sha256: str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    trust: bool = False,
 ) -> ConversionReport:
     """Writes the backbone of `source` to `out` in the format `to`, in its stored precision; returns how it was read.
 
-    A folder for mae_bench and hf_vitmae, one file for timm (.safetensors) and official_mae (.pth). What is written is read
-    back and must be bit-equal. UserError for an `out` that exists, or a backbone that the format cannot express.
+    One file for the formats of SUFFIXES, a folder for the others. What is written is read back and must be bit-equal, or it is
+    removed again. UserError for an `out` that exists, and for a backbone that the format cannot express.
     """
     target = _checked_target(Path(out), to)
-    checkpoint = open_source(source, sha256, weights)
+    checkpoint = open_source(source, sha256, weights, trust=trust)
     name, translation, spec = translate(checkpoint, format, overrides)
     with torch.device("meta" if spec.arch == "vit" else "cpu"):
         model = build_vit(spec, global_pool=stored_pooling(translation.weights))
     check_fit(model, translation.weights, checkpoint.source, name)
     report = make_report(checkpoint, name, translation)
     format_named(to).write(translation.weights, spec, target, {"converted": asdict(report)})
-    _prove(target, to, translation.weights, spec)
+    try:
+        _prove(target, to, translation.weights, spec)
+    except UserError:
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+        raise
     return report
 
 
 def _checked_target(out: Path, to: str) -> Path:
-    if to not in FORMATS:
-        raise UserError(f"unknown format {to!r}", expected=f"one of {', '.join(FORMATS)}")
+    if to not in written_formats():
+        known = f"the format {to!r} is only read" if to in FORMATS else f"unknown format {to!r}"
+        raise UserError(known, expected=f"one that is written: {', '.join(written_formats())}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already", fix="remove it or name another")
     if (suffixes := SUFFIXES.get(to)) and out.suffix not in suffixes:

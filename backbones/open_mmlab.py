@@ -10,12 +10,12 @@ import torch
 from backbones.families import family
 from backbones.naming import Naming
 from backbones.source import Checkpoint
-from backbones.translation import HEAD, Translation
+from backbones.structure import INDEX, INDEX_REASON, TABLE, beit_facts, vit_options
+from backbones.translation import HEAD, MASK_TOKEN, Translation, width
 from mae_bench.errors import UserError
 
 ANCHOR = "layers.0.ffn.layers.0.0.weight"
 GATED = "layers.0.ffn.w12.weight"
-TABLE = "relative_position_bias_table"
 TOP = {
     "cls_token": "cls_token",
     "dist_token": "reg_token",  # DeiT's distillation token stands between class token and patches, as a register does
@@ -41,8 +41,8 @@ BLOCK = {
     "ffn.gamma2.weight": "ls2.gamma",
 }
 DROP = {
-    r"mask_token$": "stands for masked patches in the pretraining: no part of the backbone",
-    r".*relative_position_index$": "which row of a relative table is for which pair of patches: follows from the grid",
+    r"mask_token$": MASK_TOKEN,
+    INDEX: INDEX_REASON,
 }
 VIT = Naming(TOP, BLOCK, ("layers.{}.",), drop=DROP)
 OUTSIDE = {
@@ -53,7 +53,6 @@ OUTSIDE = {
     r"(ema_|momentum_)": "a moving average of the weights beside the ones that are read",
     r"data_preprocessor\.": "mean and std of the images",
 }
-ATTENTION = "attn.qkv.bias"
 # Heads where the width alone does not tell: arch_zoo of mmpretrain's vision_transformer.py, beit.py and deit3.py.
 HEADS = {512: 8, 1408: 16, 1536: 24}
 ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "mmpretrain.QuickGELU": "quick_gelu"}
@@ -81,8 +80,13 @@ def read(checkpoint: Checkpoint, library: str) -> Translation:
         if reason := next((reason for pattern, reason in OUTSIDE.items() if re.match(pattern, name)), None):
             result.outside[name] = reason
     result.assumed = family(library)
-    is_beit = any(name.endswith(TABLE) for name in checkpoint.tensors)
-    result.facts = (_beit if is_beit else _plain)(result, checkpoint)
+    if any(name.endswith(TABLE) for name in result.weights):
+        result.facts = _beit(result, checkpoint.source)
+    else:
+        if library == "mmseg":
+            _add_patch_bias(result)
+        result.assumed |= _heads(result.weights)
+        result.facts = {"arch": "vit", "options": vit_options(result.weights)}
     if "fc_norm.weight" in result.weights:
         result.assumed["global_pool"] = "avg"
         _drop_second_norm(result)
@@ -90,78 +94,32 @@ def read(checkpoint: Checkpoint, library: str) -> Translation:
     return result
 
 
-def _plain(result: Translation, checkpoint: Checkpoint) -> dict[str, Any]:
-    weights = result.weights
-    options: dict[str, Any] = {}
-    if "norm.weight" not in weights and "fc_norm.weight" not in weights:
-        options["final_norm"] = False
-    if "norm_pre.weight" in weights:
-        options["pre_norm"] = True
-    elif "patch_embed.proj.bias" not in weights and "patch_embed.proj.weight" in weights:
-        weights["patch_embed.proj.bias"] = weights["patch_embed.proj.weight"].new_zeros(len(weights["patch_embed.proj.weight"]))
+def _add_patch_bias(result: Translation) -> None:
+    """mmsegmentation's ViT has no bias there unless its config says patch_bias; timm's has one unless a norm follows."""
+    proj = result.weights.get("patch_embed.proj.weight")
+    if proj is not None and proj.ndim and not {"patch_embed.proj.bias", "norm_pre.weight"} & set(result.weights):
+        result.weights["patch_embed.proj.bias"] = proj.new_zeros(len(proj))
         result.new["patch_embed.proj.bias"] = "zeros: the file's patch embedding has no bias"
-    if "blocks.0.attn.qkv.bias" not in weights:
-        options["qkv_bias"] = False
-    if "blocks.0.ls1.gamma" in weights:
-        options["init_values"] = 1.0  # that there are layer scales; their values are in the file
-    if GATED in checkpoint.tensors:
-        options |= {"mlp_layer": "swiglu_packed", "act_layer": "silu"}
-    if _table_has_no_prefix(weights):
-        options["no_embed_class"] = True
-    result.assumed |= _heads(weights)
-    return {"arch": "vit", "options": options}
-
-
-def _table_has_no_prefix(weights: Mapping[str, torch.Tensor]) -> bool:
-    """DeiT III's table has rows for the patches alone: their number is a square, though there is a class token."""
-    table = weights.get("pos_embed")
-    if table is None or table.ndim != 3 or "cls_token" not in weights:
-        return False
-    return round(table.shape[1] ** 0.5) ** 2 == table.shape[1]
 
 
 def _heads(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    proj = weights.get("patch_embed.proj.weight")
-    width = proj.shape[0] if proj is not None and proj.ndim else 0
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    if (width, depth) == SMALL[:2]:
+    channels, depth = width(weights), len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    if (channels, depth) == SMALL[:2]:
         return {"num_heads": SMALL[2]}
-    return {"num_heads": HEADS[width]} if width in HEADS else {}
+    return {"num_heads": HEADS[channels]} if channels in HEADS else {}
 
 
-def _beit(result: Translation, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Facts of BEiT's architecture; its attention knows no bias of the keys, which softmax would take out again."""
-    weights = result.weights
-    for name in [name for name in weights if name.endswith(ATTENTION)]:
-        _split_bias(result, name, checkpoint.source)
-    name, table = next((name, tensor) for name, tensor in weights.items() if name.endswith(TABLE))
-    side = round(max(0, len(table) - 3) ** 0.5) if table.ndim == 2 else 0  # (2 grid - 1) squared, and 3 rows for the class token
-    if table.ndim != 2 or side * side != len(table) - 3 or side % 2 == 0:
-        raise UserError(
-            f"{checkpoint.source}: {name} is {tuple(table.shape)}", expected="((2 grid - 1)^2 + 3, heads), of a square grid"
-        )
-    shared = name.startswith("rel_pos_bias.")
-    facts: dict[str, Any] = {
-        "arch": "beit",
-        "num_heads": table.shape[1],
-        "pos_embed": "relative",
-        "options": {
-            "qkv_bias": "blocks.0.attn.q_bias" in weights,
-            "init_values": 1.0 if "blocks.0.gamma_1" in weights else None,
-            "use_abs_pos_emb": "pos_embed" in weights,
-            "use_rel_pos_bias": not shared,
-            "use_shared_rel_pos_bias": shared,
-        },
-    }
-    if "norm.weight" not in weights and "fc_norm.weight" not in weights:
+def _beit(result: Translation, source: str) -> dict[str, Any]:
+    for name in [name for name in result.weights if name.endswith("attn.qkv.bias")]:
+        _split_bias(result, name, source)
+    facts = beit_facts(result.weights, source)
+    if not {"norm.weight", "fc_norm.weight"} & set(result.weights):
         facts["options"]["final_norm"] = False
-    proj = weights.get("patch_embed.proj.weight")
-    if proj is not None and proj.ndim == 4:
-        facts["img_size"] = tuple((side + 1) // 2 * patch for patch in proj.shape[2:])
     return facts
 
 
 def _split_bias(result: Translation, name: str, source: str) -> None:
+    """timm's BEiT knows no bias of the keys, and needs none: it shifts all logits of a query alike."""
     bias = result.weights.pop(name)
     if bias.ndim != 1 or len(bias) % 3:
         raise UserError(f"{source}: {name} is {tuple(bias.shape)}", expected="the biases of query, key and value")
@@ -176,7 +134,6 @@ def _split_bias(result: Translation, name: str, source: str) -> None:
 def _drop_second_norm(result: Translation) -> None:
     """Where a final norm and a norm behind the pooling are both there, the second belongs to the classifier."""
     if "norm.weight" in result.weights:
-        result.assumed["global_pool"] = "avg"
         for theirs in [theirs for theirs, ours in result.renamed.items() if ours.startswith("fc_norm.")]:
             del result.weights[result.renamed.pop(theirs)]
             result.dropped[theirs] = "a second norm, behind the average pooling: part of the classifier"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from backbones.families import family
 from backbones.source import SPEC_KEY, Checkpoint
+from backbones.structure import by_timm
 from backbones.translation import Translation, has_last_norm, is_timm_vit, keep_names, require_plain
 from mae_bench.errors import UserError
 from mae_bench.export import SPEC_FILE
@@ -28,9 +29,9 @@ OUTSIDE = {
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """timm's names without class token, last norm and neck."""
+    """timm's names without class token, last norm and neck, in a file that does not say that it is another's."""
     keys = checkpoint.tensors
-    if SPEC_FILE in checkpoint.beside:
+    if SPEC_FILE in checkpoint.beside or by_timm(checkpoint):
         return False
     return is_timm_vit(keys) and not has_last_norm(keys) and "cls_token" not in keys and "neck.0.weight" not in keys
 

@@ -1,5 +1,6 @@
-"""convert: round trips are identity to the bit, and transformers itself loads what is written for it."""
+"""convert: round trips between all written formats are identity to the bit, and the libraries load what is written for them."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -7,35 +8,95 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from backbones.convert import convert
-from backbones.detect import FORMATS
-from backbones.load import load_backbone
+from backbones.convert import SUFFIXES, convert
+from backbones.detect import FORMATS, written_formats
+from backbones.load import load_backbone, translate
 from backbones.source import open_source
 from mae_bench.errors import UserError
+from mae_bench.spec import BackboneSpec
 
-SUFFIX = {"mae_bench": "", "timm": ".safetensors", "official_mae": ".pth", "hf_vitmae": ""}
+PLAIN = {"mae_bench", "official_mae", "timm", "hf_vitmae", "hf_vit", "mmseg", "detectron2"}  # formats that hold a plain ViT
+HELD = {  # a toy of each kind of backbone -> the formats that have a place for all of it
+    "official_mae/full": PLAIN,
+    "official_mae/fine": {"mae_bench", "official_mae", "timm"},  # its last norm stands behind the pooling
+    "mmpretrain/deit3": {"mae_bench", "timm"},
+    "mmpretrain/distilled": {"mae_bench", "timm"},  # two prefix tokens
+    "mmpretrain/dinov2_giant": {"mae_bench", "timm", "hf_dinov2"},
+    "mmpretrain/clip": {"mae_bench", "timm", "mmseg"},  # a norm in front of the blocks
+    "mmpretrain/beit": {"mae_bench", "timm", "hf_beit"},
+    "mmseg/vit_as_configured_by_default": {"mae_bench", "timm", "mmseg"},  # without a last norm
+    "detectron2/windows": {"mae_bench", "timm", "detectron2"},
+}
 
 
-@pytest.mark.parametrize("to", FORMATS)
-@pytest.mark.parametrize("name", ["full", "fine", "timm.safetensors", "hf"])
-def test_there_and_back_again(tmp_path, files, name, to):
-    source = files[name][0]
-    model, spec, _ = load_backbone(source)
-    out = tmp_path / f"out{SUFFIX[to]}"
-    if name == "fine" and to == "hf_vitmae":
-        with pytest.raises(UserError, match="fc_norm"):
-            convert(source, out, to)
+def place(folder: Path, to: str, name: str = "out") -> Path:
+    """A name for what is written in a format: with its suffix, where it is one file."""
+    return folder / (name + SUFFIXES.get(to, ("",))[0])
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory) -> dict[str, Path]:
+    """The toy files that HELD names."""
+    found: dict[str, Path] = {}
+    for format in {kind.split("/")[0] for kind in HELD}:
+        written = import_module(f"tests.backbones.formats.toys_{format}").write(tmp_path_factory.mktemp(format))
+        found |= {f"{format}/{name}": path for name, (path, _) in written.items()}
+    return found
+
+
+@pytest.mark.parametrize("to", written_formats())
+@pytest.mark.parametrize("kind", HELD)
+def test_there_and_back_again_or_refused_before_anything_is_written(tmp_path, kinds, kind, to):
+    out = place(tmp_path, to)
+    if to not in HELD[kind]:
+        with pytest.raises(UserError) as refused:
+            convert(kinds[kind], out, to)
+        assert to in str(refused.value) or "fc_norm" in str(refused.value)
+        assert not out.exists()
         return
-    report = convert(source, out, to)
-    assert report.source == str(source)
+    model, spec, _ = load_backbone(kinds[kind])
+    report = convert(kinds[kind], out, to)
+    assert report.source == str(kinds[kind])
     there, same_spec, read = load_backbone(out)
     assert (read.format, same_spec) == (to, spec)
     convert(out, tmp_path / "back", "mae_bench")
-    back, _, _ = load_backbone(tmp_path / "back")
-    for other in (there, back):
+    for other in (there, load_backbone(tmp_path / "back")[0]):
         state = other.state_dict()
         assert set(state) == set(model.state_dict())
         assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+
+
+def check_same(path: Path, to: str, stored: dict[str, torch.Tensor], spec: BackboneSpec) -> None:
+    """A file holds exactly those weights, in their precision, and that spec."""
+    format, translation, found = translate(open_source(path))
+    assert (format, found) == (to, spec)
+    assert {name: tensor.dtype for name, tensor in translation.weights.items()} == {
+        name: tensor.dtype for name, tensor in stored.items()
+    }
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in translation.weights.items())
+
+
+@pytest.mark.parametrize("through", sorted(PLAIN))
+def test_every_pair_of_formats_is_identity(tmp_path, files, encoder, through):
+    """From the reference's file through one format to each other one: by pairs every longer way is identity as well."""
+    convert(files["full"][0], place(tmp_path, through), through)
+    spec = load_backbone(files["full"][0])[1]
+    for to in sorted(PLAIN):
+        convert(place(tmp_path, through), place(tmp_path, to, to), to)
+        check_same(place(tmp_path, to, to), to, encoder, spec)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_stored_precision_is_kept_through_all_formats(tmp_path, encoder, dtype):
+    stored = {name: tensor.to(dtype) for name, tensor in encoder.items()}
+    here = tmp_path / "source.pth"
+    torch.save({"model": stored}, here)
+    spec = load_backbone(here)[1]
+    for to in (*sorted(PLAIN), "official_mae"):
+        there = place(tmp_path, to, f"{to} of {here.stem}")
+        convert(here, there, to)
+        check_same(there, to, stored, spec)
+        here = there
 
 
 def test_their_own_readers_load_what_is_written(tmp_path, files, encoder):
@@ -47,39 +108,48 @@ def test_their_own_readers_load_what_is_written(tmp_path, files, encoder):
     assert set(torch.load(tmp_path / "x.pth", weights_only=True)["model"]) == set(encoder)
 
 
-@pytest.mark.parametrize("to", FORMATS)
-def test_the_stored_precision_is_kept(tmp_path, encoder, to):
-    torch.save({key: tensor.bfloat16() for key, tensor in encoder.items()}, tmp_path / "x.pth")
-    convert(tmp_path / "x.pth", tmp_path / f"out{SUFFIX[to]}", to)
-    assert {tensor.dtype for tensor in open_source(tmp_path / f"out{SUFFIX[to]}").tensors.values()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", sorted(PLAIN))
 def test_one_source_gives_one_digest(tmp_path, files, to):
     digests = set()
     for name in ("a", "b", "c"):
-        convert(files["full"][0], tmp_path / f"{name}{SUFFIX[to]}", to)
-        digests.add(open_source(tmp_path / f"{name}{SUFFIX[to]}").digest)
+        convert(files["full"][0], place(tmp_path, to, name), to)
+        digests.add(open_source(place(tmp_path, to, name)).digest)
     assert len(digests) == 1
 
 
 def test_wrong_targets_are_refused_before_anything_is_read(tmp_path, files):
     (tmp_path / "there.pth").write_text("mine")
-    wrong = [("there.pth", "official_mae", "exists"), ("x.bin", "timm", "safetensors"), ("x", "onnx", "unknown format")]
+    wrong = [("there.pth", "official_mae", "exists"), ("x.bin", "timm", "safetensors"), ("x.pkl", "detectron2", r"\.pth"),
+             ("x", "onnx", "unknown format"), ("x.pth", "mmpretrain", "'mmpretrain' is only read")]  # fmt: skip
     for out, to, told in wrong:
         with pytest.raises(UserError, match=told):
             convert(files["full"][0], tmp_path / out, to)
     assert (tmp_path / "there.pth").read_text() == "mine"
 
 
-def test_what_a_format_cannot_express_is_refused(tmp_path, encoder):
-    encoder["reg_token"] = torch.zeros(1, 4, 192)
-    encoder["pos_embed"] = torch.randn(1, 5 + 16, 192)
-    torch.save(encoder, tmp_path / "registers.pth")
-    assert load_backbone(tmp_path / "registers.pth")[1].num_prefix_tokens == 5
-    for to in ("official_mae", "hf_vitmae"):
-        with pytest.raises(UserError, match="5 prefix tokens"):
-            convert(tmp_path / "registers.pth", tmp_path / f"out{SUFFIX[to]}", to)
+def test_the_formats_that_are_written_are_listed(tmp_path):
+    only_read = sorted(set(FORMATS) - set(written_formats()))
+    assert written_formats()
+    assert only_read
+    for to in (*only_read, "onnx"):
+        with pytest.raises(UserError) as refused:
+            convert(tmp_path / "nothing", tmp_path / "x", to)
+        assert refused.value.expected == f"one that is written: {', '.join(written_formats())}"
+
+
+@pytest.mark.parametrize("to", ["timm", "hf_vit"])
+def test_what_does_not_read_back_is_removed(tmp_path, files, monkeypatch, to):
+    """A disk or a writer that changes a weight: the file is not left for someone to use."""
+    module = import_module(FORMATS[to])
+    write = module.write
+
+    def wrong(weights, *rest):
+        write(weights | {"norm.bias": weights["norm.bias"] + 1e-6}, *rest)
+
+    monkeypatch.setattr(module, "write", wrong)
+    with pytest.raises(UserError, match="does not read back"):
+        convert(files["full"][0], place(tmp_path, to), to)
+    assert not place(tmp_path, to).exists()
 
 
 class TestTransformers:

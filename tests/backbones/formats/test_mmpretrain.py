@@ -117,7 +117,7 @@ def test_everything_outside_has_a_reason_of_its_own(files):
         "head.fc.weight": "classifier",
         "target_generator.weight_x": "targets",
         "momentum_encoder.module.0.cls_token": "moving average",
-        "backbone.mask_token": "masked patches",
+        "backbone.mask_token": "mask token",
         "backbone.layers.0.attn.relative_position_index": "grid",
     }.items():
         assert told in dropped[name]
