@@ -1,7 +1,7 @@
 """Other image and patch sizes: each method is the published one, and equal sizes change nothing."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from mae_bench.errors import UserError
 from mae_bench.export import write_export
 from mae_bench.models.resampling import resize_bias_table, resize_distances, resize_filters, resize_table
 from mae_bench.models.vit import build_vit
-from mae_bench.spec import BackboneSpec
+from mae_bench.spec import BackboneSpec, PosResample
 from tests.backbones.formats.reference import randomise
 
 VIT = BackboneSpec(arch="vit", img_size=(32, 32), patch_size=(8, 8), in_chans=3, embed_dim=32, depth=2, num_heads=2)
