@@ -18,7 +18,8 @@ class Naming:
 
     top: outside the blocks. block: inside a block. blocks: what stands before the name inside block {}. qkv: their modules for
     query, key and value inside a block, which are stacked to ours. drop: pattern (re.match) -> reason.
-    Where a library has had several names for one thing, all are read, and the first is written.
+    Where a library has had several names for one thing, all are read, and the first is written. An entry of `block` for a single
+    tensor (a bias of query) stands before qkv.
     """
 
     top: Mapping[str, str]
@@ -39,6 +40,8 @@ class Naming:
                 continue
             ours, part = self.ours(name)
             result.renamed[name] = ours
+            if ours in result.weights or part in parts.get(ours, ()):
+                raise UserError(f"{source}: {name} and another tensor are both {ours}", expected="each weight once")
             if part is None:
                 result.weights[ours] = tensor
             else:
@@ -56,7 +59,7 @@ class Naming:
                 number, inside = match.groups()
                 module, _, tensor = inside.rpartition(".")
                 for modules in self.qkv:
-                    if module in modules and tensor in TENSORS:
+                    if module in modules and tensor in TENSORS and inside not in self.block:
                         return f"blocks.{number}.attn.qkv.{tensor}", modules.index(module)
                 return f"blocks.{number}.{_renamed(inside, self.block)}", None
         return _renamed(name, self.top), None
@@ -82,7 +85,7 @@ class Naming:
 
     def _stack(self, source: str, ours: str, found: Mapping[int, torch.Tensor]) -> torch.Tensor:
         shapes = {("query", "key", "value")[part]: tuple(tensor.shape) for part, tensor in sorted(found.items())}
-        if len(found) != 3 or len(set(shapes.values())) != 1:
+        if len(found) != 3 or len(set(shapes.values())) != 1 or () in shapes.values():
             raise UserError(f"{source}: {ours} would be made of {shapes}", expected="query, key and value of one shape")
         return torch.cat([found[part] for part in range(3)])
 

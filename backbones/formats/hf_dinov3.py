@@ -1,0 +1,117 @@
+"""hf_dinov3: transformers' DINOv3ViTModel, as its save_pretrained writes it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbones.carry import write_safetensors
+from backbones.families import family
+from backbones.formats.dinov2 import MASK_TOKEN, drop_empty_registers
+from backbones.formats.dinov3 import BASE, INIT_VALUES, SAT493M, options_of, standard_heads
+from backbones.hugging_face import config_of, facts_of, model_type, processor_of
+from backbones.naming import Naming
+from backbones.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
+from backbones.translation import Translation, numbers
+from mae_bench.errors import UserError
+from mae_bench.files import write_json
+from mae_bench.spec import BackboneSpec
+
+DEFAULT_EPS = 1e-5  # of DINOv3ViTConfig
+ANCHOR = "embeddings.patch_embeddings.weight"
+TOP = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.register_tokens": "reg_token",
+    "embeddings.patch_embeddings": "patch_embed.proj",
+    "norm": "norm",
+}
+BLOCK = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attention.o_proj": "attn.proj",
+    "layer_scale1.lambda1": "gamma_1",
+    "layer_scale2.lambda1": "gamma_2",
+    "mlp.down_proj": "mlp.fc2",
+}
+BLOCKS = ("layer.{}.", "model.layer.{}.")  # in files; in the models of transformers 5
+QKV = (("attention.q_proj", "attention.k_proj", "attention.v_proj"),)
+PLAIN = {"mlp.up_proj": "mlp.fc1"}
+GATED = {"mlp.gate_proj": "mlp.fc1_g", "mlp.up_proj": "mlp.fc1_x"}
+NO_KEY_BIAS = {"attention.q_proj.bias": "attn.q_bias", "attention.v_proj.bias": "attn.v_bias"}
+
+
+def _naming(gated: bool, key_bias: bool) -> Naming:
+    block = BLOCK | (GATED if gated else PLAIN) | ({} if key_bias else NO_KEY_BIAS)
+    return Naming(TOP, block, BLOCKS, QKV, {r"embeddings\.mask_token$": MASK_TOKEN})
+
+
+def fits(checkpoint: Checkpoint) -> bool:
+    """transformers' names of a rotary ViT: a bare convolution for patches, registers and layer scales."""
+    keys = checkpoint.tensors
+    return ANCHOR in keys and "embeddings.register_tokens" in keys and model_type(checkpoint) in (None, "dinov3_vit")
+
+
+def read(checkpoint: Checkpoint) -> Translation:
+    """Query, key and value are stacked; the biases of query and value stay apart where the key has none."""
+    keys = checkpoint.tensors
+    gated = any(name.endswith("mlp.gate_proj.weight") for name in keys)
+    key_bias = any(name.endswith("k_proj.bias") for name in keys)
+    result = _naming(gated, key_bias).read(keys, checkpoint.source)
+    drop_empty_registers(result)
+    result.assumed = family("dinov3") | {"num_heads": standard_heads(result.weights)}
+    result.facts = _facts(checkpoint, result.weights, gated)
+    if PREPROCESSOR_FILE not in checkpoint.beside:
+        result.notes.append(SAT493M)
+    return result
+
+
+def _facts(checkpoint: Checkpoint, weights: dict[str, torch.Tensor], gated: bool) -> dict[str, Any]:
+    facts = facts_of(checkpoint, DEFAULT_EPS)
+    config = checkpoint.beside.get(CONFIG_FILE, {})
+    activation = config.get("hidden_act", "gelu")
+    if config and activation != (expected := "silu" if gated else "gelu"):
+        raise UserError(f"{checkpoint.source}: hidden_act {activation!r}", expected=f"{expected!r}, as in the published models")
+    base, init_values = config.get("rope_theta", BASE), config.get("layerscale_value", INIT_VALUES)
+    stated = numbers([base, init_values], "rope_theta and layerscale_value", checkpoint.source)
+    options = options_of(weights, *map(float, stated))
+    return facts | {"arch": "eva", "pos_embed": "rope", "options": options}
+
+
+def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
+    """A folder that `AutoModel.from_pretrained` loads; its tensors' metadata carry spec and provenance.
+
+    The mask token, which our models do not have, is zero, as transformers starts it.
+    """
+    base, init_values = (spec.options.get(name, 0) for name in ("rope_temperature", "init_values"))
+    if (
+        spec.arch != "eva"
+        or not init_values
+        or options_of(weights, base, init_values) != spec.options
+        or "norm.weight" not in weights
+    ):
+        raise UserError(
+            f"a {spec.arch} with the options {spec.options} cannot be written as hf_dinov3",
+            expected="a DINOv3: rotary positions, layer scale, a final norm", fix="write it as mae_bench or timm",
+        )  # fmt: skip
+    gated, registers = "swiglu_mlp" in spec.options, spec.num_prefix_tokens - 1
+    bias, key_bias = spec.options["qkv_bias"], "attn_type" in spec.options
+    theirs = _naming(gated, key_bias).write(weights)
+    empty = weights["cls_token"].new_zeros
+    theirs = {
+        "embeddings.register_tokens": empty(1, 0, spec.embed_dim),
+        "embeddings.mask_token": empty(1, 1, spec.embed_dim),
+    } | theirs
+    config = config_of(spec, "DINOv3ViTModel", "dinov3_vit") | {
+        "hidden_act": "silu" if gated else "gelu",
+        "use_gated_mlp": gated,
+        "layerscale_value": init_values,
+        "rope_theta": base,
+        "num_register_tokens": registers,
+        "query_bias": bias,
+        "key_bias": key_bias,
+        "value_bias": bias,
+    }
+    del config["qkv_bias"]  # a DINOv3ViTConfig has three
+    write_safetensors(out / "model.safetensors", theirs, spec, provenance)
+    write_json(out / PREPROCESSOR_FILE, processor_of(spec))
+    write_json(out / CONFIG_FILE, config)
