@@ -43,6 +43,6 @@ def layer_id(name: str, depth: int) -> int:
     `name` is the parameter's name inside the timm ViT; scale = layer_decay ** (depth + 1 - layer_id)
     (facebookresearch/mae util/lr_decay.py, arXiv 2111.06377 A.1).
     """
-    if name.startswith(("cls_token", "reg_token", "pos_embed", "patch_embed")):
+    if name.startswith(("cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre")):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1

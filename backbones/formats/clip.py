@@ -109,8 +109,13 @@ def _facts(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], vision: 
     facts |= {"global_pool": "avg"} if vision.get("pool_type") == "avg" else {}
     if size is not None:
         facts["img_size"] = numbers(size if isinstance(size, list) else [size, size], "image_size", source)
+    return facts | fed(checkpoint)
+
+
+def fed(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Mean, std and interpolation as OpenCLIP's config says them, of its own towers and of timm's in its files."""
     feed = _section(checkpoint, "preprocess_cfg")
-    facts |= {key: numbers(feed[key], key, source) for key in ("mean", "std") if key in feed}
+    facts: dict[str, Any] = {key: numbers(feed[key], key, checkpoint.source) for key in ("mean", "std") if key in feed}
     return facts | ({"interpolation": feed["interpolation"]} if feed.get("interpolation") in ("bicubic", "bilinear") else {})
 
 

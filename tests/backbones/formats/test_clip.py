@@ -7,10 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 
+from backbones.adapters.features import layer_id
 from backbones.load import load_backbone
 from mae_bench.cost import backbone_gmacs
 from mae_bench.errors import UserError
+from tasks.imagenet.classify import Classifier
 from tests.backbones.formats import toys_clip
 from tests.backbones.formats.reference import check_real_size, fill
 
@@ -83,6 +86,26 @@ def test_features_equal_the_published_forward(files, imgs, name, heads, activati
     assert (report.format, spec.num_heads, spec.norm_eps, spec.pretrain_method) == ("clip", heads, 1e-5, "clip")
     assert spec.options.get("pre_norm", False) is (name != "clipa")
     assert backbone_gmacs(spec) > 0
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_a_tower_of_timm_in_its_files_is_fed_as_clip(tmp_path, config):
+    tower = VisionTransformer(img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0)
+    weights = {f"visual.trunk.{name}": tensor for name, tensor in tower.state_dict().items()} | fill(toys_clip.TEXT)
+    folder = toys_clip.open_clip_folder(tmp_path / "x", weights, {"timm_model_name": "toy"})
+    if not config:
+        (folder / "open_clip_config.json").unlink()
+    _, spec, report = load_backbone(folder)
+    assert (report.format, spec.pretrain_method, spec.norm_eps) == ("timm", "clip", 1e-6)
+    assert spec.mean == ((0.5,) * 3 if config else (0.48145466, 0.4578275, 0.40821073))
+
+
+def test_it_is_fine_tuned_as_any_backbone(files, imgs):
+    model, spec, _ = load_backbone(files["quickgelu"][0], drop_path_rate=0.1)
+    Classifier(model, spec, 5, "token", fc_norm=False)(imgs).sum().backward()
+    layers = {name: layer_id(name, spec.depth) for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert layers.keys() == dict(model.named_parameters()).keys()
+    assert (layers["norm_pre.weight"], layers["blocks.1.attn.qkv.weight"], layers["norm.weight"]) == (0, 2, 3)
 
 
 def test_how_images_are_fed(files):
