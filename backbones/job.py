@@ -1,12 +1,17 @@
 """The job that brings a foreign checkpoint into a suite: verified, translated and exported like one of ours."""
 
+from pathlib import Path
+
+from backbones.classifier import has_head, head_of, read_head, write_head
 from backbones.config import CheckpointConfig
 from backbones.load import load_backbone
+from backbones.source import open_source
 from mae_bench.cost import backbone_gmacs, num_params
 from mae_bench.export import EXPORT, write_export
 from mae_bench.job import Job, Outcome
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
+from mae_bench.spec import BackboneSpec
 
 
 def run(config: CheckpointConfig, job: Job, progress: Progress) -> Outcome:
@@ -16,11 +21,17 @@ def run(config: CheckpointConfig, job: Job, progress: Progress) -> Outcome:
     """
     progress.stage("load")
     model, spec, report = load_backbone(
-        config.source, format=config.format, weights=config.weights, sha256=config.sha256, overrides=config.spec
+        config.source,
+        format=config.format,
+        weights=config.weights,
+        sha256=config.sha256,
+        overrides=config.spec,
+        trust=config.trust,
     )
     progress.stage("export")
     provenance = {"config": job.config, "converted": report.to_dict()}
     digest = write_export(job.dir / EXPORT, model.state_dict(), spec, provenance)
+    carry_head(config, job.dir / EXPORT, spec)
     return Outcome(
         task="pretrain",
         dataset=spec.pretrain_data,
@@ -35,3 +46,11 @@ def run(config: CheckpointConfig, job: Job, progress: Progress) -> Outcome:
         cost={"params": num_params(model), "gmacs": backbone_gmacs(spec)},
         notes=list(report.notes),
     )
+
+
+def carry_head(config: CheckpointConfig, folder: Path, spec: BackboneSpec) -> None:
+    """Keeps the classifier that came with the backbone, if one did, for the protocols that train none."""
+    if has_head(config.source):
+        write_head(folder, *read_head(config.source), spec)
+    elif head := head_of(open_source(config.source, config.sha256, config.weights, trust=config.trust)):
+        write_head(folder, head, [], spec)

@@ -13,6 +13,7 @@ from backbones.resample import resample
 from backbones.safe import check_values
 from backbones.source import Checkpoint, open_source
 from backbones.translation import Translation
+from backbones.trust import TRUSTED
 from mae_bench.errors import UserError
 from mae_bench.models.vit import ViT, build_vit
 from mae_bench.spec import BackboneSpec
@@ -26,10 +27,12 @@ def load_backbone(
     dynamic_img_size: bool = False,
     img_size: tuple[int, int] | None = None,
     patch_size: tuple[int, int] | None = None,
+    patch_resample: str = "pinv",
     format: str | None = None,
     weights: str | None = None,
     sha256: str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    trust: bool = False,
 ) -> tuple[ViT, BackboneSpec, ConversionReport]:
     """Loads any known checkpoint into a timm ViT without a head, in float32.
 
@@ -39,15 +42,16 @@ def load_backbone(
     source: a path, file:PATH, run:DIR, timm:NAME, official:NAME, hf:REPO@REVISION. format: a name of `backbones.detect.FORMATS`
     where detection cannot decide. weights: which set of weights, where the file holds several (teacher, model_ema ...).
     img_size, patch_size: (height, width) in pixels, where a task needs others than the weights were trained at: tables and
-    patch embedding are resampled (`backbones.resample`). sha256: the weight file's digest, which must match. overrides: spec
-    fields that the file does not tell (num_heads, ...).
+    patch embedding are resampled (`backbones.resample`), the latter by `patch_resample` "pinv" or "bicubic". sha256: the weight
+    file's digest, which must match. overrides: spec fields that the file does not tell (num_heads, ...).
+    trust: unpickle what cannot be read as data, in a subprocess without network; the report says so.
     Raises UserError for whatever is wrong with the file: nothing is loaded in part.
     """
-    checkpoint = open_source(source, sha256, weights)
+    checkpoint = open_source(source, sha256, weights, trust=trust)
     name, translation, spec = translate(checkpoint, format, overrides)
     translation.weights = {key: tensor.float() for key, tensor in translation.weights.items()}
     layout = _fit_pooling(translation, global_pool, checkpoint.source, spec)
-    spec = resample(translation, spec, img_size, patch_size)
+    spec = resample(translation, spec, img_size, patch_size, patch_resample)
     options: Any = {"drop_path_rate": drop_path_rate, "dynamic_img_size": dynamic_img_size}
     with torch.device("meta" if spec.arch == "vit" else "cpu"):  # a plain ViT is filled wholly by its weights
         model = build_vit(spec, global_pool=layout, **options)
@@ -63,7 +67,7 @@ def translate(
 
     The account names the tensors as the file does: with their prefix, and with those that stand outside of it.
     """
-    name = format or detect(checkpoint)
+    name = format or checkpoint.format or detect(checkpoint)
     translation = format_named(name).read(checkpoint)
     if lost := sorted(set(checkpoint.tensors) - set(translation.renamed) - set(translation.dropped)):
         raise UserError(f"{checkpoint.source}: {name} does not explain {', '.join(lost)}", expected="a reason for every key")
@@ -72,9 +76,9 @@ def translate(
         translation.notes.append(f"stored as {', '.join(other)}; loaded as torch.float32")
     if checkpoint.wrapper or checkpoint.prefix:
         translation.notes.append(f"read from {checkpoint.label!r}")
-    translation.renamed = {checkpoint.prefix + theirs: ours for theirs, ours in translation.renamed.items()}
+    translation.renamed = {checkpoint.prefix + theirs: ours for theirs, ours in translation.renamed.items()} | translation.taken
     translation.dropped = {checkpoint.prefix + theirs: reason for theirs, reason in translation.dropped.items()}
-    for theirs in checkpoint.outside:
+    for theirs in (name for name in checkpoint.outside if name not in translation.taken):
         translation.dropped[theirs] = translation.outside.get(theirs, f"outside of {checkpoint.label!r}, where the ViT is")
     return name, translation, infer_spec(translation, checkpoint.source, checkpoint.stated_spec, overrides)
 
@@ -139,5 +143,6 @@ def make_report(checkpoint: Checkpoint, format: str, translation: Translation) -
         reshaped=translation.reshaped,
         dropped=translation.dropped,
         new=translation.new,
-        notes=translation.notes,
+        files=checkpoint.files,
+        notes=[*checkpoint.notes, *([TRUSTED] if checkpoint.trusted else []), *translation.notes],
     )

@@ -15,6 +15,7 @@ class ConversionReport:
     reshaped: dict[str, str] = field(default_factory=dict)  # target key -> what was done to it
     dropped: dict[str, str] = field(default_factory=dict)  # source key -> reason
     new: dict[str, str] = field(default_factory=dict)  # target key -> reason
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of every file that was read, by name
     notes: list[str] = field(default_factory=list)  # what was assumed, and what a reader should know of these weights
 
     def to_dict(self) -> dict[str, Any]:

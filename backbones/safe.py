@@ -1,98 +1,227 @@
 """Reads weight files as data only: nothing in a file is ever run, and a file that is not what it says is refused."""
 
-import argparse
+import io
+import json
+import mmap
+import os
 import pickle
-import re
+import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import file_digest
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mae_bench.digest import file_digest
+from backbones import trust as trusting
+from backbones.pickled import Refused, look_through, value_of
+from backbones.stand_ins import ALLOWED
 from mae_bench.errors import UserError
 
-# What files need beyond tensors, containers, numbers and strings, which torch allows by itself; each with its reason.
-ALLOWED: dict[Any, str] = {
-    argparse.Namespace: "facebookresearch/mae saves its command line as `args` (util/misc.py); it only holds values",
-}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_INFLATION = 4  # bytes of tensors over bytes of the file; honest files have 1
-_NAMED_GLOBAL = re.compile(r"GLOBAL ([\w.]+) (?:was|whose)")  # in torch's message
+MAX_ENTRIES = 20_000  # tensors and other members of a file
+MAX_HEADER = 2 << 20  # bytes of a safetensors header; a ViT-H's has about 100 KiB
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of torch's files from before its zip archives
+LEGACY_PICKLES = 5  # magic, version, system, content, keys of the storages
 _LOOKS = {b"version https://git-lfs": "a Git LFS pointer, not the file", b"<!DOCTYPE": "a web page", b"<html": "a web page"}
 
 
-def read_file(path: Path, sha256: str | None = None) -> tuple[Any, dict[str, str], str]:
-    """Content (for safetensors: a dict of tensors), safetensors metadata and SHA-256 of a weight file.
+@dataclass(frozen=True)
+class WeightFile:
+    """What was read. content: for safetensors a dict of tensors. metadata: of safetensors. digest: SHA-256. size: bytes."""
 
+    content: Any
+    metadata: dict[str, str]
+    digest: str
+    size: int
+    trusted: bool = False  # its pickle was run, in a subprocess without network (`backbones.trust`)
+
+
+def read_file(path: Path, sha256: str | None = None, trust: bool = False) -> WeightFile:
+    """Reads a weight file as data; with `trust`, what cannot be read so is unpickled in a subprocess without network.
+
+    The digest is taken first, of the very file that is then read: it is opened once, and must not change meanwhile.
     UserError for a file that is missing, truncated, no checkpoint, pickled code, or not the one that `sha256` pins.
     """
     if not path.is_file():
         raise UserError(f"no weight file {path}", expected="a .safetensors, .pth, .pt or .bin file")
-    digest = file_digest(path)
-    if sha256 and sha256.lower() != digest:
-        raise UserError(
-            f"{path} has SHA-256 {digest}",
-            expected=sha256,
-            fix="fetch the file again, or pin the digest above if this is the file that you mean",
-        )
-    with path.open("rb") as file:
-        start = file.read(32)
+    with path.open("rb") as file, _unchanged(file, path):
+        digest = file_digest(file, "sha256").hexdigest()
+        if sha256 and sha256.lower() != digest:
+            raise UserError(
+                f"{path} has SHA-256 {digest}",
+                expected=sha256,
+                fix="fetch the file again, or pin the digest above if this is the file that you mean",
+            )
+        content, metadata, trusted = _read(file, path, trust)
+        return WeightFile(content, metadata, digest, os.fstat(file.fileno()).st_size, trusted)
+
+
+@contextmanager
+def _unchanged(file: IO[bytes], path: Path) -> Iterator[None]:
+    """UserError if the open file is written to meanwhile: its digest would not be that of what was read."""
+
+    def state() -> tuple[int, int, int]:
+        found = os.fstat(file.fileno())
+        return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    before = state()
+    yield
+    if state() != before:
+        raise UserError(f"{path} changed while it was read", expected="a file that is written wholly", fix="read it again")
+
+
+def _read(file: IO[bytes], path: Path, trust: bool) -> tuple[Any, dict[str, str], bool]:
+    """Content, metadata and whether a pickle was run for them."""
+    file.seek(0)
+    start = file.read(32)
     if start[8:9] == b"{":
-        return *_read_safetensors(path), digest
-    return _read_pickle(path, start), {}, digest
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise _broken(path, f"a damaged safetensors file: {error}") from error
-
-
-def _read_pickle(path: Path, start: bytes) -> Any:
+        return *_read_safetensors(file, path), False
     if looks := next((what for magic, what in _LOOKS.items() if start.startswith(magic)), None):
         raise _broken(path, looks)
-    is_zip = start.startswith(b"PK\x03\x04")
-    if not is_zip and not start.startswith(b"\x80"):
+    if not start.startswith((b"PK\x03\x04", b"\x80")):
         raise _broken(path, "neither safetensors nor a file of torch.save" if start else "empty")
-    if is_zip:
-        _check_zip(path)
     try:
-        with torch.serialization.safe_globals(list(ALLOWED)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise _refusal(path, str(error)) from error
+        return _read_pickle(file, path, start.startswith(b"PK")), {}, False
+    except NeedsTrust:
+        if not trust:
+            raise
+    with trusting.unpickled(file, path) as made:
+        tensors, told = _read_safetensors(made, f"what the pickle of {path} made")
+        return trusting.rebuild(tensors, told.get(trusting.CONTENT), path), {}, True
+
+
+class NeedsTrust(UserError):
+    """The file is whole, but holds more than data."""
+
+
+def _named(file: IO[bytes]) -> str:
+    """A path to the open file itself, whatever its own path names by now."""
+    return f"/dev/fd/{file.fileno()}" if os.path.exists("/dev/fd") else str(file.name)
+
+
+def _read_safetensors(file: IO[bytes], path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        _check_header(file)
+        with safe_open(_named(file), framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        raise _broken(path, f"a damaged safetensors file: {_first_line(str(error))}") from error
+
+
+def _check_header(file: IO[bytes]) -> None:
+    """ValueError for a header that is long, no JSON (RecursionError for a deep one), or that names a tensor twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("its header has two entries of one name")
+        return found
+
+    file.seek(0)
+    if (length := int.from_bytes(file.read(8), "little")) > MAX_HEADER:
+        raise ValueError(f"its header claims {length} bytes, more than {MAX_HEADER}")
+    if len(json.loads(file.read(length), object_pairs_hook=unique)) > MAX_ENTRIES:
+        raise ValueError(f"it has more than {MAX_ENTRIES} tensors")
+
+
+def _read_pickle(file: IO[bytes], path: Path, is_zip: bool) -> Any:
+    """A file of torch.save, or a bare pickle of numpy arrays (detectron2's .pkl): looked through first, then read."""
+    try:
+        if is_zip:
+            _check_zip(file, path)
+        elif (bare := _check_legacy(file)) is not None:
+            return bare
+        with torch.serialization.safe_globals([(made, name) for name, (made, _) in ALLOWED.items()]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(_named(file), map_location="cpu", weights_only=True, mmap=is_zip)
+    except Refused as error:
+        raise _refusal(path, error) from error
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:  # what torch says before its reason advises to switch the safety off
+        reason = str(error).rpartition("WeightsUnpickler error:")[2]
+        raise _broken(path, f"a pickle that cannot be read as data: {_first_line(reason)}") from error
     except Exception as error:  # a hostile or damaged pickle ends in any error type; all mean that this file holds no weights
         raise _broken(path, f"a damaged checkpoint: {type(error).__name__}: {_first_line(str(error))}") from error
 
 
-def _check_zip(path: Path) -> None:
-    """torch stores uncompressed entries; a compressed one could unpack to any size."""
+def _check_zip(file: IO[bytes], path: Path) -> None:
+    """torch stores uncompressed entries one after the other; others could unpack to any size."""
+    size = os.fstat(file.fileno()).st_size
+    if _count(file, b"PK\x01\x02") > MAX_ENTRIES:
+        raise _broken(path, f"a zip archive of more than {MAX_ENTRIES} entries")
     try:
-        with zipfile.ZipFile(path) as archive:
-            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-            claimed = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, EOFError, UnicodeError) as error:
         raise _broken(path, f"a truncated or damaged checkpoint: {error}") from error
-    if packed or claimed > path.stat().st_size:
+    inside = {entry.filename.partition("/")[2]: entry.file_size for entry in entries}
+    if "constants.pkl" in inside:
+        raise _program(path)
+    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    at = sorted((entry.header_offset, entry.file_size) for entry in entries)
+    ends = [offset + length for offset, length in at]
+    if packed or any(end > start for end, start in zip(ends, [offset for offset, _ in at[1:]] + [size], strict=True)):
         raise _broken(path, f"a zip archive that torch.save did not write (compressed or overlapping entries: {packed[:3]})")
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise _broken(path, "a zip archive that torch.save did not write (two entries of one name)")
+    records = {name.removeprefix("data/"): length for name, length in inside.items() if name.startswith("data/")}
+    data = torch._C.PyTorchFileReader(_named(file)).get_record("data.pkl")  # by torch's own reader: what it will read
+    look_through(io.BytesIO(data), size, records)
 
 
-def _refusal(path: Path, message: str) -> UserError:
-    if not (named := _NAMED_GLOBAL.search(message)):
-        reason = message.rpartition("WeightsUnpickler error:")[2]  # what stands before it advises to switch the safety off
-        return _broken(path, f"a pickle that cannot be read as data: {_first_line(reason)}")
-    return UserError(
-        f"{path} wants to build {named[1]!r} while it is read; nothing of it was run",
-        expected=f"tensors, containers, numbers and strings{''.join(f', {a.__module__}.{a.__qualname__}' for a in ALLOWED)}",
-        fix="ask its author for safetensors, or save only the state_dict in the environment that the file comes from",
+def _count(file: IO[bytes], signature: bytes) -> int:
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        found, at = 0, data.find(signature)
+        while at >= 0 and found <= MAX_ENTRIES:
+            found, at = found + 1, data.find(signature, at + 4)
+    return found
+
+
+def _check_legacy(file: IO[bytes]) -> Any:
+    """Looks through the pickles of torch's old format; of a bare pickle, gives the content."""
+    size = os.fstat(file.fileno()).st_size
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        value, _ = look_through(data, size)  # type: ignore[arg-type]
+        if value != LEGACY_MAGIC:
+            return value_of(value)
+        stored: dict[str, int] = {}
+        for _ in range(LEGACY_PICKLES - 1):
+            value, storages = look_through(data, size)  # type: ignore[arg-type]
+            stored |= storages
+        if sorted(stored) != sorted(value.parts):
+            raise Refused("a checkpoint that does not hold the numbers of all its tensors")
+        if data.tell() + sum(8 + nbytes for nbytes in stored.values()) > size:
+            raise Refused("truncated: it holds fewer numbers than its tensors have")
+    return None
+
+
+def _refusal(path: Path, error: Refused) -> UserError:
+    if not error.names:
+        return _broken(path, str(error))
+    named = ", ".join(map(repr, error.names[:5])) + (f" and {len(error.names) - 5} more" if len(error.names) > 5 else "")
+    return NeedsTrust(
+        f"{path} wants to build {named} while it is read; nothing of it was run",
+        expected="tensors, containers, numbers, strings and the settings of known training scripts (backbones/stand_ins.py)",
+        fix="ask its author for safetensors, or save only its state_dict where it comes from; --trust runs its code, in a "
+        "subprocess without network",
     )
 
 
-def _broken(path: Path, what: str) -> UserError:
+def _program(path: Path) -> UserError:
+    return NeedsTrust(
+        f"{path} is a TorchScript archive: a program with its weights, as OpenAI's CLIP is published",
+        expected="weights without a program",
+        fix="save its state_dict (torch.jit.load in a place that you can lose); --trust does so in a subprocess without network",
+    )
+
+
+def _broken(path: Path | str, what: str) -> UserError:
     return UserError(
         f"{path} is {what}", expected="a whole safetensors or torch.save file", fix="fetch the file again and compare its SHA-256"
     )

@@ -56,8 +56,8 @@ def test_pickled_calls_do_not_run(tmp_path, wrap, save):
     sentinel = tmp_path / "sentinel"
     payloads = {
         "posix.system": Call(os.system, f"touch {sentinel}"),
-        "eval": Call(eval, f"open({str(sentinel)!r}, 'w').close()"),
-        "exec": Call(exec, f"open({str(sentinel)!r}, 'w').close()"),
+        "builtins.eval": Call(eval, f"open({str(sentinel)!r}, 'w').close()"),
+        "builtins.exec": Call(exec, f"open({str(sentinel)!r}, 'w').close()"),
         "io.open": Call(open, str(sentinel), "w"),
         "importlib.import_module": Call(importlib.import_module, "os"),
         "torch.serialization.load": Call(torch.load, str(sentinel)),
@@ -67,8 +67,8 @@ def test_pickled_calls_do_not_run(tmp_path, wrap, save):
         with pytest.raises(UserError) as error:
             load_backbone(tmp_path / "evil.pth")
         assert not sentinel.exists()
-        assert save == "new pickle" or "wants to build" in str(error.value)
-        assert "pickle" in save or f"wants to build {name!r}" in str(error.value)  # in a bare pickle a tensor is a call itself
+        assert "wants to build" in str(error.value)
+        assert repr(name) in str(error.value)
         assert "weights_only" not in str(error.value)  # torch's own message advises to switch the safety off
 
 
@@ -79,7 +79,7 @@ def test_the_payload_of_this_corpus_would_run(tmp_path):
 
 
 def test_a_namespace_is_read_and_leaves_no_permission_behind(files):
-    content, _, _ = read_file(files["checkpoint-7"][0])
+    content = read_file(files["checkpoint-7"][0]).content
     assert content["args"].model == "mae_vit_toy"
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
@@ -115,7 +115,7 @@ def test_a_flipped_bit_in_the_header_never_crashes(tmp_path, files, name, positi
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
         (b"\x89PNG\r\n\x1a\n" + bytes(64), "neither safetensors"),
         (struct.pack("<Q", 1 << 60) + b"{" + bytes(64), "damaged safetensors"),
-        (pickle.dumps([1, 2, 3], protocol=2), "a damaged checkpoint"),
+        (pickle.dumps([1, 2, 3], protocol=2), "holds list"),
     ],
 )
 def test_files_that_are_no_checkpoints(tmp_path, data, told):
