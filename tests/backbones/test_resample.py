@@ -79,10 +79,14 @@ class TestTables:
         torch.testing.assert_close(found[0, 1:], torch.from_numpy(wanted).float().view(-1, 8), rtol=1e-5, atol=1e-5)
         assert torch.equal(found[:, :1], self.table[:, :1])
 
+    def test_bilinear_follows_a_ramp(self):
+        table = torch.cat([torch.full((1, 1, 8), 9.0), torch.arange(4.0).repeat(4)[None, :, None].expand(1, 16, 8)], dim=1)
+        found = resize_table(table, (4, 4), (2, 7), "bilinear")
+        ramp = ((torch.arange(7.0) + 0.5) * 4 / 7 - 0.5).clamp(0, 3)
+        torch.testing.assert_close(found[0, :, 0], torch.cat([torch.tensor([9.0]), ramp.repeat(2)]))
+
     def test_methods_differ(self):
-        found = [
-            resize_table(self.table, (4, 4), (6, 6), method) for method in ("bicubic", "bicubic_antialias", "bicubic_offset")
-        ]
+        found = [resize_table(self.table, (4, 4), (6, 6), method) for method in get_args(PosResample)]
         assert all((a - b).abs().max() > 0.01 for a, b in zip(found, found[1:] + found[:1], strict=True))
 
     def test_a_short_table_is_refused(self):
