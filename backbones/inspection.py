@@ -22,6 +22,7 @@ from mae_bench.models.vit import ARCHS, build_vit
 from mae_bench.spec import BackboneSpec
 
 NAMES = {(192, 12): "ViT-Ti", (384, 12): "ViT-S", (768, 12): "ViT-B", (1024, 24): "ViT-L", (1280, 32): "ViT-H"}  # (width, depth)
+LONGEST = 1000  # characters of a text in a file that are shown
 PARTS = {  # what a component of a dropped tensor's name says that it belongs to; the first that fits
     r"(^|\.)decoder": "decoder",
     r"(^|\.)mask_token": "mask token",
@@ -121,7 +122,9 @@ def _summary(value: Any) -> Any:
         return {key: _summary(item) for key, item in vars(value).items()}
     if isinstance(value, dict | list | tuple):
         return f"{type(value).__name__} of {len(value)}"
-    if isinstance(value, str | int | None) or (isinstance(value, float) and math.isfinite(value)):
+    if isinstance(value, str):
+        return value[:LONGEST] + ("..." if len(value) > LONGEST else "")
+    if value is None or (isinstance(value, int) and abs(value) < 2**64) or (isinstance(value, float) and math.isfinite(value)):
         return value
     return type(value).__name__
 
@@ -180,7 +183,10 @@ def _table(rows: Mapping[str, Any], title: str) -> RenderableType:
         cells = value if isinstance(value, tuple) else (value,)
         while len(table.columns) <= len(cells):
             table.add_column(overflow="fold")  # a digest is worth nothing cut short
-        table.add_row(
-            Text(name, style="cyan"), *(Text(str(cell)) for cell in cells)
-        )  # Text: names in a file may look like markup
-    return Group(Text(f"\n{title}", style="bold"), table)
+        table.add_row(_text(name, "cyan"), *(_text(cell) for cell in cells))
+    return Group("", _text(title, "bold"), table)
+
+
+def _text(value: Any, style: str = "") -> Text:
+    """Names in a file may look like markup, and may hold what steers a terminal."""
+    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value)), style=style)

@@ -236,15 +236,18 @@ def _fit(stack: Sequence[Any], want: Sequence[Any]) -> bool:
 
 
 def _like(tensor: torch.Tensor | None, ours: torch.Tensor) -> torch.Tensor | None:
-    """The tensor in the shape of ours: maps (N, H, W, D) as sequences or the reverse, sequences (L, N, D) as (N, L, D)."""
+    """The tensor in the shape of ours: maps (N, H, W, D) or (N, D, H, W) as sequences, or the reverse; (L, N, D) as (N, L, D)."""
     if tensor is None:
         return None
     if tensor.shape == ours.shape:
         return tensor
     if tensor.ndim == 3 and tensor.transpose(0, 1).shape == ours.shape:
         return tensor.transpose(0, 1)
-    same = tensor.ndim + ours.ndim == 7 and tensor.numel() == ours.numel() and tensor.shape[-1] == ours.shape[-1]
-    return tensor.reshape(ours.shape) if same and len(tensor) == len(ours) else None
+    if tensor.ndim + ours.ndim != 7 or tensor.numel() != ours.numel() or len(tensor) != len(ours):
+        return None
+    if tensor.ndim == 4 and tensor.shape[-1] != ours.shape[-1]:
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.reshape(ours.shape) if tensor.shape[-1] == ours.shape[-1] else None
 
 
 def _difference(layer: str, ours: torch.Tensor, theirs: torch.Tensor | None) -> Difference:

@@ -19,6 +19,7 @@ from mae_bench.data.images import ImageSource, open_images
 from mae_bench.data.loader import Images, Transform, epoch_order
 from mae_bench.data.transforms import eval_transform, normalize, train_transform
 from mae_bench.errors import UserError
+from mae_bench.intervals import paired_interval
 from mae_bench.spec import BackboneSpec
 
 Values = tuple[float, ...]
@@ -33,7 +34,6 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the weighted kNN classifier in facebook
 CROP_SCALE = (0.25, 1.0)  # of the two crops that are to find each other
 FEWEST, MOST = 16, 256  # images: with fewer every interval is wide, with more it takes long
 BATCH = 32
-ERRORS = 1.96  # standard errors either way: a 95 % interval
 KNN, RETRIEVAL = "leave-one-out kNN accuracy", "share of crops that find the other crop of their image"
 
 
@@ -133,8 +133,6 @@ def suggest(source: str | Path, folder: str | Path, *, most: int = MOST, **optio
     if spec.in_chans != 3:
         raise UserError(f"{source} takes {spec.in_chans} channels", expected="RGB: the candidates are normalisations of it")
     sample = a_sample(folder, most)
-    if len(sample.indices) < FEWEST:
-        raise UserError(f"{folder} holds {len(sample.indices)} images", expected=f"at least {FEWEST}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return try_candidates(model.eval().to(device), spec, sample)
 
@@ -148,6 +146,8 @@ def try_candidates(model: nn.Module, spec: BackboneSpec, sample: Sample) -> Sugg
     else:
         imgs, which = sample.view(eval_transform(spec.img_size, interpolation=spec.interpolation))
         views, targets = [imgs], targets[which]
+    if len(views[0]) < FEWEST:
+        raise UserError(f"{len(views[0])} images that decode", expected=f"at least {FEWEST}")
     right: dict[Key, torch.Tensor] = {}
     pairs = _pairs(spec)
     for name, (mean, std) in pairs.items():
@@ -224,10 +224,8 @@ def _ranked(right: dict[Key, torch.Tensor], pairs: dict[str, tuple[Values, Value
     rows = []
     for name, pool, norm in order:
         here = right[name, pool, norm].float()
-        lost = best - here
-        half = ERRORS * float(lost.std()) / len(lost) ** 0.5
-        behind = float(lost.mean())
-        rows.append(Candidate(name, *pairs[name], pool, norm, float(here.mean()), behind, behind - half, behind + half))
+        low, high = paired_interval(best.tolist(), here.tolist())
+        rows.append(Candidate(name, *pairs[name], pool, norm, float(here.mean()), float((best - here).mean()), low, high))
     return rows
 
 

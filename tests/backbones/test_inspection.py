@@ -110,6 +110,17 @@ def test_several_sets_are_listed_with_what_reads_each(tmp_path, encoder):
         inspect_checkpoint(tmp_path / "x.pth", weights="teacher")
 
 
+def test_what_a_file_says_cannot_steer_the_terminal_or_flood_it(tmp_path, encoder):
+    texts = {"note": "\x1b[2J[bold]x[/]", "long": "a" * 10_000, "number": 10**300}
+    torch.save({"model": encoder, **texts}, tmp_path / "x.pth")
+    told = inspect_checkpoint(tmp_path / "x.pth")
+    json.dumps(told)
+    assert (len(told["extras"]["long"]) < 1100, told["extras"]["number"]) == (True, "int")
+    text = shown(render(told))
+    assert "\x1b[2J" not in text
+    assert "[bold]x[/]" in text
+
+
 def test_published_sizes_have_their_names():
     assert architecture(spec_of(768, 12, 16, 12)) == "ViT-B/16"
     assert architecture(spec_of(1280, 32, 14, 16)) == "ViT-H/14"

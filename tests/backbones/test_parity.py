@@ -124,6 +124,23 @@ def test_a_value_that_is_not_finite_is_no_parity(imgs):
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["layers"][-1]["relative"] is None
 
 
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("beit", {"use_rel_pos_bias": True}),
+        ("eva", {"use_rot_pos_emb": True}),
+        ("sam", {"window_size": 2, "global_attn_indexes": [2], "neck_chans": 16}),
+    ],
+)
+def test_every_architecture_is_compared(imgs, arch, options):
+    spec = BackboneSpec(arch, (32, 32), (8, 8), 3, 48, 3, 4, options=options, num_prefix_tokens=int(arch != "sam"))
+    theirs = vit(spec)
+    assert compare(vit(spec), theirs, imgs).equal
+    with torch.no_grad():
+        theirs.blocks[1].mlp.fc2.bias[0] += 1
+    assert [layer.absolute > 0 for layer in compare(vit(spec), theirs, imgs).layers] == [False, False, True, True, True]
+
+
 @pytest.mark.parametrize("form", PASSED_ON.values(), ids=PASSED_ON.keys())
 def test_blocks_are_found_in_other_code(imgs, form):
     found = compare(vit(), Other(vit(), form), imgs)
@@ -136,6 +153,7 @@ def test_blocks_are_found_in_other_code(imgs, form):
     [
         (dinov2_output, ["final patch tokens", "final class token"]),
         (lambda x: x[:, 0], ["final class token"]),
+        (lambda x: x[:, 1:].transpose(1, 2).reshape(2, 48, 4, 4), ["final patch tokens"]),
         (lambda x: (x * 9, [x]), ["final tokens"]),
         (lambda x: x.sum(), []),
     ],
