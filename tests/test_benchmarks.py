@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import asymmetric, gpu_pretrain, pretrain_step
+from benchmarks import asymmetric, gpu_pretrain, linear_probe, pretrain_step
 from benchmarks.measure import Table, Times, command, interleave, ratio, write_table
 from benchmarks.peers import MASK_RATIO
 from mae_bench.models.mae import MAE
@@ -107,10 +107,20 @@ def test_both_designs_share_their_blocks_and_train(monkeypatch: pytest.MonkeyPat
     assert full(torch.zeros(2, 3, 64, 64), MASK_RATIO)[0].isfinite()
 
 
+@pytest.mark.parametrize("name", linear_probe.GRIDS)
+def test_a_grid_has_as_many_heads_as_it_says(name: str):
+    spec = linear_probe.vit_spec("small")
+    with torch.device("meta"):
+        probe, optimizer = linear_probe.probe_of(linear_probe.build_vit(spec), spec, linear_probe.GRIDS[name], 10)
+    assert len(probe.heads) == len(optimizer.param_groups) == int(name.split()[0])
+    assert len({group["lr_scale"] for group in optimizer.param_groups}) == max(1, len(linear_probe.GRIDS[name].get("lrs", [])))
+
+
 RUNS = {
     pretrain_step: ["--sizes", "toy", "--dtypes", "float32", "bfloat16", "--batch-size", "2", "--repeats", "1"],
     asymmetric: ["--sizes", "toy", "--decoder-depths", "1", "--batch-size", "2", "--repeats", "1"],
     gpu_pretrain: ["--device", "cpu", "--tiny"],
+    linear_probe: ["--size", "toy", "--batch-size", "4", "--classes", "10", "--repeats", "1"],
 }
 
 
