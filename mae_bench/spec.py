@@ -7,7 +7,7 @@ from mae_bench.errors import UserError
 
 PosEmbed = Literal["sincos", "learned", "rope", "relative", "none"]
 Pool = Literal["token", "avg"]
-PosResample = Literal["bicubic", "bicubic_antialias", "bicubic_offset"]
+PosResample = Literal["bicubic", "bicubic_antialias", "bicubic_offset", "bilinear"]
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class BackboneSpec:
     `global_pool` is the pooling that the weights were trained for or that their authors evaluate with.
     `num_prefix_tokens` counts the class token and any register tokens that stand before the patch tokens.
     `options` are further keywords of the architecture's class in timm, as JSON: layer scale, registers' positions, gated MLPs ...
-    `pos_resample` is how the family takes its position table to other grids: bicubic, with antialiasing, or by DINO's offset of
-    0.1 in the scale factor.
+    `pos_resample` is how the family takes its position table to other grids: bicubic, with antialiasing, by DINO's offset of
+    0.1 in the scale factor, or bilinear.
     """
 
     arch: str  # "vit", "beit", "eva", "sam" (timm's classes, built from the fields below) or a timm model name

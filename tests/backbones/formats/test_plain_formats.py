@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from backbones.convert import convert
 from backbones.formats.moco_v3 import has_table
 from backbones.load import load_backbone
 from backbones.safe import read_file
@@ -136,7 +137,7 @@ def test_features_are_those_of_the_published_equations(written, imgs, format, na
         ("deit", "distilled", "bicubic", "bicubic"),
         ("deit3", "published", "bicubic", "bicubic"),
         ("ijepa", "target", "bilinear", "bicubic"),
-        ("maskfeat", "pretrained", "bicubic", "bicubic"),
+        ("maskfeat", "pretrained", "bicubic", "bilinear"),
         ("lightly", "mae", "bilinear", "bicubic_antialias"),
         ("solo_learn", "mae", "bilinear", "bicubic"),
         ("official_mae", "full", "bicubic", "bicubic"),
@@ -224,6 +225,23 @@ def test_maskfeats_last_norm_is_behind_the_pooling_once_it_is_fine_tuned(written
     expected = F.layer_norm(tokens, (192,), weights["norm.weight"], weights["norm.bias"], 1e-6)
     pooled = model.eval().forward_head(model.forward_features(imgs), pre_logits=True)
     torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["timm.safetensors", "official_mae.pth"])
+def test_what_was_converted_says_where_it_came_from(tmp_path, written, to):
+    """A fixed table marks MoCo v3's own files, not those that we write: their spec says more."""
+    source = written["moco_v3"]["for-deit"][0]
+    convert(source, tmp_path / to, to.split(".")[0])
+    _, spec, report = load_backbone(tmp_path / to)
+    assert (report.format, spec) == (to.split(".")[0], load_backbone(source)[1])
+
+
+def test_maskfeats_table_is_resized_as_that_of_a_film_of_one_frame(written):
+    model, _, _ = load_backbone(written["maskfeat"]["pretrained"][0], img_size=(48, 32))
+    table = toys_maskfeat.weights("pretrained")["pos_embed"]
+    film = table[:, 1:].reshape(1, 1, 4, 4, 192).permute(0, 4, 1, 2, 3)
+    expected = F.interpolate(film, size=(1, 6, 4), mode="trilinear").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(model.pos_embed.data, torch.cat([table[:, :1], expected], dim=1))
 
 
 def test_moco_v3s_table_is_no_other():
