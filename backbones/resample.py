@@ -7,6 +7,7 @@ from typing import Any
 from backbones.translation import Translation
 from mae_bench.errors import UserError
 from mae_bench.models.resampling import resize_bias_table, resize_distances, resize_filters, resize_table
+from mae_bench.models.vit import ARCHS
 from mae_bench.spec import BackboneSpec
 
 PATCH_RESAMPLE = {"pinv": "pseudo-inverse", "bicubic": "bicubic"}
@@ -33,6 +34,8 @@ def resample(
     patch_size = patch_size or spec.patch_size
     new = replace(spec, img_size=img_size or _rounded(spec.img_size, patch_size), patch_size=patch_size)
     if new.patch_size != spec.patch_size:
+        if spec.arch not in ARCHS:
+            raise UserError(f"patches of {new.patch_size} for {spec.arch}", expected=f"{spec.patch_size}, which its name says")
         _resample_filters(translation, new, patch_resample)
     if new.grid_size == spec.grid_size:
         return new

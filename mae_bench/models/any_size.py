@@ -56,7 +56,7 @@ def _index(grid: Grid, device: torch.device) -> torch.Tensor:
 def _bias(module: Any) -> torch.Tensor:
     """(heads, 1 + L, 1 + L) at the grid of the images that are looked at."""
     table = resize_bias_table(module.relative_position_bias_table, module.window_size, module.grid)
-    return table[_index(module.grid, table.device)].permute(2, 0, 1)
+    return table[_index(module.grid, table.device)].permute(2, 0, 1).contiguous()  # as attention kernels want it
 
 
 class AnySizeAttention(Attention):

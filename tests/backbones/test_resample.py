@@ -283,3 +283,8 @@ def test_a_table_of_no_grid_is_refused():
     spec = replace(VIT, arch="test_vit2")
     with pytest.raises(UserError, match="rows for 4 x 4"):
         translated({"pos_embed": torch.zeros(1, 3, 32)}, spec, (48, 48), None)
+
+
+def test_a_model_that_is_built_by_its_name_keeps_its_patches():
+    with pytest.raises(UserError, match="which its name says"):
+        translated({}, replace(VIT, arch="test_vit2"), None, (16, 16))
