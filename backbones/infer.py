@@ -9,7 +9,7 @@ import torch
 
 from backbones.translation import Translation, is_sincos
 from mae_bench.errors import UserError
-from mae_bench.models.vit import ARCHS
+from mae_bench.models.vit import ARCHS, LAYERS
 from mae_bench.spec import BackboneSpec
 
 # Width -> heads of the standard ViTs: Ti and S (arXiv 2012.12877), B, L and H (arXiv 2010.11929). Shapes do not tell heads.
@@ -42,6 +42,7 @@ def _infer(translation: Translation, source: str, stated: Mapping[str, Any], ove
     if lacking := [name for name in translation.needed if name not in given["options"]]:
         raise UserError(
             f"{source}: nothing tells {' and '.join(lacking)}",
+            expected=f"of layers, one of {', '.join(LAYERS)}" if any(name.endswith("_layer") for name in lacking) else "",
             fix=" and ".join(GIVE.format(f"options.{name}=...") for name in lacking),
         )
     shapes = shape_facts(translation.weights, source, given)

@@ -36,6 +36,7 @@ NAMES = Naming(
 )
 TOWER = {"class_embedding", "conv1.weight", "positional_embedding", "transformer.resblocks.0.attn.in_proj_weight"}
 OPENAI_MARKS = {"input_resolution", "context_length", "vocab_size"}  # buffers of its released archives
+TEXT = "text tower, or the logits' scale"
 # Width -> channels a head, by OpenCLIP's src/open_clip/model_configs; 64 in OpenAI's clip/model.py.
 HEAD_WIDTHS = {384: 64, 512: 64, 768: 64, 896: 64, 1024: 64, 1280: 80, 1408: 88, 1664: 104, 1792: 112}
 
@@ -63,7 +64,8 @@ def read(checkpoint: Checkpoint) -> Translation:
     add_axes(result)
     if "norm_pre.weight" not in result.weights:
         _without_pre_norm(result, source, vision)
-    result.outside = {name: "text tower, or the logits' scale" for name in checkpoint.outside if ".visual." not in f".{name}"}
+    result.outside = {name: TEXT for name in checkpoint.outside if ".visual." not in f".{name}"}
+    result.outside |= dict.fromkeys(OPENAI_MARKS & set(checkpoint.outside), "a size of the model: no weights")
     result.assumed, result.needed = family("clip"), ("act_layer",)
     result.facts = _facts(checkpoint, result.weights, vision) | {"options": _options(checkpoint, result.weights)}
     return result

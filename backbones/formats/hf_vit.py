@@ -1,5 +1,6 @@
 """hf_vit: transformers' ViT and DeiT, with and without heads, as their save_pretrained writes them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,11 @@ def read(checkpoint: Checkpoint) -> Translation:
 
 
 def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
-    """A folder that `ViTModel.from_pretrained` loads (its pooler is new); its tensors' metadata carry spec and provenance."""
-    require_plain(spec, weights, "hf_vit", fc_norm=False)
-    config = config_of(spec, "ViTModel", "vit")
+    """A folder that `ViTModel.from_pretrained` loads (its pooler is new), with one register `DeiTModel.from_pretrained`; its
+    tensors' metadata carry spec and provenance."""
+    is_deit = "reg_token" in weights and spec.num_prefix_tokens == 2
+    require_plain(replace(spec, num_prefix_tokens=1) if is_deit else spec, weights, "hf_vit", fc_norm=False)
+    config = config_of(spec, "DeiTModel", "deit") if is_deit else config_of(spec, "ViTModel", "vit")
     write_safetensors(out / "model.safetensors", NAMES.write(weights), spec, provenance)
     write_json(out / PREPROCESSOR_FILE, processor_of(spec))
     write_json(out / CONFIG_FILE, config)

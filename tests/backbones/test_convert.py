@@ -20,7 +20,7 @@ HELD = {  # a toy of each kind of backbone -> the formats that have a place for 
     "official_mae/full": PLAIN,
     "official_mae/fine": {"mae_bench", "official_mae", "timm"},  # its last norm stands behind the pooling
     "mmpretrain/deit3": {"mae_bench", "timm"},
-    "mmpretrain/distilled": {"mae_bench", "timm"},  # two prefix tokens
+    "mmpretrain/distilled": {"mae_bench", "timm", "hf_vit"},  # two prefix tokens, as DeiT has them
     "mmpretrain/dinov2_giant": {"mae_bench", "timm", "hf_dinov2"},
     "mmpretrain/clip": {"mae_bench", "timm", "mmseg"},  # a norm in front of the blocks
     "mmpretrain/beit": {"mae_bench", "timm", "hf_beit"},
