@@ -177,4 +177,5 @@ def _open_timm(name: str, sha256: str | None) -> Checkpoint:
         raise UserError(f"the weights of timm:{name} have SHA-256 {digest}", expected=sha256)
     cfg: Any = model.pretrained_cfg
     config = {"architecture": name.split(".")[0], "pretrained_cfg": dict(cfg)}
-    return Checkpoint(f"timm:{name}", digest, tensors, len(data), beside={CONFIG_FILE: config})
+    files = {f"{name}.safetensors": digest}
+    return Checkpoint(f"timm:{name}", digest, tensors, len(data), beside={CONFIG_FILE: config}, files=files)

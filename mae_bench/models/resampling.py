@@ -64,7 +64,8 @@ def resize_filters(filters: torch.Tensor, patch_size: tuple[int, int], method: s
     """Filters (D, C, h, w) of a patch embedding for patches of another size.
 
     "pinv": what answers to a resized patch as the old ones to the patch (FlexiViT, arXiv 2212.08013 sec. 3.4; bicubic, as timm).
-    "bicubic": the filters themselves resized, as ViTDet takes ViT-H from 14 to 16 (arXiv 2203.16527 A.2).
+    "bicubic": the filters themselves resized, as ViTDet takes ViT-H from 14 to 16 (arXiv 2203.16527 A.2); they answer to a
+    constant patch in proportion to its area.
     """
     if method == "bicubic":
         return F.interpolate(filters.float(), size=patch_size, mode="bicubic").to(filters.dtype)

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import huggingface_hub
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save, save_file
 
@@ -254,6 +255,21 @@ class TestShards:
         torch.save([torch.zeros(1)], shard)
         with pytest.raises(UserError, match=r"differ in \d+ tensors"):
             open_source(folder)
+
+
+def test_weights_by_timm_have_a_digest_that_can_be_pinned(monkeypatch):
+    real = timm.create_model
+
+    def create(name: str, pretrained: bool, num_classes: int) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return real(name, num_classes=num_classes)
+
+    monkeypatch.setattr(timm, "create_model", create)  # there is no network in a test
+    checkpoint = open_source("timm:test_vit")
+    assert checkpoint.files == {"test_vit.safetensors": checkpoint.digest}
+    assert open_source("timm:test_vit", sha256=checkpoint.digest).digest == checkpoint.digest
+    with pytest.raises(UserError, match="SHA-256"):
+        open_source("timm:test_vit", sha256="0" * 64)
 
 
 def test_an_unknown_kind_lists_the_known_ones():
