@@ -56,6 +56,7 @@ OUTSIDE = {
 # Heads where the width alone does not tell: arch_zoo of mmpretrain's vision_transformer.py, beit.py and deit3.py.
 HEADS = {512: 8, 1408: 16, 1536: 24}
 ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "mmpretrain.QuickGELU": "quick_gelu"}
+MAX_CONFIG = 1 << 20  # characters
 SMALL = (768, 8, 8)  # width, depth and heads of the arch "small" there, which is unlike everyone else's ViT-S
 
 
@@ -143,12 +144,12 @@ def config_of(extras: Mapping[str, Any]) -> dict[str, Any]:
     """The config's text in `meta`, as data: {} where there is none or where it is not made of literals and dict() alone."""
     meta = extras.get("meta")
     text = (meta.get("cfg") or meta.get("config")) if isinstance(meta, dict) else None
-    if not isinstance(text, str):
+    if not isinstance(text, str) or len(text) > MAX_CONFIG:
         return {}
     try:
         lines = [(line.targets[0], line.value) for line in ast.parse(text).body if isinstance(line, ast.Assign)]
         return {name.id: _value(value) for name, value in lines if isinstance(name, ast.Name)}
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return {}
 
 
@@ -176,6 +177,8 @@ def _described(config: dict[str, Any], source: str, result: Translation) -> dict
     for told in (arch.get("num_heads") if isinstance(arch, dict) else None, backbone.get("num_heads")):
         if isinstance(told, int) and not isinstance(told, bool):
             facts["num_heads"] = told
+    if backbone.get("with_cls_token") is False and "cls_token" in result.weights:
+        raise UserError(f"{source}: its config leaves the class token out that the file has", expected="one that is used")
     if isinstance(eps := _inside(backbone, "norm_cfg").get("eps"), float):
         facts["norm_eps"] = eps
     for layers in (backbone, _inside(backbone, "layer_cfgs")):
@@ -200,4 +203,4 @@ def _inside(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _is_color(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(x, int | float) for x in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(x, int | float) and 0 < x <= 255 for x in value)

@@ -5,7 +5,11 @@ from backbones.open_mmlab import read as read_open_mmlab
 from backbones.source import Checkpoint
 from backbones.translation import Translation
 
-MAE_DECODER = "neck.decoder_blocks.0.attn.qkv.weight"
+PRETRAINED = {  # beside the backbone -> by which method it was trained
+    "neck.decoder_blocks.0.attn.qkv.": "mae",  # MILAN's decoder has other attention
+    "target_generator.weight_x": "maskfeat",  # HOG's filters
+    "head.predictor.": "moco_v3",
+}
 
 
 def fits(checkpoint: Checkpoint) -> bool:
@@ -16,8 +20,9 @@ def fits(checkpoint: Checkpoint) -> bool:
 def read(checkpoint: Checkpoint) -> Translation:
     """eps 1e-6 and the mean and std of ImageNet are the library's defaults; the config inside the file goes before them."""
     result = read_open_mmlab(checkpoint, "mmpretrain")
-    if MAE_DECODER in checkpoint.outside:
-        result.assumed["pretrain_method"] = "mae"
+    for start, method in PRETRAINED.items():
+        if any(name.startswith(start) for name in checkpoint.outside):
+            result.assumed["pretrain_method"] = method
     if "blocks.0.ls1.gamma" in result.weights and result.facts["options"].get("no_embed_class"):
         result.assumed["pretrain_method"] = "supervised"
         result.notes.append(

@@ -89,7 +89,8 @@ def test_every_kind_gives_the_published_features(files, imgs, name):
 def test_facts_of_each_kind(files):
     specs = {name: load_backbone(path, **options)[1] for name, (path, options) in files.items()}
     assert (specs["mae"].pretrain_method, specs["mae"].pos_embed) == ("mae", "sincos")
-    assert specs["maskfeat"].pretrain_method == "unknown"
+    methods = {"maskfeat": "maskfeat", "mocov3": "moco_v3", "deit3": "supervised", "vit": "unknown"}
+    assert {name: specs[name].pretrain_method for name in methods} == methods
     assert {name for name, spec in specs.items() if spec.global_pool == "avg"} == {"finetuned", "two_norms", "beit"}
     assert specs["distilled"].num_prefix_tokens == 2
     assert specs["dinov2_giant"].mlp_ratio == 1024 / 192
@@ -159,11 +160,14 @@ def test_what_does_not_fit_is_refused(tmp_path, files, name, changes):
         load_backbone(change(tmp_path, files[name][0], **changes))
 
 
-@pytest.mark.parametrize(
-    "config",
-    ["model = dict(", "model = 3", "import os", "model.x = 1", "mean, std = 1, 2", "model = dict(backbone=dict(norm_cfg=7))",
-     "(" * 9999,      "model = dict(backbone=open('x'))", "data_preprocessor = dict(mean=['a'])", b"model", 5],
-)  # fmt: skip
+NO_CONFIGS = [
+    "model = dict(", "model = 3", "import os", "model.x = 1", "mean, std = 1, 2", "model = dict(backbone=dict(norm_cfg=7))",
+    "(" * 9999, "model = dict(backbone=open('x'))", "data_preprocessor = dict(mean=['a'])", "x = {[1]}", b"model", 5,
+    f"data_preprocessor = dict(mean=[1{'0' * 400}, 1, 1])",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", NO_CONFIGS, ids=range(len(NO_CONFIGS)))
 def test_a_config_that_is_none_is_passed_over(tmp_path, config):
     state = {f"backbone.{key}": tensor for key, tensor in toys.backbones()["vit"].items()}
     torch.save({"meta": {"cfg": config}, "state_dict": state}, tmp_path / "x.pth")

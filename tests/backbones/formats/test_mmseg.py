@@ -103,6 +103,24 @@ def test_a_missing_tensor_is_refused(tmp_path):
             load_backbone(tmp_path / "x.pth")
 
 
+def test_a_class_token_that_the_config_leaves_out_is_refused(tmp_path):
+    """Their VisionTransformer has the parameter then, and does not use it."""
+    meta = {"cfg": "model = dict(backbone=dict(type='VisionTransformer', with_cls_token=False))"}
+    torch.save({"meta": meta, "state_dict": toys_mmseg.backbones()["vit"]}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="class token"):
+        load_backbone(tmp_path / "x.pth")
+
+
+def test_a_training_file_of_mmengine_is_read(tmp_path):
+    """Its runner saves the history of losses as objects, beside optimizer and meta."""
+    logging = pytest.importorskip("mmengine.logging")
+    hub = logging.MessageHub.get_instance("test_mmseg")
+    hub.update_scalar("train/loss", 0.5)
+    content = {"meta": {"epoch": 1}, "state_dict": toys_mmseg.backbones()["vit"], "message_hub": hub.state_dict()}
+    torch.save(content, tmp_path / "iter_160000.pth")
+    assert load_backbone(tmp_path / "iter_160000.pth")[2].format == "mmseg"
+
+
 @pytest.mark.parametrize(("width", "depth", "heads"), [(768, 12, 12), (1024, 24, 16)])
 def test_real_sizes(width, depth, heads):
     """MAE-B and MAE-L as UperNet's configs train them, at 512 x 512."""
