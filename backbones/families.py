@@ -25,3 +25,13 @@ def family(name: str) -> dict[str, Any]:
 def evaluates(name: str) -> str | None:
     """The set of weights that the family's authors evaluate, where its training files hold several."""
     return _table()[name].get("evaluates")
+
+
+def families() -> list[str]:
+    """The families that are listed."""
+    return list(_table())
+
+
+def published_in(name: str) -> str:
+    """Where it is written down how the family is fed."""
+    return str(_table()[name]["source"])
