@@ -3,7 +3,7 @@
 import re
 
 from backbones.source import Checkpoint
-from backbones.translation import HEAD, MASK_TOKEN, Translation, is_official_vit, plain
+from backbones.translation import HEAD, MASK_TOKEN, Translation, is_official_vit, numbers, plain
 
 # lightly's MaskedVisionTransformerTIMM in a method's backbone; lightly-train's wrappers around a timm model.
 PREFIX = re.compile(r"(?:.*\.)?(?:\w*backbone\w*\.vit|wrapped_model\._model)\.$")
@@ -22,8 +22,12 @@ def fits(checkpoint: Checkpoint) -> bool:
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """The ViT is timm's own, with the classifier that timm gives it."""
+    """The ViT is timm's own, with the classifier that timm gives it; lightly-train says how it normalised images."""
     result = plain(checkpoint, "lightly", {r"head\.": HEAD}, outside={r"(?:.*\.)?mask_token$": MASK_TOKEN})
+    described = checkpoint.extras.get("lightly_train")
+    fed = described.get("normalize_args") if isinstance(described, dict) else None
+    if isinstance(fed, dict):
+        result.facts |= {key: numbers(fed[key], key, checkpoint.source) for key in ("mean", "std") if key in fed}
     if method := next((method for key, method in METHODS.items() if key in checkpoint.outside), None):
         result.assumed["pretrain_method"] = method
     return result

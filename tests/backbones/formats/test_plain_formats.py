@@ -83,6 +83,7 @@ CASES: list[tuple[str, str, Callable[[], Weights], int, str, str]] = [
     ("lightly", "teacher", lambda: toys_lightly.weights(0), 3, "dino", "token"),
     ("lightly", "student", lambda: toys_lightly.weights(1), 3, "dino", "token"),
     ("lightly", "layer-scale", scaled, 3, "unknown", "token"),
+    ("lightly", "train", lambda: toys_lightly.weights(0), 3, "dino", "token"),
     ("lightly", "embedding-model", lambda: toys_lightly.weights(0), 3, "unknown", "token"),
     ("solo_learn", "mae", lambda: toys_solo_learn.weights("mae"), 12, "mae", "token"),
     ("solo_learn", "mocov3", lambda: toys_solo_learn.weights("mocov3"), 12, "moco_v3", "token"),
@@ -227,6 +228,12 @@ def test_maskfeats_last_norm_is_behind_the_pooling_once_it_is_fine_tuned(written
     torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_lightly_train_says_how_images_were_normalised(written):
+    path, options = written["lightly"]["train"]
+    _, spec, _ = load_backbone(path, **options)
+    assert (spec.mean, spec.std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+
+
 @pytest.mark.parametrize("to", ["timm.safetensors", "official_mae.pth"])
 def test_what_was_converted_says_where_it_came_from(tmp_path, written, to):
     """A fixed table marks MoCo v3's own files, not those that we write: their spec says more."""
@@ -241,7 +248,7 @@ def test_maskfeats_table_is_resized_as_that_of_a_film_of_one_frame(written):
     table = toys_maskfeat.weights("pretrained")["pos_embed"]
     film = table[:, 1:].reshape(1, 1, 4, 4, 192).permute(0, 4, 1, 2, 3)
     expected = F.interpolate(film, size=(1, 6, 4), mode="trilinear").flatten(2).transpose(1, 2)
-    torch.testing.assert_close(model.pos_embed.data, torch.cat([table[:, :1], expected], dim=1))
+    torch.testing.assert_close(model.state_dict()["pos_embed"], torch.cat([table[:, :1], expected], dim=1))
 
 
 def test_moco_v3s_table_is_no_other():

@@ -34,6 +34,15 @@ def dino() -> dict[str, torch.Tensor]:
     return state | {"criterion.center.center": torch.zeros(1, 1, 24)}
 
 
+def train() -> dict[str, Any]:
+    """lightly-train's DINO without the modules that its files pickle along (`--trust` leaves those out)."""
+    state = fill({f"{name}_projection_head.last_layer.weight_v": (24, 8) for name in ("teacher", "student")})
+    for name, seed in (("teacher", 0), ("student", 1)):
+        state |= prefixed(f"{name}_embedding_model.wrapped_model._model.", weights(seed))
+    described = {"version": "0.9.0", "normalize_args": {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}, "license_info": None}
+    return {"state_dict": state, "epoch": 99, "lightly_train": described}
+
+
 def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     layer_scale = prefixed("teacher_backbone.vit.", weights(scales=True)) | {
         "teacher_backbone.mask_token": torch.zeros(1, 1, WIDTH)
@@ -41,6 +50,7 @@ def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     for name, state in (("mae", mae()), ("dino", dino()), ("ibot", layer_scale)):
         rest = {"epoch": 99, "global_step": 500, "pytorch-lightning_version": "2.4.0", "hyper_parameters": {"num_classes": 10}}
         torch.save({"state_dict": state, **rest, "optimizer_states": [], "lr_schedulers": []}, folder / f"{name}.ckpt")
+    torch.save(train(), folder / "last.ckpt")
     embedding = prefixed("wrapped_model._model.", weights() | fill(linear("head", WIDTH, 1000)))
     torch.save(embedding | fill({"embed_head.weight": (8, WIDTH, 1, 1), "embed_head.bias": (8,)}), folder / "embedding_model.pt")
     return {
@@ -48,5 +58,6 @@ def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
         "teacher": (folder / "dino.ckpt", {"weights": "backbone"}),
         "student": (folder / "dino.ckpt", {"weights": "student_backbone"}),
         "layer-scale": (folder / "ibot.ckpt", {}),
+        "train": (folder / "last.ckpt", {"weights": "teacher_embedding_model"}),
         "embedding-model": (folder / "embedding_model.pt", {}),
     }
