@@ -1,87 +1,101 @@
-"""timm: the state_dict of a timm VisionTransformer, with the model's name and data config where they are known."""
+"""timm: the state_dict of a timm ViT (VisionTransformer, Beit, Eva, VisionTransformerSAM), with the model's name and data config
+where they are known."""
 
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from backbones.carry import write_safetensors
-from backbones.formats.official_mae import is_marked
+from backbones.detect import format_named
+from backbones.families import family
+from backbones.formats import clip
+from backbones.formats.official_mae import WRAPPERS, is_marked
 from backbones.source import CONFIG_FILE, Checkpoint
+from backbones.structure import beit_facts, by_timm, eva_options, is_beit, is_eva, vit_options
+from backbones.timm_models import facts_by_name
 from backbones.translation import HEAD, Translation, is_sincos, is_vit, keep_names, numbers
 from mae_bench.errors import UserError
 from mae_bench.export import SPEC_FILE
-from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
 
+# Families that save timm's names and bear a mark of their own.
+FAMILIES = ("dino", "ibot", "moco_v3", "deit", "deit3", "ijepa", "maskfeat", "lightly", "solo_learn")
+OWN_WRAPPERS = ("", "state_dict", "state_dict_ema")  # of timm's releases and of its train.py
+TRUNK = "visual.trunk."  # before timm's names in OpenCLIP's files
 DROP = {r"head\.": HEAD, r"attn_pool\.": "attention pooling: a part of the classifier"}
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """Names of a timm ViT without MAE's decoder; under `model` only where nothing marks the file as MAE's (DeiT's files)."""
+    """Names of a timm ViT without another family's mark; under `model` only where nothing marks the file as MAE's (DeiT's files).
+
+    A config.json with timm's architecture, or the spec that our own writer put into the file, decides."""
     keys = checkpoint.tensors
-    if not is_vit(keys) or SPEC_FILE in checkpoint.beside or "mask_token" in keys:
+    if SPEC_FILE in checkpoint.beside or "mask_token" in keys or any("relative_position_index" in key for key in keys):
         return False
-    return checkpoint.wrapper != "model" or not is_marked(keys)
+    if by_timm(checkpoint):
+        return "patch_embed.proj.weight" in keys and any(key.startswith("blocks.0.norm") for key in keys)
+    if is_beit(keys) or is_eva(keys):
+        return checkpoint.wrapper in OWN_WRAPPERS and any(key.startswith(("norm.", "fc_norm.")) for key in keys)
+    if not is_vit(keys) or any(format_named(name).fits(checkpoint) for name in FAMILIES):
+        return False
+    return checkpoint.wrapper not in WRAPPERS or not is_marked(checkpoint)
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """The names are timm's; facts come from the folder's config.json where there is one."""
+    """The names are timm's; facts come from config.json where there is one, else from what the tensors show.
+
+    Tensors do not show activations and rotary positions: where timm's models differ in them, the user is asked."""
     result = keep_names(checkpoint.tensors, DROP)
-    pos_embed = result.weights.get("pos_embed")
+    weights, config = result.weights, checkpoint.beside.get(CONFIG_FILE, {})
+    pos_embed = weights.get("pos_embed")
     is_mae = pos_embed is not None and "head.weight" not in checkpoint.tensors and is_sincos(pos_embed)
     result.assumed = {"norm_eps": 1e-6, "pretrain_method": "mae" if is_mae else "unknown", "pretrain_data": "unknown"}
-    if "fc_norm.weight" in result.weights or "cls_token" not in result.weights:
+    if "fc_norm.weight" in weights or "cls_token" not in weights:
         result.assumed["global_pool"] = "avg"
-    if config := checkpoint.beside.get(CONFIG_FILE):
-        result.facts = _facts(config, checkpoint.source)
+    result.facts = _fed(config, checkpoint.source)
+    if checkpoint.prefix.endswith(TRUNK):  # fed as CLIP, but SigLIP's towers, and those have a config that says so
+        result.assumed |= {key: value for key, value in family("clip").items() if key != "norm_eps"}
+        result.facts |= clip.fed(checkpoint)
+    if "architecture" in config:
+        result.facts |= _named(config, weights, checkpoint.source)
+    else:
+        _shown(result, checkpoint)
     return result
 
 
-def _facts(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """What timm's config.json says: how to feed the model, and by its architecture's name how it is built."""
-    cfg, args = config.get("pretrained_cfg") or {}, config.get("model_args") or {}
-    facts: dict[str, Any] = {key: numbers(cfg[key], key, source) for key in ("mean", "std") if key in cfg}
-    facts |= {"interpolation": cfg["interpolation"]} if "interpolation" in cfg else {}
-    if "num_heads" in args:
-        facts["num_heads"] = args["num_heads"]
-    name = str(config.get("architecture", ""))
-    if args or not name:
-        return facts
-    if not timm.is_model(name):
-        raise UserError(f"{source}: {CONFIG_FILE} names the architecture {name!r}", expected="one that the installed timm knows")
-    with torch.device("meta"):
-        model = timm.create_model(name, num_classes=0)
-    if not isinstance(model, VisionTransformer):
-        raise UserError(f"{source}: {name} is a {type(model).__name__}", expected="a timm VisionTransformer")
-    return facts | _built_as(name, model)
+def _fed(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """What timm's config.json says of how the model is fed."""
+    cfg = config.get("pretrained_cfg") or {}
+    if not isinstance(cfg, dict):
+        raise UserError(f"{source}: pretrained_cfg is {cfg!r}", expected="an object")
+    facts: dict[str, Any] = {key: numbers(cfg[key], key, source) for key in ("mean", "std") if cfg.get(key) is not None}
+    return facts | ({"interpolation": str(cfg["interpolation"])} if cfg.get("interpolation") else {})
 
 
-def _built_as(name: str, model: Any) -> dict[str, Any]:
-    """Fields that only the built model tells; a model that is exactly our plain ViT is called "vit"."""
-    norm = model.norm if hasattr(model.norm, "eps") else model.fc_norm
-    facts = {
-        "arch": "vit",
-        "img_size": model.patch_embed.img_size,
-        "num_heads": model.blocks[0].attn.num_heads,
-        "norm_eps": getattr(norm, "eps", 1e-6),
-        "num_prefix_tokens": model.num_prefix_tokens,
-    }
-    if model.global_pool in ("token", "avg"):
-        facts["global_pool"] = model.global_pool
-    shape = {
-        "patch_size": model.patch_embed.patch_size,
-        "in_chans": model.patch_embed.proj.in_channels,
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
-        "mlp_ratio": model.blocks[0].mlp.fc1.out_features / model.embed_dim,
-    }
-    with torch.device("meta"):
-        ours = build_vit(BackboneSpec(**{**facts, **shape}), global_pool=model.global_pool)
-    same = repr(ours) == repr(model) and not model.no_embed_class
-    return facts if same else {**facts, "arch": name}
+def _named(config: dict[str, Any], weights: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
+    """What the architecture's name, with the arguments that the file gives, says of how the model is built."""
+    args = config.get("model_args") or {}
+    if not isinstance(args, dict):
+        raise UserError(f"{source}: model_args is {args!r}", expected="an object")
+    return facts_by_name(str(config["architecture"]), args, weights, source)
+
+
+def _shown(result: Translation, checkpoint: Checkpoint) -> None:
+    """What names and shapes show of the architecture; what they do not show is needed from the user or the carried spec."""
+    weights = result.weights
+    if is_beit(weights) and not is_eva(weights):
+        result.assumed |= beit_facts(weights, checkpoint.source)
+    elif is_eva(weights):
+        result.assumed |= {"arch": "eva", "options": eva_options(weights)}
+        result.needed = (
+            ("use_rot_pos_emb",) if "swiglu_mlp" in result.assumed["options"] else ("use_rot_pos_emb", "use_post_norm")
+        )
+    else:
+        result.assumed["options"] = vit_options(weights)
+        if not by_timm(checkpoint) and any(name.startswith(("norm_pre.", "attn_pool.")) for name in checkpoint.tensors):
+            result.needed = ("act_layer",)  # CLIP's and SigLIP's differ in their GELU
+            result.assumed["norm_eps"] = 1e-5 if "norm_pre.weight" in weights else 1e-6
 
 
 def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ def test_a_folder_of_timms_hub_says_how_to_feed_it(tmp_path):
         return load_backbone(tmp_path)[1]
 
     spec = describe()
-    assert (spec.arch, spec.mean, spec.std, spec.interpolation) == ("test_vit2", (0.5,) * 3, (0.4,) * 3, "bilinear")
+    assert (spec.arch, spec.mean, spec.std, spec.interpolation) == ("vit", (0.5,) * 3, (0.4,) * 3, "bilinear")
     for wrong in ({"architecture": "no_such"}, {"architecture": "resnet18"}, {"pretrained_cfg": {"mean": 5}}):
         with pytest.raises(UserError):
             describe(**wrong)
@@ -226,7 +226,7 @@ class TestTimmByName:
         monkeypatch.setattr(timm, "create_model", create)
         return real
 
-    @pytest.mark.parametrize(("name", "arch"), [("test_vit", "vit"), ("test_vit2", "test_vit2"), ("test_vit3", "test_vit3")])
+    @pytest.mark.parametrize(("name", "arch"), [("test_vit", "vit"), ("test_vit3", "vit"), ("test_vit4", "test_vit4")])
     def test_features_are_timms(self, monkeypatch, name, arch):
         real = self.create(monkeypatch)
         model, spec, report = load_backbone(f"timm:{name}")

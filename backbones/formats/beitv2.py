@@ -1,0 +1,15 @@
+"""beitv2: files of microsoft/unilm's BEiT v2 (pretrained with vector-quantised tokens, fine-tuned), in BEiT's layout."""
+
+from backbones.formats.beit import possible, read_as
+from backbones.source import Checkpoint
+from backbones.translation import Translation
+
+
+def fits(checkpoint: Checkpoint) -> bool:
+    """BEiT's layout with beitv2's marks, or with none."""
+    return "beitv2" in possible(checkpoint)
+
+
+def read(checkpoint: Checkpoint) -> Translation:
+    """BEiT v2: what pretrains its class token is dropped; its scripts all take ImageNet's mean and std."""
+    return read_as("beitv2", checkpoint)

@@ -1,0 +1,110 @@
+"""hf_beit: transformers' BEiT and data2vec vision models (plain, for masked images, classifiers), as their save_pretrained
+writes them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbones.carry import write_safetensors
+from backbones.families import family
+from backbones.hugging_face import ANCHOR, BLOCK, BLOCKS, QKV, TOP, config_of, facts_of, model_type, processor_of, silence
+from backbones.naming import Naming
+from backbones.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
+from backbones.structure import INDEX, INDEX_REASON, TABLE, beit_facts
+from backbones.translation import HEAD, MASK_TOKEN, Translation
+from mae_bench.errors import UserError
+from mae_bench.files import write_json
+from mae_bench.spec import BackboneSpec
+
+DEFAULT_EPS = 1e-12  # of BeitConfig and Data2VecVisionConfig; the authors train with 1e-6
+TYPES = {"beit": "beit", "data2vec-vision": "data2vec"}  # config.json's model_type -> our family
+NAMES = Naming(
+    top=TOP
+    | {
+        "pooler.layernorm": "fc_norm",
+        f"encoder.relative_position_bias.{TABLE}": f"rel_pos_bias.{TABLE}",
+        f"shared_position_bias.{TABLE}": f"rel_pos_bias.{TABLE}",
+    },
+    block=BLOCK
+    | {
+        "attention.attention.query.bias": "attn.q_bias",
+        "attention.attention.value.bias": "attn.v_bias",
+        f"attention.attention.relative_position_bias.{TABLE}": f"attn.{TABLE}",
+        "attention.q_proj.bias": "attn.q_bias",
+        "attention.v_proj.bias": "attn.v_bias",
+        f"relative_position_bias.{TABLE}": f"attn.{TABLE}",
+        "lambda_1": "gamma_1",
+        "lambda_2": "gamma_2",
+    },
+    blocks=BLOCKS,
+    qkv=QKV,
+    drop={INDEX: INDEX_REASON, r"embeddings\.mask_token$": MASK_TOKEN},
+)
+OUTSIDE = {
+    "lm_head.": "predicts the visual tokens of the pretraining: no part of the backbone",
+    "classifier.": HEAD,
+    "layernorm.": "a second norm, in front of the head that predicts visual tokens",
+    "decode_head.": "segmentation head: no part of the backbone",
+    "auxiliary_head.": "segmentation head: no part of the backbone",
+}
+VALUES = 0.1  # layer_scale_init_value of transformers' BeitConfig
+
+
+def fits(checkpoint: Checkpoint) -> bool:
+    """transformers' names with biases of query and value alone, and no config of another model."""
+    keys = checkpoint.tensors
+    biased = any(
+        f"{blocks.format(0)}{q}.bias" in keys and f"{blocks.format(0)}{k}.bias" not in keys
+        for blocks in BLOCKS
+        for q, k, _ in QKV
+    )
+    return ANCHOR in keys and biased and model_type(checkpoint) in (None, *TYPES)
+
+
+def read(checkpoint: Checkpoint) -> Translation:
+    """Weights of query, key and value are stacked, biases stay two. Behind BeitForMaskedImageModeling the last norm stands
+    outside of the model, behind mean pooling in its pooler."""
+    result = NAMES.read(checkpoint.tensors, checkpoint.source)
+    for name in checkpoint.outside:
+        if reason := next((reason for start, reason in OUTSIDE.items() if name.startswith(start)), None):
+            result.outside[name] = reason
+    if not {"norm.weight", "fc_norm.weight"} & set(result.weights) and "lm_head.weight" in checkpoint.outside:
+        _take_outer_norm(result, checkpoint)
+    told = facts_of(checkpoint, DEFAULT_EPS)
+    facts = beit_facts(result.weights, checkpoint.source)
+    result.facts = facts | told | {"options": facts["options"] | told.get("options", {})}
+    is_data2vec = model_type(checkpoint) == "data2vec-vision" or checkpoint.prefix == "data2vec_vision."
+    result.assumed = {"norm_eps": DEFAULT_EPS} | family("data2vec" if is_data2vec else "hf_beit")
+    result.notes = silence(checkpoint, "BEiT", DEFAULT_EPS)
+    return result
+
+
+def _take_outer_norm(result: Translation, checkpoint: Checkpoint) -> None:
+    for kind in ("weight", "bias"):
+        if (name := f"layernorm.{kind}") in checkpoint.outside:
+            result.weights[f"norm.{kind}"] = checkpoint.outside[name]
+            result.taken[name] = f"norm.{kind}"
+
+
+def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
+    """A folder that `BeitModel.from_pretrained` loads; its tensors' metadata carry spec and provenance.
+
+    UserError for what is no BEiT, and for one without query's biases or a last norm, which BeitModel always has."""
+    pooled = "fc_norm.weight" in weights
+    if spec.arch != "beit" or "blocks.0.attn.q_bias" not in weights or not (pooled or "norm.weight" in weights):
+        raise UserError(
+            f"a {spec.arch} with the options {spec.options} cannot be written as hf_beit",
+            expected="a BEiT with biases and a last norm", fix="write it as mae_bench or timm",
+        )  # fmt: skip
+    config = config_of(spec, "BeitModel", "beit") | {
+        "use_absolute_position_embeddings": "pos_embed" in weights,
+        "use_relative_position_bias": f"blocks.0.attn.{TABLE}" in weights,
+        "use_shared_relative_position_bias": f"rel_pos_bias.{TABLE}" in weights,
+        "layer_scale_init_value": VALUES if "blocks.0.gamma_1" in weights else 0.0,
+        "use_mean_pooling": pooled,
+    }
+    del config["qkv_bias"]
+    write_safetensors(out / "model.safetensors", NAMES.write(weights), spec, provenance)
+    write_json(out / PREPROCESSOR_FILE, dict(processor_of(spec)) | {"image_processor_type": "BeitImageProcessor"})
+    write_json(out / CONFIG_FILE, config)

@@ -1,0 +1,138 @@
+"""What names and shapes of a timm ViT's tensors say of how it is built: the options of its class in timm."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from backbones.source import CONFIG_FILE, Checkpoint
+from mae_bench.errors import UserError
+
+Weights = Mapping[str, torch.Tensor]
+INIT_VALUES = 1e-5  # of layer scales: they are there, and the file fills them; any number but 0 builds them
+INDEX = r"(.*\.)?relative_position_index$"
+INDEX_REASON = "which pair of patches has which row of the bias table: follows from the grid, timm computes it"
+TABLE = "relative_position_bias_table"
+
+
+def by_timm(checkpoint: Checkpoint) -> bool:
+    """Whether timm's config.json lies beside a bare state_dict, or our spec stands in it: other families' marks do not count."""
+    told = bool(checkpoint.stated_spec) or "architecture" in checkpoint.beside.get(CONFIG_FILE, {})
+    return told and not checkpoint.wrapper and not checkpoint.prefix
+
+
+def is_beit(weights: Weights) -> bool:
+    """Whether these are names of BEiT's ViT: query and value have biases of their own beside one qkv, the MLP is plain."""
+    names = {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "cls_token"}
+    own = {"blocks.0.attn.q_bias", f"blocks.0.attn.{TABLE}", f"rel_pos_bias.{TABLE}"}
+    return names <= set(weights) and bool(own & set(weights)) and not _is_gated(weights)
+
+
+def is_eva(weights: Weights) -> bool:
+    """Whether these are timm's names of an EVA that is no BEiT: split projections, a gated MLP, or biases without a table."""
+    if not {"patch_embed.proj.weight", "blocks.0.mlp.fc2.weight"} <= set(weights):
+        return False
+    split = "blocks.0.attn.q_proj.weight" in weights
+    gated = "blocks.0.mlp.fc1_g.weight" in weights
+    return split or gated or ("blocks.0.attn.q_bias" in weights and relative_table(weights) is None)
+
+
+def relative_table(weights: Weights) -> torch.Tensor | None:
+    """A relative position bias table ((2h - 1) (2w - 1) + 3, heads): the shared one or the first block's."""
+    return weights.get(f"rel_pos_bias.{TABLE}", weights.get(f"blocks.0.attn.{TABLE}"))
+
+
+def vit_options(weights: Weights) -> dict[str, Any]:
+    """Options of timm's VisionTransformer as far as tensors show them; activations do not show."""
+    options: dict[str, Any] = {}
+    if "blocks.0.attn.qkv.bias" not in weights:
+        options["qkv_bias"] = False
+    if "blocks.0.attn.proj.bias" not in weights:
+        options["proj_bias"] = False
+    if "blocks.0.attn.q_norm.weight" in weights:
+        options["qk_norm"] = True
+    if "blocks.0.ls1.gamma" in weights:
+        options["init_values"] = INIT_VALUES
+    if "norm_pre.weight" in weights:
+        options["pre_norm"] = True
+    if not {"norm.weight", "fc_norm.weight"} & set(weights):
+        options["final_norm"] = False
+    if _is_gated(weights):
+        options |= {"mlp_layer": "swiglu_packed", "act_layer": "silu"}
+    return options | _class_token(weights) | _class_rows(weights)
+
+
+def beit_facts(weights: Weights, source: str) -> dict[str, Any]:
+    """arch, options, and what the bias tables show of heads and grid, for a BEiT in timm's names.
+
+    UserError for a table that is for no square grid: such a file needs img_size."""
+    options: dict[str, Any] = {
+        "use_abs_pos_emb": "pos_embed" in weights,
+        "use_rel_pos_bias": f"blocks.0.attn.{TABLE}" in weights,
+        "use_shared_rel_pos_bias": f"rel_pos_bias.{TABLE}" in weights,
+    }
+    if "blocks.0.attn.q_bias" not in weights:
+        options["qkv_bias"] = False
+    if "blocks.0.gamma_1" in weights:
+        options["init_values"] = INIT_VALUES
+    facts: dict[str, Any] = {"arch": "beit", "options": options}
+    table, proj = relative_table(weights), weights["patch_embed.proj.weight"]
+    if table is None or table.ndim != 2 or proj.ndim != 4:
+        return facts
+    facts |= {"num_heads": table.shape[1], "pos_embed": "relative"}
+    side = (round(max(table.shape[0] - 3, 0) ** 0.5) + 1) // 2
+    if (2 * side - 1) ** 2 + 3 == table.shape[0]:
+        return facts | {"img_size": (side * proj.shape[2], side * proj.shape[3])}
+    raise UserError(f"{source}: a relative bias table of {table.shape[0]} rows", expected="(2n - 1)^2 + 3 rows, of n x n patches")
+
+
+def eva_options(weights: Weights) -> dict[str, Any]:
+    """Options of timm's Eva as far as tensors show them; rotary positions do not show."""
+    options: dict[str, Any] = {"use_abs_pos_emb": "pos_embed" in weights}
+    if "blocks.0.attn.q_proj.weight" in weights:
+        options["qkv_fused"] = False
+    if not {f"blocks.0.attn.{name}" for name in ("q_bias", "qkv.bias", "q_proj.bias")} & set(weights):
+        options["qkv_bias"] = False
+    if "blocks.0.attn.norm.weight" in weights:
+        options["scale_attn_inner"] = True
+    if "blocks.0.mlp.norm.weight" in weights:
+        options["scale_mlp"] = True
+    if "blocks.0.mlp.fc1_g.weight" in weights:
+        options["swiglu_mlp"] = True
+        options |= {} if "scale_mlp" in options else {"swiglu_align_to": 1}  # timm splits the halves where this is set
+    elif _is_gated(weights):
+        options["swiglu_mlp"] = True
+    if "blocks.0.gamma_1" in weights:
+        options["init_values"] = INIT_VALUES
+    if "norm_pre.weight" in weights:
+        options["use_pre_transformer_norm"] = True
+    return options | _class_token(weights) | _class_rows(weights)
+
+
+def _class_token(weights: Weights) -> dict[str, Any]:
+    """class_token, where registers are the only prefix tokens."""
+    return {"class_token": False} if "reg_token" in weights and "cls_token" not in weights else {}
+
+
+def _is_gated(weights: Weights) -> bool:
+    """Whether fc1 makes gate and value at once: twice the channels that fc2 takes."""
+    fc1, fc2 = weights.get("blocks.0.mlp.fc1.weight"), weights.get("blocks.0.mlp.fc2.weight")
+    return fc1 is not None and fc2 is not None and fc1.ndim == fc2.ndim == 2 and fc1.shape[0] == 2 * fc2.shape[1]
+
+
+def _class_rows(weights: Weights) -> dict[str, Any]:
+    """no_embed_class, where the position table has a square number of rows only without the prefix tokens'.
+
+    In a ViT without registers and layer scales that may as well be a table of oblong images: there it is the user's to say."""
+    if not {"reg_token", "blocks.0.ls1.gamma", "blocks.0.gamma_1"} & set(weights):
+        return {}
+    table = weights.get("pos_embed")
+    registers = weights.get("reg_token")
+    prefix = int("cls_token" in weights) + (registers.shape[1] if registers is not None and registers.ndim == 3 else 0)
+    if table is None or table.ndim != 3 or not prefix or _is_square(table.shape[1] - prefix):
+        return {}
+    return {"no_embed_class": True} if _is_square(table.shape[1]) else {}
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and round(number**0.5) ** 2 == number

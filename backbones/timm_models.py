@@ -1,0 +1,201 @@
+"""What a ViT that timm built says of itself: the fields of a BackboneSpec that builds the same model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.layers import AttentionRope, GELUTanh
+from timm.models.beit import Beit
+from timm.models.eva import Eva, EvaBlockPostNorm
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_sam import VisionTransformerSAM
+from torch import nn
+
+from backbones.infer import infer_spec
+from backbones.load import stored_pooling
+from backbones.source import VIT_CLASSES
+from backbones.structure import Weights, beit_facts, eva_options, vit_options
+from backbones.translation import Translation
+from mae_bench.errors import UserError
+from mae_bench.models.vit import LAYERS, OPTIONS, build_vit
+
+# Keywords that a folder's model_args may set: sizes and layers, nothing that opens a file or a connection.
+SIZES = (
+    "img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "reg_tokens", "num_reg_tokens",
+    "num_classes", "global_pool", "fc_norm", "use_fc_norm", "dynamic_img_size",
+)  # fmt: skip
+ARGS = {*SIZES, *(name for names in OPTIONS.values() for name in names)}
+ROPES = {"RotaryEmbeddingCat": "cat", "RotaryEmbeddingMixed": "mixed", "RotaryEmbeddingDinoV3": "dinov3"}
+ROPE_DEFAULTS = {
+    "ref_feat_shape": None, "rope_temperature": 10000.0, "rope_grid_offset": 0.0, "rope_grid_indexing": "ij",
+    "rope_rotate_half": False,
+}  # fmt: skip
+# Attributes that say how a model is trained, started or given out, not what its features are.
+NOT_FEATURES = {
+    "training", "num_classes", "global_pool", "weight_init_mode", "fix_init", "head_init_scale", "init_values", "pos_resample",
+    "num_features", "head_hidden_size", "img_size", "strict_img_size", "flatten", "inplace", "pool_include_prefix",
+    "grad_checkpointing",
+}  # fmt: skip
+
+
+def facts_by_name(name: str, args: Mapping[str, Any], weights: Weights, source: str) -> dict[str, Any]:
+    """Fields of the BackboneSpec for timm's model `name` with the keywords `args`; `arch` is the name itself where the fields
+    cannot rebuild it. UserError for a model that timm does not know, that is no ViT or that cannot be built."""
+    layout = stored_pooling(weights)
+    as_published = _build(name, args, _depth(weights), source)
+    pool = {"global_pool": as_published.global_pool} if as_published.global_pool in ("token", "avg") else {}
+    model = _build(name, {**args, "global_pool": layout}, _depth(weights), source)  # without attention pooling
+    facts = _facts(model) | pool
+    spec = infer_spec(Translation(weights=dict(weights), facts={"pos_embed": "learned", **facts}), source)
+    with torch.device("meta"):
+        ours = build_vit(spec, global_pool=layout, dynamic_img_size=getattr(model, "dynamic_img_size", False))
+    if not differences(model, ours):
+        return facts
+    if args or isinstance(model, Beit | VisionTransformerSAM):
+        raise UserError(f"{source}: {name} with {dict(args)}", expected="a ViT that is built of parts known here")
+    return {key: value for key, value in facts.items() if key != "options"} | {"arch": name}
+
+
+def _build(name: str, args: Mapping[str, Any], depth: int, source: str) -> Any:
+    """The model without weights (meta device) and without a classifier."""
+    if not timm.is_model(name):
+        raise UserError(f"{source}: the architecture {name!r}", expected="one that the installed timm knows")
+    if unknown := sorted(set(args) - ARGS):
+        raise UserError(f"{source}: model_args sets {', '.join(unknown)}", expected=f"some of {', '.join(sorted(ARGS))}")
+    if args.get("depth", depth) != depth:  # before anything of a made-up depth is built
+        raise UserError(f"{source}: model_args says depth {args['depth']!r}", expected=f"{depth}, as the weights have")
+    try:
+        with torch.device("meta"):
+            model: Any = timm.create_model(name, **{**args, "num_classes": 0})
+    except Exception as error:  # a made-up argument ends in any error type inside of timm
+        raise UserError(f"{source}: timm cannot build {name} with {dict(args)}: {error}") from error
+    if type(model) not in VIT_CLASSES:  # a subclass has more tokens
+        raise UserError(
+            f"{source}: {name} is a {type(model).__name__}",
+            expected=f"one of timm's {', '.join(c.__name__ for c in VIT_CLASSES)}",
+        )
+    return model
+
+
+def _depth(weights: Weights) -> int:
+    return len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+
+
+def _facts(model: Any) -> dict[str, Any]:
+    weights = model.state_dict()
+    block, patch = model.blocks[0], model.patch_embed.patch_size
+    facts: dict[str, Any] = {
+        # SigLIP's 384 pixels hold 27 patches of 14, which are 378
+        "img_size": tuple(side * pixels for side, pixels in zip(model.patch_embed.grid_size, patch, strict=True)),
+        "patch_size": tuple(patch),
+        "in_chans": model.patch_embed.proj.in_channels,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": next(module.num_heads for module in model.blocks.modules() if hasattr(module, "num_heads")),
+        "num_prefix_tokens": getattr(model, "num_prefix_tokens", 0),
+        "norm_eps": getattr(getattr(block, "norm1", None), "eps", 1e-6),
+    }
+    if isinstance(model, VisionTransformer):
+        return facts | _vit(model, weights)
+    if isinstance(model, Beit):
+        return facts | beit_facts(weights, "timm") | {"img_size": facts["img_size"]}
+    if isinstance(model, Eva):
+        return facts | _eva(model, weights)
+    return facts | _sam(model)
+
+
+def _vit(model: Any, weights: Weights) -> dict[str, Any]:
+    options = vit_options(weights) | _activation(model.blocks[0])
+    return {"arch": "vit", "options": options | _class_rows(options, model)}
+
+
+def _eva(model: Any, weights: Weights) -> dict[str, Any]:
+    options = eva_options(weights)
+    options |= _class_rows(options, model)
+    if isinstance(model.blocks[0].attn, AttentionRope):
+        options["attn_type"] = "rope"
+    if isinstance(model.blocks[0], EvaBlockPostNorm):
+        options["use_post_norm"] = True
+    if model.rope is not None:
+        options |= _rope(model.rope)
+    return {"arch": "eva", "options": options, "pos_embed": "learned" if model.rope is None else "rope"}
+
+
+def _class_rows(options: dict[str, Any], model: Any) -> dict[str, Any]:
+    """no_embed_class as the model has it, in place of what the table's shape suggests."""
+    options.pop("no_embed_class", None)
+    return {"no_embed_class": True} if model.no_embed_class and model.num_prefix_tokens else {}
+
+
+def _rope(rope: Any) -> dict[str, Any]:
+    """Options of Eva for its rotary positions; those that have timm's default are left out."""
+    options: dict[str, Any] = {"use_rot_pos_emb": True}
+    if (kind := ROPES.get(type(rope).__name__, "cat")) != "cat":
+        options["rope_type"] = kind
+    found = {
+        "ref_feat_shape": list(shape) if (shape := getattr(rope, "ref_feat_shape", None)) else None,
+        "rope_temperature": float(getattr(rope, "temperature", 10000)),
+        "rope_grid_offset": float(getattr(rope, "grid_offset", 0)),
+        "rope_grid_indexing": getattr(rope, "grid_indexing", "ij"),
+        "rope_rotate_half": bool(getattr(rope, "rotate_half", False)),
+    }
+    return options | {key: value for key, value in found.items() if value != ROPE_DEFAULTS[key]}
+
+
+def _sam(model: Any) -> dict[str, Any]:
+    neck = model.neck[0].out_channels if isinstance(model.neck, nn.Sequential) else 0
+    options = _activation(model.blocks[0]) | {
+        "use_abs_pos": model.pos_embed is not None,
+        "use_rel_pos": model.blocks[0].attn.use_rel_pos,
+        "window_size": max(block.window_size for block in model.blocks),
+        "global_attn_indexes": [i for i, block in enumerate(model.blocks) if not block.window_size],
+        "neck_chans": neck,
+    }
+    return {"arch": "sam", "options": options, "pos_embed": "relative"}
+
+
+def _activation(block: Any) -> dict[str, Any]:
+    """The option act_layer; timm's default, GELU, is left out."""
+    found = _kind(getattr(getattr(block, "mlp", None), "act", nn.GELU()))
+    known = {_kind(layer()): name for name, layer in LAYERS.items() if name not in ("gelu", "swiglu_packed")}
+    return {"act_layer": known[found]} if found in known else {}
+
+
+def differences(theirs: nn.Module, ours: nn.Module) -> list[str]:
+    """Names of the modules in which two models differ: by class, by a number or word that they keep, by a tensor's shape."""
+    mine, his = (
+        {name: module for name, module in model.named_modules() if not (name.startswith("head") or type(module) is nn.Identity)}
+        for model in (ours, theirs)
+    )
+    found = sorted(set(mine) ^ set(his))
+    for name in his:
+        if name in mine and (
+            _kept(his[name]) != _kept(mine[name], his[name]) or (name and _kind(his[name]) != _kind(mine[name]))
+        ):
+            found.append(name or "(the model itself)")
+    return found
+
+
+def _kind(module: nn.Module) -> str:
+    """What a module computes: the class's name, for an activation its setting too."""
+    if isinstance(module, GELUTanh):
+        return _kind(nn.GELU(approximate="tanh"))
+    return repr(module) if isinstance(module, nn.GELU) else type(module).__name__.removeprefix("AnySize")
+
+
+def _kept(module: nn.Module, other: nn.Module | None = None) -> dict[str, Any]:
+    """Plain values and tensors' shapes that a module keeps; of those in `other`, where it is given."""
+    plain = {
+        key: tuple(value) if isinstance(value, list | tuple) else value
+        for key, value in vars(module).items()
+        if not key.startswith("_") and key not in NOT_FEATURES and (other is None or hasattr(other, key)) and _is_plain(value)
+    }
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return plain | {key: tuple(tensor.shape) for key, tensor in tensors}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(isinstance(item, int | float) for item in value)
+    return value is None or isinstance(value, int | float | str)

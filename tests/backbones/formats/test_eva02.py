@@ -1,0 +1,117 @@
+"""eva02: features are those of the equations of arXiv 2303.11331 (axial rotations, SwiGLU, sub-LN) with the same weights."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from backbones.load import load_backbone
+from mae_bench.cost import backbone_gmacs
+from mae_bench.errors import UserError
+from tasks.imagenet.classify import Classifier
+from tests.backbones.formats import toys_eva02
+from tests.backbones.formats.beit_layout import pair
+from tests.backbones.formats.reference import check_real_size, fill
+from tests.backbones.formats.toys_eva02 import FILES, TUNED, angles, encoder_shapes, rotations
+
+
+def turned(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """x (N, heads, 1 + L, d): pairs of channels of each patch as complex numbers, turned; the class token stays."""
+    pairs = torch.view_as_complex(x[:, :, 1:].reshape(*x.shape[:2], -1, x.shape[3] // 2, 2).contiguous())
+    rotated = torch.view_as_real(pairs * torch.polar(torch.ones(()), turns[:, ::2])).flatten(3)
+    return torch.cat([x[:, :, :1], rotated], dim=2)
+
+
+def published_eva02(w: dict[str, torch.Tensor], imgs: torch.Tensor, seq_len: int, heads: int = 3) -> torch.Tensor:
+    """Tokens (N, 1 + L, D) after `norm` where there is one; imgs (N, C, H, W)."""
+    n, (width, _, patch, _) = len(imgs), w["patch_embed.proj.weight"].shape
+    linear = lambda x, name: x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)  # noqa: E731
+    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)  # noqa: E731
+    x = (
+        F.unfold(imgs, patch, stride=patch).transpose(1, 2) @ w["patch_embed.proj.weight"].flatten(1).T
+        + w["patch_embed.proj.bias"]
+    )
+    x = torch.cat([w["cls_token"].expand(n, -1, -1), x], dim=1) + w["pos_embed"]
+    turns = angles(imgs.shape[2] // patch, width // heads, seq_len)
+    for i in range(len({name.split(".")[1] for name in w if name.startswith("blocks.")})):
+        b = f"blocks.{i}"
+        z = norm(x, f"{b}.norm1")
+        packed = w.get(f"{b}.attn.qkv.weight")
+        parts = packed.chunk(3) if packed is not None else [w[f"{b}.attn.{part}_proj.weight"] for part in "qkv"]
+        q, k, v = (z @ part.T for part in parts)
+        q, v = q + w[f"{b}.attn.q_bias"], v + w[f"{b}.attn.v_bias"]
+        q, k, v = (part.reshape(n, -1, heads, width // heads).transpose(1, 2) for part in (q, k, v))
+        q, k = turned(q, turns), turned(k, turns)
+        attention = (q @ k.transpose(-2, -1) / math.sqrt(width // heads)).softmax(-1)
+        x = x + linear((attention @ v).transpose(1, 2).reshape(n, -1, width), f"{b}.attn.proj")
+        z = norm(x, f"{b}.norm2")
+        if f"{b}.mlp.w12.weight" in w:  # xFormers: the first half goes through SiLU
+            gate, value = linear(z, f"{b}.mlp.w12").chunk(2, dim=-1)
+        else:
+            gate, value = linear(z, f"{b}.mlp.w1"), linear(z, f"{b}.mlp.w2")
+        hidden = gate * torch.sigmoid(gate) * value
+        hidden = norm(hidden, f"{b}.mlp.ffn_ln") if f"{b}.mlp.ffn_ln.weight" in w else hidden
+        x = x + linear(hidden, f"{b}.mlp.w3")
+    return norm(x, "norm") if "norm.weight" in w else x
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return toys_eva02.write(tmp_path_factory.mktemp("eva02"))
+
+
+@pytest.mark.parametrize(("name", "seq_len"), [("pretrained", 4), ("fine", 16), ("tiny", 16), ("without-rotations", 16)])
+def test_features_are_the_published_ones(files, name, seq_len):
+    path, options = files[name]
+    model, spec, report = load_backbone(path, **options)
+    stored = {key: tensor.half().float() if name == "tiny" else tensor for key, tensor in FILES[name].items()}
+    imgs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        tokens, expected = model.eval().forward_features(imgs), published_eva02(stored, imgs, seq_len)
+        if "fc_norm.weight" in stored:  # as they come out of the blocks they are tens of times as large
+            tokens, expected = model.fc_norm(tokens), model.fc_norm(expected)
+    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+    assert (report.format, spec.arch, spec.pos_embed, spec.norm_eps) == ("eva02", "eva", "rope", 1e-6)
+    assert spec.options["ref_feat_shape"] == [seq_len, seq_len]
+    assert spec.pretrain_method == "eva02" + (", fine-tuned" if name in ("fine", "tiny") else "")
+    assert (spec.num_heads, spec.global_pool, spec.mean[0]) == (3, "avg", 0.48145466)
+    assert Classifier(model, spec, 5, "avg", fc_norm=True).eval()(imgs).shape == (2, 5)
+    assert backbone_gmacs(spec) > 0
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "side", "patch"),
+    [(192, 12, 3, 24, 14), (384, 12, 6, 24, 14), (768, 12, 12, 14, 16), (1024, 24, 16, 32, 14)],
+)
+def test_real_sizes(width, depth, heads, side, patch):
+    shapes = encoder_shapes(width, depth, side, patch, sub_ln=width > 384) | pair("fc_norm", width) | pair("head", 1000, width)
+    spec = check_real_size("eva02", {"module": shapes})
+    assert (spec.embed_dim, spec.depth, spec.num_heads, spec.img_size) == (width, depth, heads, (side * patch, side * patch))
+
+
+def change_of(name: str, tensor: torch.Tensor) -> Any:
+    return lambda w: w.update({name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda w: w.pop("blocks.1.mlp.ffn_ln.bias"), "missing: blocks.1.mlp.norm.bias"),
+        (lambda w: w.pop("blocks.1.attn.q_bias"), "missing: blocks.1.attn.q_proj.bias"),
+        (change_of("blocks.0.mystery", torch.zeros(3)), "unexpected: blocks.0.mystery"),
+        (change_of("rope.freqs_cos", torch.rand(16, 64)), "rotations are not"),
+        (change_of("rope.freqs_cos", torch.zeros(15, 64)), "square grid"),
+        (change_of("rope.freqs_cos", torch.zeros(())), "square grid"),
+        (change_of("rope.freqs_sin", torch.zeros(16, 2)), "square grid"),
+        (change_of("pos_embed", torch.zeros(())), ""),
+        (change_of("blocks.0.mlp.w1.weight", torch.zeros(())), ""),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_told(tmp_path, change, told):
+    weights = fill(encoder_shapes() | TUNED) | rotations()
+    change(weights)
+    torch.save({"model": weights}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=told):
+        load_backbone(tmp_path / "x.pt")

@@ -1,0 +1,109 @@
+"""hf_beit: features are those of transformers' BEiT and data2vec, from folders and from states in memory; written back."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from transformers import BeitModel
+
+from backbones.convert import convert
+from backbones.load import load_backbone
+from mae_bench.errors import UserError
+from tests.backbones.formats import toys_hf_beit
+from tests.backbones.formats.toys_hf_beit import MODELS, build
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return toys_hf_beit.write(tmp_path_factory.mktemp("hf_beit"))
+
+
+@pytest.fixture
+def imgs():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+
+
+def expected_tokens(name: str, imgs: torch.Tensor) -> torch.Tensor:
+    """Tokens after the model's last norm; with masked images and mean pooling that is the one in front of the head."""
+    model = build(name)
+    base = model.base_model
+    with torch.no_grad():
+        tokens = base(imgs).last_hidden_state
+        return model.layernorm(tokens) if name == "masked" else tokens
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_are_transformers(files, imgs, name):
+    for file in (name, f"{name}-memory"):
+        overrides = {"norm_eps": 1e-6} if file != name else None  # a bare state_dict does not say it
+        model, spec, report = load_backbone(files[file][0], overrides=overrides)
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval().forward_features(imgs), expected_tokens(name, imgs), rtol=1e-5, atol=1e-5)
+        assert (report.format, spec.arch, spec.num_heads, spec.global_pool) == ("hf_beit", "beit", 3, "avg")
+        is_data2vec = name.startswith("data2vec") and not (file != name and name == "data2vec")
+        assert spec.pretrain_method == ("data2vec" if is_data2vec else "beit")
+        assert spec.mean == ((0.485, 0.456, 0.406) if is_data2vec else (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("name", ["classifier", "data2vec-classifier"])
+def test_the_norm_behind_the_pooling_is_kept(files, imgs, name):
+    model, _, report = load_backbone(files[name][0])
+    with torch.no_grad():
+        pooled = model.eval().forward_head(model.forward_features(imgs), pre_logits=True)
+        torch.testing.assert_close(pooled, build(name).base_model(imgs).pooler_output, rtol=1e-5, atol=1e-5)
+    assert {"classifier.weight", "classifier.bias"} <= set(report.dropped)
+
+
+def test_the_norm_outside_of_the_model_is_accounted_for(files):
+    report = load_backbone(files["masked"][0])[2]
+    assert report.renamed["layernorm.weight"] == "norm.weight"
+    twice = load_backbone(files["masked-token"][0])[2]
+    assert twice.renamed["beit.layernorm.weight"] == "norm.weight"
+    assert "second norm" in twice.dropped["layernorm.weight"]
+
+
+@pytest.mark.parametrize("name", ["model", "token", "absolute", "classifier", "data2vec"])
+def test_what_is_written_is_loaded_by_transformers(files, tmp_path, imgs, name):
+    convert(files[name][0], tmp_path / "out", "hf_beit")
+    loaded: Any = BeitModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    theirs, info = loaded
+    assert not any(info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched"))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(imgs).last_hidden_state, expected_tokens(name, imgs), rtol=1e-5, atol=1e-5)
+    assert load_backbone(tmp_path / "out")[1] == load_backbone(files[name][0])[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_size": "big"},
+        {"image_size": [32]},
+        {"layer_norm_eps": "small"},
+        {"num_attention_heads": 5},
+        {"hidden_act": "relu"},
+        {"model_type": "vit"},
+    ],
+)
+def test_a_config_that_contradicts_the_weights_is_refused(tmp_path, change):
+    build("model").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError):
+        load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda w: w.pop("layers.1.attention.k_proj.weight"), "query, key and value"),
+        (lambda w: w.pop("layers.1.lambda_2"), "missing: blocks.1.gamma_2"),
+        (lambda w: w.update({"layers.1.mystery": torch.zeros(3)}), "unexpected: blocks.1.mystery"),
+    ],
+)
+def test_a_missing_and_a_surplus_key_are_refused(tmp_path, change, told):
+    weights = dict(build("token").state_dict())
+    change(weights)
+    torch.save(weights, tmp_path / "x.bin")
+    with pytest.raises(UserError, match=told):
+        load_backbone(tmp_path / "x.bin")

@@ -1,0 +1,204 @@
+"""timm: its own ViTs are rebuilt from a name or from what tensors show, give timm's features, and are written back for timm."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from backbones.convert import convert
+from backbones.load import check_fit, load_backbone, stored_pooling, translate
+from backbones.source import Checkpoint
+from backbones.timm_models import differences
+from mae_bench.cost import backbone_gmacs, num_params
+from mae_bench.errors import UserError
+from mae_bench.models.vit import build_vit
+from tests.backbones.formats import toys_timm
+from tests.backbones.formats.reference import hollow
+from tests.backbones.formats.toys_timm import BARE, FOLDERS, SMALL, build
+
+# One name of timm's registry for each structure, with what of the options makes it so.
+STRUCTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit_large_patch16_224": ("vit", {}),
+    "vit_huge_patch14_224": ("vit", {}),
+    "vit_base_patch16_224_miil": ("vit", {"qkv_bias": False}),
+    "deit3_huge_patch14_224": ("vit", {"no_embed_class": True, "init_values": 1e-5}),
+    "vit_large_patch14_dinov2": ("vit", {"init_values": 1e-5}),
+    "vit_giant_patch14_reg4_dinov2": ("vit", {"mlp_layer": "swiglu_packed", "act_layer": "silu", "no_embed_class": True}),
+    "vit_base_patch16_clip_224": ("vit", {"pre_norm": True}),
+    "vit_large_patch14_clip_quickgelu_224": ("vit", {"pre_norm": True, "act_layer": "quick_gelu"}),
+    "vit_base_patch16_siglip_224": ("vit", {}),
+    "vit_so400m_patch14_siglip_384": ("vit", {}),  # 27 patches of 14 in 384 pixels
+    "vit_so400m_patch16_siglip_384": ("vit", {"act_layer": "gelu_tanh"}),
+    "vit_intern300m_patch14_448": ("vit", {"final_norm": False}),
+    "vit_wee_patch16_reg1_gap_256": ("vit", {"class_token": False}),
+    "beit_large_patch16_512": ("beit", {"use_rel_pos_bias": True}),
+    "beitv2_base_patch16_224": ("beit", {"use_rel_pos_bias": True}),
+    "eva_giant_patch14_336": ("eva", {}),
+    "eva02_small_patch14_336": ("eva", {"swiglu_mlp": True, "use_rot_pos_emb": True, "ref_feat_shape": [16, 16]}),
+    "eva02_large_patch14_448": ("eva", {"qkv_fused": False, "scale_mlp": True}),
+    "eva02_large_patch14_clip_336": ("eva", {"scale_attn_inner": True}),
+    "eva02_enormous_patch14_clip_224": ("eva", {"use_post_norm": True}),
+    "vit_small_patch16_rope_ape_224": ("eva", {"attn_type": "rope", "rope_temperature": 100.0, "rope_grid_indexing": "xy"}),
+    "vit_small_patch16_rope_mixed_224": ("eva", {"rope_type": "mixed"}),
+    "vit_medium_patch16_rope_reg1_gap_256": ("eva", {"class_token": False}),
+    "vit_huge_plus_patch16_dinov3": ("eva", {"rope_type": "dinov3", "rope_rotate_half": True, "swiglu_align_to": 1}),
+    "samvit_huge_patch16": ("sam", {"window_size": 14, "neck_chans": 256}),
+    "vit_base_patch16_rpn_224": ("vit_base_patch16_rpn_224", {}),
+    "vit_pe_spatial_tiny_patch16_512": ("vit_pe_spatial_tiny_patch16_512", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return toys_timm.write(tmp_path_factory.mktemp("timm"))
+
+
+def tokens_of(model: Any, imgs: torch.Tensor) -> torch.Tensor:
+    """timm's forward_features, SAM's map as tokens."""
+    with torch.no_grad():
+        features = model.eval().forward_features(imgs)
+    return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, *BARE])
+def test_features_are_timms(files, name):
+    path, _ = files[name]
+    model, spec, report = load_backbone(path)
+    imgs = torch.randn(2, 3, *spec.img_size, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(tokens_of(model, imgs), tokens_of(build(name), imgs), rtol=1e-5, atol=1e-5)
+    assert report.format == "timm"
+    assert spec.arch == {"rms-norm": "test_vit4"}.get(name, spec.arch)
+    assert spec.arch in ("vit", "beit", "eva", "sam", "test_vit4")
+    assert num_params(model) > 0
+    assert backbone_gmacs(spec) > 0
+
+
+def hollow_checkpoint(name: str) -> Checkpoint:
+    """One block of the model's own width, or the whole of one that its name alone can rebuild."""
+    args: dict[str, Any] = {} if STRUCTURES[name][0] == name else {"depth": 1}
+    with torch.device("meta"):
+        weights = timm.create_model(name, **args).state_dict()
+    config = {"architecture": name, "model_args": args}
+    return Checkpoint(f"timm:{name}", "0" * 64, hollow(weights), beside={"config.json": config})
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_a_name_of_the_registry_tells_how_to_rebuild_the_model(name):
+    checkpoint = hollow_checkpoint(name)
+    format, translation, spec = translate(checkpoint)
+    arch, options = STRUCTURES[name]
+    assert (format, spec.arch) == ("timm", arch)
+    assert {key: spec.options.get(key) for key in options} == options
+    with torch.device("meta"):
+        model = build_vit(spec, global_pool=stored_pooling(translation.weights))
+    check_fit(model, translation.weights, name, format)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_base_patch16_224", {"act_layer": "quick_gelu"}),
+        ("vit_base_patch16_224", {"norm_layer": torch.nn.LayerNorm}),  # eps 1e-5
+        ("eva02_tiny_patch14_224", {"ref_feat_shape": (8, 8)}),
+        ("eva02_tiny_patch14_224", {"rope_temperature": 100.0}),
+        ("eva_giant_patch14_224", {"use_post_norm": True}),
+        ("vit_base_patch16_224", {"num_heads": 6}),
+    ],
+)
+def test_models_that_compute_something_else_differ(name, options):
+    with torch.device("meta"):
+        sizes: dict[str, Any] = {"depth": 1}
+        assert not differences(timm.create_model(name, **sizes), timm.create_model(name, **sizes))
+        assert differences(timm.create_model(name, **sizes), timm.create_model(name, **sizes | options))
+
+
+@pytest.mark.parametrize("name", ["dinov2", "dinov3", "siglip", "beit", "eva02", "eva02-tiny", "sam", "rms-norm", "plain"])
+def test_what_is_written_is_loaded_by_timm(files, tmp_path, name):
+    out = tmp_path / "out.safetensors"
+    convert(files[name][0], out, "timm")
+    model, spec, report = load_backbone(out)  # by its own description, without config.json
+    architecture, options = FOLDERS[name] if name in FOLDERS else BARE[name]
+    pool = {} if name == "sam" else {"global_pool": stored_pooling(model.state_dict())}
+    theirs = timm.create_model(
+        architecture, checkpoint_path=str(out), num_classes=0, **(options if name in FOLDERS else SMALL) | pool
+    )
+    imgs = torch.randn(2, 3, *spec.img_size, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(tokens_of(model, imgs), tokens_of(theirs, imgs))
+    assert (report.format, spec) == ("timm", load_backbone(files[name][0])[1])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "asked"), [("clip", "act_layer"), ("siglip", "act_layer"), ("eva02", "use_rot_pos_emb")]
+)
+def test_what_tensors_do_not_show_is_asked_for(tmp_path, architecture, asked):
+    weights = build(architecture).state_dict()
+    save_file(weights, tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match=f"options.{asked}"):
+        load_backbone(tmp_path / "bare.safetensors")
+    told = {"act_layer": "quick_gelu"} if asked == "act_layer" else {"use_rot_pos_emb": True, "ref_feat_shape": [16, 16]}
+    model, spec, _ = load_backbone(tmp_path / "bare.safetensors", overrides={"options": told})
+    assert spec.options[asked] == told[asked]
+    if architecture != "siglip":
+        imgs = torch.randn(1, 3, 32, 32)
+        torch.testing.assert_close(tokens_of(model, imgs), tokens_of(build(architecture), imgs), rtol=1e-5, atol=1e-5)
+
+
+def described(folder: Path, config: dict[str, Any], change: Any = None) -> Path:
+    weights = dict(build("beit").state_dict())
+    if change:
+        change(weights)
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architecture": 5},
+        {"architecture": "resnet18"},
+        {"architecture": "deit_tiny_distilled_patch16_224"},
+        {"architecture": "beit_base_patch16_224", "model_args": [1]},
+        {"architecture": "beit_base_patch16_224", "model_args": {"checkpoint_path": "/etc/passwd"}},
+        {"architecture": "beit_base_patch16_224", "model_args": {"pretrained": True}},
+        {"architecture": "beit_base_patch16_224", "model_args": SMALL | {"depth": 10**9}},
+        {"architecture": "beit_base_patch16_224", "model_args": SMALL | {"num_heads": "three"}},
+        {"architecture": "beit_base_patch16_224", "model_args": SMALL | {"patch_size": [8]}},
+        {"architecture": "beit_base_patch16_224", "pretrained_cfg": 3},
+        {"architecture": "beit_base_patch16_224", "pretrained_cfg": {"mean": "grey"}, "model_args": SMALL},
+        {"architecture": "samvit_base_patch16_224"},
+    ],
+)
+def test_a_description_that_cannot_be_followed_is_refused(tmp_path, config):
+    with pytest.raises(UserError):
+        load_backbone(described(tmp_path, config))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda w: w.pop("blocks.1.gamma_2"), "missing: blocks.1.gamma_2"),
+        (lambda w: w.pop("blocks.0.attn.q_bias"), "missing: blocks.0.attn.q_bias"),
+        (lambda w: w.update({"blocks.0.mystery": torch.zeros(3)}), "unexpected: blocks.0.mystery"),
+        (lambda w: w.update({"blocks.0.attn.relative_position_bias_table": torch.zeros(7, 3)}), "shape"),
+    ],
+)
+def test_a_missing_and_a_surplus_key_are_refused(tmp_path, change, told):
+    config = {"architecture": "beit_base_patch16_224", "model_args": SMALL}
+    assert load_backbone(described(tmp_path, config))[1].arch == "beit"
+    with pytest.raises(UserError, match=told):
+        load_backbone(described(tmp_path, config, change))
+
+
+@pytest.mark.parametrize("change", [torch.zeros(()), torch.zeros(0), torch.zeros(2, 2, 2)])
+@pytest.mark.parametrize(
+    "name", ["pos_embed", "reg_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"]
+)
+def test_tensors_of_senseless_shapes_end_in_a_plain_error(tmp_path, name, change):
+    save_file(build("deit3").state_dict() | {name: change}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError):
+        load_backbone(tmp_path / "x.safetensors")

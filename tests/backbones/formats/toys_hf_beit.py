@@ -1,0 +1,65 @@
+"""Toy folders and files of transformers' BEiT and data2vec vision models, by their own save_pretrained."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    BeitForMaskedImageModeling,
+    BeitModel,
+    Data2VecVisionConfig,
+    Data2VecVisionForImageClassification,
+    Data2VecVisionModel,
+)
+
+from tests.backbones.formats.reference import randomise
+
+SIZES = {
+    "hidden_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 768,
+    "image_size": 32,
+    "patch_size": 8,
+}
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "model": (BeitModel, BeitConfig, {"use_relative_position_bias": True}),
+    "token": (BeitModel, BeitConfig, {"use_shared_relative_position_bias": True, "use_mean_pooling": False}),
+    "absolute": (BeitModel, BeitConfig, {"use_absolute_position_embeddings": True, "use_mean_pooling": False}),
+    "masked": (BeitForMaskedImageModeling, BeitConfig, {"use_shared_relative_position_bias": True, "use_mask_token": True}),
+    "masked-token": (
+        BeitForMaskedImageModeling,
+        BeitConfig,
+        {"use_shared_relative_position_bias": True, "use_mask_token": True, "use_mean_pooling": False},
+    ),
+    "classifier": (BeitForImageClassification, BeitConfig, {"use_relative_position_bias": True}),
+    "data2vec": (
+        Data2VecVisionModel,
+        Data2VecVisionConfig,
+        {"use_shared_relative_position_bias": True, "use_mean_pooling": False},
+    ),
+    "data2vec-classifier": (
+        Data2VecVisionForImageClassification,
+        Data2VecVisionConfig,
+        {"use_shared_relative_position_bias": True},
+    ),
+}
+
+
+def build(name: str) -> Any:
+    model, config, options = MODELS[name]
+    return randomise(model(config(**SIZES, layer_norm_eps=1e-6, **options)))
+
+
+def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Folders, and the state_dict as it is in memory."""
+    files: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for name in MODELS:
+        model = build(name)
+        model.save_pretrained(folder / name)
+        files[name] = (folder / name, {})
+        torch.save(model.state_dict(), folder / f"{name}.bin")
+        files[f"{name}-memory"] = (folder / f"{name}.bin", {})
+    return files
