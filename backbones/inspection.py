@@ -24,10 +24,10 @@ from mae_bench.spec import BackboneSpec
 NAMES = {(192, 12): "ViT-Ti", (384, 12): "ViT-S", (768, 12): "ViT-B", (1024, 24): "ViT-L", (1280, 32): "ViT-H"}  # (width, depth)
 LONGEST = 1000  # characters of a text in a file that are shown
 PARTS = {  # what a component of a dropped tensor's name says that it belongs to; the first that fits
-    r"(^|\.)decoder": "decoder",
+    r"(^|\.)\w*decoder": "decoder",
     r"(^|\.)mask_token": "mask token",
-    r"(^|\.)(\w*head\w*|classifier|fc|lm_head|projector|predictor|visual_projection)\.": "head",
-    r"(^|\.)(text_model|transformer|token_embedding|text_projection)(\.|$)": "text tower",
+    r"(^|\.)(\w*head\w*|\w*classifier|fc|projector|predictor|visual_projection)\.": "head",
+    r"(^|\.)(text_model|transformer\.resblocks|token_embedding|text_projection)(\.|$)": "text tower",
 }
 STATES = ("optimizer", "optimizer_states", "optim", "scaler", "loss_scaler", "lr_schedulers", "scheduler", "amp")  # of a training
 
@@ -110,10 +110,14 @@ def _parts(checkpoint: Checkpoint, dropped: Mapping[str, str]) -> dict[str, int]
     parts: Counter[str] = Counter()
     stored = checkpoint.stored
     for key in dropped:
-        part = next((part for pattern, part in PARTS.items() if re.search(pattern, key)), "other")
         if stored[key].is_floating_point():  # else an index or a counter
-            parts[part] += stored[key].numel()
-    return dict(parts)
+            parts[part_of(key)] += stored[key].numel()
+    return {part: count for part, count in parts.items() if count}
+
+
+def part_of(key: str) -> str:
+    """What a tensor that is left out belongs to, by its name."""
+    return next((part for pattern, part in PARTS.items() if re.search(pattern, key)), "other")
 
 
 def _summary(value: Any) -> Any:

@@ -10,7 +10,18 @@ from omegaconf import OmegaConf
 
 from mae_bench.errors import UserError
 
-GENERAL = ("", "export", "cells", "backbone.safetensors", "mae.safetensors", "model.safetensors", "pytorch_model.bin")  # no names
+GENERAL = (
+    "",
+    "export",
+    "cells",
+    "backbone.safetensors",
+    "mae.safetensors",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "checkpoint.pth",
+)  # no names
 LISTS = (".yaml", ".yml")
 PATHS = ("file", "run")  # schemes that a path follows
 ROW = "source, and as far as needed name, format, weights, sha256, spec, trust"
@@ -75,8 +86,11 @@ def _sources(given: str) -> list[str]:
 
 
 def _free_name(source: str, taken: set[str], number: int) -> str:
-    path = Path(source.rpartition(":")[2])
+    scheme, colon, rest = source.rpartition(":")
+    path = Path(rest)
     parts = [part.stem for part in (path, *path.parents) if part.name not in GENERAL and not part.name.startswith("backbone-s")]
     own = next(iter(parts), "checkpoint")
+    if colon and scheme not in PATHS:  # REPO@REVISION, or a name with tags
+        own = path.name.partition("@")[0].replace(".", "_")
     numbered = (f"{own}-{n}" for n in count(number))
     return next(name for name in chain([own], numbered) if name not in taken)

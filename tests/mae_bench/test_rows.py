@@ -31,6 +31,20 @@ def test_checkpoints_are_named_after_their_files() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("hf:org/vit-1.5@0a1b2c", "vit-1_5"),
+        ("timm:vit_small_patch16_224.dino", "vit_small_patch16_224_dino"),
+        ("official:mae_vit_base", "mae_vit_base"),
+        ("out/dino/checkpoint.pth", "dino"),
+        ("run:runs/x/cells/mine/backbone-s0-0a1b", "mine"),
+    ],
+)
+def test_a_name_is_the_most_telling_part(source: str, name: str) -> None:
+    assert list(rows_of([source])) == [name]
+
+
 def test_a_pattern_is_all_that_it_matches(folder: Path) -> None:
     assert sources(rows_of(["ckpts/*.pth", "timm:x"])) == {"a": "ckpts/a.pth", "b": "ckpts/b.pth", "x": "timm:x"}
     assert sources(rows_of(["file:ckpts/**/*.safetensors"])) == {"c": "file:ckpts/c/model.safetensors"}
