@@ -74,8 +74,10 @@ def is_segmentation(checkpoint: Checkpoint) -> bool:
 def read(checkpoint: Checkpoint, library: str) -> Translation:
     """Our names, the architecture that the names show, and what the config of the training inside the file says.
 
-    library: its entry in families.yaml. UserError for a config that the model cannot follow.
+    library: its entry in families.yaml. UserError for other names, and for a config that the model cannot follow.
     """
+    if not is_vit(checkpoint.tensors):
+        raise UserError(f"{checkpoint.source} has no OpenMMLab names", expected="patch_embed.projection and layers.N.ffn")
     result = VIT.read(checkpoint.tensors, checkpoint.source)
     for name in checkpoint.outside:
         if reason := next((reason for pattern, reason in OUTSIDE.items() if re.match(pattern, name)), None):

@@ -174,6 +174,18 @@ def test_a_config_that_is_none_is_passed_over(tmp_path, config):
     assert load_backbone(tmp_path / "x.pth")[1].norm_eps == 1e-6
 
 
+@pytest.mark.parametrize("format", ["mmpretrain", "mmseg", "detectron2"])
+@pytest.mark.parametrize("names", [{}, {"patch_embed.proj": "embeddings.patch_embeddings.projection"}])
+def test_a_format_that_the_file_is_not_in_is_refused(tmp_path, format, names):
+    """Someone says --format wrongly: a timm file, and one with a bias table under other names."""
+    state = {"patch_embed.proj.weight": torch.ones(192, 3, 8, 8), f"blocks.0.attn.{next(iter(toys.TABLE))}": torch.ones(52, 3)}
+    for ours, theirs in names.items():
+        state = {name.replace(ours, theirs): tensor for name, tensor in state.items()}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError):
+        load_backbone(tmp_path / "x.pth", format=format)
+
+
 @pytest.mark.parametrize(("activation", "gelu"), [("QuickGELU", lambda z: z * torch.sigmoid(1.702 * z)), ("ReLU", None)])
 def test_the_activation_of_the_config(tmp_path, imgs, activation, gelu):
     tensors = toys.backbones()["clip"]
