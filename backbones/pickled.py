@@ -31,7 +31,7 @@ UNUSUAL = {  # tensors that are no plain numbers: how they are built, and what t
     "torch._utils._rebuild_wrapper_subclass": "a tensor of a class of its own",
     "torch._tensor._rebuild_from_type_v2": "a tensor of a class of its own",
 }
-DTYPES = (
+DTYPES = [
     "float32",
     "float64",
     "float16",
@@ -44,7 +44,7 @@ DTYPES = (
     "bool",
     "complex64",
     "complex128",
-)
+]
 UNKEPT = {name for name, (made, _) in ALLOWED.items() if made is NotBuilt}  # omegaconf's point at their parents, for example
 NAMES = {*ALLOWED, *STORAGES, *TENSORS, PARAMETER, *VALUES, *(f"torch.{name}" for name in DTYPES)}
 
@@ -89,7 +89,8 @@ class _Reader:
         self.memo: dict[int, Any] = {}
         self.strange: dict[str, None] = {}  # names that are not allowed, in the order of the file
         self.storages: dict[Any, int] = {}
-        self.made = 0
+        self.claimed = 0  # bytes of all storages
+        self.made = 0  # values, about
 
     def read(self, stream: IO[bytes]) -> Any:
         for opcode, arg, _ in pickletools.genops(stream):
@@ -105,7 +106,7 @@ class _Reader:
         if self.budget < 0:
             raise Refused("a pickle that would take far more memory than its bytes")
 
-    def step(self, name: str, arg: Any) -> None:  # noqa: C901 - one line for each kind of instruction
+    def step(self, name: str, arg: Any) -> None:
         stack = self.stack
         if name in LEAVES:
             stack.append(arg if name not in ("NEWTRUE", "NEWFALSE") else name == "NEWTRUE")
@@ -208,10 +209,11 @@ class _Reader:
         if not isinstance(key, str) or not isinstance(location, str) or location.startswith("meta") or not _is_count(count):
             raise Refused("a pickle whose numbers lie nowhere")
         nbytes = count * STORAGES[kind.about]
+        self.claimed += nbytes if key not in self.storages else 0
         if self.storages.setdefault(key, nbytes) != nbytes or view not in ([], [None]):
             raise Refused(f"a checkpoint that says two things of its stored numbers {key[:50]!r}")
         stands = self.records.get(key, 0) if self.records is not None else self.size
-        if nbytes > stands or sum(self.storages.values()) > self.size:
+        if nbytes > stands or self.claimed > self.size:
             raise Refused(f"a checkpoint that claims {nbytes} bytes for its stored numbers {key[:50]!r}, where it has {stands}")
         return Node("storage", about=(nbytes, STORAGES[kind.about]))
 
@@ -313,26 +315,28 @@ def _measure(root: Any, made: int) -> None:
         stack += [(child, False) for child in children]
 
 
-def value_of(node: Any) -> Any:
-    """The value that was described by a pickle without stored numbers (detectron2's .pkl): arrays of numpy become tensors."""
-    if not isinstance(node, Node):
-        return node
-    match node.kind:
-        case "list":
-            return [value_of(part) for part in node.parts]
-        case "tuple":
-            return tuple(value_of(part) for part in node.parts)
-        case "dict":
-            return {value_of(key): value_of(value) for key, value in zip(node.parts[::2], node.parts[1::2], strict=True)}
-        case "object" if node.about not in UNKEPT:
-            return _object(node.about, *map(value_of, node.parts))
-    return NotBuilt()
+def value_of(node: Any, made: dict[int, Any] | None = None) -> Any:
+    """The value that was described by a pickle without stored numbers (detectron2's .pkl): arrays of numpy become tensors.
+
+    made: what was made of each node, so that what stands in many places is made once.
+    """
+    made = {} if made is None else made
+    if isinstance(node, Node) and id(node) not in made:
+        made[id(node)] = _make(node, [value_of(part, made) for part in node.parts if node.about not in UNKEPT])
+    return made[id(node)] if isinstance(node, Node) else node
 
 
-def _object(name: str, args: tuple[Any, ...], *states: Any) -> Any:
-    if name == "_codecs.encode":
+def _make(node: Node, parts: list[Any]) -> Any:
+    if node.kind in ("list", "tuple"):
+        return parts if node.kind == "list" else tuple(parts)
+    if node.kind == "dict":
+        return dict(zip(parts[::2], parts[1::2], strict=True))
+    if node.kind != "object" or not parts:
+        return NotBuilt()
+    args, *states = parts
+    if node.about == "_codecs.encode":
         return str(args[0]).encode("latin1")
-    made = ALLOWED[name][0](*args) if name.startswith("numpy.") else NotBuilt()
-    if states and isinstance(made, Stored):
-        made.__setstate__(states[-1])
-    return made.tensor() if isinstance(made, StoredArray) else made
+    value = ALLOWED[node.about][0](*args) if node.about.startswith("numpy.") else NotBuilt()
+    if states and isinstance(value, Stored):
+        value.__setstate__(states[-1])
+    return value.tensor() if isinstance(value, StoredArray) else value

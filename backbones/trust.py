@@ -20,7 +20,7 @@ TRUSTED = "read by running its pickle in a subprocess without network (--trust)"
 CONTENT = "content"  # where the subprocess describes what is no tensor, in the metadata of its safetensors file
 PROGRAM = Path(__file__).with_name("unpickle_alone.py")
 NOT_ALONE = 97  # its exit code where the network cannot be taken away
-SECONDS = 300
+SECONDS, GRACE = 300, 30  # of the pickle, and beyond them for the program to end itself
 TOLD = 2000  # bytes of its last words
 
 
@@ -41,7 +41,7 @@ def unpickled(file: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
                 [sys.executable, "-I", str(PROGRAM), *map(str, (*fds, size, SECONDS))],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=words, pass_fds=fds, cwd="/",
                 env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-                timeout=SECONDS + 30, check=False,
+                timeout=SECONDS + GRACE, check=False,
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             code = -9

@@ -122,6 +122,19 @@ def bombs() -> Iterator[tuple[str, bytes]]:
             f"an array of numpy.{core}",
             in_dictionary(name(f"numpy.{core}.multiarray._reconstruct") + name("numpy.ndarray") + shape + text("b") + b"\x87R"),
         )
+    kind = (
+        name("numpy.dtype")
+        + text("f4")
+        + b"\x89\x88\x87R"
+        + b"(K\x03"
+        + text("<")
+        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    )
+    state = (
+        b"(K\x01" + number(100_000) + b"\x85" + kind + b"\x89" + b"B" + struct.pack("<I", 400_000) + bytes(400_000) + b"tq\x00"
+    )
+    empty = name("numpy.core.multiarray._reconstruct") + name("numpy.ndarray") + b"K\x00\x85" + text("b") + b"\x87R"
+    yield "one text of many arrays of numpy", in_dictionary(b"(" + state + (empty + b"h\x00b") * 2000 + b"t")
     dtype = name("numpy.dtype") + text("V1099511627776") + b"\x89\x88\x87R"
     yield "a type of numpy", in_dictionary(dtype)
     yield "a number of numpy", in_dictionary(name("numpy.core.multiarray.scalar") + dtype + text("") + b"\x86R")
