@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from backbones.detect import FORMATS, format_named, written_formats
-from backbones.load import check_fit, make_report, stored_pooling, translate
+from backbones.load import FILLED, check_fit, make_report, stored_pooling, translate
 from backbones.report import ConversionReport
 from backbones.source import open_source
 from mae_bench.errors import UserError
@@ -41,7 +41,7 @@ def convert(
     target = _checked_target(Path(out), to)
     checkpoint = open_source(source, sha256, weights, trust=trust)
     name, translation, spec = translate(checkpoint, format, overrides)
-    with torch.device("meta" if spec.arch == "vit" else "cpu"):
+    with torch.device("meta" if spec.arch in FILLED else "cpu"):
         model = build_vit(spec, global_pool=stored_pooling(translation.weights))
     check_fit(model, translation.weights, checkpoint.source, name)
     report = make_report(checkpoint, name, translation)

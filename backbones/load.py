@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,6 +17,8 @@ from backbones.trust import TRUSTED
 from mae_bench.errors import UserError
 from mae_bench.models.vit import ViT, build_vit
 from mae_bench.spec import BackboneSpec
+
+FILLED = ("vit", "eva")  # wholly, by weights and computed buffers: random numbers for billions of weights would take minutes
 
 
 def load_backbone(
@@ -53,11 +55,22 @@ def load_backbone(
     layout = _fit_pooling(translation, global_pool, checkpoint.source, spec)
     spec = resample(translation, spec, img_size, patch_size, patch_resample)
     options: Any = {"drop_path_rate": drop_path_rate, "dynamic_img_size": dynamic_img_size}
-    with torch.device("meta" if spec.arch == "vit" else "cpu"):  # a plain ViT is filled wholly by its weights
+    with torch.device("meta" if spec.arch in FILLED else "cpu"):
         model = build_vit(spec, global_pool=layout, **options)
     check_fit(model, translation.weights, checkpoint.source, name)
     model.load_state_dict({key: tensor.clone() for key, tensor in translation.weights.items()}, assign=True)
+    _fill_buffers(model)
     return model, spec, make_report(checkpoint, name, translation)
+
+
+def _fill_buffers(model: torch.nn.Module) -> None:
+    """Buffers that no file holds (rotary embeddings, the missing bias of keys) are computed by the modules that have them."""
+    for module in model.modules():
+        hollow = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in hollow.items():
+            module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+        if hollow:
+            cast(Any, module).init_non_persistent_buffers()
 
 
 def translate(
