@@ -63,6 +63,13 @@ def test_the_norm_outside_of_the_model_is_accounted_for(files):
     assert "second norm" in twice.dropped["layernorm.weight"]
 
 
+def test_indices_of_older_files_are_left_out(tmp_path):
+    place = "encoder.layer.{}.attention.attention.relative_position_bias.relative_position_index"
+    weights = build("model").state_dict() | {place.format(i): torch.zeros(17, 17, dtype=torch.int64) for i in range(2)}
+    torch.save(weights, tmp_path / "x.bin")
+    assert "follows from the grid" in load_backbone(tmp_path / "x.bin")[2].dropped[place.format(1)]
+
+
 @pytest.mark.parametrize("name", ["model", "token", "absolute", "classifier", "data2vec"])
 def test_what_is_written_is_loaded_by_transformers(files, tmp_path, imgs, name):
     convert(files[name][0], tmp_path / "out", "hf_beit")

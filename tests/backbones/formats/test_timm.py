@@ -17,7 +17,7 @@ from mae_bench.cost import backbone_gmacs, num_params
 from mae_bench.errors import UserError
 from mae_bench.models.vit import build_vit
 from tests.backbones.formats import toys_timm
-from tests.backbones.formats.reference import hollow
+from tests.backbones.formats.reference import hollow, randomise
 from tests.backbones.formats.toys_timm import BARE, FOLDERS, SMALL, build
 
 # One name of timm's registry for each structure, with what of the options makes it so.
@@ -145,6 +145,20 @@ def test_what_tensors_do_not_show_is_asked_for(tmp_path, architecture, asked):
     if architecture != "siglip":
         imgs = torch.randn(1, 3, 32, 32)
         torch.testing.assert_close(tokens_of(model, imgs), tokens_of(build(architecture), imgs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "arch"), [("eva02_tiny_patch14_224", "eva"), ("beit_base_patch16_224", "beit")])
+def test_a_source_by_name_is_read_as_timm_publishes_it(monkeypatch, name, arch):
+    """timm's own download is replaced: there is no network in a test."""
+    published = randomise(timm.create_model(name, num_classes=0))
+    real = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, pretrained=False, **args: published if pretrained else real(name, **args)
+    )
+    model, spec, report = load_backbone(f"timm:{name}")
+    imgs = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(tokens_of(model, imgs), tokens_of(published, imgs))
+    assert (spec.arch, spec.global_pool, report.format) == (arch, "avg", "timm")
 
 
 def described(folder: Path, config: dict[str, Any], change: Any = None) -> Path:
