@@ -31,29 +31,17 @@ UNUSUAL = {  # tensors that are no plain numbers: how they are built, and what t
     "torch._utils._rebuild_wrapper_subclass": "a tensor of a class of its own",
     "torch._tensor._rebuild_from_type_v2": "a tensor of a class of its own",
 }
-DTYPES = [
-    "float32",
-    "float64",
-    "float16",
-    "bfloat16",
-    "int64",
-    "int32",
-    "int16",
-    "int8",
-    "uint8",
-    "bool",
-    "complex64",
-    "complex128",
-]
+DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
+          "complex64", "complex128")  # fmt: skip
 UNKEPT = {name for name, (made, _) in ALLOWED.items() if made is NotBuilt}  # omegaconf's point at their parents, for example
 NAMES = {*ALLOWED, *STORAGES, *TENSORS, PARAMETER, *VALUES, *(f"torch.{name}" for name in DTYPES)}
 
 MAX_DEPTH = 100  # of containers in each other; honest files have about 10
-BASE = 16 << 20  # bytes that any file may need, beyond what its size allows
+BASE = 32 << 20  # bytes that any file may need, beyond what its size allows
 INFLATION = 2  # bytes of Python objects over bytes of the file, at most
-COSTS = {"REDUCE": 1000, "NEWOBJ": 600, "BINPERSID": 600, "BUILD": 200, "EMPTY_SET": 500, "EMPTY_DICT": 400, "EMPTY_LIST": 400,
+COSTS = {"REDUCE": 500, "NEWOBJ": 500, "BINPERSID": 400, "BUILD": 200, "EMPTY_SET": 500, "EMPTY_DICT": 400, "EMPTY_LIST": 400,
          "EMPTY_TUPLE": 300, "TUPLE": 400, "TUPLE1": 300, "TUPLE2": 300, "TUPLE3": 300, "GLOBAL": 300, "STACK_GLOBAL": 300,
-         "BINPUT": 90, "LONG_BINPUT": 90, "MEMOIZE": 90, "MARK": 150}  # fmt: skip
+         "BINPUT": 60, "LONG_BINPUT": 60, "MEMOIZE": 60, "MARK": 150}  # fmt: skip
 LEAVES = {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING",
           "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES"}  # fmt: skip
 

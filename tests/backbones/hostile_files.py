@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-MANY = 60_000
+MANY = 120_000
 MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2) + pickle.dumps({}, protocol=2)
 GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}  # the entry of a tensor in a header of safetensors
 NO_STORAGES = pickle.dumps([], protocol=2)
@@ -208,7 +208,7 @@ def lying_headers() -> Iterator[tuple[str, bytes]]:
     yield "longer than the file", safetensors({"w": GOOD}, length=100_000)
     yield "too short", safetensors({"w": GOOD}, length=5)
     yield "huge", safetensors(b"{" + b" " * (20 << 20) + b"}", b"")
-    yield "many names", safetensors({f"w{i}": GOOD | {"shape": [0], "data_offsets": [0, 0]} for i in range(MANY // 3)}, b"")
+    yield "many names", safetensors({f"w{i}": GOOD | {"shape": [0], "data_offsets": [0, 0]} for i in range(15_000)}, b"")
     yield "overlapping", safetensors({"w": GOOD, "v": GOOD})
     yield "beyond the file", safetensors({"w": GOOD | {"shape": [8], "data_offsets": [0, 32]}})
     yield "backwards", safetensors({"w": GOOD | {"data_offsets": [16, 0]}})

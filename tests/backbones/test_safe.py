@@ -11,6 +11,7 @@ import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def small(path):
 @pytest.mark.parametrize("form", ["zip", "old", "pkl", "safetensors"])
 def test_no_damage_ends_in_anything_but_a_file_or_a_sentence(tmp_path, form):
     """Flipped bits, other bytes, cut and doubled stretches, anywhere."""
-    data, random, ends = small(tmp_path / f"x.{form}"), Random(0), Counter()
+    data, random, ends = small(tmp_path / f"x.{form}"), Random(0), Counter[str]()
     for i in range(300):
         changed, at = bytearray(data), random.randrange(len(data))
         match i % 4:
@@ -307,7 +308,7 @@ class TestWhatTrainingFilesHold:
 
     @pytest.mark.parametrize("protocol", [2, 3, 4])
     def test_detectron2s_pickles_of_arrays(self, tmp_path, protocol):
-        weights = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(3)}
+        weights: dict[str, Any] = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(3)}
         (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": weights, "__author__": "x"}, protocol=protocol))
         content = read_file(tmp_path / "x.pkl").content
         assert content["__author__"] == "x"
