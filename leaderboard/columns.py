@@ -7,6 +7,7 @@ from typing import Any
 
 from leaderboard.index import Run
 from leaderboard.table import Column
+from leaderboard.wording import decimals_of
 from mae_bench.record import NOT_THE_METHOD, Failure, ResultRecord
 
 PRETRAIN = "pretrain"  # the task of the jobs that make a backbone: a cost and a picture, never a column
@@ -63,15 +64,8 @@ def _column(members: list[Run], variant: str) -> Column:
         record.data_digest,
         _method(record),
         variant,
-        _decimals(largest, record.score.unit),
+        decimals_of(largest, record.score.unit),
     )
-
-
-def _decimals(largest: float, unit: str) -> int:
-    """Per cent as papers print them, finer where the scores are small; anything else to about three digits."""
-    if unit == "%":
-        return 1 if largest >= 10 else 2
-    return 3 if largest < 10 else 1 if largest < 1000 else 0
 
 
 def _conflict(records: list[ResultRecord]) -> str:

@@ -9,6 +9,7 @@ from leaderboard.ablation import beside_columns
 from leaderboard.columns import PRETRAIN, column_order, columns_of, columns_of_failures
 from leaderboard.costs import costs_of, mean_of, seconds_of, totals_of
 from leaderboard.index import Run, Runs
+from leaderboard.metrics import metrics_of
 from leaderboard.table import Cell, Column, Comparison, Difference
 from leaderboard.wording import column_name, verdict
 from mae_bench.intervals import paired_interval, sample_std, welch_interval
@@ -110,6 +111,7 @@ def _cell(own: dict[int, ResultRecord], lost: list[Failure]) -> Cell:
         std=sample_std(values),
         seconds=mean_of(seconds),
         failures=tuple(lost),
+        metrics=metrics_of(list(own.values())),
     )
 
 

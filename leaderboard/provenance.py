@@ -24,7 +24,7 @@ def _place(record: ResultRecord) -> tuple[Any, ...]:
 
 def _record(runs: Runs, run: Run) -> str:
     record = run.record
-    metrics = ", ".join(f"{name} {metric.value:.6g} {metric.unit}" for name, metric in record.metrics.items())
+    metrics = "\n".join(f"{name} {metric.value:.6g} {metric.unit}" for name, metric in record.metrics.items())
     facts = {
         "protocol": f"{record.task} {record.protocol}",
         "data": f"{record.dataset} {record.split}, {record.num_samples} images",
@@ -39,13 +39,17 @@ def _record(runs: Runs, run: Run) -> str:
         "code": record.git_hash,
         "command": record.command,
         "date": " to ".join(str(time) for time in (record.started, record.finished) if time),
-        "notes": "; ".join(map(str, record.notes)),
+        "notes": "\n".join(map(str, record.notes)),
         "file": runs.name(run.path),
     }
-    shown = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items() if value != "")
+    shown = "".join(f"<dt>{escape(name)}</dt><dd>{_lines(str(value))}</dd>" for name, value in facts.items() if value != "")
     config = escape(json.dumps(record.config, indent=2, ensure_ascii=False, default=str))
     summary = f"{record.backbone}, seed {record.seed}: {record.main_metric} {record.score.value:.6g} {record.score.unit}"
     return _fold(summary, f"<dl>{shown}</dl>" + _fold("resolved config", f"<pre>{config}</pre>", escaped=True))
+
+
+def _lines(text: str) -> str:
+    return "<br>".join(map(escape, text.splitlines()))
 
 
 def _times(record: ResultRecord) -> str:

@@ -14,6 +14,7 @@ class PublishedRow:
     """One quoted number. `source` is a short name, `title` the whole one, `place` where in it, `url` leads there.
 
     ablation: the setting that it was measured for, called as the row of our suites; "" for a result that stands alone.
+    blocks: how many of the last blocks were tuned, for a point of a curve of partial fine-tuning.
     """
 
     method: str
@@ -32,6 +33,7 @@ class PublishedRow:
     url: str
     note: str = ""
     ablation: str = ""
+    blocks: float | None = None
 
 
 @cache
@@ -48,5 +50,5 @@ def _row(table: dict, row: dict) -> PublishedRow:
 
 
 def published_for(tasks: set[str]) -> list[PublishedRow]:
-    """The quoted numbers of these tasks, without those of single ablations."""
-    return [row for row in published_rows() if row.task in tasks and not row.ablation]
+    """The quoted numbers of these tasks, without those of single ablations and of curves."""
+    return [row for row in published_rows() if row.task in tasks and not row.ablation and row.blocks is None]

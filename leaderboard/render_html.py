@@ -3,11 +3,13 @@
 from html import escape
 from pathlib import Path
 
-from leaderboard import ablation
+from leaderboard import ablation, curve, metrics
 from leaderboard.chart import chart
 from leaderboard.columns import grouped, task_order
+from leaderboard.curve import Curve, curves, published_curves
 from leaderboard.gallery import gallery
 from leaderboard.index import Runs
+from leaderboard.line_chart import line_chart
 from leaderboard.provenance import provenance
 from leaderboard.published import HEADING, PublishedRow
 from leaderboard.table import Cell, Column, Comparison, Cost, Difference, Total
@@ -40,10 +42,12 @@ def render_html(comparison: Comparison, runs: Runs, published: list[PublishedRow
         _list("Problems", problems, "problems"),
         _main(comparison),
         _ablation(comparison),
+        _curves(comparison),
         _list("Without a score", [failure(lost) for lost in comparison.failures]),
         _list("What it shows", comparison.verdicts),
         _list("How to read it", comparison.notes),
         _charts(comparison),
+        _metrics(comparison),
         _section("Reconstructions", f'<div class="gallery">{"".join(figures)}</div>' if figures else ""),
         _costs(comparison),
         _section("How each score was measured", provenance(runs)),
@@ -134,22 +138,58 @@ def _minus(text: str) -> str:
 def _ablation(comparison: Comparison) -> str:
     if not comparison.beside:
         return ""
-    head = "".join(
-        f'<th scope="col">{escape(first)}{"".join(f"<small>{escape(part)}</small>" for part in rest)}</th>'
-        for first, *rest in ablation.headers(comparison)
-    )
-    body = "".join(
-        f'<tr><th scope="row">{escape(row)}</th>{"".join(map(_ablated, texts))}</tr>'
-        for row, *texts in ablation.lines(comparison)
-    )
+    head, body = _heads(ablation.headers(comparison)), _lines(ablation.lines(comparison))
     caption = "Published numbers are quoted. " + ablation.sentences(comparison)[0]
     reading = "".join(f"<li>{escape(line)}</li>" for line in ablation.sentences(comparison)[1:])
     table = _table("Ablation", escape(caption), head, body, "ablation")
     return _section(ablation.HEADING, f"{table}<ul>{reading}</ul>")
 
 
-def _ablated(text: str) -> str:
-    return f"<td>{escape(text if text == MISSING else _minus(text))}</td>"
+def _heads(headers: list[tuple[str, ...]]) -> str:
+    """Header cells, the first part of each large."""
+    return "".join(
+        f'<th scope="col">{escape(first)}{"".join(f"<small>{escape(part)}</small>" for part in rest)}</th>'
+        for first, *rest in headers
+    )
+
+
+def _lines(lines: list[list[str]]) -> str:
+    """Rows of texts; what is missing stays last when the table is sorted."""
+    return "".join(f'<tr><th scope="row">{escape(row)}</th>{"".join(map(_text, texts))}</tr>' for row, *texts in lines)
+
+
+def _text(text: str) -> str:
+    return '<td data-value="">-</td>' if text == MISSING else f"<td>{escape(_minus(text))}</td>"
+
+
+def _curves(comparison: Comparison) -> str:
+    found = curves(comparison)
+    if not found:
+        return ""
+    quoted = published_curves()
+    figures = "".join(line_chart(each, comparison.baseline) for each in [*found, *quoted])
+    notes = "".join(f'<p class="soft">{escape(f"{each.name}: {each.note}")}</p>' for each in quoted)
+    tables = "".join(map(_curve_table, [*found, *quoted]))
+    reading = f'<p class="soft">{escape(curve.READING)} Whiskers are one deviation.</p>'
+    return _section(curve.HEADING, f'{reading}<div class="curves">{figures}</div>{notes}{tables}')
+
+
+def _curve_table(each: Curve) -> str:
+    caption = escape(f"{each.name}: {each.place}")
+    heads = _heads([(name,) for name in curve.headers(each)])
+    return _table(f"Points of {each.name}", caption, heads, _lines(curve.lines(each)), "costs")
+
+
+def _metrics(comparison: Comparison) -> str:
+    """A fold a column that measured more than its score."""
+    folds = []
+    for place, column in enumerate(comparison.columns):
+        if headers := metrics.headers(comparison, place):
+            name = f"{column_name(column)}, {column.dataset} {column.split}"
+            caption = " ".join(["Mean and sample deviation over the seeds.", *metrics.sentences(comparison, place)])
+            table = _table(name, escape(caption), _heads(headers), _lines(metrics.lines(comparison, place)), "costs")
+            folds.append(f"<details><summary>{escape(name)}: {len(headers) - 1} metrics</summary>{table}</details>")
+    return _section(metrics.HEADING, "".join(folds))
 
 
 def _charts(comparison: Comparison) -> str:

@@ -2,7 +2,8 @@
 
 import re
 
-from leaderboard import ablation
+from leaderboard import ablation, curve, metrics
+from leaderboard.curve import Curve, curves, published_curves
 from leaderboard.published import HEADING, PublishedRow
 from leaderboard.table import Cell, Column, Comparison, Cost
 from leaderboard.wording import column_metric, column_name, count, difference, duration, failure, score
@@ -16,10 +17,12 @@ def render_markdown(comparison: Comparison, published: list[PublishedRow], title
         "with its 95 % interval. Bold: best of the column. A missing score is `-`, never 0.",
         _main(comparison),
         _ablation(comparison),
+        _curves(comparison),
         _list("What it shows", comparison.verdicts),
         _list("Without a score", [failure(lost) for lost in comparison.failures]),
         _list("Problems", comparison.problems),
         _list("How to read it", comparison.notes),
+        _metrics(comparison),
         _costs(comparison),
         _published(published),
     ]
@@ -44,6 +47,30 @@ def _ablation(comparison: Comparison) -> str:
     headers = ["<br>".join(map(_escape, parts)) for parts in ablation.headers(comparison)]
     rows = [list(map(_escape, line)) for line in ablation.lines(comparison)]
     return f"{_list(ablation.HEADING, ablation.sentences(comparison))}\n\n{_table(headers, rows)}"
+
+
+def _curves(comparison: Comparison) -> str:
+    found = curves(comparison)
+    tables = [_curve(each) for each in [*found, *published_curves()]] if found else []
+    return "\n\n".join([f"## {curve.HEADING}", curve.READING, *tables]) if tables else ""
+
+
+def _curve(each: Curve) -> str:
+    note = f" {_escape(each.note)}" if each.note else ""
+    table = _table(curve.headers(each), [list(map(_escape, line)) for line in curve.lines(each)])
+    return f"{_escape(f'{each.name}: {each.place}.')}{note}\n\n{table}"
+
+
+def _metrics(comparison: Comparison) -> str:
+    """A table a column that measured more than its score."""
+    parts = [f"## {metrics.HEADING}", "Mean and sample deviation over the seeds."]
+    for place, column in enumerate(comparison.columns):
+        if headers := metrics.headers(comparison, place):
+            name = f"{column_name(column)}, {column.dataset} {column.split}."
+            parts.append(_escape(" ".join([name, *metrics.sentences(comparison, place)])))
+            rows = [list(map(_escape, line)) for line in metrics.lines(comparison, place)]
+            parts.append(_table(["<br>".join(map(_escape, header)) for header in headers], rows))
+    return "\n\n".join(parts) if len(parts) > 2 else ""
 
 
 def _cell(cell: Cell, column: Column) -> str:

@@ -51,8 +51,26 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """One metric of a cell: mean and sample deviation over the n seeds that have it.
+
+    margin: half the width of the 95 % interval over a record's own draws, mean over the seeds; None where nothing was drawn.
+    """
+
+    mean: float
+    std: float | None
+    n: int
+    unit: str
+    direction: Literal["higher", "lower"]
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
 class Cell:
-    """One row in one column. Without a measured seed there is no mean: a missing score is None, never 0."""
+    """One row in one column. Without a measured seed there is no mean: a missing score is None, never 0.
+
+    metrics: all that its records measured, the score among them, in the records' order.
+    """
 
     status: Status = "absent"
     seeds: tuple[int, ...] = ()
@@ -63,6 +81,7 @@ class Cell:
     is_best: bool = False
     seconds: float | None = None  # training and evaluation, mean over the seeds
     failures: tuple[Failure, ...] = ()
+    metrics: dict[str, Measured] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

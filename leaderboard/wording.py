@@ -1,9 +1,18 @@
 """How numbers, columns and verdicts are spelled, the same in every rendering."""
 
-from leaderboard.table import Cell, Column, Difference
+from collections.abc import Sequence
+
+from leaderboard.table import Cell, Column, Difference, Measured
 from mae_bench.record import Failure
 
 MISSING = "-"
+
+
+def decimals_of(largest: float, unit: str) -> int:
+    """Per cent as papers print them, finer where the scores are small; anything else to about three digits."""
+    if unit == "%":
+        return 1 if largest >= 10 else 2
+    return 3 if largest < 10 else 1 if largest < 1000 else 0
 
 
 def number(value: float, column: Column) -> str:
@@ -22,6 +31,23 @@ def score(cell: Cell, column: Column) -> str:
     spread = f" ± {number(cell.std, column)}" if cell.std is not None else ""
     lost = f", {len(cell.failures)} {cell.failures[0].status}" if cell.failures else ""
     return f"{number(cell.mean, column)}{spread} (n={len(cell.values)}{lost})"
+
+
+def measured(values: Sequence[Measured | None], seeds: Sequence[int]) -> list[str]:
+    """One metric of several cells: `61.2 ± 0.4 (1.1)`, the margin over draws in brackets; `n=2` where only so many of the cell's
+    seeds have it."""
+    found = [value for value in values if value is not None]
+    decimals = decimals_of(max(abs(value.mean) for value in found), found[0].unit) if found else 0
+    return [_measured(value, decimals, n) for value, n in zip(values, seeds, strict=True)]
+
+
+def _measured(value: Measured | None, decimals: int, seeds: int) -> str:
+    if value is None:
+        return MISSING
+    parts = [f"{value.mean:.{decimals}f}"]
+    parts += [f"± {value.std:.{decimals}f}"] if value.std is not None else []
+    parts += [f"({value.margin:.{decimals}f})"] if value.margin is not None else []
+    return " ".join([*parts, f"n={value.n}"] if value.n != seeds else parts)
 
 
 def difference(change: Difference, column: Column) -> str:

@@ -15,7 +15,8 @@ def test_every_row_says_whose_number_it_is() -> None:
 
 def test_no_number_stands_twice() -> None:
     keys = [
-        (r.method, r.backbone, r.protocol, r.dataset, r.metric, r.source, r.place, r.note, r.ablation) for r in published_rows()
+        (r.method, r.backbone, r.protocol, r.dataset, r.metric, r.source, r.place, r.note, r.ablation, r.blocks)
+        for r in published_rows()
     ]
     assert len(keys) == len(set(keys))
 
