@@ -33,7 +33,7 @@ def _record(runs: Runs, run: Run) -> str:
         "metrics": metrics,
         "backbone digest": record.backbone_digest,
         "config digest": record.config_digest,
-        "training, evaluation": _times(record),
+        "training, features, evaluation": _times(record),
         "hardware": _pairs(record.hardware),
         "versions": _pairs(record.versions),
         "code": record.git_hash,
@@ -53,7 +53,7 @@ def _lines(text: str) -> str:
 
 
 def _times(record: ResultRecord) -> str:
-    return ", ".join(duration(record.cost.get(name)) for name in ("seconds_train", "seconds_eval"))
+    return ", ".join(duration(record.cost.get(name)) for name in ("seconds_train", "seconds_features", "seconds_eval"))
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ FIELDS = (
 
 
 def render_csv(comparison: Comparison) -> str:
-    """`n` seeds; `difference` to the baseline with its interval `low`..`high`; `seconds` of training and evaluation a run;
+    """`n` seeds; `difference` to the baseline with its interval `low`..`high`; `seconds` of training, features and evaluation;
     `published` of an ablation's row, and in `published_differs` why it is not to be compared with the mean."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")

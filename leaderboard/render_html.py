@@ -205,7 +205,7 @@ def _charts(comparison: Comparison) -> str:
 def _costs(comparison: Comparison) -> str:
     totals = "".join(map(_total, comparison.totals))
     head = "".join(f'<th scope="col">{name}</th>' for name in ("backbone", "pretraining", "transfer"))
-    names = ("backbone", "job", "runs", "training", "evaluation", "img/s", "parameters", "GMACs", "peak MiB")
+    names = ("backbone", "job", "runs", "training", "features", "evaluation", "img/s", "parameters", "GMACs", "peak MiB")
     heads = "".join(f'<th scope="col"{" class=text" if name == "job" else ""}>{name}</th>' for name in names)
     return _section(
         "Cost",
@@ -220,7 +220,7 @@ def _total(total: Total) -> str:
 
 
 def _cost(cost: Cost) -> str:
-    times = "".join(_number(value, duration(value)) for value in (cost.seconds_train, cost.seconds_eval))
+    times = "".join(_number(value, duration(value)) for value in (cost.seconds_train, cost.seconds_features, cost.seconds_eval))
     numbers = (cost.images_per_second, cost.params, cost.gmacs, cost.peak_memory_mib)
     return (
         f'<tr><th scope="row">{escape(cost.backbone)}</th><td class="text">{escape(f"{cost.task} {cost.protocol}")}</td>'

@@ -83,7 +83,7 @@ def _costs(comparison: Comparison) -> str:
         [_escape(total.backbone), duration(total.seconds_pretrain), duration(total.seconds_transfer)]
         for total in comparison.totals
     ]
-    headers = ["backbone", "job", "runs", "training", "evaluation", "img/s", "parameters", "GMACs", "peak MiB"]
+    headers = ["backbone", "job", "runs", "training", "features", "evaluation", "img/s", "parameters", "GMACs", "peak MiB"]
     return "\n\n".join(
         [
             "## Cost",
@@ -97,7 +97,7 @@ def _costs(comparison: Comparison) -> str:
 
 def _cost(cost: Cost) -> list[str]:
     numbers = (cost.images_per_second, cost.params, cost.gmacs, cost.peak_memory_mib)
-    times = (duration(cost.seconds_train), duration(cost.seconds_eval))
+    times = (duration(cost.seconds_train), duration(cost.seconds_features), duration(cost.seconds_eval))
     return [
         _escape(cost.backbone),
         _escape(f"{cost.task} {cost.protocol}"),

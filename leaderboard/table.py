@@ -79,7 +79,7 @@ class Cell:
     std: float | None = None
     difference: Difference | None = None
     is_best: bool = False
-    seconds: float | None = None  # training and evaluation, mean over the seeds
+    seconds: float | None = None  # training, features and evaluation, mean over the seeds
     failures: tuple[Failure, ...] = ()
     metrics: dict[str, Measured] = field(default_factory=dict)
 
@@ -93,6 +93,7 @@ class Cost:
     protocol: str
     num_runs: int
     seconds_train: float | None = None
+    seconds_features: float | None = None  # until a frozen backbone's features were there, made or read
     seconds_eval: float | None = None
     images_per_second: float | None = None
     params: float | None = None

@@ -216,6 +216,26 @@ def test_pretraining_is_a_cost_and_no_column(folder: Folder, seeds: Callable) ->
     assert (pretraining.task, pretraining.params, pretraining.gmacs) == ("pretrain", 5e6, None)
 
 
+@pytest.mark.parametrize(
+    ("config", "cost", "seconds"),
+    [
+        ({"epochs": 3}, {"seconds_train": 20.0, "seconds_eval": 2.0}, 22),
+        ({"epochs": 3}, {"seconds_eval": 2.0}, None),  # it was trained, and nobody knows for how long
+        ({"epochs": 3}, {"seconds_train": 20.0, "seconds_features": 5.0, "seconds_eval": 2.0}, 27),
+        ({"ks": [20]}, {"seconds_features": 5.0, "seconds_eval": 2.0}, 7),  # nothing was trained
+        ({}, {"params": 5e6}, None),
+    ],
+)
+def test_the_time_of_a_transfer_has_all_its_parts(
+    folder: Folder, config: dict[str, object], cost: dict[str, float], seconds: float | None
+) -> None:
+    folder.add("mae", 61.0, config=config, cost=cost)
+    comparison = read(folder)
+    assert comparison.cells["mae"][0].seconds == seconds
+    assert comparison.totals[0].seconds_transfer == seconds
+    assert comparison.costs[0].seconds_features == cost.get("seconds_features")
+
+
 def test_a_spread_over_one_backbone_is_called_the_transfers(folder: Folder, seeds: Callable) -> None:
     seeds("mae", 60.0, 61.0)
     folder.add("random", 20.0, 0)
