@@ -119,6 +119,8 @@ class Trainer:
                 self._train_step(chain((first,), stream), loss_of)
                 self._after_step(Due(*map(bool, self._agreement.exchange(self._wishes()))))
             self._after_step(Due(*map(bool, self._agreement.settle() or [False] * 3)))
+            if self.step != self.total_steps:  # nothing that follows may take this for a trained model
+                raise RuntimeError(f"the batches ended at step {self.step} of {self.total_steps}")
 
     @property
     def seconds(self) -> float:
@@ -207,6 +209,8 @@ class Trainer:
             self._read_losses()
         for _, hook, everywhere in hooks:
             self._call(hook, everywhere)
+        if hooks:
+            self.meters.start()  # what they took is no training
         if (due.stop or due.save or ended) and self.step > self._saved:
             self._save()
         if due.stop:

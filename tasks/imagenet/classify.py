@@ -83,7 +83,16 @@ class Classifier(nn.Module):
 
     def forward(self, imgs: torch.Tensor) -> torch.Tensor:
         """imgs (N, C, H, W) -> logits (N, K)."""
-        return self.head(self.features(imgs))
+        return logits_of(self.head, self.features(imgs), self.training)
+
+
+def logits_of(head: Callable[[torch.Tensor], torch.Tensor], features: torch.Tensor, training: bool) -> torch.Tensor:
+    """The head's logits; in evaluation in float32, whatever the precision before it: in bfloat16 many images have two first
+    classes."""
+    if training:
+        return head(features)
+    with torch.autocast(features.device.type, enabled=False):
+        return head(features.float())
 
 
 def size_of(config: ImageConfig, spec: BackboneSpec) -> tuple[int, int]:

@@ -18,12 +18,17 @@ SHARED_WITH_PROBE = (
     "amp_dtype",
     "num_workers",
     "expect",
+    "overlap",
     "epochs",
     "base_lr",
     "global_batch_size",
     "device_batch_size",
     "crop_scale",
     "deterministic",
+    "compile",
+    "checkpoint_seconds",
+    "keep_checkpoints",
+    "trackers",
 )
 
 
@@ -35,8 +40,11 @@ class ImageConfig(JobConfig):
     eval_batch_size: int = Field(256, gt=0)
     amp_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
-    expect: Literal["imagenet-1k"] | None = Field(
+    expect: Literal["imagenet-1k", "inat-2017", "inat-2018", "inat-2019", "places205", "places365"] | None = Field(
         None, description="the data set that the numbers are for: another list of classes or number of images is refused"
+    )
+    overlap: Literal["note", "refuse"] = Field(
+        "note", description="what becomes of a set whose splits share images, byte for byte: it is told in the record, or refused"
     )
 
 
@@ -87,6 +95,12 @@ class SupervisedConfig(ClassifyConfig):
     kind: Literal["supervised"]
     model: ModelConfig
     betas: tuple[float, float] = (0.9, 0.95)
+
+    @model_validator(mode="after")
+    def _has_one_size(self) -> "SupervisedConfig":
+        if self.img_size not in (None, self.model.img_size):
+            raise ValueError(f"img_size {self.img_size} with model.img_size {self.model.img_size}: set the model's alone")
+        return self
 
 
 class FinetuneConfig(ClassifyConfig):
@@ -149,6 +163,8 @@ class LinearProbeConfig(EvalConfig):
     def _chooses_fairly(self) -> "LinearProbeConfig":
         if self.num_heads > 1 and not self.holdout:
             raise ValueError(f"{self.num_heads} heads to choose from: set holdout (0.02), a share of train; val is not chosen on")
+        if self.device_batch_size == 1:
+            raise ValueError("device_batch_size 1: a BatchNorm stands before the heads, and one image has no variance")
         if self.num_heads > 1 and self.eval_epochs:
             raise ValueError(f"eval_epochs with {self.num_heads} heads: the head is chosen at the end")
         return self

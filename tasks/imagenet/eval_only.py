@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from backbones.classifier import read_head
 from backbones.report import ConversionReport
 from mae_bench.config import expand_variables
-from mae_bench.cost import backbone_gmacs, num_params
+from mae_bench.cost import num_params
 from mae_bench.data.images import BadImages, open_images
 from mae_bench.data.layouts import LayoutReport, check_layout
 from mae_bench.engine.distributed import world
@@ -23,7 +23,7 @@ from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
 from tasks.imagenet.classify import Classifier, load_at_size
 from tasks.imagenet.config import EvalOnlyConfig, ImageConfig
-from tasks.imagenet.data import require_imagenet
+from tasks.imagenet.data import doubt, require_set
 from tasks.imagenet.evaluate import PREDICTIONS_FILE, Feed, Predictions, outcome_of, predict_images
 
 NUMBER = re.compile(r"(\d{8})\.JPEG$", re.IGNORECASE)  # of ILSVRC2012_val_00000001.JPEG
@@ -54,9 +54,8 @@ class Loaded:
         notes: list[str],
     ) -> Outcome:
         """The Outcome on a set of images."""
-        found = outcome_of(metrics, counted, data, self.spec, self.report, job, seconds, main_metric, notes=notes)
-        cost = {"params": float(num_params(self.model)), "gmacs": backbone_gmacs(self.spec, config.img_size)}
-        return replace(found, cost=found.cost | cost)
+        params = num_params(self.model)
+        return outcome_of(metrics, counted, data, config, self.spec, self.report, job, seconds, params, main_metric, notes=notes)
 
 
 def load_classifier(config: ImageConfig, job: Job) -> Loaded:
@@ -76,7 +75,7 @@ def run(config: EvalOnlyConfig, job: Job, progress: Progress) -> Outcome:
     """top1, top5 and loss of the classifier on every validation image; with `real`, also against ReaL's labels."""
     data = check_layout("imagenet_val", config.data)
     if config.expect:
-        require_imagenet(data, ("val",))
+        require_set(config.expect, data, ("val",))
     loaded = load_classifier(config, job)
     if loaded.num_classes != len(data.classes):
         raise UserError(
@@ -98,7 +97,7 @@ def run(config: EvalOnlyConfig, job: Job, progress: Progress) -> Outcome:
     if config.real:
         names = [images.name(int(i)) for i in found.indices]
         metrics["top1_real"] = Metric(real_accuracy(found, names, read_real(Path(expand_variables(config.real)))))
-    notes = [note for note in [*data.notes, bad.note()] if note]
+    notes = [note for note in [*data.notes, doubt(data), bad.note()] if note]
     return loaded.outcome(metrics, "top1", data, len(found.targets), job, config, time.monotonic() - began, notes)
 
 

@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mae_bench.data.images import BadImages, ImageSource
 from mae_bench.data.layouts import LayoutReport
 from mae_bench.data.loader import evaluation_batches
 from mae_bench.data.transforms import eval_transform, normalize
-from mae_bench.engine.distributed import gather_over_ranks, sum_over_ranks, world
+from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.engine.precision import autocast
 from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import UserError
@@ -37,32 +38,69 @@ TOP = 5  # classes kept of every prediction
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model said of N images. indices (N,) in the image set, targets (N,), top5 (N, at most 5) classes in falling order,
-    margin (N,) of the first over the second logit; loss: the sum of cross-entropies in nats."""
+    """What a model said of N images. indices (N,) in the image set, targets (N,), top5 (N, at most 5) classes in falling order
+    (-1: no more of them have a vote), margin (N,) of the first over the second logit, loss (N,) the cross-entropies in nats.
+
+    Of neighbours, which give votes, margin is in shares of the votes and there is no loss.
+    """
 
     indices: np.ndarray
     targets: np.ndarray
     top5: np.ndarray
     margin: np.ndarray
-    loss: float
+    loss: np.ndarray | None = None
 
     def metrics(self) -> dict[str, Metric]:
         """top1 and top5 in percent, the mean loss in nats."""
         hits, count = self.top5 == self.targets[:, None], len(self.targets)
-        return {
+        found = {
             "top1": Metric(100 * int(hits[:, 0].sum()) / count),
             "top5": Metric(100 * int(hits.any(axis=1).sum()) / count),
-            "loss": Metric(self.loss / count, "nats", "lower"),
         }
+        return found if self.loss is None else found | {"loss": Metric(float(self.loss.mean(dtype=float)), "nats", "lower")}
 
     def save(self, path: Path) -> None:
-        """As a compressed .npz, so that two models can be compared image by image."""
-        write_atomic(
-            path,
-            lambda file: np.savez_compressed(
-                file, indices=self.indices, targets=self.targets, top5=self.top5, margin=self.margin
-            ),
-        )
+        """As a compressed .npz of these arrays. Two models are compared image by image by the indices of their files, which mean
+        the same images where their records have one data_digest."""
+        arrays = {name: array for name, array in vars(self).items() if array is not None}
+        write_atomic(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def said(logits: torch.Tensor, indices: torch.Tensor, targets: torch.Tensor) -> Predictions:
+    """The predictions of a batch: logits (N, K) in float32, indices and targets (N,)."""
+    loss = F.cross_entropy(logits, targets.to(logits.device), reduction="none")
+    values, classes = logits.topk(min(TOP, logits.shape[1]), dim=1)
+    return Predictions(
+        indices.numpy(),
+        targets.cpu().numpy(),
+        classes.cpu().numpy().astype(np.int32),
+        (values[:, 0] - values[:, 1]).cpu().numpy(),
+        loss.cpu().numpy(),
+    )
+
+
+def joined(parts: Sequence[Predictions]) -> Predictions:
+    """The predictions of several batches in the order of the indices: so sums are the same in whatever batches they came."""
+    order = np.argsort(np.concatenate([part.indices for part in parts]), kind="stable")
+    names = [name for name, array in vars(parts[0]).items() if array is not None]
+    return Predictions(**{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in names})
+
+
+def gathered(parts: Sequence[Predictions], total: int) -> Predictions:
+    """The predictions of all processes, on every process alike; UserError where none of the `total` images can be read."""
+    everyones = [part for parts in gather_over_ranks(list(parts)) for part in parts]
+    if not everyones:
+        raise UserError(f"none of {total} images can be read", expected="images that decode")
+    return joined(everyones)
+
+
+@contextmanager
+def fits_memory(what: str, fix: str) -> Iterator[None]:
+    """UserError where the device's memory does not hold what is done inside."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the device's memory does not hold {what}", expected="a batch that fits", fix=fix) from error
 
 
 @dataclass(frozen=True)
@@ -86,17 +124,12 @@ class Feed:
                 yield batch.indices, batch.targets, imgs
 
     @torch.no_grad()
-    def run(self, model: nn.Module, imgs: torch.Tensor) -> torch.Tensor:
+    def run(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         """The model's output in float32; UserError where the device's memory does not hold the batch."""
-        try:
-            with autocast(self.device, self.config.amp_dtype):
-                return model(imgs).float()
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"the device's memory does not hold an evaluation of {len(imgs)} images at once",
-                expected="a batch that fits",
-                fix=f"set eval_batch_size={max(1, len(imgs) // 2)}: the scores stay",
-            ) from error
+        size = len(inputs)
+        fix = f"set eval_batch_size={size // 2}: the scores stay" if size > 1 else "use a device with more memory"
+        with fits_memory(f"an evaluation of {size} images at once", fix), autocast(self.device, self.config.amp_dtype):
+            return model(inputs).float()
 
 
 def predict(
@@ -104,25 +137,23 @@ def predict(
 ) -> Predictions:
     """What `run` (inputs -> logits) says of all batches of all processes, on every process alike, in the order of the indices.
 
-    total: how many images there are, for the progress."""
+    total: how many images there are, for the progress. UserError where logits are not finite: the model has diverged.
+    """
     progress.stage("evaluate", total)
-    seen: list[tuple[np.ndarray, ...]] = []
-    loss, count = 0.0, 0
+    seen: list[Predictions] = []
+    count = 0
     for indices, targets, inputs in batches:
-        logits = run(inputs)
-        loss += F.cross_entropy(logits, targets.to(logits.device), reduction="sum").item()
-        values, classes = logits.topk(min(TOP, logits.shape[1]), dim=1)
-        margin = values[:, 0] - values[:, 1]
-        seen.append((indices.numpy(), targets.numpy(), classes.cpu().numpy().astype(np.int32), margin.cpu().numpy()))
+        seen.append(said(run(inputs), indices, targets))
         count += len(targets)
         progress.step(count * world().size)
-    total_loss = sum_over_ranks([loss])[0]
-    parts = [part for parts in gather_over_ranks(seen) for part in parts]
-    if not parts:
-        raise UserError(f"none of {total} images can be read", expected="images that decode")
-    places, labels, top, margins = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.argsort(places, kind="stable")
-    return Predictions(places[order], labels[order], top[order], margins[order], total_loss)
+    found = gathered(seen, total)
+    if found.loss is not None and (strange := int((~np.isfinite(found.loss)).sum())):
+        raise UserError(
+            f"the loss of {strange} of {len(found.loss)} evaluated images is not finite",
+            expected="finite logits: this model has diverged, or its numbers are too large for the precision",
+            fix="train with a lower base_lr or with clip_grad, or use amp_dtype=float32",
+        )
+    return found
 
 
 def predict_images(model: nn.Module, images: ImageSource, bad: BadImages, feed: Feed, progress: Progress) -> Predictions:
@@ -152,7 +183,11 @@ def evaluate(
 def watch_epochs(
     trainer: Trainer, period: float | None, metrics_of: Callable[[nn.Module], dict[str, Metric]], job: Job, progress: Progress
 ) -> None:
-    """Evaluates every `period` epochs while training and keeps the list in the job's folder; a resumed run goes on with it."""
+    """Evaluates every `period` epochs while training and keeps the list in the job's folder; a resumed run goes on with it.
+
+    What stands there of later steps, or of a run that began anew, is dropped."""
+    if world().is_main:
+        _write_epochs(job, [known for known in epochs_of(job) if known["step"] <= trainer.step] if period else [])
     if period is None:
         return
 
@@ -160,10 +195,17 @@ def watch_epochs(
         found = {name: metric.value for name, metric in metrics_of(model).items()}
         if world().is_main:
             entry = {"step": step, "epoch": step / trainer.steps_per_epoch, **found}
-            write_json(job.dir / EPOCHS_FILE, [known for known in epochs_of(job) if known["step"] < step] + [entry])
+            _write_epochs(job, [*epochs_of(job), entry])
         progress.stage("train", trainer.total_steps)
 
     trainer.every_epochs(period, hook, everywhere=True)
+
+
+def _write_epochs(job: Job, epochs: list[dict[str, float]]) -> None:
+    if epochs:
+        write_json(job.dir / EPOCHS_FILE, epochs)
+    else:
+        (job.dir / EPOCHS_FILE).unlink(missing_ok=True)
 
 
 def epochs_of(job: Job) -> list[dict[str, float]]:
@@ -194,19 +236,15 @@ def score(
     """Evaluates a trained model and says everything that is known of the cell. Main metric top1, of the last epoch."""
     began = time.monotonic()
     metrics, num_samples = evaluate(model, data, config, spec, job, progress)
-    outcome = outcome_of(metrics, num_samples, data.report, spec, report, job, time.monotonic() - began, notes=data.notes)
-    return trained_outcome(outcome, trainer, num_params(model), backbone_gmacs(spec, config.img_size), job)
+    seconds, params = time.monotonic() - began, num_params(model)
+    outcome = outcome_of(metrics, num_samples, data.report, config, spec, report, job, seconds, params, notes=data.notes)
+    return trained_outcome(outcome, trainer, job)
 
 
-def trained_outcome(outcome: Outcome, trainer: Trainer, params: int, gmacs: float, job: Job) -> Outcome:
+def trained_outcome(outcome: Outcome, trainer: Trainer, job: Job) -> Outcome:
     """An outcome with what its training cost and the best of its epochs."""
     best, notes = best_epoch(job)
-    cost = {
-        "seconds_train": trainer.seconds,
-        "images_per_second": trainer.images_per_second,
-        "params": float(params),
-        "gmacs": gmacs,
-    }
+    cost = {"seconds_train": trainer.seconds, "images_per_second": trainer.images_per_second}
     return replace(outcome, metrics=outcome.metrics | best, notes=[*notes, *outcome.notes], cost=outcome.cost | cost)
 
 
@@ -214,15 +252,27 @@ def outcome_of(
     metrics: dict[str, Metric],
     num_samples: int,
     data: LayoutReport,
+    config: ImageConfig,
     spec: BackboneSpec,
     report: ConversionReport,
     job: Job,
     seconds_eval: float,
+    params: int,
     main_metric: str = "top1",
     *,
     notes: list[str],
 ) -> Outcome:
-    """The Outcome of a protocol on a set of images."""
+    """The Outcome of a protocol on a set of images.
+
+    images_per_second: evaluated ones; a protocol that trains tells the trained ones in their place.
+    """
+    cost = {
+        "seconds_eval": seconds_eval,
+        "images_per_second": num_samples / seconds_eval,
+        "params": float(params),
+        "gmacs": backbone_gmacs(spec, config.img_size),
+        "peak_memory_mib": peak_memory_mib(torch.device(job.device)),
+    }
     files = {"predictions": PREDICTIONS_FILE, "epochs": EPOCHS_FILE}
     return Outcome(
         task="imagenet",
@@ -235,7 +285,7 @@ def outcome_of(
         backbone_spec=spec.to_dict(),
         backbone_digest=report.digest,
         conversion_report=report.to_dict(),
-        cost={"seconds_eval": seconds_eval, "peak_memory_mib": peak_memory_mib(torch.device(job.device))},
+        cost=cost,
         notes=notes,
         artefacts={name: file for name, file in files.items() if (job.dir / file).is_file()},
     )

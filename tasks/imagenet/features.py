@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from backbones.report import ConversionReport
-from mae_bench.cost import backbone_gmacs, num_params
+from mae_bench.cost import num_params
 from mae_bench.data.fetch import alone
 from mae_bench.data.images import BadImages, ImageSource
 from mae_bench.data.index import cache_folder
@@ -164,6 +165,12 @@ def _split(
             stack.enter_context(alone(folder / DONE))
             _reserve(folder, len(images), sum(model.widths))
         gather_over_ranks(None)  # the others wait until the files are there
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder} is not on this machine",
+                expected="a cache that all machines share",
+                fix="set MAE_BENCH_CACHE to a folder on a disk that all of them see",
+            )
         known = np.load(folder / "known.npy", mmap_mode="r+")
         if not (folder / DONE).is_file():
             values = np.load(folder / "values.npy", mmap_mode="r+")
@@ -227,7 +234,9 @@ def _fill(
 
 @dataclass(frozen=True)
 class FrozenTask:
-    """A protocol on cached features of one set: what it reads, and how it says what it found."""
+    """A protocol on cached features of one set: what it reads, and how it says what it found.
+
+    seconds_features: until they were there, made now or read."""
 
     config: PooledConfig
     job: Job
@@ -237,6 +246,7 @@ class FrozenTask:
     device: torch.device
     model: FrozenFeatures
     features: dict[str, SplitFeatures]
+    seconds_features: float
     main_metric: str
 
     def outcome(
@@ -247,14 +257,16 @@ class FrozenTask:
             metrics,
             num_samples,
             self.data.report,
+            self.config,
             self.spec,
             self.report,
             self.job,
             seconds_eval,
+            num_params(self.model),
             self.main_metric,
             notes=self.data.notes,
         )
-        cost = found.cost | {"params": float(num_params(self.model)), "gmacs": backbone_gmacs(self.spec, self.config.img_size)}
+        cost = found.cost | {"seconds_features": self.seconds_features}
         return replace(found, cost=cost, artefacts=found.artefacts | (artefacts or {}))
 
 
@@ -264,5 +276,6 @@ def frozen_task(config: PooledConfig, job: Job, progress: Progress, main_metric:
     device = torch.device(job.device)
     vit, spec, report = load_at_size(config, job.backbone)
     model = FrozenFeatures(vit, spec, [FeatureSet(config.global_pool)]).to(device)
+    began = time.monotonic()
     features = cached_features(model, data, config, spec, device, progress)
-    return FrozenTask(config, job, data, spec, report, device, model, features, main_metric)
+    return FrozenTask(config, job, data, spec, report, device, model, features, time.monotonic() - began, main_metric)

@@ -1,7 +1,8 @@
 """Few labels: a linear classifier on frozen features of some images a class, drawn several times."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from statistics import fmean
 
 import numpy as np
@@ -17,8 +18,10 @@ from mae_bench.job import Job, Outcome
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from tasks.imagenet.config import FewShotConfig
+from tasks.imagenet.evaluate import PREDICTIONS_FILE, Predictions, fits_memory, joined, said
 from tasks.imagenet.features import SplitFeatures, frozen_task
 
+Classify = Callable[[torch.Tensor], torch.Tensor]
 DRAWS_FILE = "draws.json"
 CHOSEN_ON = 10  # images a class, not drawn, that the weight decay is chosen on
 MAX_ITERATIONS = 200
@@ -26,9 +29,10 @@ EPS = 1e-6
 
 
 def run(config: FewShotConfig, job: Job, progress: Progress) -> Outcome:
-    """For every number of labels: the mean top1 over config.draws and half the width of its 95 % interval (`_margin`).
+    """For every number of labels: the mean top1 over config.draws and half the width of its 95 % interval (`mean_margin`).
 
-    Draws and images follow from the job's seed. The single draws are kept in `draws.json`.
+    Draws and images follow from the job's seed. The single draws are kept in `draws.json`, of config.score's first draw the
+    predictions too.
     """
     labels: dict[str, int | float] = {f"{shots}shot": shots for shots in config.shots}
     labels |= {f"{100 * share:g}%": share for share in config.shares}
@@ -39,39 +43,57 @@ def run(config: FewShotConfig, job: Job, progress: Progress) -> Outcome:
     began = time.monotonic()
     plan = [(name, amount, draw) for name, amount in labels.items() for draw in range(config.draws)]
     progress.stage("few labels", len(plan))
-    mine = {}
+    mine, kept = {}, None
     for done, (name, amount, draw) in enumerate(plan[world().rank :: world().size], 1):
-        mine[name, draw] = top1_of_draw(config, train, val, amount, job.seed * config.draws + draw, task.device)
+        found = predictions_of_draw(config, train, val, amount, job.seed * config.draws + draw, task.device)
+        mine[name, draw] = found.metrics()["top1"].value
+        kept = found if (name, draw) == (config.score, 0) else kept
         progress.step(done * world().size)
-    found = {key: value for part in gather_over_ranks(mine) for key, value in part.items()}
-    by_name = {name: [found[name, draw] for draw in range(config.draws)] for name in labels}
+    by_draw = {key: value for part in gather_over_ranks(mine) for key, value in part.items()}
+    by_name = {name: [by_draw[name, draw] for draw in range(config.draws)] for name in labels}
+    first = next(part for part in gather_over_ranks(kept) if part)
     if world().is_main:
         write_json(job.dir / DRAWS_FILE, by_name)
+        first.save(job.dir / PREDICTIONS_FILE)
     metrics = {f"top1_{name}": Metric(fmean(values)) for name, values in by_name.items()}
     metrics |= {f"top1_{name}_margin": Metric(mean_margin(values), "%", "lower") for name, values in by_name.items()}
     return task.outcome(metrics, len(val.rows()), time.monotonic() - began, {"draws": DRAWS_FILE})
 
 
-def top1_of_draw(
+def predictions_of_draw(
     config: FewShotConfig, train: SplitFeatures, val: SplitFeatures, amount: int | float, seed: int, device: torch.device
-) -> float:
-    """top1 on val of the classifier on one draw; its weight decay is chosen on training images that were not drawn."""
+) -> Predictions:
+    """What the classifier of one draw says of val; its weight decay is chosen on training images that were not drawn."""
     rows = train.rows()
     drawn = rows[drawn_a_class(train.targets[rows], amount, seed)]
     left = np.setdiff1d(rows, drawn)
     if not len(left):
         raise UserError("every training image is drawn", expected="some left to choose the weight decay on", fix="lower shares")
     judges = left[drawn_a_class(train.targets[left], CHOSEN_ON, seed)]
-    imgs, targets = train.whole(drawn, device)
-    mean, std = imgs.mean(dim=0), imgs.std(dim=0, correction=0) + EPS
-    num_classes = int(train.targets.max()) + 1
     best, chosen = -1.0, None
-    for weight in decay_path((imgs - mean) / std, targets, num_classes, sorted(config.weight_decays, reverse=True)):
-        accuracy = _accuracy(weight, train, judges, mean, std, config.eval_batch_size, device)
-        if accuracy > best:
-            best, chosen = accuracy, weight
-    assert chosen is not None
-    return _accuracy(chosen, val, val.rows(), mean, std, config.eval_batch_size, device)
+    with fits_memory(f"{len(drawn)} labelled images", "leave the largest of shares away"):
+        for classify in classifiers(config, *train.whole(drawn, device), int(train.targets.max()) + 1):
+            accuracy = _predictions(classify, train, judges, config.eval_batch_size, device).metrics()["top1"].value
+            if accuracy > best:
+                best, chosen = accuracy, classify
+        assert chosen is not None
+        return _predictions(chosen, val, val.rows(), config.eval_batch_size, device)
+
+
+def classifiers(config: FewShotConfig, features: torch.Tensor, targets: torch.Tensor, num_classes: int) -> Iterator[Classify]:
+    """One for each weight decay, on standardised features: (n, D) and (n,) -> functions (N, D) -> logits (N, K)."""
+    mean, std = features.mean(dim=0), features.std(dim=0, correction=0) + EPS
+    for weight in decay_path((features - mean) / std, targets, num_classes, sorted(config.weight_decays, reverse=True)):
+        yield partial(_logits, weight, mean, std)
+
+
+def _logits(weight: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return F.linear((values - mean) / std, weight[:, :-1], weight[:, -1])
+
+
+def _predictions(classify: Classify, split: SplitFeatures, rows: np.ndarray, size: int, device: torch.device) -> Predictions:
+    batches = zip(torch.from_numpy(rows).split(size), split.chunks(rows, size, device), strict=True)
+    return joined([said(classify(values), indices, targets) for indices, (values, targets) in batches])
 
 
 def decay_path(
@@ -97,19 +119,3 @@ def decay_path(
 
         optimizer.step(loss)  # type: ignore[arg-type]
         yield weight.detach().float()
-
-
-def _accuracy(
-    weight: torch.Tensor,
-    split: SplitFeatures,
-    rows: np.ndarray,
-    mean: torch.Tensor,
-    std: torch.Tensor,
-    size: int,
-    device: torch.device,
-) -> float:
-    hits = 0
-    for values, targets in split.chunks(rows, size, device):
-        logits = F.linear((values - mean) / std, weight[:, :-1], weight[:, -1])
-        hits += int((logits.argmax(dim=1) == targets).sum())
-    return 100 * hits / len(rows)

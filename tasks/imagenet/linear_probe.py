@@ -1,5 +1,6 @@
 """Linear probing: one or many linear classifiers on frozen features, in one pass (arXiv 2111.06377, Table 10)."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,23 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mae_bench.cost import backbone_gmacs, num_params
+from mae_bench.cost import num_params
 from mae_bench.data.loader import Batch, TrainingOrder, seed_of
 from mae_bench.data.subset import Subset, drawn_a_class
 from mae_bench.data.transforms import normalize
 from mae_bench.engine.distributed import sum_over_ranks, world
 from mae_bench.engine.trainer import Trainer
+from mae_bench.errors import UserError
 from mae_bench.files import write_json
 from mae_bench.job import Job, Outcome
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
-from tasks.imagenet.classify import BatchStream, load_at_size, stream
+from tasks.imagenet.classify import BatchStream, load_at_size, logits_of, stream
 from tasks.imagenet.config import LinearProbeConfig
 from tasks.imagenet.data import Data, open_data
 from tasks.imagenet.evaluate import PREDICTIONS_FILE, Feed, Inputs, outcome_of, predict, share_bad, trained_outcome, watch_epochs
 from tasks.imagenet.features import FeatureSet, FrozenFeatures, SplitFeatures, cached_features
-from tasks.imagenet.lars import Lars
+from tasks.imagenet.lars import MOST, Lars
 
 HEAD_STD = 0.01
 BATCH_NORM_EPS = 1e-6
@@ -76,8 +78,15 @@ class Probe(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Images (N, C, H, W), or features (N, all sets' widths), -> logits (N, H, K)."""
         features = self._extract[0](inputs) if self._extract else inputs
+        return logits_of(self._logits, features, self.training)
+
+    def _logits(self, features: torch.Tensor) -> torch.Tensor:
         parts = [norm(part) for norm, part in zip(self.norms, features.split(self._widths, dim=1), strict=True)]
         return torch.stack([head(parts[place]) for head, place in zip(self.heads, self._places, strict=True)], dim=1)
+
+    def diverged(self) -> list[int]:
+        """The heads that Lars let stand still."""
+        return [place for place, head in enumerate(self.heads) if not head.get_parameter("weight").norm() < MOST]
 
 
 def _linear(width: int, num_classes: int, seed: int) -> nn.Linear:
@@ -115,8 +124,9 @@ class ImageInputs:
 class FeatureInputs:
     """Cached features for the probe: the same in every epoch."""
 
-    def __init__(self, config: LinearProbeConfig, features: dict[str, SplitFeatures], device: torch.device):
+    def __init__(self, config: LinearProbeConfig, features: dict[str, SplitFeatures], spec: BackboneSpec, device: torch.device):
         self.config, self.features, self.device = config, features, device
+        self.feed = Feed(config, spec, device)
 
     def training(self, rows: np.ndarray, order: TrainingOrder) -> BatchStream:
         train = self.features["train"]
@@ -131,9 +141,8 @@ class FeatureInputs:
     def prepare(self, batch: Batch) -> torch.Tensor:
         return batch.imgs.to(self.device, non_blocking=True)
 
-    @torch.no_grad()
     def run(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-        return model(inputs)
+        return self.feed.run(model, inputs)
 
     def held_out(self, rows: np.ndarray) -> Iterator[Inputs]:
         return self._share("train", rows)
@@ -157,9 +166,12 @@ def run(config: LinearProbeConfig, job: Job, progress: Progress) -> Outcome:
     extract = FrozenFeatures(vit, spec, sets).to(device)
     probe = Probe(heads, sets, extract.widths, data.num_classes, job.seed).to(device)
     inputs: ImageInputs | FeatureInputs
+    cost: dict[str, float] = {}
     if config.features == "cached":
+        began = time.monotonic()
         features = cached_features(extract, data, config, spec, device, progress)
-        inputs, usable = FeatureInputs(config, features, device), features["train"].rows()
+        cost["seconds_features"] = time.monotonic() - began
+        inputs, usable = FeatureInputs(config, features, spec, device), features["train"].rows()
     else:
         inputs, usable = ImageInputs(config, data, spec, device), np.arange(len(data.train))
         probe.on(extract)
@@ -174,10 +186,10 @@ def run(config: LinearProbeConfig, job: Job, progress: Progress) -> Outcome:
     if world().is_main:
         found.save(job.dir / PREDICTIONS_FILE)
     seconds, notes = time.monotonic() - began, [*told, *data.notes]
-    outcome = outcome_of(found.metrics(), len(found.targets), data.report, spec, report, job, seconds, notes=notes)
-    outcome = replace(outcome, artefacts=outcome.artefacts | {"heads": HEADS_FILE})
-    params = num_params(vit) + num_params(probe.heads[place])
-    return trained_outcome(outcome, trainer, params, backbone_gmacs(spec, config.img_size), job)
+    metrics, count, params = found.metrics(), len(found.targets), num_params(vit) + num_params(probe.heads[place])
+    outcome = outcome_of(metrics, count, data.report, config, spec, report, job, seconds, params, notes=notes)
+    outcome = replace(outcome, artefacts=outcome.artefacts | {"heads": HEADS_FILE}, cost=outcome.cost | cost)
+    return trained_outcome(outcome, trainer, job)
 
 
 def train_heads(
@@ -194,6 +206,12 @@ def train_heads(
     order = TrainingOrder(len(rows), config.global_batch_size, job.seed, world().rank, world().size)
     optimizer = partial(lars, config=config, heads=heads)
     trainer = Trainer(job, config, probe, optimizer, order.steps_per_epoch, progress, data.bad_train)
+    if min(trainer.accumulation.sizes) == 1:
+        raise UserError(
+            f"{trainer.accumulation}: a single image in front of a BatchNorm",
+            expected="two or more, which have a variance",
+            fix="another device_batch_size, or a larger global_batch_size",
+        )
 
     def metrics_of(model: nn.Module) -> dict[str, Metric]:
         return predict(_one_head(inputs, model.eval(), 0), inputs.val(), len(data.val), progress).metrics()
@@ -223,21 +241,37 @@ def lars(model: nn.Module, config: LinearProbeConfig, heads: list[Head]) -> Lars
 
 
 def choose(
-    probe: nn.Module, heads: list[Head], inputs: ImageInputs | FeatureInputs, rows: np.ndarray, job: Job, progress: Progress
+    probe: Any, heads: list[Head], inputs: ImageInputs | FeatureInputs, rows: np.ndarray, job: Job, progress: Progress
 ) -> tuple[int, list[str]]:
-    """The head with the best top1 on the held-out training images (of equals the one of the smallest loss), and a note on it.
+    """The head with the best top1 on the held-out training images (of equals the one of the smallest loss), and notes on it and
+    on the heads that diverged; UserError where all did.
 
     What all heads reach there is kept in `heads.json`. With one head there is nothing to choose.
     """
+    lost = probe.diverged()
+    if len(lost) == len(heads):
+        raise UserError(
+            f"every head diverged ({', '.join(head.name for head in heads)})",
+            expected=f"weights whose norm stays below {MOST:g}",
+            fix="lower base_lr, or lrs",
+        )
     found = on_held_out(probe, len(heads), inputs, rows, progress) if len(rows) else []
-    place = max(range(len(heads)), key=lambda i: (found[i][0], -found[i][1])) if found else 0
+    left = [place for place in range(len(heads)) if place not in lost]
+    place = max(left, key=lambda i: (found[i][0], -found[i][1])) if found else 0
     if world().is_main:
-        told = [{"head": head.name, "top1": top1, "loss": loss} for head, (top1, loss) in zip(heads, found, strict=bool(found))]
+        told = [_told(heads[i], *result, i in lost) for i, result in enumerate(found)]
         write_json(job.dir / HEADS_FILE, {"chosen": heads[place].name, "held_out_images": len(rows), "heads": told})
     if len(heads) == 1:
         return 0, []
     on = f"on {len(rows)} images held out of train ({found[place][0]:.2f} %)"
-    return place, [f"{heads[place].name}: the best of {len(heads)} heads {on}"]
+    names = ", ".join(heads[i].name for i in lost)
+    notes = [f"{len(lost)} of {len(heads)} heads diverged and were not chosen from: {names}"] if lost else []
+    return place, [f"{heads[place].name}: the best of {len(heads)} heads {on}", *notes]
+
+
+def _told(head: Head, top1: float, loss: float, diverged: bool) -> dict[str, Any]:
+    """A head's line in `heads.json`."""
+    return {"head": head.name, "top1": top1, "loss": loss if math.isfinite(loss) else None, "diverged": diverged}
 
 
 def on_held_out(

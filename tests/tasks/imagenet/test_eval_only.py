@@ -109,7 +109,7 @@ def test_what_is_no_classifier_of_these_classes_is_refused(data, tmp_path, backb
 
 
 def predictions(top1: list[int]) -> Predictions:
-    return Predictions(np.arange(len(top1)), np.zeros(len(top1), int), np.array(top1)[:, None], np.zeros(len(top1)), 0.0)
+    return Predictions(np.arange(len(top1)), np.zeros(len(top1), int), np.array(top1)[:, None], np.zeros(len(top1)))
 
 
 class TestReal:

@@ -104,14 +104,17 @@ class TestKnn:
         similarity = F.normalize(queries, dim=1) @ F.normalize(train, dim=1).T
         for size in (1, 7, 50, 80):
             chunks = zip(train.split(size), labels.split(size), strict=True)
-            near, found = knn.nearest(queries, chunks, 5)
+            near, found = knn.nearest(queries, chunks, 5, size=3)
             torch.testing.assert_close(near, similarity.topk(5, dim=1).values)
-            top = knn.vote(near, found, 4, 0.07)
+            top, margin = knn.vote(near, found, 4, 0.07)
             for i in range(7):
                 votes = torch.zeros(4)
                 for j in similarity[i].topk(5).indices:
                     votes[labels[j]] += torch.exp(similarity[i, j] / 0.07)
-                assert top[i].tolist()[0] == votes.argmax()
+                expected = votes.argsort(descending=True, stable=True)
+                assert top[i].tolist() == [int(label) if votes[label] else -1 for label in expected]
+                first, second = votes.sort(descending=True).values[:2] / votes.sum()
+                torch.testing.assert_close(margin[i], first - second)
 
     def test_separable_features_reach_100_for_every_k(self, data, tmp_path, backbone):
         outcome = run_knn(data, tmp_path / "run", backbone)
