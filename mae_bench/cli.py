@@ -14,6 +14,7 @@ from mae_bench.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from mae_bench.cell import Cell
+    from mae_bench.data.layouts import LayoutReport
     from mae_bench.launcher import Company
     from mae_bench.record import Failure, ResultRecord
     from mae_bench.suite import SuiteConfig
@@ -354,10 +355,24 @@ def data_check(
     bad = _bad_images(layout, path, list(found.splits)) if decode else {}
     splits = ", ".join(f"{split}: {count} images" for split, count in found.splits.items())
     lines = [f"{found.name} ({layout}): {splits}; {len(found.classes)} classes", f"digest {found.digest}", *found.notes]
+    told = _told(layout, path, found)
+    lines += told
     lines += [f"{split}: {name} does not decode: {reason}" for split, names in bad.items() for name, reason in names.items()]
-    _answer(asdict(found) | ({"bad_images": bad} if decode else {}), "\n".join(lines), as_json)
+    value = asdict(found) | {"notes": [*found.notes, *told]} | ({"bad_images": bad} if decode else {})
+    _answer(value, "\n".join(lines), as_json)
     if any(bad.values()):
         raise typer.Exit(FAILED)
+
+
+def _told(layout: str, path: str, found: "LayoutReport") -> list[str]:
+    """What looks odd in a set of labelled images: it is nearly ImageNet-1k, or its splits share images."""
+    from mae_bench.data.images import open_images
+    from tasks.imagenet.data import doubt, overlap_of
+
+    if layout not in ("imagenet", "imagenet_val"):
+        return []
+    shared = overlap_of(found, open_images(path, "train"), open_images(path, "val")) if layout == "imagenet" else ""
+    return [note for note in (doubt(found), shared) if note]
 
 
 def _bad_images(layout: str, path: str, splits: list[str]) -> dict[str, dict[str, str]]:

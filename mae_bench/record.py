@@ -19,6 +19,7 @@ NOT_THE_METHOD = frozenset(
         "data",
         "num_workers",
         "max_bad_images",
+        "overlap",
         "checkpoint_seconds",
         "checkpoint_period",
         "keep_checkpoints",

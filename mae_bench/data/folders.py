@@ -16,7 +16,7 @@ def index_folder(folder: Path) -> Index:
     names: list[str] = []
     sizes: list[int] = []
     stamps: Stamps = {}
-    for inside, found in sorted(_walk(str(folder), stamps).items()):
+    for inside, found in sorted(walk(str(folder), stamps).items()):
         prefix = "".join(f"{part}/" for part in inside)
         names += [prefix + name for name in sorted(found)]
         sizes += [found[name] for name in sorted(found)]
@@ -24,7 +24,7 @@ def index_folder(folder: Path) -> Index:
     return build_index(names, sizes, targets, classes, stamps=stamps)
 
 
-def _walk(top: str, stamps: Stamps) -> dict[tuple[str, ...], dict[str, int]]:
+def walk(top: str, stamps: Stamps) -> dict[tuple[str, ...], dict[str, int]]:
     """Folder (as its parts, relative to `top`) -> its images and their sizes; every folder's stamp is taken before it is read."""
     found: dict[tuple[str, ...], dict[str, int]] = {}
     seen: set[tuple[int, int]] = set()

@@ -10,6 +10,7 @@ from mae_bench.data.fetch import fetch_all
 from mae_bench.data.folders import index_folder
 from mae_bench.data.images import ImageSource
 from mae_bench.data.index import IndexedImages, digest_of, find_index, known_index
+from mae_bench.data.listed import Published, find_published, index_listed
 from mae_bench.data.packed import is_packed, open_packed, read_header
 from mae_bench.data.shards import EXPECTED as PATTERNS
 from mae_bench.data.shards import expand_pattern, has_pattern, is_pattern, is_url, pattern_name, shards_in
@@ -18,7 +19,10 @@ from mae_bench.digest import json_digest
 from mae_bench.errors import UserError
 
 NUM_SAMPLED = 64  # images a split whose content counts in the digest of the set
-KNOWN = f"folders of images, train.tar, shards ({PATTERNS}), a packed set, or Arrow or Parquet files"
+KNOWN = (
+    f"folders of images, train.tar, shards ({PATTERNS}), a packed set, Arrow or Parquet files, "
+    "or iNaturalist or Places as published"
+)
 
 
 def open_split(root: str | Path, split: str, refresh: bool = False) -> ImageSource:
@@ -41,7 +45,7 @@ def splits_in(root: str | Path, plain: bool = True) -> list[str]:
 
 
 def set_name(root: str | Path) -> str:
-    """What a set is called: as its dataset.json or its packed header says, else as its folder."""
+    """What a set is called: as its dataset.json, its packed header or the lists of its publisher say, else as its folder."""
     if is_pattern(str(root)):
         return pattern_name(str(root))
     root = Path(root)
@@ -50,7 +54,8 @@ def set_name(root: str | Path) -> str:
     try:
         return str(json.loads((root / "dataset.json").read_text(encoding="utf-8"))["name"])
     except FileNotFoundError:
-        return root.resolve().name
+        published = find_published(root)
+        return published.name if published else root.resolve().name
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{root / 'dataset.json'} gives no name: {error!r}", expected='{"name": ...}') from error
 
@@ -85,6 +90,8 @@ def _has(root: str, split: str, plain: bool) -> bool:
     place = Path(root)
     if is_packed(place):
         return split in read_header(place)["splits"]
+    if published := find_published(place):
+        return published.list_of(place, split) is not None
     if (place / split).is_dir() or (place / f"{split}.tar").is_file() or (plain and split == "train" and is_plain(place)):
         return True
     return any(find(place, split) for find in (arrow_files, parquet_files, shards_in))
@@ -101,6 +108,8 @@ def _open(root: str, split: str, refresh: bool) -> ImageSource | None:
     place = Path(root)
     if is_packed(place):
         return open_packed(place, split)
+    if published := find_published(place):
+        return _listed(place, published, split, refresh)
     folder = _place_of(place, split)  # a known one first: to look for tables and shards lists every file again
     if folder and not refresh and (index := known_index(_key("folder", [folder]))):
         return IndexedImages(index, folder)
@@ -132,6 +141,14 @@ def _tars(root: Path, split: str, refresh: bool) -> ImageSource | None:
     if shards == [tar] and has_classes(tar):
         return IndexedImages(find_index(_key("tar", [tar]), lambda: index_tar(tar), refresh), root)
     return _shards([str(path) for path in shards], refresh) if shards else None
+
+
+def _listed(root: Path, published: Published, split: str, refresh: bool) -> ImageSource | None:
+    if not published.list_of(root, split):
+        return None
+    index = find_index(_key("listed", [root, split]), lambda: index_listed(root, published, split), refresh)
+    labels = hashlib.sha256(index.targets.tobytes()).hexdigest()  # which the names of the images do not tell
+    return IndexedImages(index, root, digest=json_digest([digest_of({"": index}), labels, index.classes]))
 
 
 def _shards(places: Sequence[str], refresh: bool) -> ImageSource:

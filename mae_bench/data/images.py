@@ -76,6 +76,20 @@ class ImageSource(ABC):
     def pixels(self, i: int) -> np.ndarray | None:
         """(H, W, 3) uint8 where the set stores raw pixels, without a copy; None where it stores encoded files."""
 
+    def stored(self, i: int, length: int | None = None) -> bytes:
+        """The first `length` bytes (None: all) of what the set stores of an image; OSError if it cannot be read."""
+        return self.read(i)[:length]
+
+    def stored_sizes(self) -> np.ndarray:
+        """(N,) bytes that the set stores of each image; an image that cannot be read has 0."""
+        return np.array([self._stored_size(i) for i in range(len(self))], np.int64)
+
+    def _stored_size(self, i: int) -> int:
+        try:
+            return len(self.stored(i))
+        except OSError:
+            return 0
+
 
 def open_images(root: str | Path, split: str, *, refresh: bool = False) -> ImageSource:
     """The images of one split ("train", "val") of whatever kind of set lies at `root`; UserError where there is none.

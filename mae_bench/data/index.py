@@ -43,7 +43,8 @@ class Index:
     names: the names one after another in UTF-8, each followed by a zero byte (uint8). ends: (N,) where each name ends.
     sizes: (N,) bytes. targets: (N,) int32 indices into `classes`. files: paths that hold many images; empty if each image is
     a file. shard, starts: (N,) the image's file and its first byte there. shapes: (N, 2) height and width, of raw pixels alone.
-    stamps: what was looked at, with the state that the index describes. path: the file that it is memory-mapped from.
+    stamps: what was looked at, with the state that the index describes. notes: oddities that were met. path: the file that it
+    is memory-mapped from.
     """
 
     classes: list[str]
@@ -56,6 +57,7 @@ class Index:
     starts: np.ndarray = field(default_factory=lambda: _empty(np.int64))
     shapes: np.ndarray = field(default_factory=lambda: _empty(np.int32, 0, 2))
     stamps: Stamps = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     path: Path | None = None
 
     def __len__(self) -> int:
@@ -207,6 +209,7 @@ def find_index(key: str, build: Callable[[], Index], refresh: bool = False) -> I
 def write_index(index: Index) -> bytes:
     """The index as a safetensors file: its arrays, and all else as JSON in the header's metadata."""
     header = {"version": VERSION, "classes": index.classes, "files": index.files, "stamps": index.stamps}
+    header |= {"notes": index.notes} if index.notes else {}
     arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in ARRAYS}  # safetensors writes a strided view wrongly
     return save(arrays, metadata={"index": json.dumps(header)})
 
@@ -245,7 +248,7 @@ def _view(data: np.ndarray, entry: dict[str, Any]) -> np.ndarray:
 class IndexedImages(ImageSource):
     """The images of an index, whose names and files are relative to `folder`.
 
-    raw: pixels are stored instead of files. digest: of the content where it is known, instead of one of names and sizes.
+    raw: pixels are stored instead of files. digest: of the content, or of what names and sizes do not tell, where it is known.
     """
 
     def __init__(self, index: Index, folder: str | Path, raw: bool = False, digest: str = ""):
@@ -272,12 +275,17 @@ class IndexedImages(ImageSource):
         return self.index.name(i)
 
     def read(self, i: int) -> bytes:
-        if self.raw:
-            return _png(self._pixels(i))
+        return _png(self._pixels(i)) if self.raw else self.stored(i)
+
+    def stored_sizes(self) -> np.ndarray:
+        return self.index.sizes
+
+    def stored(self, i: int, length: int | None = None) -> bytes:
         if not self.index.files:
             with open(f"{self.folder}/{self.index.name(i)}", "rb", buffering=0) as file:
-                return file.readall()
+                return file.read(-1 if length is None else length)
         size = int(self.index.sizes[i])
+        size = size if length is None else min(length, size)
         data = os.pread(self._file(int(self.index.shard[i])).fileno(), size, int(self.index.starts[i]))
         if len(data) != size:
             raise OSError(f"{self.index.files[self.index.shard[i]]} ends before the image does")

@@ -25,7 +25,7 @@ Layout = Literal["imagenet", "coco", "ade20k", "images", "imagenet_val", "image_
 
 EXPECTED: dict[str, str] = {
     "imagenet": "train/CLASS/NAME.JPEG and val/CLASS/NAME.JPEG, or train.tar and val.tar with members CLASS/NAME.JPEG, "
-    "or a packed, Arrow or Parquet set or shards, with labels",
+    "or a packed, Arrow or Parquet set or shards, with labels, or iNaturalist 2017 to 2019 or Places as published",
     "imagenet_val": "val/CLASS/NAME.JPEG, or val.tar, or any form that imagenet may have; a train split need not be there",
     "image_sets": "CLASS/NAME.JPEG, or CORRUPTION/SEVERITY/CLASS/NAME.JPEG as ImageNet-C",
     "images": "images at any depth, in train/ (and val/) or in the folder itself; or a set in any form that imagenet may have",
@@ -163,18 +163,34 @@ def _check_imagenet(root: str | Path, thorough: bool) -> Content:
         raise UserError(
             f"{root}: the classes of val are not those of train: only in train: {_shown(train - val) or 'none'}; "
             f"only in val: {_shown(val - train) or 'none'}",
-            expected="the same class folders in both",
-            fix="ImageNet's val is flat as published: sort it into class folders",
+            expected="the same classes in both",
+            fix="ImageNet's val is flat as published: sort it into class folders" if (Path(root) / "val").is_dir() else "",
         )
     if len(train) == 1:
         raise UserError(
-            f"{Path(root) / 'train'} has one class only: {_shown(train)}",
+            f"{_place(root, 'train')} has one class only: {_shown(train)}",
             expected="at least two class folders",
             fix="give the folder whose train/ holds one folder a class",
         )
-    if classes["train"] != classes["val"]:
-        raise UserError(f"{root}: train and val number their classes differently", expected="one order in both")
+    if other := [(i, names) for i, names in enumerate(zip(*classes.values(), strict=False)) if names[0] != names[1]]:
+        label, names = other[0]
+        raise UserError(
+            f"{root}: train and val number their classes differently: label {label} is {names[0]} in train and {names[1]} in val",
+            expected="one order in both",
+        )
+    for split, source in sources.items():
+        _need_every_class(root, split, source)
     return _content(root, sources, thorough)
+
+
+def _need_every_class(root: str | Path, split: str, source: ImageSource) -> None:
+    """UserError naming the classes without an image: a list of classes, or labels, may have such."""
+    counts = np.bincount(source.targets, minlength=len(source.classes))
+    if empty := [source.classes[i] for i in np.flatnonzero(counts == 0).tolist()]:
+        raise UserError(
+            f"{_place(root, split)} has no image of {split} with the class {_shown(empty)}",
+            expected="at least one image of every class in both splits",
+        )
 
 
 def _check_images(root: str | Path, thorough: bool) -> Content:
@@ -191,7 +207,17 @@ def _content(root: str | Path, sources: dict[str, ImageSource], thorough: bool) 
     if thorough and is_packed(Path(root)):
         verify_packed(Path(root))
     splits = {split: len(source) for split, source in sources.items()}
-    return Content(splits, tuple(sources["train"].classes), set_digest(sources))
+    return Content(splits, tuple(sources["train"].classes), set_digest(sources), _notes(sources))
+
+
+def _notes(sources: dict[str, ImageSource]) -> tuple[str, ...]:
+    """What was met where the images were listed."""
+    return tuple(note for source in sources.values() if isinstance(source, IndexedImages) for note in source.index.notes)
+
+
+def _place(root: str | Path, split: str) -> str | Path:
+    """Where a split lies, as far as a path of its own tells."""
+    return next((path for path in (Path(root) / split, Path(root) / f"{split}.tar") if path.exists()), root)
 
 
 def _open_split(root: str | Path, split: str, thorough: bool) -> ImageSource:
@@ -218,14 +244,14 @@ def _need_readable(root: str | Path, split: str, source: ImageSource) -> None:
 
 def _classes(root: str | Path, split: str, source: ImageSource) -> list[str]:
     """The classes of a split, each with an image at least."""
-    folder, tar = Path(root) / split, Path(root) / f"{split}.tar"
+    folder = Path(root) / split
     if isinstance(source, IndexedImages) and not source.index.files:
         for path in map(Path, source.index.stamps):
             if path.parent == folder and path.name not in source.classes and source.classes != [""]:
                 _need(path, "at least one image in every class folder")
     if source.classes != [""]:
         return source.classes
-    place = folder if folder.is_dir() else tar if tar.is_file() else root
+    place = _place(root, split)
     inside = [name for name in map(source.name, range(min(len(source), 1000))) if name.count("/") != 1]
     raise UserError(
         f"no class folders in {place}, or images outside them: {_shown(inside)}; found: {_listing(Path(place))}",
@@ -381,7 +407,8 @@ def _check_map(image_path: Path, path: Path, num_classes: int) -> None:
 
 def _check_imagenet_val(root: str | Path, thorough: bool) -> Content:
     source = _open_split(root, "val", thorough)
-    return Content({"val": len(source)}, tuple(_classes(root, "val", source)), set_digest({"val": source}))
+    classes = tuple(_classes(root, "val", source))
+    return Content({"val": len(source)}, classes, set_digest({"val": source}), _notes({"val": source}))
 
 
 def _check_image_sets(root: Path, thorough: bool) -> Content:
@@ -410,9 +437,9 @@ def image_sets(root: Path) -> dict[str, Path]:
 
 CHECKS: dict[str, Callable[[Any, bool], Content]] = {
     "imagenet": _check_imagenet,
-    "imagenet_val": _check_imagenet_val,
-    "image_sets": _check_image_sets,
     "coco": _check_coco,
     "ade20k": _check_ade20k,
     "images": _check_images,
+    "imagenet_val": _check_imagenet_val,
+    "image_sets": _check_image_sets,
 }

@@ -40,6 +40,12 @@ class Subset(ImageSource):
     def pixels(self, i: int) -> np.ndarray | None:
         return self.source.pixels(int(self.indices[i]))
 
+    def stored(self, i: int, length: int | None = None) -> bytes:
+        return self.source.stored(int(self.indices[i]), length)
+
+    def stored_sizes(self) -> np.ndarray:
+        return self.source.stored_sizes()[self.indices]
+
 
 def drawn_a_class(targets: np.ndarray, share: float | int, seed: int) -> np.ndarray:
     """Sorted indices of some images of every class: a share (float, at least one image) or a number (int, or all there are).
