@@ -1,4 +1,4 @@
-"""docs/checkpoints.md says what works: its commands are understood, its list is read, its Python runs on toy weights."""
+"""docs/checkpoints.md says what works: its list is read, its Python runs on toy weights; all pages' commands are understood."""
 
 import re
 import shlex
@@ -18,6 +18,7 @@ from mae_bench.rows import rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+IMAGENET = (ROOT / "docs" / "imagenet.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -26,8 +27,8 @@ def blocks(language: str, page: str = PAGE) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """Every `mae-bench` command of the page and of the README's blocks, in words."""
-    text = "\n".join([*blocks("sh"), *blocks("bash", README)]).replace("\\\n", " ")
+    """Every `mae-bench` command of the pages and of the README's blocks, in words."""
+    text = "\n".join([*blocks("sh"), *blocks("sh", IMAGENET), *blocks("bash", README)]).replace("\\\n", " ")
     found = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("mae-bench ")]
     assert len(found) > 15
     return found
