@@ -1,0 +1,104 @@
+"""Several processes: each image is evaluated once and by the same sums, heads train as in one, features are cached together."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mae_bench.job import Outcome
+from tests.tasks.imagenet.ranks import Results, together
+from tests.tasks.imagenet.toy import predictions_of, run_protocol, state_of
+
+RUNS: dict[str, dict[str, Any]] = {  # what is evaluated by one process and by three
+    "finetune": {"global_batch_size": 12},
+    "grid": {"global_batch_size": 12},
+    "cached": {"global_batch_size": 12},
+    "knn": {},
+    "few_shot": {},
+    "eval_only": {},
+}
+PLAIN = {"mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0, "drop_path": 0.0}  # each process draws its own
+COPIES: dict[str, dict[str, Any]] = {  # what is trained by both, by one in the micro-batches of three
+    "finetune": {"global_batch_size": 12} | PLAIN,
+    "grid": {"global_batch_size": 12, "device_batch_size": 4},
+    "cached": {"global_batch_size": 12, "device_batch_size": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of all runs here. Those of one process and those of several each have a cache of features."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAE_BENCH_CACHE", str(folder / "cache 1"))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path, faint: Path, sources: dict[str, str]) -> dict[str, Outcome]:
+    """Everything in one process."""
+    runs = {name: (name, place / "alone" / name, RUNS[name]) for name in RUNS}
+    runs |= {f"copied {name}": (name, place / "copied" / name, COPIES[name]) for name in COPIES}
+    runs["one by one"] = ("eval_only", place / "alone" / "one by one", {"eval_batch_size": 1})
+    return {key: run_protocol(name, faint, folder, sources[name], **more) for key, (name, folder, more) in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def three(place: Path, faint: Path, sources: dict[str, str], alone: dict[str, Outcome]) -> Results:
+    """The same in three processes. What one process trained is evaluated, and from the beginning they train themselves."""
+    runs = {name: {"name": name, "folder": place / "three" / name, **RUNS[name]} for name in RUNS}
+    for name in ("finetune", "grid", "cached"):
+        shutil.copytree(place / "alone" / name / "checkpoints", place / "three" / name / "checkpoints")
+    runs |= {f"copied {name}": {"name": name, "folder": place / "copies" / name, **COPIES[name]} for name in COPIES}
+    runs["one by one"] = {"name": "eval_only", "folder": place / "three" / "one by one", "eval_batch_size": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAE_BENCH_CACHE", str(place / "cache 3"))
+        return together(place, 3, {key: run | {"data": faint, "backbone": sources[run["name"]]} for key, run in runs.items()})
+
+
+@pytest.mark.parametrize("name", [*RUNS, "one by one"])
+def test_three_processes_evaluate_what_one_does(name: str, alone: dict[str, Outcome], three: Results, place: Path) -> None:
+    """11 images in batches of 2 are 4, 4 and 3 a process. How many images stand together moves the last bit of a logit; where
+    they are evaluated one by one, everything is the same bit for bit."""
+    assert len({json.dumps(each["metrics"]) for each in three[name]}) == 1, "every process knows the sums"
+    found = {metric: each["value"] for metric, each in three[name][0]["metrics"].items()}
+    expected = {metric: each.value for metric, each in alone[name].metrics.items() if not metric.startswith("best_")}
+    bits = 0.0 if name == "one by one" else 1e-5
+    assert found.pop("loss", 0) == pytest.approx(expected.pop("loss", 0), rel=bits, abs=0)
+    assert found == expected
+    assert three[name][0]["num_samples"] == 11
+    one, several = predictions_of(place / "alone" / name), predictions_of(place / "three" / name)
+    assert one.keys() == several.keys()
+    assert list(one["indices"]) == list(range(11))
+    for key in one:
+        np.testing.assert_allclose(several[key], one[key], rtol=bits, atol=bits if key in ("margin", "loss") else 0)
+
+
+def test_features_of_three_processes_are_those_of_one(alone: dict[str, Outcome], three: Results, place: Path) -> None:
+    one = {path.relative_to(place / "cache 1"): path for path in place.glob("cache 1/features/**/*.npy")}
+    several = {path.relative_to(place / "cache 3"): path for path in place.glob("cache 3/features/**/*.npy")}
+    assert one.keys() == several.keys()
+    assert len(one) == 2 * 2 * 2, "values and what is known, of train and val, of two sets"
+    for name, path in one.items():
+        np.testing.assert_allclose(np.load(path), np.load(several[name]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_three_processes_train_what_one_trains(name: str, alone: dict[str, Outcome], three: Results, place: Path) -> None:
+    """One process takes the images of three as micro-batches: each BatchNorm sees the same images, each gradient is their mean.
+
+    Not compared are statistics, which are the first process's as the reference's, and biases of attention's keys: their gradient
+    is zero, and AdamW makes steps of its rounding."""
+    one, several = state_of(place / "copied" / name), state_of(place / "copies" / name)
+    assert one.keys() == several.keys()
+    compared = [key for key in one if not any(part in key for part in ("running_", "num_batches", "qkv.bias"))]
+    for key in compared:
+        torch.testing.assert_close(several[key], one[key], rtol=1e-4, atol=1e-5)
+    momenta = [key for key in compared if key.startswith("optimizer.heads.")]
+    assert name == "finetune" or len(momenta) == 8 * 2, "weights and biases of all heads got gradients"
+    assert len({json.dumps(each["metrics"]) for each in three[f"copied {name}"]}) == 1
