@@ -45,6 +45,8 @@ def _devices(cell: Cell, result: ResultRecord | Failure | None, processes: int) 
     """How the processes of a distributed kind's cell make its global batch, or why they cannot."""
     if not kind(cell.kind).distributed or isinstance(result, ResultRecord):
         return {}
+    if "global_batch_size" not in cell.config:  # it trains nothing
+        return {"processes": processes}
     from mae_bench.engine.accumulation import accumulation
 
     try:

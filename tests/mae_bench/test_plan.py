@@ -1,5 +1,6 @@
 """The plan: what is done, what is left, what would fail."""
 
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,10 @@ def test_a_batch_that_the_devices_cannot_make_would_fail(suite: dict[str, Any]) 
 
 def test_counts() -> None:
     assert counts([{"state": "left"}, {"state": "done"}, {"state": "left"}]) == "3 cells: 1 done, 2 left"
+
+
+def test_a_distributed_kind_that_trains_nothing_has_no_batch(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS, "fake_transfer", replace(KINDS["fake_transfer"], distributed=True))
+    assert "left" in text(suite)
+    found = [cell for cell in plan_of(load_suite(suite, ["processes=2"]))["cells"] if cell["task"] == "probe"]
+    assert [(cell["processes"], "batch" in cell) for cell in found] == [(2, False)] * len(found)
