@@ -214,13 +214,15 @@ def epochs_of(job: Job) -> list[dict[str, float]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def best_epoch(job: Job) -> tuple[dict[str, Metric], list[str]]:
-    """The best of the evaluations while training, as metrics beside the score, and a note that says which is the score."""
+def best_epoch(job: Job, last: float, last_top1: float) -> tuple[dict[str, Metric], list[str]]:
+    """The best of the evaluations while training and of the `last` epoch's, as metrics beside the score, and a note that says
+    which is the score. Nothing where there were none."""
     if not (epochs := epochs_of(job)):
         return {}, []
-    best = max(epochs, key=lambda entry: (entry["top1"], -entry["epoch"]))
-    note = f"the score is the last epoch's; best_top1, of epoch {best['epoch']:g}, was chosen on the validation images themselves"
-    return {"best_top1": Metric(best["top1"]), "best_epoch": Metric(best["epoch"], "epochs")}, [note]
+    told = {entry["epoch"]: entry["top1"] for entry in epochs} | {last: last_top1}
+    best = max(told, key=lambda epoch: (told[epoch], -epoch))
+    note = f"the score is the last epoch's; best_top1, of epoch {best:g}, was chosen on the validation images themselves"
+    return {"best_top1": Metric(told[best]), "best_epoch": Metric(best, "epochs")}, [note]
 
 
 def score(
@@ -243,7 +245,7 @@ def score(
 
 def trained_outcome(outcome: Outcome, trainer: Trainer, job: Job) -> Outcome:
     """An outcome with what its training cost and the best of its epochs."""
-    best, notes = best_epoch(job)
+    best, notes = best_epoch(job, trainer.step / trainer.steps_per_epoch, outcome.metrics["top1"].value)
     cost = {"seconds_train": trainer.seconds, "images_per_second": trainer.images_per_second}
     return replace(outcome, metrics=outcome.metrics | best, notes=[*notes, *outcome.notes], cost=outcome.cost | cost)
 

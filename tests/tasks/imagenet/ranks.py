@@ -42,9 +42,9 @@ def together(folder: Path, size: int, runs: dict[str, dict[str, Any]]) -> Result
 
 def outcome_of(run: dict[str, Any]) -> dict[str, Any]:
     """What came of a run on this process."""
-    places = {name: Path(run.pop(name)) for name in ("data", "folder")}
+    name, data, folder, backbone = (run.pop(key) for key in ("name", "data", "folder", "backbone"))
     try:
-        return asdict(run_protocol(**places, **run))
+        return asdict(run_protocol(name, Path(data), Path(folder), backbone, **run))
     except (UserError, Interrupted) as error:
         return {"ended": f"{type(error).__name__}: {error}"}
 
