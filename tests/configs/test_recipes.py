@@ -12,14 +12,20 @@ from pydantic_core import to_jsonable_python
 
 from leaderboard.published import published_rows
 from mae_bench.config import CONFIGS, build, load_yaml
+from mae_bench.data.listed import PUBLISHED
 from mae_bench.pretrain_config import ModelConfig, PretrainConfig
 from mae_bench.suite import complete_job, load_suite
+from tasks.imagenet.data import TRANSFER_SETS
 
 GIVEN = {"target_tokens": ["tokenizer=file.pt"]}  # what a config leaves to the command
 FILES = sorted(path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml"))
 JOBS = [path for path in FILES if path.parts[0] in ("pretrain", "ablations", "tasks")]
 SIZES = {"tiny": (192, 12, 3, 16), "small": (384, 12, 6, 16), "base": (768, 12, 12, 16), "large": (1024, 24, 16, 16)}
 SIZES["huge"] = (1280, 32, 16, 14)  # width, depth, heads, patch
+SIZE_NAMES = {"base": "ViT-B/16", "large": "ViT-L/16", "huge": "ViT-H/14"}
+EXPECTED = {"imagenet-1k": "ImageNet-1K", "places205": "Places205", "places365": "Places365"}
+EXPECTED |= {f"inat-{year}": f"iNaturalist {year}" for year in (2017, 2018, 2019)}
+TRANSFERS = {name.replace("-", ""): name for name in EXPECTED if name != "imagenet-1k"}
 PAPER = sorted(path.stem for path in CONFIGS.glob("pretrain/vit_*.yaml"))
 
 
@@ -148,7 +154,32 @@ def test_supervised_training_is_table_11(size: str, epochs: int, drop_path: floa
 )
 def test_a_published_recipe_is_called_as_its_published_numbers(path: Path) -> None:
     """Scores of ours then stand under the name that the quoted rows have."""
-    assert job(path)["protocol"] in {row.protocol for row in published_rows() if row.dataset == "ImageNet-1K"}
+    dataset = EXPECTED[job(path)["expect"]]
+    assert job(path)["protocol"] in {row.protocol for row in published_rows() if row.dataset == dataset}
+
+
+@pytest.mark.parametrize("dataset", TRANSFERS)
+@pytest.mark.parametrize("size", ["base", "large", "huge", "huge_448"])
+def test_a_transfer_is_the_recipe_of_imagenet_under_a_name_of_its_own(dataset: str, size: str) -> None:
+    own = f"tasks/imagenet/transfer_{dataset}_vit_{size}.yaml"
+    base = job(f"tasks/imagenet/finetune_vit_{size}{'' if size == 'huge_448' else '_paper'}.yaml")
+    changed = {"protocol": "transfer-448" if size == "huge_448" else "transfer", "expect": TRANSFERS[dataset]}
+    assert job(own) == base | changed
+    backbone = f"{SIZE_NAMES[size.removesuffix('_448')]}{' at 448' if size == 'huge_448' else ''}"
+    (quoted,) = (row.value for row in published_rows() if (row.dataset, row.backbone) == (EXPECTED[TRANSFERS[dataset]], backbone))
+    assert f": {quoted} top1 (Table 6)" in (CONFIGS / own).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("dataset", TRANSFERS)
+def test_a_linear_transfer_is_the_papers_probe(dataset: str) -> None:
+    found, paper = (job(f"tasks/imagenet/{name}.yaml") for name in (f"transfer_{dataset}_linear", "linear_paper"))
+    assert found == paper | {"protocol": "transfer-linear", "expect": TRANSFERS[dataset]}
+
+
+@pytest.mark.parametrize("name", TRANSFERS.values())
+def test_the_sets_of_the_transfers_are_known(name: str) -> None:
+    assert name in TRANSFER_SETS
+    assert EXPECTED[name] in {published.name for published in PUBLISHED}, "records then say it as the quoted rows"
 
 
 def test_own_images_change_a_few_lines_of_the_paper() -> None:

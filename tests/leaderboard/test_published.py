@@ -30,6 +30,8 @@ def test_no_number_stands_twice() -> None:
         ("ViT-L/16", "maskrcnn-vitdet-100ep", "AP_mask", "COCO", "Table 5", 49.2),
         ("ViT-L/16", "upernet-100ep", "mIoU", "ADE20K", "Table 5", 53.6),
         ("ViT-H/14", "finetune-50ep", "mCE", "ImageNet-C", "Table 13", 33.8),
+        ("ViT-L/16", "transfer", "top1", "iNaturalist 2018", "Table 6", 80.1),
+        ("ViT-H/14 at 448", "transfer-448", "top1", "Places365", "Table 6", 60.3),
     ],
 )
 def test_the_papers_mae_rows(backbone: str, protocol: str, metric: str, dataset: str, place: str, value: float) -> None:

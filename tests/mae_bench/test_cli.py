@@ -218,6 +218,13 @@ def test_data_check_answers_for_people_and_programs(toy_data: Path) -> None:
     assert "2 classes" in mae_bench("data", "check", "imagenet", str(toy_data / "imagenet")).stdout
 
 
+def test_data_check_tells_what_val_shares_with_train(toy_data: Path, tmp_path: Path) -> None:
+    """The toy's one image a class is the same in both splits."""
+    told = "2 of 2 images of val are in train too, byte for byte: a/val.png is a/train.png"
+    assert told in mae_bench("data", "check", "imagenet", str(toy_data / "imagenet")).stdout
+    assert told in json.loads(mae_bench("data", "check", "imagenet", str(toy_data / "imagenet"), "--json").stdout)["notes"][0]
+
+
 def test_data_is_packed(toy_data: Path, tmp_path: Path) -> None:
     done = mae_bench("data", "pack", str(toy_data / "imagenet"), str(tmp_path / "packed"), "--raw", "--num-workers", "0")
     assert done.returncode == 0, done.stderr
