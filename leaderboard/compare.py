@@ -121,7 +121,7 @@ def _difference(cell: Cell, base: Cell, higher_is_better: bool) -> Difference | 
     value = cell.mean - base.mean
     better = None if math.isclose(value, 0, abs_tol=1e-12) else (value > 0) == higher_is_better
     paired = cell.seeds == base.seeds
-    if min(len(cell.values), len(base.values)) < 2:
+    if min(len(cell.values), len(base.values)) < 2 or cell.std == base.std == 0:  # where nothing is drawn, seeds say nothing
         return Difference(value, better, paired)
     low, high = (paired_interval if paired else welch_interval)(cell.values, base.values)
     return Difference(value, better, paired, low, high)
@@ -135,6 +135,8 @@ def _notes(records: list[Run], cells: dict[str, list[Cell]], baseline: str) -> l
         notes.append("Intervals hold 95 % by Student's t over the seeds, each for itself: no correction for many comparisons.")
     if any(len(cell.values) == 1 for cell in everything):
         notes.append("A cell with one seed has no spread: its difference may be noise.")
+    if any(cell.std == 0 for cell in everything):
+        notes.append("A deviation of 0 says that every seed gave the same: where nothing is drawn, it is no evidence.")
     repeated = [row for row in cells if any(len(cell.values) > 1 for cell in cells[row])]
     shared = [row for row in repeated if len(_backbones_of(records, row)) == 1]
     if shared:

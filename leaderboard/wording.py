@@ -121,8 +121,9 @@ def _evidence(cell: Cell, base: Cell, column: Column) -> str:
     change = cell.difference
     assert change is not None  # both have a mean
     if change.low is None or change.high is None:
-        single = len(cell.values) == len(base.values) == 1
-        seeds = "1 seed" if single else f"{len(cell.values)} against {len(base.values)} seeds"
+        alone, same = len(cell.values) == len(base.values) == 1, cell.std == base.std == 0
+        several = f"{len(cell.values)} against {len(base.values)} seeds"
+        seeds = "1 seed" if alone else "the same in every seed" if same else several
         return f"{signed(change.value, column)} ({seeds}: no interval)"
     pairs = f"{len(cell.values)} paired seeds" if change.paired else f"{len(cell.values)} and {len(base.values)} unpaired seeds"
     zero = "" if change.is_clear else ", which includes 0"

@@ -203,6 +203,19 @@ def test_another_baseline_can_be_named(folder: Folder, seeds: Callable) -> None:
     assert comparison.cells["mae"][0].difference.value == 41  # type: ignore[union-attr]
 
 
+def test_seeds_that_change_nothing_give_no_interval(folder: Folder, seeds: Callable) -> None:
+    seeds("supervised", 40.0, 40.0, 40.0)
+    seeds("mae", 53.5, 53.5, 53.5)
+    seeds("other", 53.0, 53.5, 54.0)
+    comparison = read(folder)
+    change = comparison.cells["mae"][0].difference
+    assert change is not None
+    assert (change.value, change.better, change.low, change.is_clear) == (13.5, True, None, False)
+    assert comparison.cells["other"][0].difference.is_clear  # type: ignore[union-attr]
+    assert "mae 53.5 vs supervised 40.0: +13.5 (the same in every seed: no interval)" in comparison.verdicts[0]
+    assert any("every seed gave the same" in note for note in comparison.notes)
+
+
 def test_pretraining_is_a_cost_and_no_column(folder: Folder, seeds: Callable) -> None:
     seeds("mae", 61.0)
     seeds("mae", 0.4, task="pretrain", protocol="mae-800ep", main_metric="loss", cost={"seconds_train": 240.0, "params": 5e6})
