@@ -16,6 +16,7 @@ from mae_bench.data.decode import probe
 from mae_bench.data.formats import set_digest, set_name, splits_in
 from mae_bench.data.images import BadImage, ImageSource, is_image, open_images
 from mae_bench.data.index import IndexedImages
+from mae_bench.data.listed import find_published
 from mae_bench.data.packed import is_packed, verify_packed
 from mae_bench.data.shards import is_pattern
 from mae_bench.digest import file_digest
@@ -116,7 +117,8 @@ def _digest(files: dict[str, int | str]) -> str:
 
 
 def _is_root(layout: str, folder: Path) -> bool:
-    return any((folder / mark).exists() for mark in MARKS[layout])
+    marked = any((folder / mark).exists() for mark in MARKS[layout])
+    return marked or (layout in SOURCES and find_published(folder) is not None)
 
 
 def _elsewhere(layout: str, root: Path) -> str:

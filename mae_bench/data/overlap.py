@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -25,13 +25,12 @@ Pairs = list[tuple[str, str]]  # an image of val, the same image of train
 def known_overlap(train: ImageSource, val: ImageSource, digest: str) -> Pairs:
     """`overlap`, once for each digest of a set: the cache keeps it, and of several processes one looks while the rest wait."""
     path = kept("overlap", digest, ".json")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock: AbstractContextManager[None] = alone(path)
-    except OSError as error:
-        log.info("%s cannot be made: %s", path.parent, error)
-        lock = nullcontext()
-    with lock:
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(alone(path))
+        except OSError as error:
+            log.info("%s cannot be locked, so each process looks for itself: %s", path, error)
         try:
             return [(theirs, ours) for theirs, ours in json.loads(path.read_text(encoding="utf-8"))]
         except (OSError, ValueError, TypeError):
@@ -47,7 +46,7 @@ def overlap(train: ImageSource, val: ImageSource) -> Pairs:
     it the whole. An image that cannot be read, or is empty, is like no other.
     """
     sizes = train.stored_sizes(), val.stored_sizes()
-    ours, theirs = (np.flatnonzero(np.isin(own, other)) for own, other in (sizes, sizes[::-1]))
+    ours, theirs = (np.flatnonzero(np.isin(own, other) & (own > 0)) for own, other in (sizes, sizes[::-1]))
     log.info("looking for images of train in val, once: %d of %d have the size of one in val", len(ours), len(train))
     alike, others = dict.fromkeys(ours.tolist(), b""), dict.fromkeys(theirs.tolist(), b"")
     for length in (BLOCK, None):

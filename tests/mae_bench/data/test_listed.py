@@ -88,7 +88,7 @@ each_set = pytest.mark.parametrize("name", SETS)
 
 
 def make(name: str, root: Path, picture: Picture) -> Path:
-    root.mkdir(exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     return SETS[name][0](root, picture)
 
 
@@ -194,6 +194,14 @@ def test_a_list_without_its_images_says_where_they_belong(name: str, tmp_path: P
     for folder in [path for path in root.iterdir() if path.is_dir() and path.name != "trainvalsplit_places205"]:
         shutil.rmtree(folder)
     refused(root, root, "7 images that are not in" if name.startswith("iNat") else "no images of it")
+
+
+@each_set
+def test_a_wrong_level_is_corrected(name: str, tmp_path: Path, picture: Picture) -> None:
+    root = make(name, tmp_path / "above" / "set", picture)
+    for wrong in (root.parent, next(path for path in sorted(root.iterdir()) if path.is_dir())):
+        with pytest.raises(UserError, match=f"give {root}, which has the imagenet layout"):
+            check_layout("imagenet", wrong)
 
 
 @each_set

@@ -2,7 +2,9 @@
 
 import shutil
 import tarfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +129,31 @@ def test_a_set_is_looked_through_once(root: Path, cache: Path, monkeypatch: pyte
     for path in (cache / "overlap").glob("*.json"):
         path.write_text("[[")
     assert known_overlap(train, val, "this set") == [("a", "b")], "what the cache lost is found again"
+
+
+def test_of_several_processes_one_looks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads stand for them: each opens the lock anew."""
+    train, val = splits(root)
+    calls = []
+
+    def slow(*images: ImageSource) -> list[tuple[str, str]]:
+        calls.append(1)
+        time.sleep(0.2)
+        return overlap(*images)
+
+    monkeypatch.setattr(module, "overlap", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: known_overlap(train, val, "this set"), range(4)))
+    assert found == [EXPECTED] * 4
+    assert len(calls) == 1
+
+
+def test_a_cache_that_locks_nothing_is_no_obstacle(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path) -> None:
+        raise OSError(f"{path}: no locks here")
+
+    monkeypatch.setattr(module, "alone", closed)
+    assert known_overlap(*splits(root), "this set") == EXPECTED
 
 
 def test_it_is_found_without_a_cache(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
