@@ -89,7 +89,7 @@ class AnySizeBeit(Beit):
     def __init__(self, *, dynamic_img_size: bool = False, final_norm: bool = True, **options: Any):
         super().__init__(**options)
         if not final_norm:
-            self.norm = nn.Identity()
+            self.norm = self.fc_norm = nn.Identity()
         self.patch_embed.strict_img_size = not dynamic_img_size
         for module in self.modules():  # the same weights under a class that knows other grids
             if type(module) in (Attention, RelativePositionBias):

@@ -25,6 +25,7 @@ class WindowedViT(VisionTransformerSAM):
 
     def __init__(self, *, neck_chans: int = 256, global_pool: str = "avg", **options: Any):
         super().__init__(neck_chans=neck_chans, global_pool="", **options)
+        self.global_pool = global_pool  # timm's knows poolings of maps alone
         if not neck_chans:
             self.neck = nn.Sequential()  # timm puts a norm here
         self.norm, self.fc_norm = nn.Identity(), nn.Identity()
@@ -35,6 +36,10 @@ class WindowedViT(VisionTransformerSAM):
         for tokens in self._after_blocks(x):
             x = tokens
         return self.neck(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """x (N, L, D) -> (N, D), or x as it is without pooling (global_pool "")."""
+        return self.head(x.mean(dim=1) if self.global_pool == "avg" else x)
 
     def forward_intermediates(  # type: ignore[override]
         self, x: torch.Tensor, indices: Sequence[int], norm: bool = False, intermediates_only: bool = True

@@ -60,6 +60,15 @@ def test_the_toys_are_theirs_and_features_equal(files, imgs, name):
     }.get(name, set())
 
 
+@pytest.mark.parametrize("name", ["vit_as_configured_by_default", "beit"])
+def test_without_a_last_norm_the_average_is_as_it_is(files, imgs, name):
+    model, spec, _ = load_backbone(files[name][0], global_pool="avg")
+    with torch.no_grad():
+        tokens = model.eval().forward_features(imgs)
+        pooled = model.forward_head(tokens, pre_logits=True)
+    torch.testing.assert_close(pooled, tokens[:, spec.num_prefix_tokens :].mean(dim=1))
+
+
 def test_their_beit_and_mmpretrains_are_one(tmp_path, imgs):
     """The reading of mmpretrain's BEiT has mmsegmentation's BEiT as a second judge."""
     tensors = toys_mmpretrain.backbones()["beit"]

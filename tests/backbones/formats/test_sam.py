@@ -97,6 +97,17 @@ def test_the_names_of_timm_are_the_same_model(files):
     assert torch.equal(model.forward_features(imgs), other.forward_features(imgs))
 
 
+@torch.no_grad()
+def test_the_head_pools_where_that_is_asked_for(files):
+    model, spec, _ = load_backbone(files["sam.pth"][0], global_pool="avg")
+    imgs = images(spec.img_size)
+    tokens = model.eval().forward_features(imgs)
+    for pooled in (model.forward_head(tokens, pre_logits=True), model(imgs)):
+        assert torch.equal(pooled, tokens.mean(dim=1))
+    as_stored = load_backbone(files["sam.pth"][0])[0].eval()
+    assert torch.equal(as_stored.forward_head(tokens, pre_logits=True), tokens)
+
+
 def test_the_rest_of_the_model_is_dropped_with_its_reason(files):
     dropped = load_backbone(files["sam.pth"][0])[2].dropped
     assert {reason.split(":")[0] for reason in dropped.values()} == {"prompt encoder", "mask decoder"}
