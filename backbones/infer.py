@@ -17,6 +17,7 @@ HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 GIVE = "give {0} to inspect or convert, backbones.NAME.spec.{0} to evaluate or run"
 HIDDEN = ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight")  # of a plain and of a gated MLP
 LARGEST = 4096  # pixels, of an image that a description may name
+NAMES = [f.name for f in fields(BackboneSpec)]
 PAIRS = ("img_size", "patch_size", "mean", "std")
 
 
@@ -39,11 +40,12 @@ def _infer(translation: Translation, source: str, stated: Mapping[str, Any], ove
     stated_or_assumed = layers[1] if "options" in stated else layers[0]  # a whole spec, or what holds for the family
     parts = [layer.get("options", {}) for layer in (stated_or_assumed, *layers[2:])]
     given["options"] = {key: value for part in parts for key, value in dict(part).items()}
-    if lacking := [name for name in translation.needed if name not in given["options"]]:
+    if lacking := [name for name in translation.needed if name not in given["options"] and name not in given]:
+        asked = [f"{name}=..." if name in NAMES else f"options.{name}=..." for name in lacking]
         raise UserError(
             f"{source}: nothing tells {' and '.join(lacking)}",
             expected=f"of layers, one of {', '.join(LAYERS)}" if any(name.endswith("_layer") for name in lacking) else "",
-            fix=" and ".join(GIVE.format(f"options.{name}=...") for name in lacking),
+            fix=" and ".join(GIVE.format(field) for field in asked),
         )
     shapes = shape_facts(translation.weights, source, given)
     if wrong := {key: (given[key], value) for key, value in shapes.items() if key in given and given[key] != value}:
@@ -57,9 +59,8 @@ def _infer(translation: Translation, source: str, stated: Mapping[str, Any], ove
 
 
 def _checked(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    known = [f.name for f in fields(BackboneSpec)]
-    if unknown := sorted(set(overrides) - set(known)):
-        raise UserError(f"a BackboneSpec has no {', '.join(unknown)}", expected=f"some of {', '.join(known)}")
+    if unknown := sorted(set(overrides) - set(NAMES)):
+        raise UserError(f"a BackboneSpec has no {', '.join(unknown)}", expected=f"some of {', '.join(NAMES)}")
     return _tuples(overrides)
 
 

@@ -56,6 +56,7 @@ OUTSIDE = {
 # Heads where the width alone does not tell: arch_zoo of mmpretrain's vision_transformer.py, beit.py and deit3.py.
 HEADS = {512: 8, 1408: 16, 1536: 24}
 ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "mmpretrain.QuickGELU": "quick_gelu"}
+NAMED_HEADS = {"mocov3-s": 12, "mocov3-small": 12}  # of arch names, where the width's are others (selfsup/mocov3.py)
 MAX_CONFIG = 1 << 20  # characters
 SMALL = (768, 8, 8)  # width, depth and heads of the arch "small" there, which is unlike everyone else's ViT-S
 
@@ -93,7 +94,10 @@ def read(checkpoint: Checkpoint, library: str) -> Translation:
     if "fc_norm.weight" in result.weights:
         result.assumed["global_pool"] = "avg"
         _drop_second_norm(result)
-    result.facts |= _described(config_of(checkpoint.extras), checkpoint.source, result)
+    config = config_of(checkpoint.extras)
+    result.facts |= _described(config, checkpoint.source, result)
+    if "norm_pre.weight" in result.weights and not (_inside(config, "model", "backbone") or checkpoint.stated_spec):
+        result.needed = ("act_layer",)  # CLIP's towers have GELU or quick GELU (configs/clip), which only a config shows
     return result
 
 
@@ -176,7 +180,8 @@ def _described(config: dict[str, Any], source: str, result: Translation) -> dict
     backbone = _inside(config, "model", "backbone")
     facts: dict[str, Any] = {}
     arch = backbone.get("arch")
-    for told in (arch.get("num_heads") if isinstance(arch, dict) else None, backbone.get("num_heads")):
+    named = NAMED_HEADS.get(arch) if isinstance(arch, str) else None
+    for told in (arch.get("num_heads") if isinstance(arch, dict) else named, backbone.get("num_heads")):
         if isinstance(told, int) and not isinstance(told, bool):
             facts["num_heads"] = told
     if backbone.get("with_cls_token") is False and "cls_token" in result.weights:

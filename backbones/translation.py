@@ -30,7 +30,7 @@ class Translation:
     facts: fields of the BackboneSpec that the file states. assumed: fields that hold for the family where the file is silent.
     renamed, dropped: by the names in `Checkpoint.tensors`. outside: reasons for tensors of `Checkpoint.outside`, whole names,
     where there is more to say than that they stand outside of the ViT. taken: those of `Checkpoint.outside` that fill one of our
-    weights all the same, whole names. needed: options that nothing in the file tells and that
+    weights all the same, whole names. needed: options, or fields of the BackboneSpec, that nothing in the file tells and that
     the user or the spec in the file must state.
     """
 

@@ -1,15 +1,18 @@
 """mmpretrain: ViT, MAE, MoCo v3, MaskFeat, DeiT III and BEiT as mmpretrain, mmselfsup and mmclassification save them."""
 
-from backbones.open_mmlab import is_segmentation, is_vit
+from backbones.families import family
+from backbones.formats.moco_v3 import has_table
+from backbones.open_mmlab import config_of, is_segmentation, is_vit
 from backbones.open_mmlab import read as read_open_mmlab
 from backbones.source import Checkpoint
-from backbones.translation import Translation
+from backbones.translation import Translation, width
 
 PRETRAINED = {  # beside the backbone -> by which method it was trained
     "neck.decoder_blocks.0.attn.qkv.": "mae",  # MILAN's decoder has other attention
     "target_generator.weight_x": "maskfeat",  # HOG's filters
     "head.predictor.": "moco_v3",
 }
+SMALL = 384  # channels: MoCo v3's ViT has 12 heads there, where everyone else's has 6; MAE and MoCo v3 share a fixed table here
 
 
 def fits(checkpoint: Checkpoint) -> bool:
@@ -23,6 +26,11 @@ def read(checkpoint: Checkpoint) -> Translation:
     for start, method in PRETRAINED.items():
         if any(name.startswith(start) for name in checkpoint.outside):
             result.assumed["pretrain_method"] = method
+    if width(result.weights) == SMALL and not config_of(checkpoint.extras):
+        if result.assumed["pretrain_method"] == "moco_v3":
+            result.assumed["num_heads"] = family("moco_v3")["num_heads"]
+        elif has_table(result.weights):
+            result.needed = (*result.needed, "num_heads")
     if "blocks.0.ls1.gamma" in result.weights and result.facts["options"].get("no_embed_class"):
         result.assumed["pretrain_method"] = "supervised"
         result.notes.append(

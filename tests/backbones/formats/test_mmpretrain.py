@@ -1,6 +1,7 @@
 """mmpretrain: every kind of backbone gives the features of its published equations; what the file's config says holds."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from backbones.load import load_backbone
 from mae_bench.errors import UserError
 from tests.backbones.formats import toys_mmpretrain as toys
-from tests.backbones.formats.reference import check_real_size
+from tests.backbones.formats.plain_vit import sincos
+from tests.backbones.formats.reference import check_real_size, fill
 
 
 def reference(tensors, imgs, heads, eps=1e-6, gelu=F.gelu):
@@ -199,6 +201,31 @@ def test_the_activation_of_the_config(tmp_path, imgs, activation, gelu):
     with torch.no_grad():
         expected = reference(tensors, imgs, 3, gelu=gelu)
         torch.testing.assert_close(model.eval().forward_features(imgs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_config_the_activation_of_a_clip_is_asked_for(files):
+    with pytest.raises(UserError, match="options.act_layer"):
+        load_backbone(files["clip"][0])
+
+
+@pytest.mark.parametrize("told", ["predictor", "config", "user", "nothing"])
+def test_moco_v3s_small_has_twelve_heads(tmp_path, told):
+    """selfsup/mocov3.py (mocov3-small); a MAE of its width has six, and the same fixed table."""
+    shapes = toys.shapes(toys.qkv(384), 384, 2, 1536) | toys.pair("ln1", 384)
+    tensors = fill(shapes) | {"pos_embed": sincos(384, toys.GRID, down_first=True, class_row=True)}
+    state = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
+    content: dict[str, Any] = {"state_dict": state}
+    if told == "predictor":
+        state |= fill(toys.pair("head.predictor.fc0", 16, 16))
+    if told == "config":
+        content["meta"] = {"cfg": "model = dict(backbone=dict(arch='mocov3-small', type='MoCoV3ViT'))"}
+    torch.save(content, tmp_path / "x.pth")
+    if told == "nothing":
+        with pytest.raises(UserError, match=r"nothing tells num_heads\n.*\n?.*give num_heads="):
+            load_backbone(tmp_path / "x.pth")
+        return
+    overrides = {"num_heads": 6} if told == "user" else {}
+    assert load_backbone(tmp_path / "x.pth", overrides=overrides)[1].num_heads == (6 if told == "user" else 12)
 
 
 @pytest.mark.parametrize(

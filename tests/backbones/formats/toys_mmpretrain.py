@@ -142,6 +142,8 @@ def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
             state |= {f"momentum_encoder.module.0.{key}": tensor * 0.5 for key, tensor in tensors.items()}
             state["momentum_encoder.steps"] = torch.tensor(5)
             options = {"weights": "backbone"}
+        if name == "clip":
+            options = {"overrides": {"options": {"act_layer": "gelu"}}}
         if name == "config":
             meta["cfg"] = CONFIG
         if name == "ema":
