@@ -66,6 +66,6 @@ def detect(checkpoint: Checkpoint) -> str:
     why = f"fits {' and '.join(fitting)}" if fitting else "fits no known format"
     raise UserError(
         f"{checkpoint.source} {why}: {found}{where}",
-        expected=f"one of {', '.join(FORMATS)}",
+        expected=f"one of {', '.join(fitting or FORMATS)}",
         fix="say which with --format NAME" if fitting else "if it is one of these under other names, rename its keys first",
     )

@@ -1,5 +1,6 @@
 """One door for every checkpoint: `load_backbone(SOURCE)` gives a timm model, its BackboneSpec and a ConversionReport."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from mae_bench.errors import UserError
 from mae_bench.models.vit import ViT, build_vit
 from mae_bench.spec import BackboneSpec
 
+NUMBERED = re.compile(r"(.*\b(?:blocks|layers?|resblocks))\.(\d{1,4})\.")
 FILLED = ("vit", "eva")  # wholly, by weights and computed buffers: random numbers for billions of weights would take minutes
 
 
@@ -82,6 +84,7 @@ def translate(
     """
     name = format or checkpoint.format or detect(checkpoint)
     translation = format_named(name).read(checkpoint)
+    _check_blocks(checkpoint, translation)
     if lost := sorted(set(checkpoint.tensors) - set(translation.renamed) - set(translation.dropped)):
         raise UserError(f"{checkpoint.source}: {name} does not explain {', '.join(lost)}", expected="a reason for every key")
     check_values(translation.weights, checkpoint.source)
@@ -96,6 +99,20 @@ def translate(
     return name, translation, infer_spec(translation, checkpoint.source, checkpoint.stated_spec, overrides)
 
 
+def _check_blocks(checkpoint: Checkpoint, translation: Translation) -> None:
+    """UserError where blocks stand outside that go on where the ViT's end: one model in two parts, of which one would be lost."""
+    depth = len({name.split(".")[1] for name in translation.weights if name.startswith("blocks.")})
+    numbers: dict[str, set[int]] = {}
+    for name in set(checkpoint.outside) - set(translation.taken):
+        if match := NUMBERED.match(name):
+            numbers.setdefault(match[1], set()).add(int(match[2]))
+    if split := sorted(stem for stem, found in numbers.items() if 0 not in found and depth in found):
+        raise UserError(
+            f"{checkpoint.source}: the ViT under {checkpoint.label!r} ends with block {depth - 1}, and {split[0]} goes on",
+            expected="all blocks of a model under one prefix", fix="join its parts under the same names",
+        )  # fmt: skip
+
+
 def _fit_pooling(translation: Translation, global_pool: str | None, source: str, spec: BackboneSpec) -> str:
     """timm's pooling for the model; moves the final norm behind the pooling where that is asked for."""
     weights = translation.weights
@@ -106,7 +123,7 @@ def _fit_pooling(translation: Translation, global_pool: str | None, source: str,
             )  # fmt: skip
         return "avg"
     if global_pool == "avg" and "norm.weight" in weights:
-        for key in ("weight", "bias"):
+        for key in [key for key in ("weight", "bias") if f"norm.{key}" in weights]:  # an RMSNorm has no bias
             del weights[f"norm.{key}"]
             stored = next(name for name, ours in translation.renamed.items() if ours == f"norm.{key}")
             del translation.renamed[stored]

@@ -117,10 +117,13 @@ def _open_path(source: str, path: Path, sha256: str | None, weights: str | None,
         beside = {name: value for name, value in beside.items() if name != SPEC_FILE or value.get("digest") == digest}
     stated = _stated(read.metadata.get(SPEC_KEY), part.extras.get(SPEC_KEY), file)
     tensors = {name: tensor.detach() for name, tensor in part.tensors.items()}
+    by_chance = () if path.is_dir() or file.name in WEIGHT_FILES else set(beside) - {SPEC_FILE}  # they may be of another file
+    notes = [f"{name} lies beside the file and is followed" for name in sorted(by_chance)]
     files |= {name: file_digest(file.parent / name) for name in beside}
     return Checkpoint(
-        source, digest, tensors, size, part.wrapper, part.prefix, part.outside, part.extras, beside, stated, read.trusted, files
-    )
+        source, digest, tensors, size, part.wrapper, part.prefix, part.outside, part.extras, beside, stated, read.trusted, files,
+        notes=notes,
+    )  # fmt: skip
 
 
 def _read(file: Path, sha256: str | None, trust: bool) -> tuple[WeightFile, dict[str, str]]:

@@ -23,6 +23,7 @@ from mae_bench.spec import BackboneSpec
 FAMILIES = ("dino", "ibot", "moco_v3", "deit", "deit3", "ijepa", "maskfeat", "lightly", "solo_learn")
 OWN_WRAPPERS = ("", "state_dict", "state_dict_ema")  # of timm's releases and of its train.py
 TRUNK = "visual.trunk."  # before timm's names in OpenCLIP's files
+UNTOLD = "nothing in the file says how images are fed: mean and std of ImageNet are assumed; many of timm's ViTs want 0.5"
 DROP = {r"head\.": HEAD, r"attn_pool\.": "attention pooling: a part of the classifier"}
 
 
@@ -61,6 +62,8 @@ def read(checkpoint: Checkpoint) -> Translation:
         result.facts |= _named(config, weights, checkpoint.source)
     else:
         _shown(result, checkpoint)
+        if not checkpoint.stated_spec and not checkpoint.prefix.endswith(TRUNK):
+            result.notes.append(UNTOLD)
     return result
 
 
@@ -88,9 +91,8 @@ def _shown(result: Translation, checkpoint: Checkpoint) -> None:
         result.assumed |= beit_facts(weights, checkpoint.source)
     elif is_eva(weights):
         result.assumed |= {"arch": "eva", "options": eva_options(weights)}
-        result.needed = (
-            ("use_rot_pos_emb",) if "swiglu_mlp" in result.assumed["options"] else ("use_rot_pos_emb", "use_post_norm")
-        )
+        rotary = ("use_rot_pos_emb", "ref_feat_shape")  # the grid that rotations count in, null where it is the image's
+        result.needed = rotary if "swiglu_mlp" in result.assumed["options"] else (*rotary, "use_post_norm")
     else:
         result.assumed["options"] = vit_options(weights)
         if not by_timm(checkpoint) and any(name.startswith(("norm_pre.", "attn_pool.")) for name in checkpoint.tensors):

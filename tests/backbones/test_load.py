@@ -152,11 +152,39 @@ def test_whatever_is_unexplained_is_refused(tmp_path, encoder, change, told):
         load_backbone(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize(("mine", "other"), [("a.", "b."), ("module.backbone.", "module.")])
+def test_half_of_the_blocks_under_another_prefix_is_no_shorter_model(tmp_path, encoder, mine, other):
+    moved = {(other if name.startswith("blocks.1.") else mine) + name: tensor for name, tensor in encoder.items()}
+    save_file(moved, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=f"ends with block 0, and {other}blocks goes on"):
+        load_backbone(tmp_path / "x.safetensors")
+
+
+def test_another_models_blocks_beside_the_vit_are_no_part_of_it(tmp_path, encoder):
+    others = {f"text.blocks.{i}.attn.qkv.bias": torch.zeros(6) for i in range(4)}
+    save_file({f"image.{name}": tensor for name, tensor in encoder.items()} | others, tmp_path / "x.safetensors")
+    _, spec, report = load_backbone(tmp_path / "x.safetensors")
+    assert spec.depth == 2
+    assert set(others) <= set(report.dropped)
+
+
+def test_a_description_that_lies_beside_a_file_by_chance_is_told(tmp_path, encoder):
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": 32, "patch_size": 8, "depth": 2}}
+    config["pretrained_cfg"] = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in ("another.safetensors", "model.safetensors"):
+        save_file(encoder, tmp_path / name)
+        _, spec, report = load_backbone(tmp_path / name)
+        assert spec.mean == (0.5, 0.5, 0.5)
+        assert ("config.json lies beside the file and is followed" in report.notes) == (name == "another.safetensors")
+
+
 def test_an_ambiguous_file_asks_for_its_format(tmp_path, encoder):
     encoder["pos_embed"] = torch.randn(1, 17, 192)  # wrapped like the reference's and DeiT's files, marked as neither
     torch.save({"model": encoder}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="official_mae and timm") as error:
         load_backbone(tmp_path / "x.pth")
+    assert error.value.expected == "one of official_mae, timm"
     assert "--format" in str(error.value)
     assert load_backbone(tmp_path / "x.pth", format="timm")[2].format == "timm"
     assert load_backbone(tmp_path / "x.pth", format="official_mae")[1].pretrain_method == "mae"

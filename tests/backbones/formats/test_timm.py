@@ -137,14 +137,26 @@ def test_what_is_written_is_loaded_by_timm(files, tmp_path, name):
 def test_what_tensors_do_not_show_is_asked_for(tmp_path, architecture, asked):
     weights = build(architecture).state_dict()
     save_file(weights, tmp_path / "bare.safetensors")
-    with pytest.raises(UserError, match=f"options.{asked}"):
+    with pytest.raises(UserError, match=f"options.{asked}") as error:
         load_backbone(tmp_path / "bare.safetensors")
+    assert asked == "act_layer" or "options.ref_feat_shape" in str(error.value)  # in which rotations count, at 448 pixels too
     told = {"act_layer": "quick_gelu"} if asked == "act_layer" else {"use_rot_pos_emb": True, "ref_feat_shape": [16, 16]}
     model, spec, _ = load_backbone(tmp_path / "bare.safetensors", overrides={"options": told})
     assert spec.options[asked] == told[asked]
     if architecture != "siglip":
         imgs = torch.randn(1, 3, 32, 32)
         torch.testing.assert_close(tokens_of(model, imgs), tokens_of(build(architecture), imgs), rtol=1e-5, atol=1e-5)
+
+
+def test_the_norm_of_an_average_has_a_bias_only_where_the_last_norm_has_one(tmp_path):
+    """An RMSNorm has none."""
+    weights = randomise(timm.create_model("test_vit4", num_classes=0, global_pool="")).state_dict()
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit4"}))
+    model, _, report = load_backbone(tmp_path, global_pool="avg")
+    assert set(report.new) == {"fc_norm.weight"}
+    assert report.dropped["norm.weight"]
+    assert torch.equal(model.state_dict()["fc_norm.weight"], torch.ones(96))
 
 
 @pytest.mark.parametrize(("name", "arch"), [("eva02_tiny_patch14_224", "eva"), ("beit_base_patch16_224", "beit")])
