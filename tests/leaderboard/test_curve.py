@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from leaderboard import metrics
 from leaderboard.compare import compare
 from leaderboard.curve import Curve, curves, headers, lines, published_curves
 from leaderboard.index import load_runs
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def add(folder: Folder, backbone: str, seed: int, points: dict[str, float]) -> None:
-    metrics = {"top1": Metric(50.0), **{f"top1_blocks_{count}": Metric(top1) for count, top1 in points.items()}}
-    folder.add(backbone, 0, seed, protocol="partial-small", metrics=metrics)
+    found = {"top1": Metric(50.0), **{f"top1_blocks_{count}": Metric(top1) for count, top1 in points.items()}}
+    folder.add(backbone, 0, seed, protocol="partial-small", metrics=found)
 
 
 @pytest.fixture
@@ -58,6 +59,16 @@ def test_points_are_means_over_seeds_in_the_order_of_the_blocks(partial: Folder)
         ["supervised", "40.0 ± 0.0", "45.0 ± 0.0", "50.0 ± 0.0", "-"],
         ["mae", "30.0 ± 1.0", "50.0 ± 1.0", "60.0 ± 1.0", "70.0 ± 1.0"],
     ]
+
+
+def test_numbers_of_blocks_rise_whatever_each_row_has() -> None:
+    one = Measured(1.0, None, 1, "%", "higher")
+    assert Curve("", "", {"deep": {24: one, 12: one}, "shallow": {0.5: one, 6: one, 0: one}}, {}).counts == [0, 0.5, 6, 12, 24]
+
+
+def test_points_stand_in_the_curves_table_alone(partial: Folder) -> None:
+    comparison = compare(load_runs(partial.root))
+    assert [metrics.headers(comparison, place) for place in range(2)] == [[], []]
 
 
 def test_a_single_number_of_blocks_is_no_curve(folder: Folder) -> None:

@@ -69,6 +69,14 @@ def test_a_score_alone_needs_no_table(folder: Folder, tmp_path: Path) -> None:
     assert not [path for path in write_report(folder.root, tmp_path) if "All metrics" in path.read_text(encoding="utf-8")]
 
 
+def test_names_of_metrics_are_text(folder: Folder, tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    folder.add("mae", 0, protocol=evil, metrics={"top1": Metric(60.0), evil: Metric(1.0, evil), f"{evil}_2": Metric(2.0)})
+    paths = {path.suffix: path.read_text(encoding="utf-8") for path in write_report(folder.root, tmp_path)}
+    assert evil not in paths[".html"]
+    assert "<script" not in paths[".md"].replace("\\<script", "")
+
+
 @pytest.mark.parametrize("suffix", [".md", ".html"])
 def test_the_report_has_the_table_and_the_chosen_head(folder: Folder, tmp_path: Path, suffix: str) -> None:
     note = "avg-4, base_lr 2: the best of 32 heads on 80 images held out of train (61.25 %)"

@@ -40,5 +40,10 @@ def test_the_papers_mae_rows(backbone: str, protocol: str, metric: str, dataset:
     assert found == [value]
 
 
+def test_points_of_a_curve_are_not_quoted_one_by_one() -> None:
+    assert any(row.blocks is not None for row in published_rows())
+    assert all(row.blocks is None and not row.ablation for row in published_for({"imagenet"}))
+
+
 def test_only_the_tasks_that_were_run_are_quoted() -> None:
     assert {row.task for row in published_for({"coco", "pretrain"})} == {"coco"}
