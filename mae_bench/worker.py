@@ -104,12 +104,18 @@ def ended(order: Order, act: Callable[[], None]) -> int:
 
 
 def _mistake(error: Exception, folder: Path) -> UserError | None:
-    """What the user can mend, a full disk among it, wherever it was met; None for all else."""
+    """What the user can mend, a full disk or device among it, wherever it was met; None for all else."""
     if isinstance(error, OSError) and is_full(error):
         return UserError(
             f"the disk is full: {error}",
             expected=f"room in {folder}",
             fix="free some and run the same command again: it goes on from the last state",
+        )
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, known by name: a failure must not wait for torch
+        return UserError(
+            f"the device's memory is full: {str(error).partition('. ')[0]}",
+            expected="room for the model and a batch",
+            fix="fewer cells at a time (jobs), a smaller device_batch_size or eval_batch_size, or end what else runs there",
         )
     return error if isinstance(error, UserError) else None
 

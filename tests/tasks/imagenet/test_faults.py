@@ -15,7 +15,7 @@ from mae_bench.errors import UserError
 from mae_bench.progress import Progress
 from mae_bench.registry import kind
 from mae_bench.worker import Order, ended, work
-from tasks.imagenet import features, few_shot, knn
+from tasks.imagenet import features, few_shot, knn, linear_probe
 from tasks.imagenet.classify import Classifier
 from tasks.imagenet.evaluate import predict
 from tasks.imagenet.features import FrozenFeatures
@@ -94,6 +94,14 @@ def test_no_memory_in_what_works_on_features(data, tmp_path, backbone, no_room, 
     failure = work_on(name, data, tmp_path, backbone)
     assert "memory does not hold" in failure["reason"]
     assert fix in failure["fix"]
+
+
+def test_no_memory_anywhere_else(data, tmp_path, backbone, no_room):
+    """As where another process fills the device before the model is there."""
+    no_room(linear_probe, "load_at_size")
+    failure = work_on("probe", data, tmp_path, backbone)
+    assert failure["reason"].startswith("the device's memory is full: CUDA out of memory")
+    assert "eval_batch_size" in failure["fix"]
 
 
 @pytest.mark.parametrize("name", ["finetune", "grid", "cached"])

@@ -27,6 +27,7 @@ COPIES: dict[str, dict[str, Any]] = {  # what is trained by both, by one in the 
     "finetune": {"global_batch_size": 12} | PLAIN,
     "grid": {"global_batch_size": 12, "device_batch_size": 4},
     "cached": {"global_batch_size": 12, "device_batch_size": 4},
+    "grid in shards": {"global_batch_size": 12, "device_batch_size": 4, "parallel": "fsdp"},
 }
 
 
@@ -43,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def alone(place: Path, faint: Path, sources: dict[str, str]) -> dict[str, Outcome]:
     """Everything in one process."""
     runs = {name: (name, place / "alone" / name, RUNS[name]) for name in RUNS}
-    runs |= {f"copied {name}": (name, place / "copied" / name, COPIES[name]) for name in COPIES}
+    runs |= {f"copied {name}": (name.split()[0], place / "copied" / name, COPIES[name]) for name in COPIES}
     runs["one by one"] = ("eval_only", place / "alone" / "one by one", {"eval_batch_size": 1})
     return {key: run_protocol(name, faint, folder, sources[name], **more) for key, (name, folder, more) in runs.items()}
 
@@ -54,7 +55,7 @@ def three(place: Path, faint: Path, sources: dict[str, str], alone: dict[str, Ou
     runs = {name: {"name": name, "folder": place / "three" / name, **RUNS[name]} for name in RUNS}
     for name in ("finetune", "grid", "cached"):
         shutil.copytree(place / "alone" / name / "checkpoints", place / "three" / name / "checkpoints")
-    runs |= {f"copied {name}": {"name": name, "folder": place / "copies" / name, **COPIES[name]} for name in COPIES}
+    runs |= {f"copied {name}": {"name": name.split()[0], "folder": place / "copies" / name, **COPIES[name]} for name in COPIES}
     runs["one by one"] = {"name": "eval_only", "folder": place / "three" / "one by one", "eval_batch_size": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MAE_BENCH_CACHE", str(place / "cache 3"))
