@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 BLOCK = 4096  # bytes: more than the headers that a camera or a program writes the same into every image
 THREADS = 16  # they wait for the disk
-CHUNK = 8192  # images that are handed to the threads at once, for a million waiting calls would take a gigabyte
+CHUNK = 64  # images that a thread is given at once
 MOST_NAMED = 5
 
 Pairs = list[tuple[str, str]]  # an image of val, the same image of train
@@ -68,8 +68,8 @@ def _digests(images: ImageSource, rows: list[int], length: int | None) -> dict[i
         return hashlib.blake2b(data, digest_size=16).digest() if data else b""
 
     with ThreadPoolExecutor(THREADS) as pool:
-        chunks = (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
-        digests = [each for chunk in chunks for each in pool.map(digest, chunk)]
+        chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+        digests = [each for chunk in pool.map(lambda chunk: [digest(i) for i in chunk], chunks) for each in chunk]
     return {i: each for i, each in zip(rows, digests, strict=True) if each}
 
 
