@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,6 +184,34 @@ def test_a_hook_leaves_training_as_it_was(tmp_path: Path) -> None:
         hooked = run.fit()
     plain = train(tmp_path / "plain", ema=False, **RARELY)
     assert all(torch.equal(tensor, weights(plain)[name]) for name, tensor in weights(hooked).items())
+
+
+def test_what_hooks_take_is_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that a step moves by a second and a hook by a thousand."""
+    now = [0.0]
+    with signals_restored():
+        run = Run(tmp_path, **RARELY)
+        monkeypatch.setattr("mae_bench.engine.meters.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+        def slow(model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
+            now[0] += 1
+            return run.loss(model, batch, step)
+
+        def evaluate(model: nn.Module, step: int) -> None:
+            now[0] += 1000
+
+        run.trainer.every_epochs(1, evaluate)
+        run.trainer.fit(run.batches, slow)
+    assert now[0] == TOTAL + 3 * 1000
+    assert run.trainer.seconds == TOTAL
+    assert run.trainer.images_per_second == 8
+
+
+def test_batches_that_end_early_are_no_end_of_training(tmp_path: Path) -> None:
+    with signals_restored():
+        run = Run(tmp_path, **RARELY)
+        with pytest.raises(RuntimeError, match=f"ended at step 5 of {TOTAL}"):
+            run.trainer.fit(lambda start, stop: run.batches(start, 5), run.loss)
 
 
 def test_out_of_memory_names_the_micro_batch_and_its_half(tmp_path: Path) -> None:
