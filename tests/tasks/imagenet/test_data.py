@@ -131,6 +131,20 @@ def test_shared_images_stand_in_the_record(shared: Path, tmp_path: Path, backbon
     assert NOTE in outcome.notes
 
 
+def test_a_set_as_its_publisher_lists_it_is_scored_under_its_name(tmp_path: Path, backbone: str) -> None:
+    """Places365's files, with the toy's images and three classes in another order than the alphabet's."""
+    root, classes = write_images(tmp_path / "set"), ["class2", "class0", "class1"]
+    (root / "categories_places365.txt").write_text("".join(f"/c/{name} {i}\n" for i, name in enumerate(classes)))
+    for split, folder, file in (("train", "data_256", "places365_train_standard.txt"), ("val", "val_256", "places365_val.txt")):
+        (root / split).rename(root / folder)
+        images = sorted((root / folder).rglob("*.png"))
+        lines = [f"/{path.relative_to(root / folder).as_posix()} {classes.index(path.parent.name)}\n" for path in images]
+        (root / file).write_text("".join(lines))
+    outcome = knn.run(config(root), job(tmp_path / "cell", backbone), Progress())
+    assert (outcome.dataset, outcome.num_samples, outcome.metrics["top1"].value) == ("Places365", 9, 100)
+    assert outcome.data_digest == check_layout("imagenet", root).digest
+
+
 def test_disjoint_splits_are_not_spoken_of(data: Path) -> None:
     assert open_data(config(data)).notes == []
     assert open_data(config(data, overlap="refuse")).notes == []
