@@ -179,8 +179,8 @@ def run(config: LinearProbeConfig, job: Job, progress: Progress) -> Outcome:
     rows = np.setdiff1d(usable, held_out)
     trainer = train_heads(config, job, progress, data, probe, heads, inputs, rows)
     trained = trainer.full_model().eval()
-    place, told = choose(trained, heads, inputs, held_out, job, progress)
     began = time.monotonic()
+    place, told = choose(trained, heads, inputs, held_out, job, progress)
     found = predict(_one_head(inputs, trained, place), inputs.val(), len(data.val), progress)
     share_bad(data.bad_val)
     if world().is_main:

@@ -57,6 +57,7 @@ def three(place: Path, faint: Path, sources: dict[str, str], alone: dict[str, Ou
         shutil.copytree(place / "alone" / name / "checkpoints", place / "three" / name / "checkpoints")
     runs |= {f"copied {name}": {"name": name.split()[0], "folder": place / "copies" / name, **COPIES[name]} for name in COPIES}
     runs["one by one"] = {"name": "eval_only", "folder": place / "three" / "one by one", "eval_batch_size": 1}
+    runs |= {key: {"name": "partial", "folder": place / "partial", "global_batch_size": 12} for key in ("partial", "again")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MAE_BENCH_CACHE", str(place / "cache 3"))
         return together(place, 3, {key: run | {"data": faint, "backbone": sources[run["name"]]} for key, run in runs.items()})
@@ -103,3 +104,13 @@ def test_three_processes_train_what_one_trains(name: str, alone: dict[str, Outco
     momenta = [key for key in compared if key.startswith("optimizer.heads.")]
     assert name == "finetune" or len(momenta) == 8 * 2, "weights and biases of all heads got gradients"
     assert len({json.dumps(each["metrics"]) for each in three[f"copied {name}"]}) == 1
+
+
+def test_a_curve_of_three_processes_is_everyones_and_not_trained_again(three: Results, place: Path) -> None:
+    curve = json.loads((place / "partial/curve.json").read_text())["top1"]
+    for each in [*three["partial"], *three["again"]]:
+        assert {f"top1_blocks_{count}": top1 for count, top1 in curve.items()}.items() <= {
+            name: metric["value"] for name, metric in each["metrics"].items()
+        }.items()
+    times = {each["cost"]["seconds_train"] for each in three["again"]}
+    assert times == {three["partial"][0]["cost"]["seconds_train"]}, "what the first process has kept"
