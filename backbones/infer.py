@@ -55,6 +55,7 @@ def _infer(translation: Translation, source: str, stated: Mapping[str, Any], ove
     merged.setdefault("pos_embed", pos_embed_kind(translation.weights, merged))
     if "num_heads" not in merged:
         merged["num_heads"] = _standard_heads(merged["embed_dim"], source)
+        translation.notes.append(f"{merged['num_heads']} heads, as is standard for its width: nothing in the file says it")
     return BackboneSpec(**merged)
 
 

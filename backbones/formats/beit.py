@@ -43,9 +43,9 @@ def possible(checkpoint: Checkpoint) -> tuple[str, ...]:
     shared = f"rel_pos_bias.{TABLE}" in tensors
     if (head := tensors.get("lm_head.weight")) is not None:
         return ("data2vec",) if shared and head.ndim == 2 and head.shape[0] == head.shape[1] else ("beit",)
-    if shared and "mask_token" not in tensors:
+    if shared and "mask_token" not in tensors and "head.weight" in tensors:
         return ("data2vec",)
-    return ("beit", "beitv2", "simmim")
+    return FAMILIES if shared else ("beit", "beitv2", "simmim")
 
 
 def _is_official(checkpoint: Checkpoint) -> bool:

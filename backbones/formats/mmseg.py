@@ -29,7 +29,8 @@ def read(checkpoint: Checkpoint) -> Translation:
 def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
     """`{"state_dict": ...}` with bare names, for `backbone=dict(type="VisionTransformer", patch_bias=True, final_norm=True,
     init_cfg=dict(type="Pretrained", checkpoint=out))`."""
-    if spec.arch != "vit" or set(spec.options) - CONFIG or spec.num_prefix_tokens != 1 or "pos_embed" not in weights:
+    odd = {name for name, value in spec.options.items() if name not in CONFIG and (name, value) != ("act_layer", "gelu")}
+    if spec.arch != "vit" or odd or spec.num_prefix_tokens != 1 or "pos_embed" not in weights:
         raise UserError(
             f"a {spec.arch} with {spec.num_prefix_tokens} prefix tokens, {spec.pos_embed} positions and options "
             f"{sorted(spec.options)} cannot be written as mmseg",

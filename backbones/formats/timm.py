@@ -32,7 +32,11 @@ def fits(checkpoint: Checkpoint) -> bool:
 
     A config.json with timm's architecture, or the spec that our own writer put into the file, decides."""
     keys = checkpoint.tensors
-    if SPEC_FILE in checkpoint.beside or "mask_token" in keys or any("relative_position_index" in key for key in keys):
+    if (
+        SPEC_FILE in checkpoint.beside
+        or {"mask_token", "register_tokens"} & set(keys)
+        or any("relative_position_index" in key for key in keys)
+    ):
         return False
     if by_timm(checkpoint):
         return "patch_embed.proj.weight" in keys and any(key.startswith("blocks.0.norm") for key in keys)

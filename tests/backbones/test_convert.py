@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -35,28 +36,28 @@ def place(folder: Path, to: str, name: str = "out") -> Path:
 
 
 @pytest.fixture(scope="module")
-def kinds(tmp_path_factory) -> dict[str, Path]:
-    """The toy files that HELD names."""
-    found: dict[str, Path] = {}
+def kinds(tmp_path_factory) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """The toy files that HELD names, with the keywords that they need."""
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for format in {kind.split("/")[0] for kind in HELD}:
         written = import_module(f"tests.backbones.formats.toys_{format}").write(tmp_path_factory.mktemp(format))
-        found |= {f"{format}/{name}": path for name, (path, _) in written.items()}
+        found |= {f"{format}/{name}": toy for name, toy in written.items()}
     return found
 
 
 @pytest.mark.parametrize("to", written_formats())
 @pytest.mark.parametrize("kind", HELD)
 def test_there_and_back_again_or_refused_before_anything_is_written(tmp_path, kinds, kind, to):
-    out = place(tmp_path, to)
+    out, (path, options) = place(tmp_path, to), kinds[kind]
     if to not in HELD[kind]:
         with pytest.raises(UserError) as refused:
-            convert(kinds[kind], out, to)
+            convert(path, out, to, **options)
         assert to in str(refused.value) or "fc_norm" in str(refused.value)
         assert not out.exists()
         return
-    model, spec, _ = load_backbone(kinds[kind])
-    report = convert(kinds[kind], out, to)
-    assert report.source == str(kinds[kind])
+    model, spec, _ = load_backbone(path, **options)
+    report = convert(path, out, to, **options)
+    assert report.source == str(path)
     there, same_spec, read = load_backbone(out)
     assert (read.format, same_spec) == (to, spec)
     convert(out, tmp_path / "back", "mae_bench")

@@ -212,6 +212,14 @@ def test_heads_are_never_guessed(tmp_path, layouts):
         load_backbone(tmp_path / "x.safetensors", overrides={"num_heads": 4, "depth": 7})
 
 
+def test_heads_by_the_width_alone_are_told(tmp_path, encoder):
+    """MAE-Lite's ViT-Ti has 12 heads, and its file looks like one with 3."""
+    save_file(encoder, tmp_path / "x.safetensors")
+    assert any(note.startswith("3 heads") for note in load_backbone(tmp_path / "x.safetensors")[2].notes)
+    given = load_backbone(tmp_path / "x.safetensors", overrides={"num_heads": 12})[2]
+    assert not any("heads" in note for note in given.notes)
+
+
 def test_a_table_of_oblong_images_needs_its_size(tmp_path, encoder):
     encoder["pos_embed"] = torch.randn(1, 1 + 8, 192)
     save_file(encoder, tmp_path / "x.safetensors")

@@ -132,6 +132,13 @@ def test_features_are_those_of_transformers_data2vec(files, imgs):
         )
 
 
+def test_a_shared_table_alone_is_no_mark(tmp_path):
+    """BEiT, BEiT v2 and data2vec all pretrain with one; data2vec alone fine-tunes with it."""
+    torch.save({"model": weights(pair("norm", 192), positions="shared")}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="fits beit and beitv2 and data2vec and simmim"):
+        load_backbone(tmp_path / "x.pth")
+
+
 @pytest.mark.parametrize("name", ["fine", "fine-cls"])
 def test_a_fine_tuned_file_without_marks_asks_for_its_family(files, name):
     with pytest.raises(UserError, match="fits beit and beitv2 and simmim") as error:

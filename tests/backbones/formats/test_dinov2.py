@@ -14,7 +14,7 @@ from mae_bench.cost import backbone_gmacs, num_params
 from mae_bench.errors import UserError
 from tasks.imagenet.classify import Classifier
 from tests.backbones.formats import toys_dinov2
-from tests.backbones.formats.reference import check_real_size
+from tests.backbones.formats.reference import check_real_size, fill
 from tests.backbones.formats.toys_dinov2 import backbones, number, prefixed, shapes
 
 TEACHERS = {"teacher": "base", "training": "base"}  # files with the backbone of another
@@ -182,3 +182,9 @@ def test_cost_and_classifier(files):
     assert backbone_gmacs(spec) == pytest.approx(macs / 1e9)
     logits = Classifier(model, spec, 7, spec.global_pool, fc_norm=False)(torch.zeros(2, 3, 56, 56))
     assert logits.shape == (2, 7)
+
+
+def test_registers_are_a_mark_without_a_mask_token(tmp_path):
+    weights = {name: tensor for name, tensor in fill(shapes(registers=4)).items() if name != "mask_token"}
+    torch.save(weights, tmp_path / "x.pth")
+    assert load_backbone(tmp_path / "x.pth")[2].format == "dinov2"
