@@ -129,7 +129,11 @@ def _difference(cell: Cell, base: Cell, higher_is_better: bool) -> Difference | 
 
 def _notes(records: list[Run], cells: dict[str, list[Cell]], baseline: str) -> list[str]:
     """What the reader must know to read the numbers rightly."""
-    notes = [] if baseline in cells else [f"There is no row named {baseline}, so the table has no differences."]
+    notes = (
+        []
+        if baseline in cells
+        else [f"There is no row named {baseline}, so the table has no differences (--baseline NAME of a row gives them)."]
+    )
     everything = [cell for row in cells.values() for cell in row]
     if any(cell.difference and cell.difference.low is not None for cell in everything):
         notes.append("Intervals hold 95 % by Student's t over the seeds, each for itself: no correction for many comparisons.")

@@ -204,12 +204,16 @@ def plan(
 def report(
     runs: Annotated[Path, typer.Argument(metavar="RUNS", help="A folder of runs, at any depth.")],
     out: Annotated[Path | None, typer.Option("--out", help="Where the report is written; by default RUNS/report.")] = None,
-    baseline: Annotated[str, typer.Option("--baseline", help="The backbone that the others are compared with.")] = "supervised",
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="What the others are compared with; by default the suite's, else supervised.")
+    ] = None,
     title: Annotated[str, typer.Option("--title", help="Of the page.")] = "mae_bench leaderboard",
     as_json: Json = False,
 ) -> None:
     """Render the leaderboard of all records below a folder: terminal, Markdown, CSV, JSON and HTML."""
-    files = _report(runs, out or runs / "report", baseline, title, None, quiet=as_json)
+    from mae_bench.suite import baseline_of
+
+    files = _report(runs, out or runs / "report", baseline or baseline_of(runs) or "supervised", title, None, quiet=as_json)
     if as_json:
         _print_json({"report": files})
     else:

@@ -23,12 +23,11 @@ from mae_bench.progress import STOP_SIGNALS
 from mae_bench.provenance import num_cores, visible_gpus
 from mae_bench.record import FAILURE_FILE, Failure, ResultRecord, write_failure
 from mae_bench.registry import kind
-from mae_bench.suite import Place, SuiteConfig, check_sources, expand, places
+from mae_bench.suite import SUITE_FILE, Place, SuiteConfig, check_sources, expand, places
 from mae_bench.worker import INTERRUPTED, LOCK_FILE, Order
 
 MOST_JOBS = 4  # on a CPU, unless asked for more: each worker holds a framework and its data in memory
 LOG_LINES = 5  # of a dead worker's log in its failure
-SUITE_FILE = "suite.json"
 
 Result = ResultRecord | Failure
 

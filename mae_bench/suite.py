@@ -1,6 +1,7 @@
 """The suite: a typed YAML of backbones, tasks and seeds, expanded to the graph of cells that it stands for."""
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ from mae_bench.record import NOT_THE_METHOD
 from mae_bench.registry import KINDS, kind, load_object
 
 CELLS = "cells"  # the folder of a suite's cells
+SUITE_FILE = "suite.json"  # beside it: the suite that was last run there
 Place = tuple[Layout, str]  # a layout and the folder that holds data in it
 DATA_KEYS: dict[str, tuple[str, ...]] = {  # what names a layout's folder, if not itself
     "images": ("pretrain", "imagenet"),
@@ -84,6 +86,15 @@ def load_suite(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
     return suite.model_copy(
         update={group: {name: jobs[f"{group}.{name}"] for name in getattr(suite, group)} for group in ("backbones", "tasks")}
     )
+
+
+def baseline_of(folder: Path) -> str:
+    """The baseline of the suite that was last run in a folder; "" where none was."""
+    try:
+        value = json.loads((folder / SUITE_FILE).read_text(encoding="utf-8"))
+        return str(value["baseline"] or next(iter(value["backbones"])))
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        return ""
 
 
 def _jobs(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:

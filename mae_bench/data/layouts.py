@@ -123,6 +123,8 @@ def _is_root(layout: str, folder: Path) -> bool:
 
 def _elsewhere(layout: str, root: Path) -> str:
     """The next thing to do: the folder beside, above or below that has the layout, if there is one."""
+    if layout == "image_sets":  # any folder could be meant
+        return "give the folder that holds the class folders"
     above = list(root.absolute().parents)[:2]
     below = [Path(entry) for entry in sorted(os.scandir(root), key=lambda e: e.name) if entry.is_dir()] if root.is_dir() else []
     for folder in [*above, *below]:

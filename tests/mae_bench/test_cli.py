@@ -130,9 +130,11 @@ def test_a_report_shows_the_cells_of_the_suite_alone(fake_kinds: Path, toy: Path
     done = mae_bench("run", str(toy), "tasks.probe.score=22.5", script=fake_kinds)
     assert "22.5" in done.stdout
     assert "11.5" not in done.stdout
-    everything = mae_bench("report", suite["out"], "--baseline", "base")
+    everything = mae_bench("report", suite["out"])
     assert "11.5" in everything.stdout
     assert "22.5" in everything.stdout
+    assert "no differences" not in everything.stdout, "the suite's baseline is the report's"
+    assert "no row named nobody" in mae_bench("report", suite["out"], "--baseline", "nobody").stdout
 
 
 def test_a_plan_is_json_for_programs(fake_kinds: Path, toy: Path, suite: dict[str, Any]) -> None:
