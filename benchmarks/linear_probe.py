@@ -35,7 +35,7 @@ def probe_of(vit: nn.Module, spec: BackboneSpec, grid: dict[str, list], num_clas
     """The probe and its optimizer, as the protocol makes them."""
     within = {"layers": [min(count, spec.depth) for count in grid["layers"]]} if "layers" in grid else {}
     config = build(LinearProbeConfig, COMMON | grid | within, "benchmark")
-    heads = heads_of(config)
+    heads = heads_of(config, spec)
     sets = list(dict.fromkeys(head.features for head in heads))
     extract = FrozenFeatures(vit, spec, sets)  # type: ignore[arg-type]
     probe = Probe(heads, sets, extract.widths, num_classes, seed=0).on(extract)

@@ -63,7 +63,7 @@ def build_vit(
     the patch divides. A plain "vit" is freshly initialised as MAE does (xavier uniform, paper A.1), the others as timm does.
     UserError for an unknown architecture or option.
     """
-    if global_pool == "token" and not _has_class_token(spec):
+    if global_pool == "token" and not has_class_token(spec):
         global_pool = ""  # no pooling in timm, and the norm stays where it is
     args: dict[str, Any] = {
         "img_size": spec.img_size,
@@ -100,7 +100,7 @@ def build_vit(
     return model
 
 
-def _has_class_token(spec: BackboneSpec) -> bool:
+def has_class_token(spec: BackboneSpec) -> bool:
     """Whether the prefix tokens begin with a class token; a model that its name alone rebuilds says so by its pooling."""
     if spec.arch not in ARCHS:
         return spec.global_pool == "token"
@@ -109,7 +109,7 @@ def _has_class_token(spec: BackboneSpec) -> bool:
 
 def _prefix_tokens(spec: BackboneSpec) -> dict[str, Any]:
     """Prefix tokens are a class token, unless the options say that there is none, and registers behind it."""
-    class_token = _has_class_token(spec)
+    class_token = has_class_token(spec)
     registers = spec.num_prefix_tokens - int(class_token)
     return {"class_token": class_token, ("reg_tokens" if spec.arch == "vit" else "num_reg_tokens"): registers}
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from mae_bench.engine.distributed import world
 from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import UserError
 from mae_bench.job import Job
-from mae_bench.models.vit import ViT
+from mae_bench.models.vit import ViT, has_class_token
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
@@ -29,7 +29,7 @@ from tasks.imagenet.config import ClassifyConfig, EvalConfig, ImageConfig, Poole
 from tasks.imagenet.data import Data
 from tasks.imagenet.evaluate import Feed, predict_images, watch_epochs
 
-MLP_HALF = ("norm2", "mlp", "ls2", "drop_path2")  # of timm's blocks
+MLP_HALF = ("norm2", "mlp", "ls2", "gamma_2", "drop_path2")  # of timm's blocks; gamma_2 is a parameter of BEiT's and EVA's
 BatchStream = Callable[[int, int], Iterator[Batch]]
 
 
@@ -61,12 +61,14 @@ class Classifier(nn.Module):
         blocks = list(vit.blocks)
         tuned: list[nn.Module] = blocks[len(blocks) - whole :]
         self._frozen = blocks[: len(blocks) - whole]
+        scales: list[nn.Parameter] = []
         if last_blocks % 1:
             last = self._frozen.pop()
             tuned += [part for name, part in last.named_children() if name in MLP_HALF]
             self._frozen += [part for name, part in last.named_children() if name not in MLP_HALF]
+            scales = [scale for name, scale in last.named_parameters(recurse=False) if name in MLP_HALF]
         vit.requires_grad_(False)
-        for part in (*tuned, vit.norm, vit.fc_norm):
+        for part in (*tuned, vit.norm, vit.fc_norm, *scales):
             part.requires_grad_(True)
 
     def train(self, mode: bool = True) -> "Classifier":
@@ -103,9 +105,18 @@ def size_of(config: ImageConfig, spec: BackboneSpec) -> tuple[int, int]:
     return size
 
 
+C = TypeVar("C", bound=PooledConfig)
+
+
+def pooled_as_it_is(config: C, spec: BackboneSpec) -> C:
+    """The config with a pooling of its own in the place of "own"."""
+    own = spec.global_pool if has_class_token(spec) else "avg"
+    return config.model_copy(update={"global_pool": own}) if config.global_pool == "own" else config
+
+
 def require_pool(pool: str, spec: BackboneSpec) -> None:
     """UserError where the class token is asked for and there is none."""
-    if spec.num_prefix_tokens == 0 and pool == "token":
+    if pool == "token" and not has_class_token(spec):
         raise UserError("global_pool=token with a backbone that has no class token", expected="global_pool=avg for this backbone")
 
 

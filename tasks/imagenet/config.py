@@ -51,7 +51,7 @@ class ImageConfig(JobConfig):
 class PooledConfig(ImageConfig):
     """What protocols that pool a backbone's tokens themselves share."""
 
-    global_pool: Pool = "avg"
+    global_pool: Literal["token", "avg", "own"] = Field("avg", description="own: as the checkpoint's authors pool, by its spec")
 
 
 class EvalConfig(TrainConfig, PooledConfig):
@@ -66,6 +66,7 @@ class EvalConfig(TrainConfig, PooledConfig):
 class ClassifyConfig(EvalConfig):
     """Training all weights of a classifier (arXiv 2111.06377, Tables 9 and 11)."""
 
+    global_pool: Pool = "avg"
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     mixup: float = Field(0.8, ge=0)
     cutmix: float = Field(1.0, ge=0)

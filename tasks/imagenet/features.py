@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from mae_bench.models.vit import ViT
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
-from tasks.imagenet.classify import load_at_size
+from tasks.imagenet.classify import load_at_size, pooled_as_it_is
 from tasks.imagenet.config import Pool, PooledConfig
 from tasks.imagenet.data import Data, open_data
 from tasks.imagenet.evaluate import Feed, outcome_of, share_bad
@@ -270,12 +270,17 @@ class FrozenTask:
         return replace(found, cost=cost, artefacts=found.artefacts | (artefacts or {}))
 
 
+def feature_set(config: PooledConfig, spec: BackboneSpec) -> FeatureSet:
+    """The last layer's features of the config's pooling."""
+    return FeatureSet(cast(Pool, pooled_as_it_is(config, spec).global_pool))
+
+
 def frozen_task(config: PooledConfig, job: Job, progress: Progress, main_metric: str = "top1") -> FrozenTask:
     """Checks the data, loads the backbone and brings its features of the config's pooling."""
     data = open_data(config)
     device = torch.device(job.device)
     vit, spec, report = load_at_size(config, job.backbone)
-    model = FrozenFeatures(vit, spec, [FeatureSet(config.global_pool)]).to(device)
+    model = FrozenFeatures(vit, spec, [feature_set(config, spec)]).to(device)
     began = time.monotonic()
     features = cached_features(model, data, config, spec, device, progress)
     return FrozenTask(config, job, data, spec, report, device, model, features, time.monotonic() - began, main_metric)

@@ -29,7 +29,7 @@ from tasks.imagenet.classify import BatchStream, load_at_size, logits_of, stream
 from tasks.imagenet.config import LinearProbeConfig
 from tasks.imagenet.data import Data, open_data
 from tasks.imagenet.evaluate import PREDICTIONS_FILE, Feed, Inputs, outcome_of, predict, share_bad, trained_outcome, watch_epochs
-from tasks.imagenet.features import FeatureSet, FrozenFeatures, SplitFeatures, cached_features
+from tasks.imagenet.features import FeatureSet, FrozenFeatures, SplitFeatures, cached_features, feature_set
 from tasks.imagenet.lars import MOST, Lars
 
 HEAD_STD = 0.01
@@ -49,9 +49,10 @@ class Head:
         return f"{self.features.name}, base_lr {self.base_lr:g}"
 
 
-def heads_of(config: LinearProbeConfig) -> list[Head]:
+def heads_of(config: LinearProbeConfig, spec: BackboneSpec) -> list[Head]:
     """The grid, in the order lrs x pools x layers."""
-    grid = product(config.lrs or [config.base_lr], config.pools or [config.global_pool], config.layers)
+    pools = config.pools or [feature_set(config, spec).pool]
+    grid = product(config.lrs or [config.base_lr], pools, config.layers)
     return [Head(lr, FeatureSet(pool, layers)) for lr, pool, layers in grid]
 
 
@@ -161,7 +162,7 @@ def run(config: LinearProbeConfig, job: Job, progress: Progress) -> Outcome:
     data = open_data(config)
     device = torch.device(job.device)
     vit, spec, report = load_at_size(config, job.backbone)
-    heads = heads_of(config)
+    heads = heads_of(config, spec)
     sets = list(dict.fromkeys(head.features for head in heads))
     extract = FrozenFeatures(vit, spec, sets).to(device)
     probe = Probe(heads, sets, extract.widths, data.num_classes, job.seed).to(device)

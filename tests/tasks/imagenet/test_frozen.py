@@ -171,9 +171,23 @@ def test_data_of_another_set_is_refused(data):
         open_data(config)
 
 
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_own_pooling_is_that_of_the_checkpoint(data, tmp_path, pool):
+    spec = replace(SPEC, global_pool=pool)
+    source = write_backbone(tmp_path / "export", spec)
+    own, named = (run_knn(data, tmp_path / name, source, global_pool=name) for name in ("own", pool))
+    found = [np.load(tmp_path / name / "predictions.npz")["margin"] for name in ("own", pool)]
+    assert np.array_equal(*found)
+    assert own.metrics == named.metrics
+    other = "avg" if pool == "token" else "token"
+    run_knn(data, tmp_path / other, source, global_pool=other)
+    assert not np.array_equal(np.load(tmp_path / other / "predictions.npz")["margin"], found[0])
+
+
 def test_a_backbone_without_class_token(data, tmp_path):
     spec = replace(SPEC, num_prefix_tokens=0, pos_embed="learned")
     source = write_backbone(tmp_path / "export", spec)
     assert run_knn(data, tmp_path / "a", source).metrics["top1"].value == 100
+    assert run_knn(data, tmp_path / "own", source, global_pool="own").metrics["top1"].value == 100
     with pytest.raises(UserError, match="global_pool"):
         run_knn(data, tmp_path / "b", source, global_pool="token")

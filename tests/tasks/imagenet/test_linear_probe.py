@@ -85,7 +85,7 @@ def test_the_backbone_stays_as_it_was(backbone):
     vit, spec, _ = load_backbone(backbone, drop_path_rate=0.5)
     before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
     config = build(LinearProbeConfig, {"kind": "linear_probe", "data": "", **TRAIN}, "test")
-    heads = linear_probe.heads_of(config)
+    heads = linear_probe.heads_of(config, spec)
     extract = FrozenFeatures(vit, spec, [heads[0].features])
     model = linear_probe.Probe(heads, [heads[0].features], extract.widths, 3, 0).on(extract)
     optimizer = linear_probe.lars(model, config, heads)

@@ -1,6 +1,7 @@
 """Partial fine-tuning: what is trained for each number of blocks, the curve, and a run that goes on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from backbones.load import load_backbone
 from mae_bench.config import build
 from mae_bench.errors import UserError
 from mae_bench.job import Outcome
+from mae_bench.models.vit import build_vit
 from mae_bench.progress import Progress
 from tasks.imagenet import partial_finetune
 from tasks.imagenet.classify import Classifier
 from tasks.imagenet.config import PartialFinetuneConfig
-from tests.tasks.imagenet.toy import PLAIN, TRAIN, job
+from tests.tasks.imagenet.toy import PLAIN, SPEC, TRAIN, job
 
 VALUES: dict[str, Any] = {"kind": "partial_finetune", **TRAIN, **PLAIN, "base_lr": 0.3, "epochs": 2, "layer_decay": 0.9}
 BLOCKS: dict[str, Any] = {"blocks": [0, 0.5, 1, 2, 12], "linear": {"base_lr": 200.0, "epochs": 5}}
@@ -50,6 +52,16 @@ def test_what_is_trained(backbone, count, trained):
     model.freeze(count)
     names = {name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert names == {f"vit.{part}" for part in trained} | {"fc_norm", "head"}
+
+
+def test_half_a_block_of_beits_has_its_scale():
+    spec = replace(SPEC, arch="beit", pos_embed="relative", options={"init_values": 0.1, "use_rel_pos_bias": True})
+    model = Classifier(build_vit(spec), spec, 3, "avg", fc_norm=True)
+    model.freeze(0.5)
+    trained = {name for name, parameter in model.vit.blocks.named_parameters() if parameter.requires_grad}
+    assert {"1.gamma_2", "1.mlp.fc1.weight", "1.norm2.weight"} <= trained
+    assert "1.gamma_1" not in trained
+    assert not any(name.startswith("0.") for name in trained)
 
 
 def test_frozen_parts_drop_no_paths_and_stay(backbone):

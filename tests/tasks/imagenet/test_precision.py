@@ -23,7 +23,7 @@ COSTS = {"seconds_eval", "images_per_second", "params", "gmacs", "peak_memory_mi
 def probe_of(backbone: str, **changes: Any) -> Probe:
     vit, spec, _ = load_backbone(backbone)
     config = build(LinearProbeConfig, {**PROTOCOLS["grid"], "data": "", **changes}, "test")
-    heads = heads_of(config)
+    heads = heads_of(config, spec)
     sets = list(dict.fromkeys(head.features for head in heads))
     extract = FrozenFeatures(vit, spec, sets)
     return Probe(heads, sets, extract.widths, 3, 0).on(extract)
