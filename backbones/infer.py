@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from backbones.translation import Translation, is_sincos
 from mae_bench.errors import UserError
+from mae_bench.models.create import height_and_width
 from mae_bench.models.vit import ARCHS, LAYERS
 from mae_bench.spec import BackboneSpec
 
@@ -18,7 +19,17 @@ GIVE = "give {0} to inspect or convert, backbones.NAME.spec.{0} to evaluate or r
 HIDDEN = ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight")  # of a plain and of a gated MLP
 LARGEST = 4096  # pixels, of an image that a description may name
 NAMES = [f.name for f in fields(BackboneSpec)]
-PAIRS = ("img_size", "patch_size", "mean", "std")
+SIZES = ("img_size", "patch_size")
+CHANNELS = ("mean", "std")
+PAIRS = (*SIZES, *CHANNELS)
+TYPES = get_type_hints(BackboneSpec)
+KINDS: dict[Any, tuple[tuple[type, ...], str]] = {  # of the fields, with what a user may give for them
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a word"),
+    tuple: ((list, tuple), "a number for each channel"),
+    dict: ((Mapping,), "NAME=VALUE behind a dot"),
+}
 
 
 def infer_spec(
@@ -62,7 +73,25 @@ def _infer(translation: Translation, source: str, stated: Mapping[str, Any], ove
 def _checked(overrides: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(overrides) - set(NAMES)):
         raise UserError(f"a BackboneSpec has no {', '.join(unknown)}", expected=f"some of {', '.join(NAMES)}")
-    return _tuples(overrides)
+    return {key: _checked_value(key, value) for key, value in overrides.items()}
+
+
+def _checked_value(key: str, value: Any) -> Any:
+    """A given value in its field's type: a UserError blames the argument, not the file. Of a size one number is enough."""
+    if key in SIZES:
+        return height_and_width(value, key)
+    kind = TYPES[key]
+    if words := get_args(kind) if get_origin(kind) is Literal else ():
+        fits, expected = value in words, f"one of {', '.join(words)}"
+    else:
+        classes, expected = KINDS[get_origin(kind) or kind]
+        fits = isinstance(value, classes)
+    if key in CHANNELS:
+        fits = fits and all(isinstance(item, int | float) for item in value)
+        expected += f", for example '{key}=[0.5,0.5,0.5]'"
+    if not fits:
+        raise UserError(f"{key}={value} is given", expected=expected)
+    return tuple(value) if key in CHANNELS else value
 
 
 def _tuples(value: Mapping[str, Any]) -> dict[str, Any]:

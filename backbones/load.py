@@ -16,6 +16,7 @@ from backbones.source import Checkpoint, open_source
 from backbones.translation import Translation
 from backbones.trust import TRUSTED
 from mae_bench.errors import UserError
+from mae_bench.models.create import Size, height_and_width
 from mae_bench.models.vit import ViT, build_vit
 from mae_bench.spec import BackboneSpec
 
@@ -29,8 +30,8 @@ def load_backbone(
     global_pool: str | None = None,
     drop_path_rate: float = 0.0,
     dynamic_img_size: bool = False,
-    img_size: tuple[int, int] | None = None,
-    patch_size: tuple[int, int] | None = None,
+    img_size: Size | None = None,
+    patch_size: Size | None = None,
     patch_resample: str = "pinv",
     format: str | None = None,
     weights: str | None = None,
@@ -45,8 +46,8 @@ def load_backbone(
     a final norm is then dropped and a new one put behind the pooling, as MAE fine-tunes.
     source: a path, file:PATH, run:DIR, timm:NAME, official:NAME, hf:REPO@REVISION. format: a name of `backbones.detect.FORMATS`
     where detection cannot decide. weights: which set of weights, where the file holds several (teacher, model_ema ...).
-    img_size, patch_size: (height, width) in pixels, where a task needs others than the weights were trained at: tables and
-    patch embedding are resampled (`backbones.resample`), the latter by `patch_resample` "pinv" or "bicubic". sha256: the weight
+    img_size, patch_size: (height, width) in pixels, or one number for both, where a task needs others than the weights were
+    trained at: tables and patch embedding are resampled (`backbones.resample`), the latter by `patch_resample` "pinv" or "bicubic". sha256: the weight
     file's digest, which must match. overrides: spec fields that the file does not tell (num_heads, ...).
     trust: unpickle what cannot be read as data, in a subprocess without network; the report says so.
     Raises UserError for whatever is wrong with the file: nothing is loaded in part.
@@ -55,7 +56,7 @@ def load_backbone(
     name, translation, spec = translate(checkpoint, format, overrides)
     translation.weights = {key: tensor.float() for key, tensor in translation.weights.items()}
     layout = _fit_pooling(translation, global_pool, checkpoint.source, spec)
-    spec = resample(translation, spec, img_size, patch_size, patch_resample)
+    spec = resample(translation, spec, _pair(img_size, "img_size"), _pair(patch_size, "patch_size"), patch_resample)
     options: Any = {"drop_path_rate": drop_path_rate, "dynamic_img_size": dynamic_img_size}
     with torch.device("meta" if spec.arch in FILLED else "cpu"):
         model = build_vit(spec, global_pool=layout, **options)
@@ -63,6 +64,10 @@ def load_backbone(
     model.load_state_dict({key: tensor.clone() for key, tensor in translation.weights.items()}, assign=True)
     _fill_buffers(model)
     return model, spec, make_report(checkpoint, name, translation)
+
+
+def _pair(size: Size | None, what: str) -> tuple[int, int] | None:
+    return None if size is None else height_and_width(size, what)
 
 
 def _fill_buffers(model: torch.nn.Module) -> None:

@@ -54,11 +54,12 @@ def create_mae(
         changes |= {"mean": mean or (0.5,) * in_chans, "std": std or (0.5,) * in_chans}
     for key, value in (("img_size", img_size), ("patch_size", patch_size)):
         if value is not None:
-            changes[key] = _pair(value, key)
+            changes[key] = height_and_width(value, key)
     return MAE(BackboneSpec(**{**shape, **changes}), norm_pix_loss=norm_pix_loss, **options)
 
 
-def _pair(value: Size, what: str) -> tuple[int, int]:
+def height_and_width(value: Size, what: str) -> tuple[int, int]:
+    """One number is both. UserError for anything but whole positive numbers."""
     pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise UserError(f"{what} {value!r}", expected="a number of pixels, or (height, width)")

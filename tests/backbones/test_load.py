@@ -220,6 +220,31 @@ def test_heads_by_the_width_alone_are_told(tmp_path, encoder):
     assert not any("heads" in note for note in given.notes)
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"mean": 0.5}, r"mean=0\.5 is given\nExpected: a number for each channel, for example 'mean=\[0\.5,0\.5,0\.5\]'"),
+        ({"std": ["a", "b", "c"]}, r"std=.* is given\nExpected: a number for each channel"),
+        ({"num_heads": "six"}, "num_heads=six is given\nExpected: a whole number"),
+        ({"global_pool": "max"}, "global_pool=max is given\nExpected: one of token, avg"),
+        ({"options": 3}, "options=3 is given"),
+        ({"img_size": "large"}, r"img_size 'large'\nExpected: a number of pixels, or \(height, width\)"),
+    ],
+)
+def test_a_wrong_field_is_the_arguments_fault(files, given, told):
+    with pytest.raises(UserError, match=f"^{told}"):
+        load_backbone(files["encoder"][0], overrides=given)
+
+
+def test_one_number_is_height_and_width(files):
+    path, _ = files["encoder"]
+    assert load_backbone(path, img_size=48)[1].img_size == (48, 48)
+    assert load_backbone(path, patch_size=4)[1].patch_size == (4, 4)
+    assert load_backbone(path, overrides={"img_size": 32})[1].img_size == (32, 32)
+    with pytest.raises(UserError, match="patch_size -4"):
+        load_backbone(path, patch_size=-4)
+
+
 def test_a_table_of_oblong_images_needs_its_size(tmp_path, encoder):
     encoder["pos_embed"] = torch.randn(1, 1 + 8, 192)
     save_file(encoder, tmp_path / "x.safetensors")
