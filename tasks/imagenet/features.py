@@ -60,8 +60,15 @@ class FrozenFeatures(nn.Module):
         if spec.arch == "sam" and any(each.layers > 1 for each in sets):
             raise UserError("several layers of a backbone with windowed attention", expected="layers=[1]")
         self.vit: Any = vit.requires_grad_(False).eval()
-        self.sets, self.num_prefix_tokens = list(sets), spec.num_prefix_tokens
+        self.spec, self.sets, self.num_prefix_tokens = spec, list(sets), spec.num_prefix_tokens
         self.widths = [vit.num_features * each.layers for each in sets]
+
+    def width_of(self, each: FeatureSet) -> int:
+        return self.widths[self.sets.index(each)]
+
+    def only(self, sets: Sequence[FeatureSet]) -> "FrozenFeatures":
+        """The same backbone for these sets alone."""
+        return FrozenFeatures(self.vit, self.spec, sets)
 
     def train(self, mode: bool = True) -> "FrozenFeatures":
         """Stays in eval mode: no drop path under a frozen backbone."""
@@ -93,9 +100,10 @@ class FrozenFeatures(nn.Module):
 
 @dataclass(frozen=True)
 class SplitFeatures:
-    """Features of one split, memory-mapped. values (N, width) float32, a row an image; known (N,): whether it did decode."""
+    """Features of one split, memory-mapped. values: one (N, width) float32 a set, a row an image; known (N,): whether the image
+    did decode."""
 
-    values: np.ndarray
+    values: tuple[np.ndarray, ...]
     targets: np.ndarray
     known: np.ndarray
 
@@ -105,9 +113,10 @@ class SplitFeatures:
         return chosen[self.known[chosen]]
 
     def whole(self, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """values (n, width) and targets (n,) of these rows on the device."""
+        """All sets' values side by side (n, widths) and targets (n,) of these rows on the device."""
         targets = torch.from_numpy(self.targets[rows].astype(np.int64))
-        return torch.from_numpy(self.values[rows]).to(device), targets.to(device)
+        values = np.concatenate([values[rows] for values in self.values], axis=1)
+        return torch.from_numpy(values).to(device), targets.to(device)
 
     def chunks(self, rows: np.ndarray, size: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(values (n, width), targets (n,)) on the device, at most `size` rows at a time."""
@@ -120,22 +129,16 @@ def cached_features(
 ) -> dict[str, SplitFeatures]:
     """Features of "train" and "val" under the evaluation crop, from the cache or made now by all processes together.
 
-    The key: the weights themselves, how images are fed (size, crop, mean, std, precision), which features, and the data's
-    digest. What was made before an interruption is not made again. They lie below $MAE_BENCH_CACHE/features.
+    Each set of features is kept by itself, so that protocols share what they have in common. The key: the weights themselves,
+    how images are fed (size, crop, mean, std, precision), the set, and the data's digest. What was made before an interruption
+    is not made again. They lie below $MAE_BENCH_CACHE/features.
     """
+    size = config.img_size or spec.img_size
     key = json_digest(
         {
             "version": VERSION,
             "weights": weights_digest(model.vit),
-            "feed": [
-                config.img_size or spec.img_size,
-                config.crop_pct,
-                spec.mean,
-                spec.std,
-                spec.interpolation,
-                config.amp_dtype,
-            ],
-            "sets": [each.name for each in model.sets],
+            "feed": [size, config.crop_pct, spec.mean, spec.std, spec.interpolation, config.amp_dtype],
             "data": data.report.digest,
         }
     )
@@ -159,29 +162,35 @@ def weights_digest(model: nn.Module) -> str:
 def _split(
     folder: Path, model: FrozenFeatures, images: ImageSource, bad: BadImages, feed: Feed, progress: Progress, stage: str
 ) -> SplitFeatures:
+    places = {each: folder / each.name for each in model.sets}
     with ExitStack() as stack:
         if world().is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(alone(folder / DONE))
-            _reserve(folder, len(images), sum(model.widths))
+            for each in sorted(places, key=lambda each: each.name):  # in one order, or two cells could wait for each other
+                places[each].mkdir(parents=True, exist_ok=True)
+                stack.enter_context(alone(places[each] / DONE))
+                _reserve(places[each], len(images), model.width_of(each))
         gather_over_ranks(None)  # the others wait until the files are there
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder} is not on this machine",
-                expected="a cache that all machines share",
-                fix="set MAE_BENCH_CACHE to a folder on a disk that all of them see",
-            )
-        known = np.load(folder / "known.npy", mmap_mode="r+")
-        if not (folder / DONE).is_file():
-            values = np.load(folder / "values.npy", mmap_mode="r+")
-            _fill(values, known, model, images, bad, feed, progress, stage)
+        _require_shared(folder)
+        if missing := [each for each in model.sets if not (places[each] / DONE).is_file()]:
+            _fill([places[each] for each in missing], model.only(missing), images, bad, feed, progress, stage)
             gather_over_ranks(None)
-            if world().is_main:
-                write_json(folder / DONE, {"images": len(images), "bad": bad.names})
-        for name, reason in json.loads((folder / DONE).read_text(encoding="utf-8"))["bad"].items() if world().is_main else ():
-            bad.add(name, reason)
-    values = np.load(folder / "values.npy", mmap_mode="r")
-    return SplitFeatures(values, np.asarray(images.targets), np.array(known))
+            for each in missing if world().is_main else ():
+                write_json(places[each] / DONE, {"images": len(images), "bad": bad.names})
+        for place in places.values() if world().is_main else ():
+            for name, reason in json.loads((place / DONE).read_text(encoding="utf-8"))["bad"].items():
+                bad.add(name, reason)
+    known = np.logical_and.reduce([np.load(place / "known.npy") for place in places.values()])
+    values = tuple(np.load(place / "values.npy", mmap_mode="r") for place in places.values())
+    return SplitFeatures(values, np.asarray(images.targets), known)
+
+
+def _require_shared(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is not on this machine",
+            expected="a cache that all machines share",
+            fix="set MAE_BENCH_CACHE to a folder on a disk that all of them see",
+        )
 
 
 def _reserve(folder: Path, count: int, width: int) -> None:
@@ -207,8 +216,7 @@ def _reserve(folder: Path, count: int, width: int) -> None:
 
 
 def _fill(
-    values: np.ndarray,
-    known: np.ndarray,
+    places: list[Path],
     model: FrozenFeatures,
     images: ImageSource,
     bad: BadImages,
@@ -216,20 +224,24 @@ def _fill(
     progress: Progress,
     stage: str,
 ) -> None:
-    """This process's share of the rows that nobody has made yet."""
-    left = np.flatnonzero(~known)
+    """This process's share of the rows that are still missing in one of the sets, of `model.sets` in their order."""
+    values = [np.load(place / "values.npy", mmap_mode="r+") for place in places]
+    known = [np.load(place / "known.npy", mmap_mode="r+") for place in places]
+    left = np.flatnonzero(~np.logical_and.reduce(known))
     gather_over_ranks(None)  # all have looked before anyone writes
     progress.stage(stage, len(left))
     done = 0
     for indices, _, imgs in feed.batches(Subset(images, left), bad):
         rows = left[indices.numpy()]
-        values[rows] = feed.run(model, imgs).cpu().numpy()
-        known[rows] = True
+        found = feed.run(model, imgs).cpu().split(model.widths, dim=1)
+        for array, mark, part in zip(values, known, found, strict=True):
+            array[rows] = part.numpy()
+            mark[rows] = True
         done += len(rows) * world().size
         progress.step(done)
     share_bad(bad)
-    for array in (values, known):
-        array.flush() if isinstance(array, np.memmap) else None
+    for array in (*values, *known):
+        array.flush()
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from mae_bench.errors import UserError
 from mae_bench.export import write_export
 from mae_bench.job import Outcome
 from mae_bench.progress import Progress
-from tasks.imagenet import features, few_shot, knn
-from tasks.imagenet.config import FewShotConfig, KnnConfig
+from tasks.imagenet import features, few_shot, knn, linear_probe
+from tasks.imagenet.config import FewShotConfig, KnnConfig, LinearProbeConfig
 from tasks.imagenet.data import open_data
-from tests.tasks.imagenet.toy import SPEC, job, write_backbone, write_images
+from tests.tasks.imagenet.toy import SPEC, TRAIN, job, write_backbone, write_images
 
 COMMON: dict[str, Any] = {"protocol": "toy", "crop_pct": 1.0}
 
@@ -54,6 +54,16 @@ class TestCache:
         run_few_shot(data, tmp_path / "b", backbone)
         run_knn(data, tmp_path / "c", backbone, ks=[3], k=3)
         assert sum(passes) == 33
+
+    def test_a_probe_of_several_sets_shares_what_is_there(self, data, tmp_path, backbone, passes):
+        run_knn(data, tmp_path / "a", backbone)
+        values = {"kind": "linear_probe", "data": str(data), **TRAIN, "crop_pct": 1.0, "features": "cached", "holdout": 0.25}
+        config = build(LinearProbeConfig, values | {"pools": ["avg", "token"]}, "test")
+        linear_probe.run(config, job(tmp_path / "b", backbone), Progress())
+        assert sum(passes) == 66, "one pass for the set that was missing"
+        run_knn(data, tmp_path / "c", backbone, global_pool="token")
+        assert sum(passes) == 66
+        assert {path.name for path in (tmp_path / "cache/features").glob("*/train/*")} == {"avg-1", "token-1"}
 
     @pytest.mark.parametrize("change", [{"global_pool": "token"}, {"crop_pct": 0.8}, {"img_size": (32, 32)}])
     def test_another_feed_is_another_entry(self, data, tmp_path, backbone, passes, change):

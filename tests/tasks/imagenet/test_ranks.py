@@ -85,7 +85,7 @@ def test_features_of_three_processes_are_those_of_one(alone: dict[str, Outcome],
     one = {path.relative_to(place / "cache 1"): path for path in place.glob("cache 1/features/**/*.npy")}
     several = {path.relative_to(place / "cache 3"): path for path in place.glob("cache 3/features/**/*.npy")}
     assert one.keys() == several.keys()
-    assert len(one) == 2 * 2 * 2, "values and what is known, of train and val, of two sets"
+    assert len(one) == 2 * 2 * 4, "values and what is known, of train and val, of four sets"
     for name, path in one.items():
         np.testing.assert_allclose(np.load(path), np.load(several[name]), rtol=1e-5, atol=1e-6)
 
