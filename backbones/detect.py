@@ -6,6 +6,7 @@ from typing import cast
 from backbones.source import Checkpoint
 from backbones.translation import Format
 from mae_bench.errors import UserError
+from mae_bench.nearest import did_you_mean
 
 FORMATS: dict[str, str] = {
     "mae_bench": "backbones.formats.mae_bench",
@@ -51,7 +52,7 @@ def written_formats() -> list[str]:
 def format_named(name: str) -> Format:
     """The translator of that name; UserError lists the known ones."""
     if name not in FORMATS:
-        raise UserError(f"unknown format {name!r}", expected=f"one of {', '.join(FORMATS)}")
+        raise UserError(f"unknown format {name!r}", expected=f"one of {', '.join(FORMATS)}", fix=did_you_mean(name, FORMATS))
     return cast(Format, import_module(FORMATS[name]))
 
 

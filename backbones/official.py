@@ -1,6 +1,5 @@
 """Weights that their authors publish themselves, by name: the addresses and checksums stand in official.yaml."""
 
-import difflib
 import hashlib
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +11,7 @@ from omegaconf import OmegaConf
 
 from mae_bench.data.fetch import fetch
 from mae_bench.errors import UserError
+from mae_bench.nearest import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,31 @@ def table() -> dict[str, Official]:
     }
 
 
+def name_of(url: str) -> str | None:
+    """The name of the weights that are published at that address; None where none are known."""
+    return next((name for name, entry in table().items() if entry.url == url), None)
+
+
+def _fetched(entry: Official) -> Path:
+    try:
+        return fetch(entry.url)
+    except UserError as error:
+        options = f"--format {entry.format}" + (f" --weights {entry.weights}" if entry.weights else "")
+        elsewhere = f"fetch it on another machine and give its path with {options}"
+        raise UserError(error.given, expected=error.expected, fix="; or ".join(filter(None, [error.fix, elsewhere]))) from error
+
+
 def fetch_official(name: str) -> tuple[Path, Official]:
     """The file behind official:NAME, brought into the cache once. UserError for an unknown name, a file that cannot be brought,
     and one that does not have the published checksum."""
     if name not in table():
-        near = difflib.get_close_matches(name, table(), n=3, cutoff=0.4)
         raise UserError(
             f"no official weights {name!r}",
-            expected=f"one of {len(table())} names, among them {', '.join(near or list(table())[:3])}",
-            fix="weights on a hub are hf:REPO@REVISION or timm:NAME",
+            expected=f"one of {', '.join(table())}",
+            fix=did_you_mean(name, table()) or "weights on a hub are hf:REPO@REVISION or timm:NAME",
         )
     entry = table()[name]
-    path = fetch(entry.url)
+    path = _fetched(entry)
     kind, _, published = entry.checksum.partition(":")
     if published:
         with path.open("rb") as file:

@@ -17,13 +17,14 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 
 from backbones.description import read_json
 from backbones.hub import fetch_repo
-from backbones.official import fetch_official
+from backbones.official import fetch_official, name_of
 from backbones.safe import WeightFile, check_tensors, read_file
 from backbones.shards import INDEX_SUFFIX, read_shards
 from backbones.unwrap import unwrap
 from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
 from mae_bench.export import EXPORT, SPEC_FILE, WEIGHTS_FILE
+from mae_bench.nearest import near_path
 
 CONFIG_FILE = "config.json"  # of Hugging Face and timm folders
 PREPROCESSOR_FILE = "preprocessor_config.json"  # of Hugging Face folders
@@ -98,6 +99,13 @@ def open_source(source: str | Path, sha256: str | None = None, weights: str | No
     if kind == "hf":
         folder, pinned, notes = fetch_repo(rest)
         return replace(_open_path(f"hf:{pinned}", folder, sha256, weights, trust), notes=notes)
+    if kind in ("http", "https"):
+        known = name_of(str(source))
+        raise UserError(
+            f"{source} is an address",
+            expected="weights that lie here, or by a name that is known",
+            fix=f"give official:{known}" if known else "download it and give its path",
+        )
     raise UserError(
         f"source {source}",
         expected="a path, file:PATH, run:DIR (a cell's folder), official:NAME, timm:NAME or hf:REPO@REVISION",
@@ -106,6 +114,10 @@ def open_source(source: str | Path, sha256: str | None = None, weights: str | No
 
 def _open_path(source: str, path: Path, sha256: str | None, weights: str | None, trust: bool = False) -> Checkpoint:
     path = path / EXPORT if (path / EXPORT).is_dir() else path  # a cell's folder: the backbone that it made
+    if not path.exists():
+        raise UserError(
+            f"no weight file {path}", expected="a .safetensors, .pth, .pt or .bin file, or a folder of it", fix=near_path(path)
+        )
     file = _weights_of(path) if path.is_dir() else path
     read, files = _read(file, sha256, trust)
     digest, size = read.digest, read.size

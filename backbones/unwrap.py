@@ -23,6 +23,7 @@ CLIP_MARK = "class_embedding"
 INFIXES = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # torch.compile, FSDP, checkpointing
 MAX_DEPTH = 3  # of dictionaries in a file
 MAX_SETS = 32  # of ViT weights in a dictionary
+MIXED = "to evaluate files that differ in it, a YAML list has `weights:` for each"
 SHOWN = 80  # characters of a name that a file brings
 
 
@@ -63,12 +64,18 @@ def unwrap(content: Any, source: str, weights: str | None = None) -> Part:
     exact = [part for part in found if part.label == weights]
     if len(fitting) == 1 or len(exact) == 1:
         return (exact or fitting)[0]
+    if len(found) == 1:
+        raise UserError(
+            f"{source} holds one set of ViT weights, called {_shown(found[0].label)}, which {weights!r} does not name",
+            fix=f"leave out --weights: it is not needed here; {MIXED}",
+        )
     listed = ", ".join(_shown(part.label) for part in found)
+    named = f"; {weights!r} names {len(fitting) or 'none'} of them" if weights is not None else ""
     raise SeveralSets(
-        f"{source} holds {len(found)} sets of ViT weights: {listed}" + (f"; {weights!r} names {len(fitting)}" if weights else ""),
+        f"{source} holds {len(found)} sets of ViT weights: {listed}{named}",
         [part.label for part in found],
         expected="one of them",
-        fix=_advice(found),
+        fix=_advice(found) + (f"; {MIXED}" if named else ""),
     )
 
 

@@ -21,6 +21,7 @@ from mae_bench.data.packed import is_packed, verify_packed
 from mae_bench.data.shards import is_pattern
 from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
+from mae_bench.nearest import did_you_mean
 
 Layout = Literal["imagenet", "coco", "ade20k", "images", "imagenet_val", "image_sets"]
 
@@ -86,7 +87,7 @@ def check_layout(layout: str, root: str | Path, *, thorough: bool = False) -> La
     thorough: list every file again, and read a packed set's content.
     """
     if layout not in CHECKS:
-        raise UserError(f"unknown layout {layout!r}", expected=f"one of {', '.join(CHECKS)}")
+        raise UserError(f"unknown layout {layout!r}", expected=f"one of {', '.join(CHECKS)}", fix=did_you_mean(layout, CHECKS))
     if layout in SOURCES and is_pattern(str(root)):
         content = CHECKS[layout](str(root), thorough)
         name = set_name(root)

@@ -120,7 +120,7 @@ def test_several_sets_are_listed_with_what_reads_each(tmp_path, encoder):
     assert "--weights model_ema" in text
     for row in (first, second):
         assert inspect_checkpoint(tmp_path / "x.pth", weights=row["weights"])["weights"] == row["weights"]
-    with pytest.raises(UserError, match="'teacher' names 0"):
+    with pytest.raises(UserError, match="'teacher' names none"):
         inspect_checkpoint(tmp_path / "x.pth", weights="teacher")
 
 

@@ -124,12 +124,26 @@ class TestOfficial:
     def test_a_file_that_is_gone(self, monkeypatch, server, content):
         self.publish(monkeypatch, server, content, "")
         server.files.clear()
-        with pytest.raises(UserError, match="404"):
+        with pytest.raises(UserError, match="404(?s:.*)give its path with --format timm --weights teacher"):
             open_source("official:dino_toy")
 
     def test_unknown_names_are_answered_with_near_ones(self):
-        with pytest.raises(UserError, match="mae_vit_base"):
+        with pytest.raises(UserError) as error:
             open_source("official:mae_vit_bse")
+        assert "did you mean mae_vit_base" in error.value.fix
+
+    @pytest.mark.parametrize("name", ["", "nothing_like_it"])
+    def test_all_names_are_listed(self, name):
+        with pytest.raises(UserError) as error:
+            open_source(f"official:{name}")
+        assert error.value.expected == f"one of {', '.join(table())}"
+
+    def test_an_address_is_answered_with_its_name(self):
+        for name, entry in table().items():
+            with pytest.raises(UserError, match=f"give official:{name}$"):
+                open_source(entry.url)
+        with pytest.raises(UserError, match=r"https://example.org/x.pth is an address(?s:.*)download it and give its path"):
+            open_source("https://example.org/x.pth")
 
 
 def test_every_official_entry_is_usable():
@@ -270,6 +284,21 @@ def test_weights_by_timm_have_a_digest_that_can_be_pinned(monkeypatch):
     assert open_source("timm:test_vit", sha256=checkpoint.digest).digest == checkpoint.digest
     with pytest.raises(UserError, match="SHA-256"):
         open_source("timm:test_vit", sha256="0" * 64)
+
+
+def test_a_missing_path_is_answered_with_what_it_may_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint-99.pth").write_bytes(b"")
+    for given, told in {
+        "checkpoint-9.pth": "did you mean checkpoint-99.pth?",
+        str(tmp_path / "checkpoint99.pth"): f"did you mean {tmp_path}/checkpoint-99.pth?",
+        "facebook/vit-mae-base": "if it is a repository of the hub: hf:facebook/vit-mae-base",
+        "facebook/vit.pth": "",
+        "zzz": "",
+    }.items():
+        with pytest.raises(UserError) as error:
+            open_source(given)
+        assert (error.value.given, error.value.fix) == (f"no weight file {given}", told)
 
 
 def test_an_unknown_kind_lists_the_known_ones():

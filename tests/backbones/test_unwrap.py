@@ -114,7 +114,7 @@ def test_several_sets_are_asked_for(name):
         part = unwrap(content, "x.pth", choice)
         assert f"{part.wrapper}|{part.prefix}" == place
         assert part.tensors == VIT
-    with pytest.raises(SeveralSets, match="'teecher' names 0"):
+    with pytest.raises(SeveralSets, match="'teecher' names none of them(?s:.*)a YAML list has `weights:` for each"):
         unwrap(content, "x.pth", "teecher")
 
 
@@ -129,8 +129,11 @@ def test_the_set_that_the_authors_evaluate_is_named():
 
 
 def test_one_set_that_is_not_the_one_asked_for():
-    with pytest.raises(UserError, match="'student' names 0"):
+    with pytest.raises(UserError, match="x.pth holds one set of ViT weights, called teacher, which 'student' does not") as error:
         unwrap({"teacher": VIT}, "x.pth", "student")
+    assert "leave out --weights" in error.value.fix
+    with pytest.raises(UserError, match=r'called "" \(the top level\), which'):
+        unwrap(VIT, "x.pth", "student")
 
 
 def test_a_file_without_a_vit_gives_its_largest_dictionary():

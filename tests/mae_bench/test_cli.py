@@ -77,6 +77,7 @@ def test_version() -> None:
         (["report", "/nowhere"], "no result under /nowhere"),
         (["data", "check", "coco", "/nowhere"], "/nowhere is missing"),
         (["data", "check", "cocoa", "/nowhere"], "one of imagenet, coco, ade20k"),
+        (["data", "check", "imagnet", "/nowhere"], "did you mean imagenet"),
         (["data", "pack", "/nowhere", "out"], "/nowhere"),
         (["data", "pack", "/nowhere", "out", "--original", "--short-side", "32"], "--original alone"),
         (["data", "prepare", "imagenet", "/nowhere", "out"], "ILSVRC2012_img_train.tar"),
