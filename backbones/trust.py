@@ -21,6 +21,7 @@ CONTENT = "content"  # where the subprocess describes what is no tensor, in the 
 PROGRAM = Path(__file__).with_name("unpickle_alone.py")
 NOT_ALONE = 97  # its exit code where the network cannot be taken away
 SECONDS, GRACE = 300, 30  # of the pickle, and beyond them for the program to end itself
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TOLD = 2000  # bytes of its last words
 
 
@@ -28,24 +29,24 @@ TOLD = 2000  # bytes of its last words
 def unpickled(file: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
     """A safetensors file (gone after the block) of what the open file's pickle makes: hostile until it is read as data.
 
-    The subprocess has no network and no sockets, no environment, no other open files, a file system that it cannot write to, and
-    bounds on memory, time and processes. UserError where the system does not offer that (it is then not run at all), and where
-    the pickle fails.
+    The subprocess has no network and no sockets, no environment, no other open files, a file system that it cannot write to
+    (but for a folder in memory), and bounds on memory, time and processes. UserError where the system does not offer that (it is
+    then not run at all), and where the pickle fails.
     """
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
-    with tempfile.TemporaryFile() as made, tempfile.TemporaryFile() as words:
+    with tempfile.TemporaryFile() as made, tempfile.TemporaryFile() as words, tempfile.TemporaryDirectory() as folder:
         fds = file.fileno(), made.fileno()
         try:
             code = subprocess.run(
-                [sys.executable, "-I", str(PROGRAM), *map(str, (*fds, size, SECONDS))],
+                [sys.executable, "-I", str(PROGRAM), *map(str, (*fds, size, SECONDS, folder))],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=words, pass_fds=fds, cwd="/",
-                env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                env=ENVIRONMENT | {"TMPDIR": folder, "HOME": folder},
                 timeout=SECONDS + GRACE, check=False,
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             code = -9
-        if code:
+        if code or not os.fstat(made.fileno()).st_size:
             raise _failed(path, code, words)
         made.seek(0)
         yield made
@@ -60,7 +61,11 @@ def _failed(path: Path, code: int, words: IO[bytes]) -> UserError:
             expected="Linux with user namespaces",
             fix="save its state_dict elsewhere, in a place that you can lose",
         )
-    return UserError(f"{path} cannot be unpickled: {told or f'the subprocess ended with {code}'}", expected="a whole checkpoint")
+    return UserError(
+        f"{path} cannot be unpickled: {told or f'the subprocess ended with {code}'}",
+        expected="a whole checkpoint, and the packages installed here that it is made of",
+        fix="save the model's state_dict in the environment that the file comes from",
+    )
 
 
 def rebuild(tensors: Mapping[str, torch.Tensor], content: str | None, path: Path) -> Any:

@@ -3,13 +3,17 @@
 import argparse
 import json
 import os
+import pickle
+import platform
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from backbones import trust, unpickle_alone
 from backbones.config import CheckpointConfig
@@ -23,7 +27,13 @@ from mae_bench.job import Job
 from mae_bench.progress import Progress
 
 ATTEMPTS = """
-import os, socket, ctypes
+import os, socket, struct, ctypes, threading, tempfile
+system = ctypes.CDLL(None)
+def started(*clone):
+    process = system.syscall(*clone, 0, 0, 0, 0)
+    return process or os._exit(0)
+def fill(files, folder=tempfile.gettempdir()):
+    return sum(open(f"{folder}/{i}", "wb").write(bytes(1 << 24)) for i in range(files)) >> 24
 facts = {"environment": dict(os.environ), "process": os.getpid(), "files": sorted(map(int, os.listdir("/proc/self/fd")))}
 def attempt(name, call):
     try:
@@ -35,8 +45,14 @@ attempt("unix socket", lambda: socket.socket(socket.AF_UNIX))
 attempt("name", lambda: socket.getaddrinfo("example.org", 80))
 attempt("write", lambda: open("SENTINEL", "w"))
 attempt("shell", lambda: os.system("touch SENTINEL"))
-attempt("undo", lambda: ctypes.CDLL(None).mount(b"none", b"/", None, 4096 | 32, None))
-attempt("unshare", lambda: ctypes.CDLL(None).unshare(0x10000000))
+attempt("undo", lambda: system.mount(b"none", b"/", None, 4096 | 32, None))
+attempt("unshare", lambda: system.unshare(0x10000000))
+attempt("namespace", lambda: started(CLONE, 0x10000000 | 17))
+attempt("newer namespace", lambda: started(435, struct.pack("11Q", 0x10000000, 0, 0, 0, 17, *6 * [0]), 88))
+attempt("process of ours", lambda: started(CLONE, 17) > 1)
+attempt("thread", lambda: threading.Thread(target=int).start())
+attempt("a little in memory", lambda: fill(1))
+attempt("much in memory", lambda: fill(9))
 attempt("memory", lambda: bytearray(1 << 40))
 """
 
@@ -51,6 +67,10 @@ class Call:
         return self.call
 
 
+class ViTOfAnotherPackage(VisionTransformer):
+    """A model that is pickled by the name of a class that the subprocess does not find."""
+
+
 class OfAnotherPackage:
     """Pickled by name; the subprocess does not find it."""
 
@@ -63,9 +83,10 @@ def run_code(code: str) -> Call:
 
 
 @pytest.fixture(scope="session")
-def possible() -> None:
+def possible(tmp_path_factory) -> None:
     """Skips where the system has no namespaces for users: there, nothing is run."""
-    code = f"import runpy; runpy.run_path({str(trust.PROGRAM)!r})['cut_off'](0, 60)"
+    folder = str(tmp_path_factory.mktemp("possible"))
+    code = f"import runpy; runpy.run_path({str(trust.PROGRAM)!r})['cut_off'](0, 60, {folder!r})"
     if subprocess.run([sys.executable, "-I", "-c", code], stderr=subprocess.DEVNULL, check=False).returncode:
         pytest.skip("no user namespaces here")
 
@@ -114,6 +135,7 @@ def test_the_pickle_can_do_nothing_but_make_values(tmp_path, monkeypatch, possib
     sentinel = tmp_path / "sentinel"
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = ATTEMPTS.replace("PORT", str(server.getsockname()[1])).replace("SENTINEL", str(sentinel))
+        code = code.replace("CLONE", str(unpickle_alone.FORBIDDEN[platform.machine()][1]))
         content = {"facts": run_code(code), "w": torch.arange(6.0).view(2, 3).t(), "x": OfAnotherPackage(), "n": (1, [2.5, None])}
         torch.save(content, tmp_path / "x.pth")
         read = read_file(tmp_path / "x.pth", trust=True)
@@ -129,16 +151,19 @@ def test_the_pickle_can_do_nothing_but_make_values(tmp_path, monkeypatch, possib
         "socket": "PermissionError", "unix socket": "PermissionError", "memory": "MemoryError",
     }  # fmt: skip
     assert facts["name"] in ("gaierror", "PermissionError")
-    assert facts["undo"] == facts["unshare"] == "-1"
+    assert facts["undo"] == facts["unshare"] == facts["namespace"] == facts["newer namespace"] == "-1"
+    assert (facts["process of ours"], facts["thread"]) == ("True", "None")  # else the line above would prove little
+    assert (facts["a little in memory"], facts["much in memory"]) == ("1", "OSError")
     assert not sentinel.exists()
+    assert not Path(facts["environment"]["TMPDIR"]).exists()
 
 
 def test_the_attempts_would_succeed_elsewhere(tmp_path):
     """Else the test above would prove nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         space: dict = {}
-        ours = ("undo", "unshare", "memory", "name")  # not tried here
-        lines = [line for line in ATTEMPTS.splitlines() if not any(f'attempt("{name}"' in line for name in ours)]
+        tried = [f'attempt("{name}"' for name in ("socket", "unix socket", "write", "shell")]
+        lines = [line for line in ATTEMPTS.splitlines() if line.startswith(tuple(tried)) or not line.startswith("attempt(")]
         code = "\n".join(lines).replace("PORT", str(server.getsockname()[1])).replace("SENTINEL", str(tmp_path / "sentinel"))
         exec(code, space)
     assert "socket" in space["facts"]["socket"]
@@ -147,9 +172,23 @@ def test_the_attempts_would_succeed_elsewhere(tmp_path):
 
 @pytest.mark.parametrize("code", ["import os; os._exit(0)", "raise ValueError('[red]x[/red]')"])
 def test_a_pickle_that_fails_is_a_users_mistake(tmp_path, code, possible):
-    torch.save({"facts": run_code(code), "w": torch.zeros(1)}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="pickle"):
+    (tmp_path / "x.pth").write_bytes(pickle.dumps(run_code(code), protocol=2))
+    with pytest.raises(UserError, match="cannot be unpickled") as error:
         read_file(tmp_path / "x.pth", trust=True)
+    assert "state_dict in the environment that the file comes from" in error.value.fix
+
+
+def test_a_whole_model_is_its_weights(tmp_path, possible):
+    """Also one whose class is not installed: its tensors stand in the file all the same."""
+    sizes: Any = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3, "num_classes": 10}
+    models = {"timm's": VisionTransformer(**sizes).eval(), "another": ViTOfAnotherPackage(**sizes).eval()}
+    torch.save(models, tmp_path / "x.pth")
+    content = read_file(tmp_path / "x.pth", trust=True).content
+    imgs = torch.randn(2, 3, 32, 32)
+    for name, model in models.items():
+        torch.save(content[name], tmp_path / "state_dict.pth")
+        vit = load_backbone(tmp_path / "state_dict.pth")[0].eval()
+        assert torch.equal(vit.forward_features(imgs), model.forward_features(imgs))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -165,7 +204,7 @@ def test_a_program_of_torchscript_is_named_and_gives_its_weights(tmp_path, possi
 def test_nothing_is_run_where_the_network_cannot_be_taken_away(evil, stub, monkeypatch, capsys):
     monkeypatch.setattr(unpickle_alone.platform, "machine", lambda: "m68k")
     monkeypatch.setattr(unpickle_alone, "work", lambda *_: pytest.fail("it was run"))
-    monkeypatch.setattr(sys, "argv", ["unpickle_alone.py", "0", "1", "100", "5"])
+    monkeypatch.setattr(sys, "argv", ["unpickle_alone.py", "0", "1", "100", "5", "/tmp"])
     assert unpickle_alone.main() == trust.NOT_ALONE == unpickle_alone.NOT_ALONE
     assert "m68k" in capsys.readouterr().err
     stub("import sys; print('unshare: Operation not permitted', file=sys.stderr); sys.exit(97)")
