@@ -51,11 +51,13 @@ def _infer(translation: Translation, source: str, stated: Mapping[str, Any], ove
     stated_or_assumed = layers[1] if "options" in stated else layers[0]  # a whole spec, or what holds for the family
     parts = [layer.get("options", {}) for layer in (stated_or_assumed, *layers[2:])]
     given["options"] = {key: value for part in parts for key, value in dict(part).items()}
-    if lacking := [name for name in translation.needed if name not in given["options"] and name not in given]:
+    needed = () if "options" in stated else translation.needed  # a spec leaves out what is timm's default
+    if lacking := [name for name in needed if name not in given["options"] and name not in given]:
         asked = [f"{name}=..." if name in NAMES else f"options.{name}=..." for name in lacking]
         raise UserError(
             f"{source}: nothing tells {' and '.join(lacking)}",
-            expected=f"of layers, one of {', '.join(LAYERS)}" if any(name.endswith("_layer") for name in lacking) else "",
+            expected=translation.hint
+            or (f"of layers, one of {', '.join(LAYERS)}" if any(name.endswith("_layer") for name in lacking) else ""),
             fix=" and ".join(GIVE.format(field) for field in asked),
         )
     shapes = shape_facts(translation.weights, source, given)

@@ -37,6 +37,23 @@ def is_eva(weights: Weights) -> bool:
     return split or gated or ("blocks.0.attn.q_bias" in weights and relative_table(weights) is None)
 
 
+def is_rotary(weights: Weights) -> bool:
+    """Whether timm gives these names to rotary ViTs alone: layer scales gamma_1, or CLIP's first norm with SigLIP's pooling.
+
+    Its other ViTs call layer scales ls1.gamma. BEiTs, whose layer scales are gamma_1 too, have bias tables, or a position table
+    with biases of query and value. Which rotations they are does not show."""
+    beit = relative_table(weights) is not None or {"pos_embed", "blocks.0.attn.q_bias"} <= set(weights)
+    perceives = "norm_pre.weight" in weights and any(name.startswith("attn_pool.") for name in weights)
+    vit = {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= set(weights)
+    return vit and not beit and ("blocks.0.gamma_1" in weights or perceives)
+
+
+def has_post_norms(weights: Weights) -> bool:
+    """Whether a ViT may have its norms behind attention and MLP (timm's ResPostBlock), under the names of one that has them in
+    front: timm's such models have neither prefix tokens nor biases of query, key and value."""
+    return not {"cls_token", "reg_token", "blocks.0.attn.qkv.bias"} & set(weights)
+
+
 def relative_table(weights: Weights) -> torch.Tensor | None:
     """A relative position bias table ((2h - 1) (2w - 1) + 3, heads): the shared one or the first block's."""
     return weights.get(f"rel_pos_bias.{TABLE}", weights.get(f"blocks.0.attn.{TABLE}"))

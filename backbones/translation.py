@@ -31,7 +31,7 @@ class Translation:
     renamed, dropped: by the names in `Checkpoint.tensors`. outside: reasons for tensors of `Checkpoint.outside`, whole names,
     where there is more to say than that they stand outside of the ViT. taken: those of `Checkpoint.outside` that fill one of our
     weights all the same, whole names. needed: options, or fields of the BackboneSpec, that nothing in the file tells and that
-    the user or the spec in the file must state.
+    the user or the spec in the file must state. hint: what to answer then.
     """
 
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -45,6 +45,7 @@ class Translation:
     facts: dict[str, Any] = field(default_factory=dict)
     assumed: dict[str, Any] = field(default_factory=dict)
     needed: tuple[str, ...] = ()
+    hint: str = ""
 
 
 class Format(Protocol):

@@ -12,7 +12,7 @@ from backbones.families import family
 from backbones.formats import clip
 from backbones.formats.official_mae import WRAPPERS, is_marked
 from backbones.source import CONFIG_FILE, Checkpoint
-from backbones.structure import beit_facts, by_timm, eva_options, is_beit, is_eva, vit_options
+from backbones.structure import beit_facts, by_timm, eva_options, has_post_norms, is_beit, is_eva, is_rotary, vit_options
 from backbones.timm_models import facts_by_name
 from backbones.translation import HEAD, Translation, is_sincos, is_vit, keep_names, numbers
 from mae_bench.errors import UserError
@@ -24,6 +24,9 @@ FAMILIES = ("dino", "ibot", "moco_v3", "deit", "deit3", "ijepa", "maskfeat", "li
 OWN_WRAPPERS = ("", "state_dict", "state_dict_ema")  # of timm's releases and of its train.py
 TRUNK = "visual.trunk."  # before timm's names in OpenCLIP's files
 UNTOLD = "nothing in the file says how images are fed: mean and std of ImageNet are assumed; many of timm's ViTs want 0.5"
+POST_NORMS = (
+    f"arch=vit if norms stand before attention and MLP; if behind them (ResPostBlock), timm's {CONFIG_FILE} beside it tells"
+)
 DROP = {r"head\.": HEAD, r"attn_pool\.": "attention pooling: a part of the classifier"}
 
 
@@ -40,7 +43,7 @@ def fits(checkpoint: Checkpoint) -> bool:
         return False
     if by_timm(checkpoint):
         return "patch_embed.proj.weight" in keys and any(key.startswith("blocks.0.norm") for key in keys)
-    if is_beit(keys) or is_eva(keys):
+    if is_beit(keys) or is_eva(keys) or is_rotary(keys):
         return checkpoint.wrapper in OWN_WRAPPERS and any(key.startswith(("norm.", "fc_norm.")) for key in keys)
     if not is_vit(keys) or any(format_named(name).fits(checkpoint) for name in FAMILIES):
         return False
@@ -91,7 +94,10 @@ def _named(config: dict[str, Any], weights: dict[str, torch.Tensor], source: str
 def _shown(result: Translation, checkpoint: Checkpoint) -> None:
     """What names and shapes show of the architecture; what they do not show is needed from the user or the carried spec."""
     weights = result.weights
-    if is_beit(weights) and not is_eva(weights):
+    if is_rotary(checkpoint.tensors):
+        _require_description(checkpoint)
+        result.assumed |= {"arch": "eva", "options": eva_options(weights)}
+    elif is_beit(weights) and not is_eva(weights):
         result.assumed |= beit_facts(weights, checkpoint.source)
     elif is_eva(weights):
         result.assumed |= {"arch": "eva", "options": eva_options(weights)}
@@ -99,9 +105,27 @@ def _shown(result: Translation, checkpoint: Checkpoint) -> None:
         result.needed = rotary if "swiglu_mlp" in result.assumed["options"] else (*rotary, "use_post_norm")
     else:
         result.assumed["options"] = vit_options(weights)
-        if not by_timm(checkpoint) and any(name.startswith(("norm_pre.", "attn_pool.")) for name in checkpoint.tensors):
-            result.needed = ("act_layer",)  # CLIP's and SigLIP's differ in their GELU
+        if has_post_norms(weights):
+            result.needed, result.hint = ("arch",), POST_NORMS
+        if not by_timm(checkpoint) and _may_be_clip(checkpoint.tensors):
+            result.needed = (*result.needed, "act_layer")  # CLIP's and SigLIP's differ in their GELU
             result.assumed["norm_eps"] = 1e-5 if "norm_pre.weight" in weights else 1e-6
+
+
+def _may_be_clip(tensors: dict[str, torch.Tensor]) -> bool:
+    """A norm before the blocks (CLIP), attention pooling (SigLIP), or a last norm without any prefix token (SigLIP, averaged)."""
+    averaged = "norm.weight" in tensors and not {"cls_token", "reg_token"} & set(tensors)
+    return averaged or any(name.startswith(("norm_pre.", "attn_pool.")) for name in tensors)
+
+
+def _require_description(checkpoint: Checkpoint) -> None:
+    """UserError where no spec in the file says how a rotary ViT turns: rotations differ in more than a user could be asked."""
+    if not checkpoint.stated_spec:
+        raise UserError(
+            f"{checkpoint.source} has timm's names of a rotary ViT, and nothing tells its rotations",
+            expected=f"timm's {CONFIG_FILE} beside the weights, as in its folders",
+            fix=f"put {CONFIG_FILE} there, or give --format dinov3 if it is a DINOv3",
+        )
 
 
 def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:

@@ -132,7 +132,8 @@ def test_what_is_written_is_loaded_by_timm(files, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "asked"), [("clip", "act_layer"), ("siglip", "act_layer"), ("eva02", "use_rot_pos_emb")]
+    ("architecture", "asked"),
+    [("clip", "act_layer"), ("siglip", "act_layer"), ("siglip-gap", "act_layer"), ("eva02", "use_rot_pos_emb")],
 )
 def test_what_tensors_do_not_show_is_asked_for(tmp_path, architecture, asked):
     weights = build(architecture).state_dict()
@@ -143,9 +144,59 @@ def test_what_tensors_do_not_show_is_asked_for(tmp_path, architecture, asked):
     told = {"act_layer": "quick_gelu"} if asked == "act_layer" else {"use_rot_pos_emb": True, "ref_feat_shape": [16, 16]}
     model, spec, _ = load_backbone(tmp_path / "bare.safetensors", overrides={"options": told})
     assert spec.options[asked] == told[asked]
-    if architecture != "siglip":
+    if not architecture.startswith("siglip"):
         imgs = torch.randn(1, 3, 32, 32)
         torch.testing.assert_close(tokens_of(model, imgs), tokens_of(build(architecture), imgs), rtol=1e-5, atol=1e-5)
+
+
+def bare(folder: Path, architecture: str, **options: Any) -> tuple[Any, Path]:
+    """A small model of that name, and its state_dict without a config."""
+    model = randomise(timm.create_model(architecture, num_classes=0, **SMALL, **options))
+    save_file(model.state_dict(), folder / "bare.safetensors")
+    return model, folder / "bare.safetensors"
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3", "vit_small_patch16_rope_224",
+     "vit_small_patch16_rope_mixed_224", "vit_medium_patch16_rope_reg1_gap_256", "vit_pe_core_tiny_patch16_384"],
+)  # fmt: skip
+def test_rotations_that_nothing_tells_are_not_left_out(tmp_path, architecture):
+    model, path = bare(tmp_path, architecture)
+    with pytest.raises(UserError, match=r"rotary(.|\n)*config.json(.|\n)*--format dinov3"):
+        load_backbone(path)
+    if "dinov3" in architecture:
+        read, spec, _ = load_backbone(path, format="dinov3")
+        imgs = torch.randn(1, 3, *spec.img_size)
+        torch.testing.assert_close(tokens_of(read, imgs), tokens_of(model, imgs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_rotary_vit_with_the_names_of_deit3_is_a_question(tmp_path):
+    _, path = bare(tmp_path, "vit_small_patch16_rope_ape_224")
+    with pytest.raises(UserError, match="fits timm and deit3"):
+        load_backbone(path)
+
+
+def test_norms_that_may_stand_behind_are_asked_for(tmp_path):
+    """A ResPostBlock has the names of a Block."""
+    _, path = bare(tmp_path, "vit_base_patch16_rpn_224")
+    with pytest.raises(UserError, match=r"nothing tells arch\n.*config.json(.|\n)*arch="):
+        load_backbone(path)
+    model, path = bare(tmp_path, "vit_base_patch16_224", class_token=False, qkv_bias=False, global_pool="avg")
+    read, _, _ = load_backbone(path, overrides={"arch": "vit"})
+    imgs = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(tokens_of(read, imgs), tokens_of(model, imgs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_spec_in_the_file_tells_by_what_it_leaves_out(tmp_path):
+    """An EVA without rotations: its options do not name them."""
+    model, path = bare(tmp_path, "eva_giant_patch14_224")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "eva_giant_patch14_224", "model_args": SMALL}))
+    (tmp_path / "alone").mkdir()
+    convert(path, tmp_path / "alone" / "out.safetensors", "timm")
+    read, _, _ = load_backbone(tmp_path / "alone" / "out.safetensors")
+    imgs = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(tokens_of(read, imgs), tokens_of(model, imgs), rtol=1e-5, atol=1e-5)
 
 
 def test_the_norm_of_an_average_has_a_bias_only_where_the_last_norm_has_one(tmp_path):
