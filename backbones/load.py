@@ -121,6 +121,8 @@ def _check_blocks(checkpoint: Checkpoint, translation: Translation) -> None:
 def _fit_pooling(translation: Translation, global_pool: str | None, source: str, spec: BackboneSpec) -> str:
     """timm's pooling for the model; moves the final norm behind the pooling where that is asked for."""
     weights = translation.weights
+    if global_pool == "token" and "cls_token" not in weights:
+        raise UserError(f"{source}: global_pool token of a ViT without a class token", expected="global_pool avg")
     if "fc_norm.weight" in weights:
         if global_pool == "token":
             raise UserError(

@@ -125,6 +125,16 @@ def test_average_pooling_moves_the_norm(files, encoder, imgs):
         load_backbone(files["fine"][0], global_pool="token")
 
 
+def test_a_class_token_that_is_not_there_pools_nothing(tmp_path, encoder):
+    weights = {name: tensor for name, tensor in encoder.items() if name != "cls_token"}
+    weights["pos_embed"] = weights["pos_embed"][:, 1:].clone()
+    save_file(weights, tmp_path / "x.safetensors")
+    told = {"options": {"act_layer": "gelu"}}
+    with pytest.raises(UserError, match="without a class token\nExpected: global_pool avg"):
+        load_backbone(tmp_path / "x.safetensors", global_pool="token", overrides=told)
+    assert load_backbone(tmp_path / "x.safetensors", global_pool="avg", overrides=told)[0].global_pool == "avg"
+
+
 def test_drop_path_and_dynamic_size_reach_the_model(files):
     model, _, _ = load_backbone(files["encoder"][0], drop_path_rate=0.2, dynamic_img_size=True)
     last_block: Any = model.blocks[1]
