@@ -2,6 +2,8 @@
 
 from math import isqrt
 
+import torch
+
 from backbones.source import Checkpoint
 from backbones.structure import by_timm
 from backbones.translation import HEAD, Translation, is_official_vit, plain
@@ -19,12 +21,19 @@ def fits(checkpoint: Checkpoint) -> bool:
         or not {"cls_token", "pos_embed"} <= set(keys)
     ):
         return False
-    table = keys["pos_embed"]
-    return "blocks.0.gamma_1" in keys and table.ndim == 3 and isqrt(table.shape[1]) ** 2 == table.shape[1]
+    return "blocks.0.gamma_1" in keys and _side(keys["pos_embed"]) > 0
 
 
 def read(checkpoint: Checkpoint) -> Translation:
     """Layer scales are renamed; the class token is put in front of the patches after their positions were added."""
     result = plain(checkpoint, "deit3", DROP, heads=HEADS)
     result.facts["options"] = {"no_embed_class": True, **result.facts.get("options", {})}
+    if (table := checkpoint.tensors.get("pos_embed")) is not None and (side := _side(table)):
+        result.notes.append(f"its table of {side * side} rows is taken for {side} x {side} patches without the class token's row")
     return result
+
+
+def _side(table: torch.Tensor) -> int:
+    """Patches a side of a square grid of which the table (1, L, D) has a row each; 0 where there is none."""
+    side = isqrt(table.shape[1]) if table.ndim == 3 else 0
+    return side if side and side * side == table.shape[1] else 0

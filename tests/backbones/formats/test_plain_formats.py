@@ -234,6 +234,22 @@ def test_lightly_train_says_how_images_were_normalised(written):
     assert (spec.mean, spec.std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
 
 
+@torch.no_grad()
+def test_a_square_table_of_deit3_may_be_an_oblong_one_with_a_row_for_the_class_token(tmp_path, imgs):
+    """25 rows: the report says how they are taken, another image size is refused, and the user may say otherwise."""
+    weights = fill(encoder_shapes(rows=0, scales=("gamma_1", "gamma_2")) | {"pos_embed": (1, 25, 192)})
+    torch.save({"model": weights}, tmp_path / "x.pth")
+    _, spec, report = load_backbone(tmp_path / "x.pth")
+    assert spec.img_size == (40, 40)
+    assert any("25 rows is taken for 5 x 5 patches without the class token's row" in note for note in report.notes)
+    with pytest.raises(UserError, match=r"\(32, 48\) where the shapes say \(40, 40\)"):
+        load_backbone(tmp_path / "x.pth", overrides={"img_size": (32, 48)})
+    told = {"img_size": (32, 48), "options": {"no_embed_class": False}}
+    model, _, _ = load_backbone(tmp_path / "x.pth", overrides=told)
+    oblong = torch.cat([imgs, imgs[..., :16]], dim=3)
+    torch.testing.assert_close(model.eval().forward_features(oblong), published_vit(weights, oblong, 3), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("to", ["timm.safetensors", "official_mae.pth"])
 def test_what_was_converted_says_where_it_came_from(tmp_path, written, to):
     """A fixed table marks MoCo v3's own files, not those that we write: their spec says more."""
