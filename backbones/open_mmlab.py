@@ -47,6 +47,7 @@ DROP = {
 VIT = Naming(TOP, BLOCK, ("layers.{}.",), drop=DROP)
 OUTSIDE = {
     r"(decode|auxiliary)_head\.": "segmentation head: every task trains its own",
+    r"head\.predictor\.": "predictor of the pretraining: no part of the backbone",
     r"head\.": HEAD,
     r"neck\.": "decoder or projection of the pretraining: no part of the backbone",
     r"target_generator\.": "makes the targets of the pretraining: no part of the backbone",

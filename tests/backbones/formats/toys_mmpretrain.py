@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mae_bench.models.pos_embed import sincos_2d
+from tests.backbones.formats.plain_vit import sincos
 from tests.backbones.formats.reference import fill
 
 WIDTH, HEADS, DEPTH, HIDDEN, GRID, PATCH = 192, 3, 2, 768, 4, 8
@@ -81,7 +81,7 @@ INDEX = torch.arange((GRID * GRID + 1) ** 2).reshape(GRID * GRID + 1, -1)
 def backbones() -> dict[str, dict[str, torch.Tensor]]:
     """The backbones of each kind, under the names that they have behind `backbone.`."""
     plain = backbone(QKV, **NORM)
-    mae = {**plain, "pos_embed": sincos_2d(WIDTH, (GRID, GRID), 1)}
+    fixed = {**plain, "pos_embed": sincos(WIDTH, GRID, down_first=True, class_row=True)}  # utils/position_encoding.py
     deit3 = backbone({**QKV, "gamma1.weight": (WIDTH,)}, **NORM, LAYER__ffn__gamma2__weight=(WIDTH,))
     deit3["pos_embed"] = deit3["pos_embed"][:, 1:].clone()
     gated = backbone({**QKV, "gamma1.weight": (WIDTH,)}, **NORM, LAYER__ffn__gamma2__weight=(WIDTH,))
@@ -98,8 +98,8 @@ def backbones() -> dict[str, dict[str, torch.Tensor]]:
         del each["pos_embed"]
     beit |= {f"layers.{i}.attn.relative_position_index": INDEX for i in range(DEPTH)}
     return {
-        "mae": mae,
-        "mocov3": mae,
+        "mae": fixed,
+        "mocov3": fixed,
         "vit": plain,
         "config": plain,
         "ema": plain,
