@@ -8,18 +8,14 @@ from typing import Any
 
 import torch
 
-from backbones.detect import FORMATS, format_named, written_formats
+from backbones.detect import format_named
 from backbones.load import FILLED, check_fit, make_report, stored_pooling, translate
 from backbones.report import ConversionReport
 from backbones.source import open_source
+from backbones.target import check_target
 from mae_bench.errors import UserError
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
-
-TORCH_FILE = (".pth", ".pt")
-SUFFIXES = {  # of the formats that are one file; the others are folders
-    "official_mae": TORCH_FILE, "mmseg": TORCH_FILE, "detectron2": TORCH_FILE, "timm": (".safetensors",),
-}  # fmt: skip
 
 
 def convert(
@@ -35,10 +31,11 @@ def convert(
 ) -> ConversionReport:
     """Writes the backbone of `source` to `out` in the format `to`, in its stored precision; returns how it was read.
 
-    One file for the formats of SUFFIXES, a folder for the others. What is written is read back and must be bit-equal, or it is
-    removed again. UserError for an `out` that exists, and for a backbone that the format cannot express.
+    One file or a folder, as `backbones.detect.WRITTEN` says. What is written is read back and must be bit-equal, or it is removed
+    again. UserError for an `out` that exists, and for a backbone that the format cannot express.
     """
-    target = _checked_target(Path(out), to)
+    target = Path(out)
+    check_target(target, to)
     checkpoint = open_source(source, sha256, weights, trust=trust)
     name, translation, spec = translate(checkpoint, format, overrides)
     with torch.device("meta" if spec.arch in FILLED else "cpu"):
@@ -52,17 +49,6 @@ def convert(
         shutil.rmtree(target) if target.is_dir() else target.unlink()
         raise
     return report
-
-
-def _checked_target(out: Path, to: str) -> Path:
-    if to not in written_formats():
-        known = f"the format {to!r} is only read" if to in FORMATS else f"unknown format {to!r}"
-        raise UserError(known, expected=f"one that is written: {', '.join(written_formats())}")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists already", fix="remove it or name another")
-    if (suffixes := SUFFIXES.get(to)) and out.suffix not in suffixes:
-        raise UserError(f"{out} as a file of {to}", expected=f"a name that ends in {' or '.join(suffixes)}")
-    return out
 
 
 def _prove(out: Path, to: str, weights: Mapping[str, torch.Tensor], spec: BackboneSpec) -> None:

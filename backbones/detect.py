@@ -1,12 +1,14 @@
 """The table of checkpoint formats, and which of them a file is in: by its keys and shapes, never by a guess."""
 
 from importlib import import_module
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from backbones.source import Checkpoint
-from backbones.translation import Format
 from mae_bench.errors import UserError
 from mae_bench.nearest import did_you_mean
+
+if TYPE_CHECKING:  # the tables are asked before torch is imported
+    from backbones.source import Checkpoint
+    from backbones.translation import Format
 
 FORMATS: dict[str, str] = {
     "mae_bench": "backbones.formats.mae_bench",
@@ -44,19 +46,26 @@ FORMATS: dict[str, str] = {
 }
 
 
-def written_formats() -> list[str]:
-    """The formats that `convert` can write."""
-    return [name for name in FORMATS if hasattr(format_named(name), "write")]
+TORCH_FILE = (".pth", ".pt")
+WRITTEN: dict[str, tuple[str, ...]] = {  # the formats that `convert` writes: suffixes of the file, () for a folder
+    "mae_bench": (), "official_mae": TORCH_FILE, "timm": (".safetensors",), "hf_vitmae": (), "hf_beit": (), "hf_dinov2": (),
+    "hf_dinov3": (), "hf_vit": (), "mmseg": TORCH_FILE, "detectron2": TORCH_FILE,
+}  # fmt: skip
 
 
-def format_named(name: str) -> Format:
-    """The translator of that name; UserError lists the known ones."""
+def check_format(name: str) -> None:
+    """UserError for a name that is no format's."""
     if name not in FORMATS:
         raise UserError(f"unknown format {name!r}", expected=f"one of {', '.join(FORMATS)}", fix=did_you_mean(name, FORMATS))
-    return cast(Format, import_module(FORMATS[name]))
 
 
-def detect(checkpoint: Checkpoint) -> str:
+def format_named(name: str) -> "Format":
+    """The translator of that name; UserError lists the known ones."""
+    check_format(name)
+    return cast("Format", import_module(FORMATS[name]))
+
+
+def detect(checkpoint: "Checkpoint") -> str:
     """The one format that the checkpoint fits; UserError lists what was found if there is none or more than one."""
     fitting = [name for name in FORMATS if format_named(name).fits(checkpoint)]
     if len(fitting) == 1:

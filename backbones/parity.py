@@ -1,13 +1,9 @@
 """Layer by layer, how far a loaded backbone is from another implementation of it on the same images."""
 
-import importlib
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from torch import nn
 
 from backbones.load import load_backbone
 from backbones.probe import a_sample
+from backbones.theirs import callable_named, run_theirs
 from mae_bench.data.transforms import eval_transform, normalize
 from mae_bench.errors import UserError
 from mae_bench.spec import BackboneSpec
@@ -87,6 +84,7 @@ def verify(
     The callable is the user's own code, and is run. `count` images: random ones drawn from `seed`, or the first below `images`.
     UserError for a callable that cannot be had, and for a model that is of another shape.
     """
+    callable_named(against)  # before anything is read
     ours, spec, _ = load_backbone(source, **options)
     theirs = other_model(against, source)
     return compare(ours, theirs, some_images(spec, images, count, seed), tolerance)
@@ -94,11 +92,11 @@ def verify(
 
 def other_model(against: str, source: str | Path) -> nn.Module:
     """What MODULE:CALLABLE returns, in float32; it is called with `source` if it takes an argument that has no default."""
-    make = _callable(against)
+    make = callable_named(against)
     path = source_path(str(source)) or source
-    model = _theirs(f"{against} fails", make, *([str(path)] if _wants_path(make) else []))
+    model = run_theirs(f"{against} fails", make, *([str(path)] if _wants_path(make) else []))
     if not isinstance(model, nn.Module):
-        raise UserError(f"{against} returns a {type(model).__name__}", expected="a torch.nn.Module")
+        raise UserError(f"{against} returns an object of the type {type(model).__name__}", expected="a torch.nn.Module")
     return model.float().eval()
 
 
@@ -108,42 +106,6 @@ def _wants_path(make: Callable[..., Any]) -> bool:
         return any(p.kind in kinds and p.default is p.empty for p in inspect.signature(make).parameters.values())
     except (TypeError, ValueError):  # of a callable that is written in C
         return False
-
-
-def _callable(against: str) -> Callable[..., Any]:
-    module, colon, name = against.partition(":")
-    if not colon or not module or not name:
-        raise UserError(f"--against {against}", expected="MODULE:CALLABLE, for example my_model:build for build() in my_model.py")
-    with _importing_from(Path.cwd()):
-        made = _theirs(f"{module} cannot be imported", importlib.import_module, module)
-    try:
-        found = attrgetter(name)(made)
-    except AttributeError as error:
-        raise UserError(f"{module} has no {name}", expected="MODULE:CALLABLE") from error
-    if not callable(found):
-        raise UserError(f"{against} is a {type(found).__name__}", expected="a callable that returns a torch.nn.Module")
-    return found  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _importing_from(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-
-
-def _theirs(what: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Runs the user's own code: whatever it raises is told in a line, with the place."""
-    try:
-        return call(*arguments)
-    except UserError:
-        raise
-    except Exception as error:
-        frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
-        place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-        raise UserError(f"{what}: {type(error).__name__}: {str(error)[:500]}{place}", expected="code that runs") from error
 
 
 def some_images(spec: BackboneSpec, folder: str | Path | None, count: int, seed: int) -> torch.Tensor:
@@ -170,7 +132,7 @@ def compare(ours: nn.Module, theirs: nn.Module, imgs: torch.Tensor, tolerance: f
     if not candidates:
         raise _other_depth(theirs, len(blocks))
     call = getattr(theirs, "forward_features", theirs)
-    found, output = _theirs(f"their forward fails on images {tuple(imgs.shape)}", _run, call, candidates, imgs)
+    found, output = run_theirs(f"their forward fails on images {tuple(imgs.shape)}", _run, call, candidates, imgs)
     want = mine[OURS]
     fitting = [stack for stack in found.values() if len(stack) == len(want) and _fit(stack, want)]
     if not fitting:

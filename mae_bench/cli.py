@@ -37,7 +37,21 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="Where everything is written; by default runs/NAME.")]
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Worker processes at a time.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read, and nothing else, on stdout.")]
-Format = Annotated[str | None, typer.Option("--format", help="The checkpoint's format, where the file alone cannot decide.")]
+
+
+def _known_format(name: str | None) -> str | None:
+    """Asked before torch is imported."""
+    from backbones.detect import check_format
+
+    if name is not None:
+        check_format(name)
+    return name
+
+
+Format = Annotated[
+    str | None,
+    typer.Option("--format", callback=_known_format, help="The checkpoint's format, where the file alone cannot decide."),
+]
 Weights = Annotated[
     str | None, typer.Option("--weights", help="Which set of weights, where the file holds several; `inspect` lists them.")
 ]
@@ -266,6 +280,9 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint's backbone in another format; what is written is read back and must be bit-equal."""
+    from backbones.target import check_target
+
+    check_target(out, to)  # before torch is imported
     from backbones.convert import convert as write_as
 
     done = write_as(ckpt, out, to, format, weights=weights, trust=trust, overrides=_values(fields))
@@ -296,6 +313,9 @@ def verify(
     CALLABLE, in MODULE (from here, or installed), is called with CKPT's path if it takes an argument without a default. Its
     blocks are its first ModuleList or Sequential of as many members as ours. Exit code 1 for a difference above --tolerance.
     """
+    from backbones.theirs import callable_named
+
+    callable_named(against)  # before torch is imported, unless their code does
     from backbones.parity import render
     from backbones.parity import verify as compared
 

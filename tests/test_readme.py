@@ -55,14 +55,13 @@ def test_tables_are_the_committed_ones() -> None:
 
 def test_the_table_of_formats_is_the_codes() -> None:
     """Exactly the formats that are read, written as `convert` writes them, each with a test that names it."""
-    from backbones.convert import SUFFIXES
-    from backbones.detect import FORMATS, written_formats
+    from backbones.detect import FORMATS, WRITTEN
 
     rows = re.findall(
         r"^\| `(\w+)` \| (.+) \| (folder|file|-) \| (.+): \[.+\]\((.+)\) \|$", README.read_text(encoding="utf-8"), re.MULTILINE
     )
     assert sorted(name for name, *_ in rows) == sorted(FORMATS)
-    as_written = {name: "file" if name in SUFFIXES else "folder" for name in written_formats()}
+    as_written = {name: "file" if suffixes else "folder" for name, suffixes in WRITTEN.items()}
     assert {name: written for name, _, written, *_ in rows} == {name: as_written.get(name, "-") for name in FORMATS}
     for name, _, _, _, proof in rows:
         assert f'"{name}"' in (ROOT / proof).read_text(encoding="utf-8") or Path(proof).stem == f"test_{name}", (name, proof)

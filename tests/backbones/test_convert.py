@@ -9,8 +9,8 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from backbones.convert import SUFFIXES, convert
-from backbones.detect import FORMATS, written_formats
+from backbones.convert import convert
+from backbones.detect import FORMATS, WRITTEN, format_named
 from backbones.load import load_backbone, translate
 from backbones.source import open_source
 from mae_bench.errors import UserError
@@ -32,7 +32,7 @@ HELD = {  # a toy of each kind of backbone -> the formats that have a place for 
 
 def place(folder: Path, to: str, name: str = "out") -> Path:
     """A name for what is written in a format: with its suffix, where it is one file."""
-    return folder / (name + SUFFIXES.get(to, ("",))[0])
+    return folder / (name + (WRITTEN[to] or ("",))[0])
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def kinds(tmp_path_factory) -> dict[str, tuple[Path, dict[str, Any]]]:
     return found
 
 
-@pytest.mark.parametrize("to", written_formats())
+@pytest.mark.parametrize("to", WRITTEN)
 @pytest.mark.parametrize("kind", HELD)
 def test_there_and_back_again_or_refused_before_anything_is_written(tmp_path, kinds, kind, to):
     out, (path, options) = place(tmp_path, to), kinds[kind]
@@ -121,7 +121,8 @@ def test_one_source_gives_one_digest(tmp_path, files, to):
 def test_wrong_targets_are_refused_before_anything_is_read(tmp_path, files):
     (tmp_path / "there.pth").write_text("mine")
     wrong = [("there.pth", "official_mae", "exists"), ("x.bin", "timm", "safetensors"), ("x.pkl", "detectron2", r"\.pth"),
-             ("x", "onnx", "unknown format"), ("x.pth", "mmpretrain", "'mmpretrain' is only read")]  # fmt: skip
+             ("x", "onnx", "unknown format"), ("x", "dectron2", "did you mean detectron2"),
+             ("x.pth", "mmpretrain", "'mmpretrain' is only read")]  # fmt: skip
     for out, to, told in wrong:
         with pytest.raises(UserError, match=told):
             convert(files["full"][0], tmp_path / out, to)
@@ -129,13 +130,13 @@ def test_wrong_targets_are_refused_before_anything_is_read(tmp_path, files):
 
 
 def test_the_formats_that_are_written_are_listed(tmp_path):
-    only_read = sorted(set(FORMATS) - set(written_formats()))
-    assert written_formats()
+    only_read = sorted(set(FORMATS) - set(WRITTEN))
+    assert list(WRITTEN) == [name for name in FORMATS if hasattr(format_named(name), "write")]
     assert only_read
     for to in (*only_read, "onnx"):
         with pytest.raises(UserError) as refused:
             convert(tmp_path / "nothing", tmp_path / "x", to)
-        assert refused.value.expected == f"one that is written: {', '.join(written_formats())}"
+        assert refused.value.expected == f"one that is written: {', '.join(WRITTEN)}"
 
 
 @pytest.mark.parametrize("to", ["timm", "hf_vit"])

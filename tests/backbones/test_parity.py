@@ -234,10 +234,13 @@ def test_the_callable_is_found_and_called(tmp_path, monkeypatch):
     for against, told in {
         "their_code": "MODULE:CALLABLE",
         "their_code:nothing": "has no nothing",
-        "their_code:value": "is a int",
-        "their_code:wrong": "returns a int",
-        "their_code:breaks": r"breaks fails: KeyError: 'key' \(their_code.py:7\)",
-        "no_such_module:f": "no_such_module cannot be imported",
+        "their_code:value": "is of the type int",
+        "their_code:wrong": "returns an object of the type int",
+        "their_code:breaks": r"breaks fails: KeyError: 'key' \(their_code.py:7\)$",
+        "no_module:f": "there is no module no_module\nExpected: no_module.py in this folder, or an installed module$",
+        "thier_code:bare": r"did you mean their_code\?",
+        "their_code:bear": "did you mean bare or",
+        "torch.nothing:f": "torch.nothing cannot be imported: ModuleNotFoundError",
     }.items():
         with pytest.raises(UserError, match=told):
             other_model(against, "x")

@@ -162,6 +162,30 @@ def test_a_plan_with_cells_that_would_fail_is_1(fake_kinds: Path, toy: Path, tmp
     assert "would fail" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "x.pth", "out", "--to", "mea_bench"], "did you mean mae_bench?"),
+        (["convert", "x.pth", "out.bin", "--to", "timm"], "a name that ends in .safetensors"),
+        (["convert", "x.pth", "there", "--to", "mae_bench"], "there exists already"),
+        (["inspect", "x.pth", "--format", "dinov4"], "did you mean dinov3"),
+        (["verify", "x.pth", "--against", "no_module:build"], "no_module.py in this folder"),
+    ],
+)
+def test_what_needs_no_torch_is_refused_before_it_is_imported(tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "there").write_text("mine")
+    code = (
+        "import sys; from mae_bench.cli import main; sys.argv = ['mae-bench', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code == 2, end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert message in done.stderr
+
+
 def test_a_plan_imports_no_torch(fake_kinds: Path, toy: Path, suite: dict[str, Any]) -> None:
     toy.write_text(json.dumps(suite | {"backbones": {"mae": {"kind": "fake_pretraining"}}}))
     code = (
