@@ -44,6 +44,7 @@ def convert(
     report = make_report(checkpoint, name, translation)
     format_named(to).write(translation.weights, spec, target, {"converted": asdict(report)})
     try:
+        checkpoint.check_unchanged()
         _prove(target, to, translation.weights, spec)
     except UserError:
         shutil.rmtree(target) if target.is_dir() else target.unlink()

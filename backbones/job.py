@@ -5,7 +5,7 @@ from pathlib import Path
 from backbones.classifier import has_head, head_of, read_head, write_head
 from backbones.config import CheckpointConfig
 from backbones.load import load_backbone
-from backbones.source import open_source
+from backbones.source import Checkpoint, open_source
 from mae_bench.cost import backbone_gmacs, num_params
 from mae_bench.export import EXPORT, write_export
 from mae_bench.job import Job, Outcome
@@ -20,18 +20,12 @@ def run(config: CheckpointConfig, job: Job, progress: Progress) -> Outcome:
     The record keeps the digest of the export (which the transfers' records bear) and, in the report, that of the source.
     """
     progress.stage("load")
-    model, spec, report = load_backbone(
-        config.source,
-        format=config.format,
-        weights=config.weights,
-        sha256=config.sha256,
-        overrides=config.spec,
-        trust=config.trust,
-    )
+    checkpoint = open_source(config.source, config.sha256, config.weights, trust=config.trust)
+    model, spec, report = load_backbone(checkpoint, format=config.format, overrides=config.spec)
     progress.stage("export")
     provenance = {"config": job.config, "converted": report.to_dict()}
     digest = write_export(job.dir / EXPORT, model.state_dict(), spec, provenance)
-    carry_head(config, job.dir / EXPORT, spec)
+    carry_head(checkpoint, job.dir / EXPORT, spec)
     return Outcome(
         task="pretrain",
         dataset=spec.pretrain_data,
@@ -48,9 +42,10 @@ def run(config: CheckpointConfig, job: Job, progress: Progress) -> Outcome:
     )
 
 
-def carry_head(config: CheckpointConfig, folder: Path, spec: BackboneSpec) -> None:
+def carry_head(checkpoint: Checkpoint, folder: Path, spec: BackboneSpec) -> None:
     """Keeps the classifier that came with the backbone, if one did, for the protocols that train none."""
-    if has_head(config.source):
-        write_head(folder, *read_head(config.source), spec)
-    elif head := head_of(open_source(config.source, config.sha256, config.weights, trust=config.trust)):
+    if has_head(checkpoint.source):
+        write_head(folder, *read_head(checkpoint.source), spec)
+    elif head := head_of(checkpoint):
+        checkpoint.check_unchanged()
         write_head(folder, head, [], spec)

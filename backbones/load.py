@@ -17,15 +17,18 @@ from backbones.translation import Translation
 from backbones.trust import TRUSTED
 from mae_bench.errors import UserError
 from mae_bench.models.create import Size, height_and_width
-from mae_bench.models.vit import ViT, build_vit
+from mae_bench.models.vit import ARCHS, ViT, build_vit
 from mae_bench.spec import BackboneSpec
 
 NUMBERED = re.compile(r"(.*\b(?:blocks|layers?|resblocks))\.(\d{1,4})\.")
 FILLED = ("vit", "eva")  # wholly, by weights and computed buffers: random numbers for billions of weights would take minutes
 
+SURPLUS = "if the unexpected ones are no part of the backbone, save the state_dict without them"
+ANOTHER = "if it is of another family, --format NAME reads it as another format"
+
 
 def load_backbone(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     *,
     global_pool: str | None = None,
     drop_path_rate: float = 0.0,
@@ -44,7 +47,8 @@ def load_backbone(
     `forward_features` gives prefix and patch tokens after the final norm; weights whose norm stands behind the average pooling
     (`fc_norm`) keep it there, and `forward_head(..., pre_logits=True)` applies it. `global_pool` "avg" asks for that layout:
     a final norm is then dropped and a new one put behind the pooling, as MAE fine-tunes.
-    source: a path, file:PATH, run:DIR, timm:NAME, official:NAME, hf:REPO@REVISION. format: a name of `backbones.detect.FORMATS`
+    source: a path, file:PATH, run:DIR, timm:NAME, official:NAME, hf:REPO@REVISION; or what `open_source` made of one (with
+    its weights, sha256 and trust). format: a name of `backbones.detect.FORMATS`
     where detection cannot decide. weights: which set of weights, where the file holds several (teacher, model_ema ...).
     img_size, patch_size: (height, width) in pixels, or one number for both, where a task needs others than the weights were
     trained at: tables and patch embedding are resampled (`backbones.resample`), the latter by `patch_resample` "pinv" or "bicubic". sha256: the weight
@@ -52,7 +56,7 @@ def load_backbone(
     trust: unpickle what cannot be read as data, in a subprocess without network; the report says so.
     Raises UserError for whatever is wrong with the file: nothing is loaded in part.
     """
-    checkpoint = open_source(source, sha256, weights, trust=trust)
+    checkpoint = source if isinstance(source, Checkpoint) else open_source(source, sha256, weights, trust=trust)
     name, translation, spec = translate(checkpoint, format, overrides)
     translation.weights = {key: tensor.float() for key, tensor in translation.weights.items()}
     layout = _fit_pooling(translation, global_pool, checkpoint.source, spec)
@@ -62,6 +66,7 @@ def load_backbone(
         model = build_vit(spec, global_pool=layout, **options)
     check_fit(model, translation.weights, checkpoint.source, name)
     model.load_state_dict({key: tensor.clone() for key, tensor in translation.weights.items()}, assign=True)
+    checkpoint.check_unchanged()
     _fill_buffers(model)
     return model, spec, make_report(checkpoint, name, translation)
 
@@ -160,10 +165,16 @@ def check_fit(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], sourc
     if any(problems.values()):
         told = "; ".join(f"{what}: {_listed(keys)}" for what, keys in problems.items() if keys)
         raise UserError(
-            f"{source}, read as {format}, does not fill a {type(model).__name__}: {told}",
+            f"{source}, read as {format}, does not fill the model that it describes{_sizes(model)}: {told}",
             expected="one tensor for every weight, and a reason for each that is left out",
-            fix="is it of another family? --format NAME reads it as another format",
+            fix="; ".join([*([SURPLUS] if problems["unexpected"] else []), ANOTHER]),
         )
+
+
+def _sizes(model: Any) -> str:
+    """" (vit, width 192, depth 2)"; nothing for what is no ViT."""
+    arch = next((arch for arch, kind in ARCHS.items() if type(model) is kind), type(model).__name__)
+    return f" ({arch}, width {model.embed_dim}, depth {len(model.blocks)})" if isinstance(model, ViT) else ""
 
 
 def _listed(keys: list[str], limit: int = 12) -> str:

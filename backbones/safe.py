@@ -7,9 +7,8 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from hashlib import file_digest
 from pathlib import Path
 from typing import IO, Any
@@ -31,15 +30,22 @@ LEGACY_PICKLES = 5  # magic, version, system, content, keys of the storages
 _LOOKS = {b"version https://git-lfs": "a Git LFS pointer, not the file", b"<!DOCTYPE": "a web page", b"<html": "a web page"}
 
 
+State = tuple[int, int, int]  # of a file: its bytes, and in nanoseconds when it was written to and when anything of it changed
+
+
 @dataclass(frozen=True)
 class WeightFile:
-    """What was read. content: for safetensors a dict of tensors. metadata: of safetensors. digest: SHA-256. size: bytes."""
+    """What was read. content: for safetensors a dict of tensors. metadata: of safetensors. digest: SHA-256. size: bytes.
+
+    states: of each file when its digest was taken. Tensors may be mapped: what is written into a file later shows in them.
+    """
 
     content: Any
     metadata: dict[str, str]
     digest: str
     size: int
     trusted: bool = False  # its pickle was run, in a subprocess without network (`backbones.trust`)
+    states: Mapping[Path, State] = field(default_factory=dict)
 
 
 def read_file(path: Path, sha256: str | None = None, trust: bool = False) -> WeightFile:
@@ -50,7 +56,8 @@ def read_file(path: Path, sha256: str | None = None, trust: bool = False) -> Wei
     """
     if not path.is_file():
         raise UserError(f"no weight file {path}", expected="a .safetensors, .pth, .pt or .bin file")
-    with path.open("rb") as file, _unchanged(file, path):
+    with path.open("rb") as file:
+        state = _state(file.fileno())
         digest = file_digest(file, "sha256").hexdigest()
         if sha256 and sha256.lower() != digest:
             raise UserError(
@@ -59,21 +66,28 @@ def read_file(path: Path, sha256: str | None = None, trust: bool = False) -> Wei
                 fix="fetch the file again, or pin the digest above if this is the file that you mean",
             )
         content, metadata, trusted = _read(file, path, trust)
-        return WeightFile(content, metadata, digest, os.fstat(file.fileno()).st_size, trusted)
+        if _state(file.fileno()) != state:
+            raise _changed(path)
+        return WeightFile(content, metadata, digest, state[0], trusted, {path: state})
 
 
-@contextmanager
-def _unchanged(file: IO[bytes], path: Path) -> Iterator[None]:
-    """UserError if the open file is written to meanwhile: its digest would not be that of what was read."""
+def _state(file: int | Path) -> State:
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
-    def state() -> tuple[int, int, int]:
-        found = os.fstat(file.fileno())
-        return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
-    before = state()
-    yield
-    if state() != before:
-        raise UserError(f"{path} changed while it was read", expected="a file that is written wholly", fix="read it again")
+def check_unchanged(states: Mapping[Path, State]) -> None:
+    """UserError if a file is not as it was when its digest was taken: that would not be the digest of its tensors.
+
+    For whoever has copied them or written them elsewhere.
+    """
+    for path, before in states.items():
+        if not path.exists() or _state(path) != before:
+            raise _changed(path)
+
+
+def _changed(path: Path) -> UserError:
+    return UserError(f"{path} changed while it was read", expected="a file that is written wholly", fix="read it again")
 
 
 def _read(file: IO[bytes], path: Path, trust: bool) -> tuple[Any, dict[str, str], bool]:

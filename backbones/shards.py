@@ -33,8 +33,9 @@ def read_shards(index: Path, sha256: str | None = None, trust: bool = False) -> 
     for name, shard in shards.items():
         _check(index, name, shard.content, {tensor for tensor, place in placed.items() if place == name})
         tensors |= shard.content
+    states = {path: state for shard in shards.values() for path, state in shard.states.items()}
     size, trusted = sum(shard.size for shard in shards.values()), any(shard.trusted for shard in shards.values())
-    return WeightFile(tensors, {}, digest, size, trusted), digests
+    return WeightFile(tensors, {}, digest, size, trusted, states), digests
 
 
 def _placed(index: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from backbones.description import read_json
 from backbones.hub import fetch_repo
 from backbones.official import fetch_official, name_of
-from backbones.safe import WeightFile, check_tensors, read_file
+from backbones.safe import State, WeightFile, check_tensors, check_unchanged, read_file
 from backbones.shards import INDEX_SUFFIX, read_shards
 from backbones.unwrap import unwrap
 from mae_bench.digest import file_digest
@@ -65,6 +66,7 @@ class Checkpoint:
     files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 of each file that was read: the weights, then `beside`
     format: str | None = None  # that the source itself tells; else it is detected
     notes: list[str] = field(default_factory=list)  # what the reader of a report should know of the source
+    states: Mapping[Path, State] = field(default_factory=dict)  # of the weight files, when their digests were taken
 
     @property
     def stored(self) -> dict[str, torch.Tensor]:
@@ -75,6 +77,10 @@ class Checkpoint:
     def label(self) -> str:
         """Where in the file the ViT is: wrapper and prefix as one dotted name, "" for the top level."""
         return ".".join(part.strip(".") for part in (self.wrapper, self.prefix) if part.strip("."))
+
+    def check_unchanged(self) -> None:
+        """UserError if a weight file has changed since it was opened; for whoever has copied the tensors, which may be mapped."""
+        check_unchanged(self.states)
 
 
 def open_source(source: str | Path, sha256: str | None = None, weights: str | None = None, *, trust: bool = False) -> Checkpoint:
@@ -134,7 +140,7 @@ def _open_path(source: str, path: Path, sha256: str | None, weights: str | None,
     files |= {name: file_digest(file.parent / name) for name in beside}
     return Checkpoint(
         source, digest, tensors, size, part.wrapper, part.prefix, part.outside, part.extras, beside, stated, read.trusted, files,
-        notes=notes,
+        notes=notes, states=read.states,
     )  # fmt: skip
 
 

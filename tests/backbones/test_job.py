@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from backbones.classifier import has_head
 from backbones.config import CheckpointConfig
 from backbones.job import run
 from backbones.load import load_backbone
+from backbones.safe import read_file
 from mae_bench.config import build
 from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
@@ -30,6 +32,21 @@ def test_the_export_is_the_checkpoint(tmp_path, files):
     assert (spec.pretrain_method, spec.pretrain_data, outcome.dataset) == ("mae", "ImageNet-1K", "ImageNet-1K")
     assert set(outcome.metrics) == {"params"}
     assert outcome.metrics["params"].value == sum(p.numel() for p in model.parameters())
+
+
+def test_the_source_is_read_once_for_backbone_and_head(tmp_path, files, monkeypatch):
+    """It may be large, and a trusted pickle could make something else the second time."""
+    path, opened = files["timm.safetensors"][0], []
+
+    def read(path, *rest):
+        opened.append(path)
+        return read_file(path, *rest)
+
+    monkeypatch.setattr("backbones.source.read_file", read)
+    config, job = job_of(tmp_path, source=str(path))
+    run(config, job, Progress())
+    assert has_head(job.dir)
+    assert opened == [path]
 
 
 def test_a_wrong_digest_leaves_no_export(tmp_path, files):

@@ -9,6 +9,7 @@ import resource
 import struct
 import zipfile
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,8 +21,9 @@ from safetensors.torch import save_file
 
 from backbones import safe
 from backbones.config import CheckpointConfig
+from backbones.convert import convert
 from backbones.job import run
-from backbones.load import load_backbone
+from backbones.load import load_backbone, translate
 from backbones.safe import read_file
 from backbones.source import open_source
 from backbones.stand_ins import ALLOWED, NotBuilt, Stored
@@ -368,6 +370,31 @@ def test_what_is_parsed_is_what_was_hashed(tmp_path, files, monkeypatch, how):
     else:
         with pytest.raises(UserError, match="changed while it was read"):
             read_file(path)
+
+
+@pytest.mark.parametrize("use", [load_backbone, lambda path: convert(path, path.parent / "out", "mae_bench")])
+@pytest.mark.parametrize("name", ["encoder", "timm.safetensors"])
+@pytest.mark.parametrize("how", ["written to", "removed", "left alone"])
+def test_what_is_used_is_what_was_hashed(tmp_path, files, monkeypatch, name, use, how):
+    """The tensors are mapped: until they are copied, they change with the file."""
+    path = tmp_path / files[name][0].name
+    path.write_bytes(files[name][0].read_bytes())
+    os.utime(path, ns=(0, 0))
+
+    def meanwhile(checkpoint, *args):
+        if how == "written to":
+            with path.open("r+b") as file:
+                file.seek(path.stat().st_size // 2)
+                file.write(bytes(400))
+        elif how == "removed":
+            path.unlink()
+        return translate(checkpoint, *args)
+
+    for user in ("load", "convert"):
+        monkeypatch.setattr(f"backbones.{user}.translate", meanwhile if how != "left alone" else translate)
+    with pytest.raises(UserError, match="changed while it was read") if how != "left alone" else nullcontext():
+        use(path)
+    assert (tmp_path / "out").exists() == (use is not load_backbone and how == "left alone")
 
 
 def test_the_record_holds_the_digest_of_every_file(tmp_path, encoder):
