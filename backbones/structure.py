@@ -94,7 +94,9 @@ def beit_facts(weights: Weights, source: str) -> dict[str, Any]:
         options["init_values"] = INIT_VALUES
     facts: dict[str, Any] = {"arch": "beit", "options": options}
     table, proj = relative_table(weights), weights["patch_embed.proj.weight"]
-    if table is None or table.ndim != 2 or proj.ndim != 4:
+    if table is not None and table.ndim != 2:
+        raise UserError(f"{source}: a relative bias table of shape {tuple(table.shape)}", expected="(rows, heads)")
+    if table is None or proj.ndim != 4:
         return facts
     facts |= {"num_heads": table.shape[1], "pos_embed": "relative"}
     side = (round(max(table.shape[0] - 3, 0) ** 0.5) + 1) // 2

@@ -7,6 +7,7 @@ from backbones.translation import HEAD, PROJECTOR, Translation, is_official_vit,
 
 ENCODERS = ("base_encoder", "momentum_encoder")
 DROP = {r"head\.\d": PROJECTOR, r"head\.": HEAD}
+LARGER = {1024: 16, 1280: 16}  # heads of L and H, which the paper trains (arXiv 2104.02057) and vits.py does not build
 PREDICTOR = r"(?:module\.)?predictor\."
 
 
@@ -31,4 +32,5 @@ def has_table(tensors: dict[str, torch.Tensor]) -> bool:
 
 def read(checkpoint: Checkpoint) -> Translation:
     """The names are timm's. Its ViTs of 384 and of 768 channels both have 12 heads (vits.py; families.yaml)."""
-    return plain(checkpoint, "moco_v3", DROP, outside={PREDICTOR: "predictor of the pretraining: no part of the backbone"})
+    outside = {PREDICTOR: "predictor of the pretraining: no part of the backbone"}
+    return plain(checkpoint, "moco_v3", DROP, outside=outside, heads=LARGER)

@@ -34,15 +34,18 @@ def fill(shapes: Mapping[str, Iterable[int]], seed: int = 0) -> dict[str, torch.
     return {name: tensor + 1 if tensor.ndim == 1 and not name.endswith("bias") else tensor for name, tensor in drawn.items()}
 
 
-def check_real_size(format: str, content: Any, beside: dict[str, dict[str, Any]] | None = None) -> BackboneSpec:
+def check_real_size(
+    format: str, content: Any, beside: dict[str, dict[str, Any]] | None = None, *, said: bool = False
+) -> BackboneSpec:
     """Reads a checkpoint's content (shapes or hollow tensors for leaves) as `load_backbone` does, and checks that every tensor
-    finds its place in a model on the meta device; returns the spec."""
+    finds its place in a model on the meta device; returns the spec. said: by the user, for layouts that several families share.
+    """
     part = unwrap(hollow(content), "real size")
     checkpoint = Checkpoint(
         "real size", "0" * 64, part.tensors, 0, part.wrapper, part.prefix, part.outside, part.extras, beside or {}
     )
     with mock.patch("backbones.load.check_values"):  # a thousand million zeros are finite: looking at each takes longest
-        name, translation, spec = translate(checkpoint)
+        name, translation, spec = translate(checkpoint, format if said else None)
     assert name == format
     with torch.device("meta"):
         check_fit(build_vit(spec, global_pool=stored_pooling(translation.weights)), translation.weights, "real size", name)

@@ -159,6 +159,39 @@ def test_real_sizes(width, depth, heads):
     assert spec.options["use_shared_rel_pos_bias"]
 
 
+def published(family: str, width: int, depth: int, heads: int) -> dict[str, Any]:
+    """A pretraining's file of that family at 224 pixels and patches of 16."""
+    shapes = encoder_shapes(width, depth, 14, 16, heads, positions="shared") | pair("norm", width)
+    shapes |= {"mask_token": (1, 1, width)}
+    if family == "simmim":
+        decoder = {"decoder.0.weight": (768, width, 1, 1), "decoder.0.bias": (768,)}
+        return {"model": {f"encoder.{name}": shape for name, shape in shapes.items()} | decoder, "max_accuracy": 0.0}
+    if family == "beitv2":  # two layers for the class token, as deep in the model as the first two
+        first = ("blocks.0.", "blocks.1.")
+        layers = {name.replace("blocks", "cls_pt_layers"): shape for name, shape in shapes.items() if name.startswith(first)}
+        return {"model": shapes | layers | pair("lm_head", 8192, width)}
+    return {"model": shapes | pair("lm_head", width, width)}
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "depth", "heads"),
+    [("data2vec", 768, 12, 12), ("data2vec", 1024, 24, 16), ("beitv2", 768, 12, 12), ("beitv2", 1024, 24, 16),
+     ("simmim", 768, 12, 12)],
+)  # fmt: skip
+def test_published_sizes_of_its_successors(family, width, depth, heads):
+    """SimMIM has published a ViT-B alone."""
+    spec = check_real_size(family, published(family, width, depth, heads))
+    assert (spec.embed_dim, spec.depth, spec.num_heads, spec.img_size) == (width, depth, heads, (224, 224))
+
+
+@pytest.mark.parametrize("family", ["beitv2", "simmim"])
+@pytest.mark.parametrize(("width", "depth", "heads"), [(768, 12, 12), (1024, 24, 16)])
+def test_fine_tuned_sizes_of_its_successors(family, width, depth, heads):
+    shapes = encoder_shapes(width, depth, 14, 16, heads) | pair("fc_norm", width) | pair("head", 1000, width)
+    spec = check_real_size(family, {"model": shapes}, said=True)
+    assert (spec.depth, spec.num_heads, spec.global_pool) == (depth, heads, "avg")
+
+
 def test_a_huge_model_and_larger_images():
     shapes = encoder_shapes(1280, 32, 27, 14, 16, positions="shared")
     shapes |= pair("norm", 1280) | pair("lm_head", 1280, 1280) | {"mask_token": (1, 1, 1280)}
@@ -172,7 +205,7 @@ def test_a_huge_model_and_larger_images():
         (lambda w: w.pop("blocks.1.attn.v_bias"), "missing: blocks.1.attn.v_bias"),
         (lambda w: w.update({"blocks.0.mystery": torch.zeros(3)}), "unexpected: blocks.0.mystery"),
         (lambda w: w.update({f"rel_pos_bias.{TABLE}": torch.zeros(51, 3)}), "51 rows"),
-        (lambda w: w.update({f"rel_pos_bias.{TABLE}": torch.zeros(())}), ""),
+        (lambda w: w.update({f"rel_pos_bias.{TABLE}": torch.zeros(())}), r"bias table of shape \(\)"),
         (lambda w: w.update({"lm_head.weight": torch.zeros(())}), None),
         (lambda w: w.update({"patch_embed.proj.weight": torch.zeros(())}), "patch embedding"),
     ],

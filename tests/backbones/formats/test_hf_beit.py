@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BeitModel
+from transformers import BeitConfig, BeitForImageClassification, BeitModel
 
 from backbones.convert import convert
 from backbones.load import load_backbone
 from mae_bench.errors import UserError
 from tests.backbones.formats import toys_hf_beit
+from tests.backbones.formats.reference import check_real_size
 from tests.backbones.formats.toys_hf_beit import MODELS, build
 
 
@@ -79,6 +80,19 @@ def test_what_is_written_is_loaded_by_transformers(files, tmp_path, imgs, name):
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval()(imgs).last_hidden_state, expected_tokens(name, imgs), rtol=1e-5, atol=1e-5)
     assert load_backbone(tmp_path / "out")[1] == load_backbone(files[name][0])[1]
+
+
+@pytest.mark.parametrize(("width", "heads", "depth"), [(768, 12, 12), (1024, 16, 24)])
+def test_published_sizes(width, heads, depth):
+    """B and L, made hollow by transformers' own class."""
+    config = BeitConfig(
+        hidden_size=width, num_attention_heads=heads, num_hidden_layers=depth, intermediate_size=4 * width,
+        use_relative_position_bias=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in BeitForImageClassification(config).state_dict().items()}
+    spec = check_real_size("hf_beit", shapes, {"config.json": config.to_dict()})
+    assert (spec.num_heads, spec.depth, spec.img_size, spec.global_pool) == (heads, depth, (224, 224), "avg")
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,37 @@ def test_moco_v3s_small_has_twelve_heads(tmp_path, told):
     assert load_backbone(tmp_path / "x.pth", overrides=overrides)[1].num_heads == (6 if told == "user" else 12)
 
 
+def beside(backbone: dict[str, tuple[int, ...]], **others: tuple[int, ...]) -> dict[str, Any]:
+    """A file's content: shapes of the backbone, and of what stands beside it (two underscores for a dot)."""
+    outside = {name.replace("__", "."): shape for name, shape in others.items()}
+    return {"state_dict": {f"backbone.{name}": shape for name, shape in backbone.items()} | outside}
+
+
+@pytest.mark.parametrize(("width", "depth", "heads"), [(384, 12, 12), (768, 12, 12), (1024, 24, 16)])
+def test_real_sizes_of_moco_v3(width, depth, heads):
+    shapes = toys.shapes(toys.qkv(width), width, depth, 4 * width, 16, 197) | toys.pair("ln1", width)
+    spec = check_real_size("mmpretrain", beside(shapes, head__predictor__fc0__weight=(4096, 256)))
+    assert (spec.num_heads, spec.depth, spec.pretrain_method) == (heads, depth, "moco_v3")
+
+
+@pytest.mark.parametrize("pretraining", [True, False])
+@pytest.mark.parametrize(("width", "depth", "heads"), [(768, 12, 12), (1024, 24, 16)])
+def test_real_sizes_of_beit(width, depth, heads, pretraining):
+    """Pretrained with one shared bias table, fine-tuned with one a block and the norm behind the pooling."""
+    table = (27 * 27 + 3, heads)
+    attention = {"q_bias": (width,), "v_bias": (width,), "qkv.weight": (3 * width, width), **toys.pair("proj", width, width)}
+    own = {} if pretraining else {"relative_position_bias_table": table}
+    shapes = toys.shapes(attention | own, width, depth, 4 * width, 16)
+    del shapes["pos_embed"]
+    shapes |= {f"layers.{i}.gamma_{j}": (width,) for i in range(depth) for j in (1, 2)}
+    shapes |= toys.pair("ln1" if pretraining else "ln2", width)
+    if pretraining:
+        shapes |= {"mask_token": (1, 1, width), "rel_pos_bias.relative_position_bias_table": table}
+    spec = check_real_size("mmpretrain", beside(shapes, head__cls_head__weight=(8192, width)))
+    assert (spec.arch, spec.num_heads, spec.depth, spec.img_size) == ("beit", heads, depth, (224, 224))
+    assert spec.options["use_shared_rel_pos_bias"] is pretraining
+
+
 @pytest.mark.parametrize(
     ("width", "depth", "heads", "patch"), [(768, 12, 12, 16), (1024, 24, 16, 16), (1280, 32, 16, 14), (768, 8, 8, 16)]
 )
@@ -236,5 +267,5 @@ def test_real_sizes(width, depth, heads, patch):
     """B, L and H of MAE, and the "small" of this library alone."""
     hidden = width * (3 if depth == 8 else 4)
     content = toys.shapes(toys.qkv(width), width, depth, hidden, patch, 1 + (224 // patch) ** 2) | toys.pair("ln1", width)
-    spec = check_real_size("mmpretrain", {"state_dict": {f"backbone.{name}": shape for name, shape in content.items()}})
+    spec = check_real_size("mmpretrain", beside(content))
     assert (spec.num_heads, spec.depth, spec.img_size) == (heads, depth, (224, 224))

@@ -166,7 +166,8 @@ LAST = {"head.last_layer.weight_g": (65536, 1), "head.last_layer.weight_v": (655
           for s, h in (("S", 6), ("B", 12))
           for f, last in (("dino", LAST), ("ibot", LAST | {"head.last_layer2.weight_v": (8192, 256)}))),
         ("ibot", {"state_dict": sized("L") | {"masked_embed": (1, 1024)}}, {"num_heads": 16, "depth": 24}),
-        *(("moco_v3", {"state_dict": prefixed("module.base_encoder.", sized(s))}, {"num_heads": 12}) for s in ("S", "B")),
+        *(("moco_v3", {"state_dict": prefixed("module.base_encoder.", sized(s))}, {"num_heads": h})
+          for s, h in (("S", 12), ("B", 12), ("L", 16), ("H", 16))),
         *(("deit", {"model": sized(s, tokens=("cls_token", "dist_token"))}, {"num_heads": h, "num_prefix_tokens": 2})
           for s, h in (("S", 6), ("B", 12))),
         *(("deit3", {"model": sized(s, rows=0, scales=("gamma_1", "gamma_2"))}, {"num_heads": h, "img_size": (224, 224)})
@@ -177,7 +178,8 @@ LAST = {"head.last_layer.weight_g": (65536, 1), "head.last_layer.weight_v": (655
          {"num_heads": 16, "depth": 40, "num_prefix_tokens": 0}),
         ("maskfeat", {"model_state": toys_maskfeat.pretrained_shapes(768, 12, 224, 16)}, {"num_heads": 12, "global_pool": "avg"}),
         ("maskfeat", {"model_state": toys_maskfeat.pretrained_shapes(1024, 24, 224, 16)}, {"num_heads": 16, "depth": 24}),
-        *(("lightly", {"state_dict": prefixed("backbone.vit.", sized(s))}, {"num_heads": h}) for s, h in (("S", 6), ("B", 12))),
+        *(("lightly", {"state_dict": prefixed("backbone.vit.", sized(s))}, {"num_heads": h})
+          for s, h in (("S", 6), ("B", 12), ("L", 16))),
         *(("solo_learn", {"state_dict": {**prefixed("backbone.", sized(s)), "classifier.weight": (1000, 768)}}, {"num_heads": h})
           for s, h in (("S", 6), ("B", 12), ("L", 16))),
     ],
@@ -186,6 +188,12 @@ def test_published_sizes_find_their_places(format, content, facts):
     spec = check_real_size(format, content)
     assert {name: getattr(spec, name) for name in facts} == facts
     assert spec.img_size == (224, 224)
+
+
+@pytest.mark.parametrize(("size", "heads"), [("S", 6), ("B", 12)])
+def test_deits_published_sizes_when_the_user_says_that_they_are_deits(size, heads):
+    spec = check_real_size("deit", {"model": sized(size) | linear("head", REAL[size][0], 1000)}, said=True)
+    assert (spec.num_heads, spec.img_size, spec.num_prefix_tokens) == (heads, (224, 224), 1)
 
 
 @pytest.mark.parametrize(

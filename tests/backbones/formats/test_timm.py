@@ -17,7 +17,8 @@ from mae_bench.cost import backbone_gmacs, num_params
 from mae_bench.errors import UserError
 from mae_bench.models.vit import build_vit
 from tests.backbones.formats import toys_timm
-from tests.backbones.formats.reference import hollow, randomise
+from tests.backbones.formats.plain_vit import REAL, encoder_shapes, linear
+from tests.backbones.formats.reference import check_real_size, hollow, randomise
 from tests.backbones.formats.toys_timm import BARE, FOLDERS, SMALL, build
 
 # One name of timm's registry for each structure, with what of the options makes it so.
@@ -96,6 +97,13 @@ def test_a_name_of_the_registry_tells_how_to_rebuild_the_model(name):
     with torch.device("meta"):
         model = build_vit(spec, global_pool=stored_pooling(translation.weights))
     check_fit(model, translation.weights, name, format)
+
+
+@pytest.mark.parametrize("size", ["S", "B", "L", "H"])
+def test_published_sizes_without_a_description(size):
+    width, depth, heads, patch = REAL[size]
+    spec = check_real_size("timm", encoder_shapes(width, depth, 224, patch) | linear("head", width, 1000))
+    assert (spec.embed_dim, spec.depth, spec.num_heads, spec.img_size) == (width, depth, heads, (224, 224))
 
 
 @pytest.mark.parametrize(
