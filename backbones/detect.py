@@ -65,17 +65,22 @@ def format_named(name: str) -> "Format":
     return cast("Format", import_module(FORMATS[name]))
 
 
+def fitting(checkpoint: "Checkpoint") -> list[str]:
+    """The formats that the checkpoint fits by its keys, its shapes and what lies beside it."""
+    return [name for name in FORMATS if format_named(name).fits(checkpoint)]
+
+
 def detect(checkpoint: "Checkpoint") -> str:
     """The one format that the checkpoint fits; UserError lists what was found if there is none or more than one."""
-    fitting = [name for name in FORMATS if format_named(name).fits(checkpoint)]
-    if len(fitting) == 1:
-        return fitting[0]
+    fit = fitting(checkpoint)
+    if len(fit) == 1:
+        return fit[0]
     keys = list(checkpoint.tensors)
     found = f"{len(keys)} tensors, {', '.join(keys[:4])} ... {keys[-1]}" if len(keys) > 4 else ", ".join(keys)
     where = f" under {checkpoint.label!r} beside {sorted(checkpoint.extras)}" if checkpoint.label else ""
-    why = f"fits {' and '.join(fitting)}" if fitting else "fits no known format"
+    why = f"fits {' and '.join(fit)}" if fit else "fits no known format"
     raise UserError(
         f"{checkpoint.source} {why}: {found}{where}",
-        expected=f"one of {', '.join(fitting or FORMATS)}",
-        fix="say which with --format NAME" if fitting else "if it is one of these under other names, rename its keys first",
+        expected=f"one of {', '.join(fit or FORMATS)}",
+        fix="say which with --format NAME" if fit else "if it is one of these under other names, rename its keys first",
     )

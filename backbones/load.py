@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from backbones.detect import detect, format_named
+from backbones.detect import detect, fitting, format_named
 from backbones.infer import infer_spec
 from backbones.report import ConversionReport
 from backbones.resample import resample
@@ -48,11 +48,12 @@ def load_backbone(
     (`fc_norm`) keep it there, and `forward_head(..., pre_logits=True)` applies it. `global_pool` "avg" asks for that layout:
     a final norm is then dropped and a new one put behind the pooling, as MAE fine-tunes.
     source: a path, file:PATH, run:DIR, timm:NAME, official:NAME, hf:REPO@REVISION; or what `open_source` made of one (with
-    its weights, sha256 and trust). format: a name of `backbones.detect.FORMATS`
-    where detection cannot decide. weights: which set of weights, where the file holds several (teacher, model_ema ...).
+    its weights, sha256 and trust). format: a name of `backbones.detect.FORMATS` where detection cannot decide. weights:
+    which set of weights, where the file holds several (teacher, model_ema ...).
     img_size, patch_size: (height, width) in pixels, or one number for both, where a task needs others than the weights were
-    trained at: tables and patch embedding are resampled (`backbones.resample`), the latter by `patch_resample` "pinv" or "bicubic". sha256: the weight
-    file's digest, which must match. overrides: spec fields that the file does not tell (num_heads, ...).
+    trained at: tables and patch embedding are resampled (`backbones.resample`), the latter by
+    `patch_resample` "pinv" or "bicubic".
+    sha256: the weight file's digest, which must match. overrides: spec fields that the file does not tell (num_heads, ...).
     trust: unpickle what cannot be read as data, in a subprocess without network; the report says so.
     Raises UserError for whatever is wrong with the file: nothing is loaded in part.
     """
@@ -98,6 +99,8 @@ def translate(
     if lost := sorted(set(checkpoint.tensors) - set(translation.renamed) - set(translation.dropped)):
         raise UserError(f"{checkpoint.source}: {name} does not explain {', '.join(lost)}", expected="a reason for every key")
     check_values(translation.weights, checkpoint.source)
+    if format and (by_itself := checkpoint.format or _only_fit(checkpoint)) not in ("", format):
+        translation.notes.append(f"by itself this file would be read as {by_itself}; it was read as {format}, as was asked for")
     if other := sorted({str(tensor.dtype) for tensor in translation.weights.values()} - {"torch.float32"}):
         translation.notes.append(f"stored as {', '.join(other)}; loaded as torch.float32")
     if checkpoint.wrapper or checkpoint.prefix:
@@ -107,6 +110,11 @@ def translate(
     for theirs in (name for name in checkpoint.outside if name not in translation.taken):
         translation.dropped[theirs] = translation.outside.get(theirs, f"outside of {checkpoint.label!r}, where the ViT is")
     return name, translation, infer_spec(translation, checkpoint.source, checkpoint.stated_spec, overrides)
+
+
+def _only_fit(checkpoint: Checkpoint) -> str:
+    found = fitting(checkpoint)
+    return found[0] if len(found) == 1 else ""
 
 
 def _check_blocks(checkpoint: Checkpoint, translation: Translation) -> None:
@@ -172,7 +180,7 @@ def check_fit(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], sourc
 
 
 def _sizes(model: Any) -> str:
-    """" (vit, width 192, depth 2)"; nothing for what is no ViT."""
+    """In brackets what a ViT is (vit, width 192, depth 2); nothing for another model."""
     arch = next((arch for arch, kind in ARCHS.items() if type(model) is kind), type(model).__name__)
     return f" ({arch}, width {model.embed_dim}, depth {len(model.blocks)})" if isinstance(model, ViT) else ""
 

@@ -150,13 +150,22 @@ def numbers(value: Any, what: str, source: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
+def not_expressible(spec: BackboneSpec, to: str, expected: str) -> UserError:
+    """The refusal of a backbone that the format `to` has no place for, with what the backbone is."""
+    tokens = f"{spec.num_prefix_tokens} prefix token" + ("s" if spec.num_prefix_tokens != 1 else "")
+    options = f", the options {', '.join(sorted(spec.options))}" if spec.options else ""
+    return UserError(
+        f"this backbone cannot be written as {to}: its architecture is {spec.arch}, with {tokens}, "
+        f"positions {spec.pos_embed}{options}",
+        expected=expected,
+        fix="write it as mae_bench or timm",
+    )
+
+
 def require_plain(spec: BackboneSpec, weights: Mapping[str, torch.Tensor], to: str, *, fc_norm: bool) -> None:
     """UserError where a format of the official ViT (one class token, no registers) cannot express the backbone."""
     if spec.arch != "vit" or spec.options or spec.num_prefix_tokens != 1 or "pos_embed" not in weights:
-        raise UserError(
-            f"a {spec.arch} with {spec.num_prefix_tokens} prefix tokens and {spec.pos_embed} positions cannot be written as {to}",
-            expected="a plain ViT with one class token and a position table", fix="write it as mae_bench or timm",
-        )  # fmt: skip
+        raise not_expressible(spec, to, "a plain ViT with one class token and a position table")
     if not fc_norm and "norm.weight" not in weights:
         raise UserError(
             f"this backbone's last norm stands behind the average pooling (fc_norm); {to} has no place for it",

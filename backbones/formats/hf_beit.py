@@ -12,8 +12,7 @@ from backbones.hugging_face import ANCHOR, BLOCK, BLOCKS, QKV, TOP, config_of, f
 from backbones.naming import Naming
 from backbones.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
 from backbones.structure import INDEX, INDEX_REASON, TABLE, beit_facts
-from backbones.translation import HEAD, MASK_TOKEN, Translation
-from mae_bench.errors import UserError
+from backbones.translation import HEAD, MASK_TOKEN, Translation, not_expressible
 from mae_bench.files import write_json
 from mae_bench.spec import BackboneSpec
 
@@ -93,10 +92,7 @@ def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, prove
     UserError for what is no BEiT, and for one without query's biases or a last norm, which BeitModel always has."""
     pooled = "fc_norm.weight" in weights
     if spec.arch != "beit" or "blocks.0.attn.q_bias" not in weights or not (pooled or "norm.weight" in weights):
-        raise UserError(
-            f"a {spec.arch} with the options {spec.options} cannot be written as hf_beit",
-            expected="a BEiT with biases and a last norm", fix="write it as mae_bench or timm",
-        )  # fmt: skip
+        raise not_expressible(spec, "hf_beit", "a BEiT with biases and a last norm")
     config = config_of(spec, "BeitModel", "beit") | {
         "use_absolute_position_embeddings": "pos_embed" in weights,
         "use_relative_position_bias": f"blocks.0.attn.{TABLE}" in weights,

@@ -10,7 +10,7 @@ from backbones.formats.dinov2 import MASK_TOKEN, SWIGLU, describe, is_gated
 from backbones.hugging_face import ANCHOR, QKV, TOP, config_of, facts_of, model_type, processor_of
 from backbones.naming import Naming
 from backbones.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
-from backbones.translation import HEAD, Translation, numbers
+from backbones.translation import HEAD, Translation, not_expressible, numbers
 from mae_bench.errors import UserError
 from mae_bench.files import write_json
 from mae_bench.spec import BackboneSpec
@@ -108,11 +108,8 @@ def _require_dinov2(weights: dict[str, torch.Tensor], spec: BackboneSpec) -> Non
     options = {key: value for key, value in spec.options.items() if key not in ("init_values", "qkv_bias")}
     expected = (SWIGLU if is_gated(weights) else {}) | ({"no_embed_class": True} if registers else {})
     if not fits or "init_values" not in spec.options or options != expected:
-        raise UserError(
-            f"a {spec.arch} with {spec.num_prefix_tokens} prefix tokens and {spec.options} cannot be written as hf_dinov2",
-            expected="a ViT with class token, position table, layer scale, final norm, and registers, if any, without positions",
-            fix="write it as mae_bench or timm",
-        )
+        expected = "a ViT with class token, position table, layer scale, final norm, and registers, if any, without positions"
+        raise not_expressible(spec, "hf_dinov2", expected)
 
 
 def _mlp_ratio(spec: BackboneSpec, gated: bool) -> int:

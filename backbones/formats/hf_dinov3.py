@@ -12,7 +12,7 @@ from backbones.formats.dinov3 import BASE, INIT_VALUES, SAT493M, options_of, sta
 from backbones.hugging_face import config_of, facts_of, model_type, processor_of
 from backbones.naming import Naming
 from backbones.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
-from backbones.translation import Translation, numbers
+from backbones.translation import Translation, not_expressible, numbers
 from mae_bench.errors import UserError
 from mae_bench.files import write_json
 from mae_bench.spec import BackboneSpec
@@ -89,10 +89,7 @@ def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, prove
         or options_of(weights, base, init_values) != spec.options
         or "norm.weight" not in weights
     ):
-        raise UserError(
-            f"a {spec.arch} with the options {spec.options} cannot be written as hf_dinov3",
-            expected="a DINOv3: rotary positions, layer scale, a final norm", fix="write it as mae_bench or timm",
-        )  # fmt: skip
+        raise not_expressible(spec, "hf_dinov3", "a DINOv3: rotary positions, layer scale, a final norm")
     gated, registers = "swiglu_mlp" in spec.options, spec.num_prefix_tokens - 1
     bias, key_bias = spec.options["qkv_bias"], "attn_type" in spec.options
     theirs = _naming(gated, key_bias).write(weights)

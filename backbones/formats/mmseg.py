@@ -8,7 +8,7 @@ import torch
 from backbones.open_mmlab import VIT, is_segmentation, is_vit
 from backbones.open_mmlab import read as read_open_mmlab
 from backbones.source import SPEC_KEY, Checkpoint
-from backbones.translation import Translation
+from backbones.translation import Translation, not_expressible
 from mae_bench.errors import UserError
 from mae_bench.files import write_atomic
 from mae_bench.spec import BackboneSpec
@@ -31,11 +31,7 @@ def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, prove
     init_cfg=dict(type="Pretrained", checkpoint=out))`."""
     odd = {name for name, value in spec.options.items() if name not in CONFIG and (name, value) != ("act_layer", "gelu")}
     if spec.arch != "vit" or odd or spec.num_prefix_tokens != 1 or "pos_embed" not in weights:
-        raise UserError(
-            f"a {spec.arch} with {spec.num_prefix_tokens} prefix tokens, {spec.pos_embed} positions and options "
-            f"{sorted(spec.options)} cannot be written as mmseg",
-            expected="a plain ViT with one class token and a position table", fix="write it as mae_bench or timm",
-        )  # fmt: skip
+        raise not_expressible(spec, "mmseg", "a plain ViT with one class token and a position table")
     if "fc_norm.weight" in weights:
         raise UserError(
             "this backbone's last norm stands behind the average pooling (fc_norm); mmsegmentation's ViT has no place for it"

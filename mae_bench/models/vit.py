@@ -118,7 +118,10 @@ def _checked(spec: BackboneSpec) -> dict[str, Any]:
     """The spec's options as keywords: names of layers become the layers."""
     known = OPTIONS.get(spec.arch, ())
     if unknown := sorted(set(spec.options) - set(known)):
-        raise UserError(f"options {', '.join(unknown)} of a {spec.arch}", expected=f"only {', '.join(known) or 'none'}")
+        raise UserError(
+            f"the architecture {spec.arch} has no option {' and no option '.join(unknown)}",
+            expected=f"only {', '.join(known) or 'none'}",
+        )
     return {key: _layer(key, value) if key.endswith("_layer") else value for key, value in spec.options.items()}
 
 

@@ -53,6 +53,7 @@ def test_there_and_back_again_or_refused_before_anything_is_written(tmp_path, ki
         with pytest.raises(UserError) as refused:
             convert(path, out, to, **options)
         assert to in str(refused.value) or "fc_norm" in str(refused.value)
+        assert refused.value.given.startswith(("this backbone", "patches", "nothing")), "a sentence"
         assert not out.exists()
         return
     model, spec, _ = load_backbone(path, **options)

@@ -202,6 +202,34 @@ def test_an_ambiguous_file_asks_for_its_format(tmp_path, encoder):
         load_backbone(tmp_path / "x.pth", format="offical_mae")
 
 
+def test_a_format_that_the_file_itself_does_not_say_is_noted(files):
+    path, _ = files["encoder"]
+    told = "by itself this file would be read as official_mae; it was read as dinov2, as was asked for"
+    assert told in load_backbone(path, format="dinov2")[2].notes
+    assert not any("by itself" in note for note in load_backbone(path, format="official_mae")[2].notes)
+    assert not any("by itself" in note for note in load_backbone(path)[2].notes)
+
+
+def test_what_does_not_fill_the_model_says_which_model_and_what_to_do(tmp_path, encoder):
+    save_file(encoder | {"blocks.0.surplus": torch.zeros(3)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"does not fill the model that it describes \(vit, width 192, depth 2\): unexp") as error:
+        load_backbone(tmp_path / "x.safetensors")
+    assert "save the state_dict without them; if it is of another family, --format" in error.value.fix
+    del encoder["norm.bias"]
+    save_file(encoder, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="missing: norm.bias") as error:
+        load_backbone(tmp_path / "x.safetensors")
+    assert "state_dict" not in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [({"foo": 1}, "vit has no option foo\n"), ({"a": 1, "b": 2}, "no option a and no option b\n")]
+)
+def test_unknown_options_are_named(files, options, told):
+    with pytest.raises(UserError, match=told):
+        load_backbone(files["encoder"][0], overrides={"options": options})
+
+
 def test_an_unknown_file_lists_what_was_found(tmp_path):
     save_file({"layer1.0.conv.weight": torch.zeros(2, 2)}, tmp_path / "resnet.safetensors")
     with pytest.raises(UserError, match=r"layer1\.0\.conv\.weight"):
