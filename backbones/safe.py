@@ -5,6 +5,7 @@ import json
 import mmap
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from backbones import trust as trusting
+from backbones.no_weights import FETCH, FIRST, is_text, what_else, zipped
 from backbones.pickled import Refused, look_through, value_of
 from backbones.stand_ins import ALLOWED
 from mae_bench.errors import UserError
@@ -27,7 +29,7 @@ MAX_ENTRIES = 20_000  # tensors and other members of a file
 MAX_HEADER = 2 << 20  # bytes of a safetensors header; a ViT-H's has about 100 KiB
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of torch's files from before its zip archives
 LEGACY_PICKLES = 5  # magic, version, system, content, keys of the storages
-_LOOKS = {b"version https://git-lfs": "a Git LFS pointer, not the file", b"<!DOCTYPE": "a web page", b"<html": "a web page"}
+_INTERNAL = re.compile(r"\[enforce fail at [^\]]*\][ .]*|\(Could this error message be improved.*")  # of torch's own messages
 
 
 State = tuple[int, int, int]  # of a file: its bytes, and in nanoseconds when it was written to and when anything of it changed
@@ -93,13 +95,11 @@ def _changed(path: Path) -> UserError:
 def _read(file: IO[bytes], path: Path, trust: bool) -> tuple[Any, dict[str, str], bool]:
     """Content, metadata and whether a pickle was run for them."""
     file.seek(0)
-    start = file.read(32)
-    if start[8:9] == b"{":
+    start = file.read(FIRST)
+    if start[8:9] == b"{" and not is_text(start[:8]):
         return *_read_safetensors(file, path), False
-    if looks := next((what for magic, what in _LOOKS.items() if start.startswith(magic)), None):
-        raise _broken(path, looks)
     if not start.startswith((b"PK\x03\x04", b"\x80")):
-        raise _broken(path, "neither safetensors nor a file of torch.save" if start else "empty")
+        raise _broken(path, *what_else(start))
     try:
         return _read_pickle(file, path, start.startswith(b"PK")), {}, False
     except NeedsTrust:
@@ -174,15 +174,18 @@ def _check_zip(file: IO[bytes], path: Path) -> None:
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, EOFError, UnicodeError) as error:
         raise _broken(path, f"a truncated or damaged checkpoint: {error}") from error
+    names = [entry.filename for entry in entries]
     inside = {entry.filename.partition("/")[2]: entry.file_size for entry in entries}
     if "constants.pkl" in inside:
         raise _program(path)
+    if "data.pkl" not in inside and len(set(names)) == len(names):
+        raise _broken(path, *zipped(names))
     packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     at = sorted((entry.header_offset, entry.file_size) for entry in entries)
     ends = [offset + length for offset, length in at]
     if packed or any(end > start for end, start in zip(ends, [offset for offset, _ in at[1:]] + [size], strict=True)):
         raise _broken(path, f"a zip archive that torch.save did not write (compressed or overlapping entries: {packed[:3]})")
-    if len({entry.filename for entry in entries}) < len(entries):
+    if len(set(names)) < len(names):
         raise _broken(path, "a zip archive that torch.save did not write (two entries of one name)")
     records = {name.removeprefix("data/"): length for name, length in inside.items() if name.startswith("data/")}
     data = torch._C.PyTorchFileReader(_named(file)).get_record("data.pkl")  # by torch's own reader: what it will read
@@ -235,14 +238,12 @@ def _program(path: Path) -> UserError:
     )
 
 
-def _broken(path: Path | str, what: str) -> UserError:
-    return UserError(
-        f"{path} is {what}", expected="a whole safetensors or torch.save file", fix="fetch the file again and compare its SHA-256"
-    )
+def _broken(path: Path | str, what: str, fix: str = FETCH) -> UserError:
+    return UserError(f"{path} is {what}", expected="a whole safetensors or torch.save file", fix=fix)
 
 
 def _first_line(message: str) -> str:
-    return message.strip().split("\n")[0][:200]
+    return _INTERNAL.sub("", message.strip().split("\n")[0])[:200].strip()
 
 
 def check_tensors(tensors: dict[str, torch.Tensor], path: Path | str, file_size: int) -> None:

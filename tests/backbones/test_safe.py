@@ -2,17 +2,20 @@
 
 import argparse
 import importlib
+import io
 import json
 import os
 import pickle
+import re
 import resource
 import struct
+import tarfile
 import zipfile
 from collections import Counter, defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -148,22 +151,49 @@ def test_no_damage_ends_in_anything_but_a_file_or_a_sentence(tmp_path, form):
     assert open_source(tmp_path / f"x.{form}").tensors["w"].tolist() == [[1] * 3] * 2
 
 
+def tarred(mode: Literal["w", "w:gz", "w:xz"]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode) as archive:
+        archive.addfile(tarfile.TarInfo("weights.pth"), io.BytesIO())
+    return out.getvalue()
+
+
+def zipped(*names: str) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"x")
+    return out.getvalue()
+
+
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "told", "fix"),
     [
-        (b"", "empty"),
-        (b"these are not weights\n" * 9, "neither safetensors"),
-        (b"<!DOCTYPE html><html><body>404</body></html>", "a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(64), "neither safetensors"),
-        (struct.pack("<Q", 1 << 60) + b"{" + bytes(64), "damaged safetensors"),
-        (pickle.dumps([1, 2, 3], protocol=2), "holds list"),
+        (b"", "empty", "fetch"),
+        (b"import torch\n" * 99, "text or code", "the file with the weights"),
+        (b"int f() {\n return 1; }", "text or code", "the file with the weights"),  # a brace where safetensors have theirs
+        ("é".encode() * 999, "text or code", "the file with the weights"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "a web page", "raw file"),
+        (b"\xef\xbb\xbf\r\n  <html lang='en'>", "a web page", "raw file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer", "git lfs pull"),
+        (tarred("w"), "a packed archive", "unpack"),
+        (tarred("w:gz"), "a packed archive", "unpack"),
+        (tarred("w:xz"), "a packed archive", "unpack"),
+        (zipped(), "a packed archive", "unpack"),
+        (zipped("code/\x1b[31m.py", "b.pth"), r"zip archive of 'code/\\x1b\[31m.py', 'b.pth', not of torch", "unpack"),
+        (zipped("Transformer/kernel.npy"), "numpy arrays", "convert"),
+        (zipped("archive/data.pkl"), r"damaged checkpoint: RuntimeError: Expected hasRecord\(\"version\"\)[^(]*$", "fetch"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(64), "neither safetensors", "fetch"),
+        (struct.pack("<Q", 1 << 60) + b"{" + bytes(64), "damaged safetensors", "fetch"),
+        (pickle.dumps([1, 2, 3], protocol=2), "holds list", "state_dict"),
     ],
 )
-def test_files_that_are_no_checkpoints(tmp_path, data, told):
+def test_files_that_are_no_checkpoints(tmp_path, data, told, fix):
     (tmp_path / "x.pth").write_bytes(data)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError) as error:
         load_backbone(tmp_path / "x.pth")
+    assert re.search(told, error.value.given)
+    assert fix in error.value.fix
 
 
 @pytest.mark.parametrize("value", [[1, 2], {"model": {"epoch": 3}}, {"model": torch.nn.Linear(1, 1).state_dict, "x": 1}, {}])
