@@ -27,9 +27,11 @@ class FeatureMaps(nn.Module):
         self.out_indices = list(out_indices) if out_indices is not None else quarter_indices(spec.depth)
 
     def forward(self, imgs: torch.Tensor) -> list[torch.Tensor]:
-        """imgs (N, C, H, W), normalised as the spec says -> a list of (N, D, h, w), one an index."""
+        """imgs (N, C, H, W), normalised as the spec says -> a list of (N, D, h, w), one an index, in their order."""
         vit: Any = self.vit
-        return vit.forward_intermediates(imgs, indices=self.out_indices, norm=self.norm, intermediates_only=True)
+        taps = sorted(set(self.out_indices))  # timm gives each block's map once, in the blocks' order
+        maps = vit.forward_intermediates(imgs, indices=taps, norm=self.norm, intermediates_only=True)
+        return [maps[taps.index(i)] for i in self.out_indices]
 
 
 def quarter_indices(depth: int) -> list[int]:

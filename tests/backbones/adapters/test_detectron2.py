@@ -21,6 +21,7 @@ from mae_bench.errors import NotInstalled, UserError  # noqa: E402
 from mae_bench.export import write_export  # noqa: E402
 from mae_bench.models.vit import build_vit  # noqa: E402
 from mae_bench.spec import BackboneSpec  # noqa: E402
+from tests.backbones.adapters.conftest import DECAY, UNUSED, rate  # noqa: E402
 
 
 def make_spec(patch: int = 8, depth: int = 2) -> BackboneSpec:
@@ -50,6 +51,23 @@ def test_output_shape_is_that_of_the_maps(patch: int, grid: tuple[int, int]) -> 
     for name, shape in shapes.items():
         assert maps[name].shape == (2, shape.channels, imgs.shape[2] // shape.stride, imgs.shape[3] // shape.stride)
     assert backbone.size_divisibility == patch == backbone.padding_constraints["size_divisibility"]
+
+
+def test_every_kind_of_vit_gives_maps_gradients_and_layers(exported: tuple[Path, BackboneSpec]) -> None:
+    source, spec = exported
+    patch, last = spec.patch_size[0], spec.depth - 1
+    backbone = load_vit_backbone(source, out_indices=[0, last])
+    maps = backbone(torch.randn(2, 3, 4 * patch, 6 * patch))
+    assert {name: tuple(m.shape) for name, m in maps.items()} == dict.fromkeys(
+        ["block0", f"block{last}"], (2, spec.embed_dim, 4, 6)
+    )
+    assert [(s.channels, s.stride) for s in backbone.output_shape().values()] == [(spec.embed_dim, patch)] * 2
+    maps[f"block{last}"].square().sum().backward()
+    scale = lr_scale(spec, DECAY)
+    for name, parameter in backbone.named_parameters():
+        inside = name.removeprefix("features.vit.")
+        assert inside.startswith(UNUSED) or (parameter.grad is not None and parameter.grad.any()), name
+        assert scale(f"backbone.net.{name}") == rate(inside, spec.depth), name
 
 
 def test_the_default_tap_is_the_last_block_before_the_norm() -> None:

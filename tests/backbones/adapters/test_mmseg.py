@@ -18,6 +18,7 @@ from mae_bench.errors import NotInstalled, UserError
 from mae_bench.export import write_export
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
+from tests.backbones.adapters.conftest import DECAY, UNUSED, rate
 
 
 def spec_of(patch: int = 8, **changes) -> BackboneSpec:
@@ -106,6 +107,28 @@ def test_layer_decay_groups(source):
     assert found[f"{vit}norm.weight"] == (0.1, 0)
     assert found["decode_head.conv_seg.weight"] == found["neck.upsample_2x.0.weight"] == (0.1, 0.05)
     assert found["decode_head.conv_seg.bias"] == (0.1, 0)
+
+
+def test_every_kind_of_vit_gives_maps_gradients_and_layers(exported):
+    source, spec = exported
+    model: Any = segmentor(str(source), spec, out_indices=(spec.depth - 1, 0, spec.depth - 1, 0))
+    patch = spec.patch_size[0]
+    imgs = torch.randn(2, 3, 4 * patch, 6 * patch)
+    maps = model.backbone(imgs)
+    assert [tuple(m.shape) for m in maps] == [(2, spec.embed_dim, 4, 6)] * 4
+    scales = (4, 2, 1, 0.5) if patch > 8 else (2, 1, 0.5, 0.25)
+    assert [tuple(m.shape[2:]) for m in model.extract_feat(imgs)] == [(int(4 * s), int(6 * s)) for s in scales]
+    assert torch.equal(maps[0], maps[2])
+    assert not torch.equal(maps[0], maps[1])
+    maps[0].square().sum().backward()
+    wrapper = OPTIM_WRAPPER_CONSTRUCTORS.build({
+        "type": "MAEBenchLayerDecay", "paramwise_cfg": {"layer_decay": DECAY},
+        "optim_wrapper_cfg": {"optimizer": {"type": "AdamW", "lr": 1.0, "weight_decay": 0.05}},
+    })(model)  # fmt: skip
+    lrs = {id(parameter): group["lr"] for group in wrapper.optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.backbone.features.vit.named_parameters():
+        assert name.startswith(UNUSED) or (parameter.grad is not None and parameter.grad.any()), name
+        assert lrs[id(parameter)] == rate(name, spec.depth), name
 
 
 def test_bfloat16_wrapper_computes_in_bfloat16_and_keeps_float32_weights():

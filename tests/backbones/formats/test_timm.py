@@ -159,7 +159,8 @@ def test_what_tensors_do_not_show_is_asked_for(tmp_path, architecture, asked):
 
 def bare(folder: Path, architecture: str, **options: Any) -> tuple[Any, Path]:
     """A small model of that name, and its state_dict without a config."""
-    model = randomise(timm.create_model(architecture, num_classes=0, **SMALL, **options))
+    options = SMALL | options
+    model = randomise(timm.create_model(architecture, num_classes=0, **options))
     save_file(model.state_dict(), folder / "bare.safetensors")
     return model, folder / "bare.safetensors"
 
