@@ -25,7 +25,7 @@ def is_beit(weights: Weights) -> bool:
     """Whether these are names of BEiT's ViT: query and value have biases of their own beside one qkv, the MLP is plain."""
     names = {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "cls_token"}
     own = {"blocks.0.attn.q_bias", f"blocks.0.attn.{TABLE}", f"rel_pos_bias.{TABLE}"}
-    return names <= set(weights) and bool(own & set(weights)) and not _is_gated(weights)
+    return names <= set(weights) and bool(own & set(weights)) and not is_gated(weights)
 
 
 def is_eva(weights: Weights) -> bool:
@@ -74,7 +74,7 @@ def vit_options(weights: Weights) -> dict[str, Any]:
         options["pre_norm"] = True
     if not {"norm.weight", "fc_norm.weight"} & set(weights):
         options["final_norm"] = False
-    if _is_gated(weights):
+    if is_gated(weights):
         options |= {"mlp_layer": "swiglu_packed", "act_layer": "silu"}
     return options | _class_token(weights) | _class_rows(weights)
 
@@ -119,7 +119,7 @@ def eva_options(weights: Weights) -> dict[str, Any]:
     if "blocks.0.mlp.fc1_g.weight" in weights:
         options["swiglu_mlp"] = True
         options |= {} if "scale_mlp" in options else {"swiglu_align_to": 1}  # timm splits the halves where this is set
-    elif _is_gated(weights):
+    elif is_gated(weights):
         options["swiglu_mlp"] = True
     if "blocks.0.gamma_1" in weights:
         options["init_values"] = INIT_VALUES
@@ -133,7 +133,7 @@ def _class_token(weights: Weights) -> dict[str, Any]:
     return {"class_token": False} if "reg_token" in weights and "cls_token" not in weights else {}
 
 
-def _is_gated(weights: Weights) -> bool:
+def is_gated(weights: Weights) -> bool:
     """Whether fc1 makes gate and value at once: twice the channels that fc2 takes."""
     fc1, fc2 = weights.get("blocks.0.mlp.fc1.weight"), weights.get("blocks.0.mlp.fc2.weight")
     return fc1 is not None and fc2 is not None and fc1.ndim == fc2.ndim == 2 and fc1.shape[0] == 2 * fc2.shape[1]

@@ -78,6 +78,14 @@ def keep_names(
     return result
 
 
+def drop_empty_registers(result: Translation) -> None:
+    """transformers' models without registers save an empty tensor for them."""
+    if (registers := result.weights.get("reg_token")) is not None and not registers.numel():
+        stored = next(name for name, ours in result.renamed.items() if ours == "reg_token")
+        del result.weights["reg_token"], result.renamed[stored]
+        result.dropped[stored] = "empty: this backbone has no registers"
+
+
 def plain(
     checkpoint: Checkpoint,
     name: str,
@@ -141,6 +149,15 @@ def is_sincos(table: torch.Tensor, num_prefix_tokens: int = 1, grid_size: tuple[
         return False
     tolerance = max(1e-5, torch.finfo(table.dtype).eps) if table.dtype.is_floating_point else 0
     return torch.allclose(table.float(), sincos_2d(table.shape[2], grid, num_prefix_tokens), rtol=0, atol=tolerance)
+
+
+def has_moco_table(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the position table is MoCo v3's: MAE's with its halves swapped, down before across (facebookresearch/moco-v3
+    vits.py)."""
+    table = tensors.get("pos_embed")
+    if table is None or table.ndim != 3 or is_sincos(table):
+        return False
+    return is_sincos(table.roll(table.shape[2] // 2, dims=2))
 
 
 def numbers(value: Any, what: str, source: str) -> tuple[Any, ...]:

@@ -1,8 +1,7 @@
 """deit: files of facebookresearch/deit, with a distillation token or without (DeiT III is deit3)."""
 
-from backbones.formats.moco_v3 import has_table
 from backbones.source import Checkpoint
-from backbones.translation import HEAD, Translation, is_official_vit, is_sincos, plain
+from backbones.translation import HEAD, Translation, has_moco_table, is_official_vit, is_sincos, plain
 
 DROP = {r"head\.": HEAD, r"head_dist\.": "classifier of the distillation token: every task trains its own"}
 WRAPPERS = ("model", "model_ema")
@@ -14,7 +13,7 @@ def fits(checkpoint: Checkpoint) -> bool:
     if not is_official_vit(keys, r"dist_token$", *DROP) or not {"cls_token", "pos_embed"} <= set(keys):
         return False
     published = checkpoint.wrapper == "model" and not checkpoint.extras and "head.weight" in keys
-    return is_marked(checkpoint) or (published and not is_sincos(keys["pos_embed"]) and not has_table(keys))
+    return is_marked(checkpoint) or (published and not is_sincos(keys["pos_embed"]) and not has_moco_table(keys))
 
 
 def is_marked(checkpoint: Checkpoint) -> bool:

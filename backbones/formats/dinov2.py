@@ -1,7 +1,6 @@
 """dinov2: files of facebookresearch/dinov2 (backbones with and without registers, teachers of its trainings)."""
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +8,8 @@ import torch
 from backbones.families import family
 from backbones.naming import Naming
 from backbones.source import Checkpoint
-from backbones.translation import Translation
+from backbones.structure import is_gated
+from backbones.translation import Translation, drop_empty_registers, width
 from mae_bench.errors import UserError
 
 HEAD_DIM = 64  # channels of a head, in every size of the family (dinov2/models/vision_transformer.py)
@@ -68,32 +68,12 @@ def describe(result: Translation, source: str) -> None:
         options |= SWIGLU
     if "blocks.0.attn.qkv.bias" not in weights:
         options["qkv_bias"] = False
-    result.assumed = family("dinov2") | {"num_heads": width_of(weights) // HEAD_DIM}
+    result.assumed = family("dinov2") | {"num_heads": width(weights) // HEAD_DIM}
     if "reg_token" in weights:
         _join_class_row(result, source)
         options["no_embed_class"] = True
         result.assumed["pos_resample"] = "bicubic_antialias"  # as the models with registers do (dinov2/hub/backbones.py)
     result.facts = {"options": options}
-
-
-def drop_empty_registers(result: Translation) -> None:
-    """transformers' models without registers save an empty tensor for them."""
-    if (registers := result.weights.get("reg_token")) is not None and not registers.numel():
-        stored = next(name for name, ours in result.renamed.items() if ours == "reg_token")
-        del result.weights["reg_token"], result.renamed[stored]
-        result.dropped[stored] = "empty: this backbone has no registers"
-
-
-def is_gated(weights: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the hidden layer is twice as wide on its way in as on its way out: gate and value in one matrix."""
-    fc1, fc2 = weights.get("blocks.0.mlp.fc1.weight"), weights.get("blocks.0.mlp.fc2.weight")
-    return fc1 is not None and fc2 is not None and fc1.ndim == fc2.ndim == 2 and fc1.shape[0] == 2 * fc2.shape[1]
-
-
-def width_of(weights: Mapping[str, torch.Tensor]) -> int:
-    """Channels of the tokens; 0 where nothing tells."""
-    proj = weights.get("patch_embed.proj.weight")
-    return proj.shape[0] if proj is not None and proj.ndim else 0
 
 
 def _join_class_row(result: Translation, source: str) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from backbones.families import family
-from backbones.formats.dinov2 import MASK_TOKEN, drop_empty_registers, projections, width_of
+from backbones.formats.dinov2 import MASK_TOKEN, projections
 from backbones.naming import Naming
 from backbones.source import Checkpoint
-from backbones.translation import Translation
+from backbones.translation import Translation, drop_empty_registers, width
 from mae_bench.errors import UserError
 
 HEADS_OF_7B = {4096: 32}  # the other sizes have heads of 64 channels (dinov3/models/vision_transformer.py)
@@ -63,7 +63,7 @@ def read(checkpoint: Checkpoint) -> Translation:
     result.assumed = family("dinov3") | {"num_heads": standard_heads(result.weights)}
     result.notes.append(SAT493M)
     if PERIODS in keys:
-        result.facts["num_heads"] = _heads(keys[PERIODS], width_of(result.weights), source)
+        result.facts["num_heads"] = _heads(keys[PERIODS], width(result.weights), source)
         if not torch.allclose(keys[PERIODS].float(), _periods(keys[PERIODS].numel()), rtol=1e-5):
             result.notes.append("the file's rotary periods are rounded; the model's are of float32, as timm's and transformers'")
     return result
@@ -88,8 +88,8 @@ def options_of(weights: Mapping[str, torch.Tensor], base: float = BASE, init_val
 
 def standard_heads(weights: Mapping[str, torch.Tensor]) -> int:
     """Heads of the family's model of this width."""
-    width = width_of(weights)
-    return HEADS_OF_7B.get(width, width // HEAD_DIM)
+    channels = width(weights)
+    return HEADS_OF_7B.get(channels, channels // HEAD_DIM)
 
 
 def _apply_bias_masks(result: Translation, tensors: Mapping[str, torch.Tensor], source: str) -> None:
@@ -113,14 +113,14 @@ def _periods(number: int) -> torch.Tensor:
     return BASE ** (torch.arange(number) / number)
 
 
-def _heads(periods: torch.Tensor, width: int, source: str) -> int:
+def _heads(periods: torch.Tensor, channels: int, source: str) -> int:
     """A head of 4 n channels has n periods, BASE ** (i / n), for each direction; UserError for others."""
     number = periods.numel()
-    if periods.ndim != 1 or not number or width % (4 * number):
-        raise UserError(f"{source}: {PERIODS} is {tuple(periods.shape)}", expected=f"a divisor of {width} / 4")
+    if periods.ndim != 1 or not number or channels % (4 * number):
+        raise UserError(f"{source}: {PERIODS} is {tuple(periods.shape)}", expected=f"a divisor of {channels} / 4")
     if not torch.allclose(periods.float(), _periods(number), rtol=ROUNDED):
         raise UserError(
             f"{source}: its rotary periods go from {periods[0]:.4g} to {periods[-1]:.4g}",
             expected=f"those of base {BASE:.0f}, as in all published models",
         )
-    return width // (4 * number)
+    return channels // (4 * number)

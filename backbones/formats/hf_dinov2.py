@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from backbones.carry import write_safetensors
-from backbones.formats.dinov2 import MASK_TOKEN, SWIGLU, describe, is_gated
+from backbones.formats.dinov2 import MASK_TOKEN, SWIGLU, describe
 from backbones.hugging_face import ANCHOR, QKV, TOP, config_of, facts_of, model_type, processor_of
 from backbones.naming import Naming
 from backbones.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
+from backbones.structure import is_gated
 from backbones.translation import HEAD, Translation, not_expressible, numbers
 from mae_bench.errors import UserError
 from mae_bench.files import write_json

@@ -1,11 +1,10 @@
 """mmpretrain: ViT, MAE, MoCo v3, MaskFeat, DeiT III and BEiT as mmpretrain, mmselfsup and mmclassification save them."""
 
 from backbones.families import family
-from backbones.formats.moco_v3 import has_table
 from backbones.open_mmlab import config_of, is_segmentation, is_vit
 from backbones.open_mmlab import read as read_open_mmlab
 from backbones.source import Checkpoint
-from backbones.translation import Translation, width
+from backbones.translation import Translation, has_moco_table, width
 
 PRETRAINED = {  # beside the backbone -> by which method it was trained
     "neck.decoder_blocks.0.attn.qkv.": "mae",  # MILAN's decoder has other attention
@@ -29,7 +28,7 @@ def read(checkpoint: Checkpoint) -> Translation:
     if width(result.weights) == SMALL and not config_of(checkpoint.extras):
         if result.assumed["pretrain_method"] == "moco_v3":
             result.assumed["num_heads"] = family("moco_v3")["num_heads"]
-        elif has_table(result.weights):
+        elif has_moco_table(result.weights):
             result.needed = (*result.needed, "num_heads")
     if "blocks.0.ls1.gamma" in result.weights and result.facts["options"].get("no_embed_class"):
         result.assumed["pretrain_method"] = "supervised"

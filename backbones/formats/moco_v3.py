@@ -1,9 +1,7 @@
 """moco_v3: training and linear-probe files of facebookresearch/moco-v3, known by their encoders' names or position table."""
 
-import torch
-
 from backbones.source import Checkpoint
-from backbones.translation import HEAD, PROJECTOR, Translation, is_official_vit, is_sincos, plain
+from backbones.translation import HEAD, PROJECTOR, Translation, has_moco_table, is_official_vit, plain
 
 ENCODERS = ("base_encoder", "momentum_encoder")
 DROP = {r"head\.\d": PROJECTOR, r"head\.": HEAD}
@@ -18,16 +16,7 @@ def fits(checkpoint: Checkpoint) -> bool:
     if set(ENCODERS) & set(checkpoint.prefix.split(".")):
         return True
     described = checkpoint.stated_spec or checkpoint.beside  # by whoever converted it
-    return checkpoint.prefix in ("", "module.") and not described and has_table(checkpoint.tensors)
-
-
-def has_table(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether the position table is MoCo v3's: MAE's with its halves swapped, down before across (vits.py,
-    build_2d_sincos_position_embedding)."""
-    table = tensors.get("pos_embed")
-    if table is None or table.ndim != 3 or is_sincos(table):
-        return False
-    return is_sincos(table.roll(table.shape[2] // 2, dims=2))
+    return checkpoint.prefix in ("", "module.") and not described and has_moco_table(checkpoint.tensors)
 
 
 def read(checkpoint: Checkpoint) -> Translation:

@@ -1,8 +1,7 @@
 """solo_learn: Lightning files of solo-learn's methods, with a momentum backbone or without."""
 
-from backbones.formats.moco_v3 import has_table
 from backbones.source import Checkpoint
-from backbones.translation import HEAD, PROJECTOR, Translation, is_official_vit, is_sincos, plain
+from backbones.translation import HEAD, PROJECTOR, Translation, has_moco_table, is_official_vit, is_sincos, plain
 
 PREFIXES = ("backbone.", "momentum_backbone.", "encoder.", "momentum_encoder.")  # the latter two are of its first versions
 OUTSIDE = {
@@ -28,7 +27,7 @@ def read(checkpoint: Checkpoint) -> Translation:
     Its own ViTs for MAE and MoCo v3 have 12 heads from tiny to base (solo/backbones/vit/vit_mae.py, vit_mocov3.py).
     """
     table = checkpoint.tensors.get("pos_embed")
-    method = "mae" if table is not None and is_sincos(table) else "moco_v3" if has_table(checkpoint.tensors) else None
+    method = "mae" if table is not None and is_sincos(table) else "moco_v3" if has_moco_table(checkpoint.tensors) else None
     if not method and any(name.startswith("head.last_layer.") for name in checkpoint.outside):
         method = "dino"
     fixed = method in ("mae", "moco_v3")

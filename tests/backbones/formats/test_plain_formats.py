@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from backbones.convert import convert
-from backbones.formats.moco_v3 import has_table
 from backbones.load import load_backbone
 from backbones.safe import read_file
+from backbones.translation import has_moco_table
 from backbones.unwrap import SeveralSets
 from mae_bench.cost import backbone_gmacs
 from mae_bench.errors import UserError
@@ -277,12 +277,12 @@ def test_maskfeats_table_is_resized_as_that_of_a_film_of_one_frame(written):
 
 def test_moco_v3s_table_is_no_other():
     table = toys_moco_v3.weights()["pos_embed"]
-    assert has_table({"pos_embed": table})
-    assert has_table({"pos_embed": table.half()})
-    assert not has_table({"pos_embed": sincos(192, 4, down_first=False, class_row=True)})
-    assert not has_table({"pos_embed": torch.randn(1, 17, 192)})
-    assert not has_table({"pos_embed": sincos(192, 4, down_first=True, class_row=False)})
-    assert not has_table({})
+    assert has_moco_table({"pos_embed": table})
+    assert has_moco_table({"pos_embed": table.half()})
+    assert not has_moco_table({"pos_embed": sincos(192, 4, down_first=False, class_row=True)})
+    assert not has_moco_table({"pos_embed": torch.randn(1, 17, 192)})
+    assert not has_moco_table({"pos_embed": sincos(192, 4, down_first=True, class_row=False)})
+    assert not has_moco_table({})
 
 
 @pytest.mark.parametrize("format", FAMILIES)
