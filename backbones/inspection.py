@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -141,7 +143,6 @@ def render(inspection: Mapping[str, Any]) -> RenderableType:
         {
             "format": inspection["format"],
             "architecture": inspection["architecture"],
-            **{f"sha256 of {name}": digest for name, digest in (inspection["files"] or {"it": inspection["sha256"]}).items()},
             "size": f"{inspection['bytes'] / 2**20:.1f} MiB, {inspection['tensors']} tensors, {', '.join(inspection['dtypes'])}",
             **{f"{part} parameters": f"{count:,}" for part, count in inspection["parameters"].items()},
             **{f"also in the file: {key}": value for key, value in inspection["extras"].items()},
@@ -156,19 +157,39 @@ def render(inspection: Mapping[str, Any]) -> RenderableType:
         **{f"reshaped: {what}": f"{count} tensors" for what, count in Counter(report["reshaped"].values()).items()},
         **{f"note {number}": note for number, note in enumerate(report["notes"], 1)},
     }
-    spec = {key: (value, inspection["origins"][key]) for key, value in inspection["spec"].items()}
-    return Group(facts, _table(spec, "spec"), _table(account, "keys"))
+    digests = _digests(inspection["files"] or {"it": inspection["sha256"]})
+    return Group(facts, digests, _render_spec(inspection), _table(account, "keys"))
+
+
+def _digests(files: Mapping[str, str]) -> RenderableType:
+    """As sha256sum prints them: a line each, however narrow the terminal."""
+    return Group("", _text("sha256", "bold"), *(_whole(f"{digest}  {name}") for name, digest in files.items()))
+
+
+def _render_spec(inspection: Mapping[str, Any]) -> RenderableType:
+    """Fields, values and origins; where a family publishes its fields stands once, below."""
+    places: dict[str, int] = {}
+    rows = {}
+    for key, value in inspection["spec"].items():
+        origin, _, place = inspection["origins"][key].partition(": ")
+        if origin.startswith("family ") and place:
+            origin += f" [{places.setdefault(place, len(places) + 1)}]"
+        else:
+            origin = inspection["origins"][key]
+        rows[key] = (value, origin)
+    return Group(_table(rows, "spec"), *(_text(f"[{number}] {place}") for place, number in places.items()))
 
 
 def _render_sets(inspection: Mapping[str, Any]) -> RenderableType:
-    """A row a set; one that cannot be read says why."""
-    rows = {
-        f"--weights {found['weights'] or repr('')}": found.get("error")
-        or (f"{found['format']}, {found['architecture']}", f"{found['parameters']['backbone']:,} parameters")
-        for found in inspection["sets"]
-    }
-    title = f"{inspection['source']} holds {len(rows)} sets of ViT weights; say which with"
-    return Group(_table(rows, title), _table(inspection.get("files", {}), "sha256"))
+    """For each set what chooses it, as it is copied, and what it is or why it cannot be read."""
+    lines: list[RenderableType] = []
+    for found in inspection["sets"]:
+        told = found.get("error") or (
+            f"{found['format']}, {found['architecture']}, {found['parameters']['backbone']:,} parameters"
+        )
+        lines += [_whole(f"--weights {shlex.quote(found['weights'])}", "cyan"), Padding(_text(told), (0, 0, 0, 4))]
+    title = f"{inspection['source']} holds {len(inspection['sets'])} sets of ViT weights; say which with"
+    return Group("", _text(title, "bold"), *lines, _digests(inspection.get("files", {})))
 
 
 def render_published(found: Mapping[str, Any]) -> RenderableType:
@@ -186,9 +207,16 @@ def _table(rows: Mapping[str, Any], title: str) -> RenderableType:
     for name, value in rows.items():
         cells = value if isinstance(value, tuple) else (value,)
         while len(table.columns) <= len(cells):
-            table.add_column(overflow="fold")  # a digest is worth nothing cut short
+            table.add_column(overflow="fold")
         table.add_row(_text(name, "cyan"), *(_text(cell) for cell in cells))
     return Group("", _text(title, "bold"), table)
+
+
+def _whole(line: str, style: str = "") -> Text:
+    """A line to copy: never wrapped nor cut."""
+    text = _text(line, style)
+    text.no_wrap, text.overflow = True, "ignore"
+    return text
 
 
 def _text(value: Any, style: str = "") -> Text:

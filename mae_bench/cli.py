@@ -561,7 +561,8 @@ def _answer(value: Any, rendered: Any, as_json: bool) -> None:
     else:
         from rich.console import Console
 
-        Console(highlight=False, markup=False, soft_wrap=isinstance(rendered, str)).print(rendered)
+        console = Console(highlight=False, markup=False, soft_wrap=isinstance(rendered, str))
+        console.print(rendered, crop=False)  # a line to copy is whole
 
 
 def _print_json(value: Any) -> None:

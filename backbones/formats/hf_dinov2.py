@@ -109,8 +109,8 @@ def _require_dinov2(weights: dict[str, torch.Tensor], spec: BackboneSpec) -> Non
     options = {key: value for key, value in spec.options.items() if key not in ("init_values", "qkv_bias")}
     expected = (SWIGLU if is_gated(weights) else {}) | ({"no_embed_class": True} if registers else {})
     if not fits or "init_values" not in spec.options or options != expected:
-        expected = "a ViT with class token, position table, layer scale, final norm, and registers, if any, without positions"
-        raise not_expressible(spec, "hf_dinov2", expected)
+        wanted = "a ViT with class token, position table, layer scale, final norm, and registers, if any, without positions"
+        raise not_expressible(spec, "hf_dinov2", wanted)
 
 
 def _mlp_ratio(spec: BackboneSpec, gated: bool) -> int:

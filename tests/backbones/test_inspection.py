@@ -96,6 +96,15 @@ def test_each_field_has_its_origin(files, tmp_path, encoder):
     assert "assumed: the default" in shown(render(unknown))
 
 
+def test_the_place_of_published_fields_is_told_once(files):
+    told = inspect_checkpoint(files["encoder"][0])
+    place = published_in("official_mae")
+    assert sum(place in origin for origin in told["origins"].values()) > 1
+    text = shown(render(told))
+    assert (text.count(place), text.count(f"[1] {place}")) == (1, 1)
+    assert text.count("family official_mae [1]") == sum(place in origin for origin in told["origins"].values())
+
+
 def test_published_values_name_their_place(files):
     told = inspect_checkpoint(files["encoder"][0])["published"]
     assert (told["family"], told["mean"], told["global_pool"]) == ("official_mae", [0.485, 0.456, 0.406], "token")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from mae_bench.cli import app, main
+from mae_bench.digest import file_digest
 
 MAIN = ("-m", "mae_bench.cli")
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
@@ -334,6 +335,24 @@ def test_inspect_lists_several_sets_and_reads_the_chosen_one(tmp_path: Path, vit
     assert code == 0, told
     exported = load_file(tmp_path / "ours" / "backbone.safetensors")
     assert torch.equal(exported["norm.weight"], vit.state_dict()["norm.weight"] * 0.5)
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_what_is_copied_is_whole_in_a_narrow_terminal(tmp_path: Path, vit: VisionTransformer, here, monkeypatch, columns) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    name = "a_file_of_some_length_that_does_not_fit_a_line.safetensors"
+    (tmp_path / "vit.safetensors").rename(tmp_path / name)
+    told = json.loads(here("inspect", name, "--json")[1])
+    assert f"{told['sha256']}  {name}" in here("inspect", name)[1].splitlines()
+    deep = {
+        f"{who}.module.backbone.with.a.long.prefix.{key}": t
+        for who in ("student", "teacher")
+        for key, t in vit.state_dict().items()
+    }
+    torch.save({"state_dict": deep}, tmp_path / "deep.pth")
+    shown = [line.strip() for line in here("inspect", "deep.pth")[1].splitlines()]
+    assert "--weights state_dict.student.module.backbone.with.a.long.prefix" in shown
+    assert f"{file_digest(tmp_path / 'deep.pth')}  deep.pth" in shown
 
 
 def test_inspect_suggests_how_to_feed(tmp_path: Path, vit: VisionTransformer, here) -> None:
