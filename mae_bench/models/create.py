@@ -62,7 +62,7 @@ def height_and_width(value: Size, what: str) -> tuple[int, int]:
     """One number is both. UserError for anything but whole positive numbers."""
     pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise UserError(f"{what} {value!r}", expected="a number of pixels, or (height, width)")
+        raise UserError(f"{what} {value!r}", expected="a positive number of pixels, or (height, width)")
     return pair[0], pair[1]
 
 

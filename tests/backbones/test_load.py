@@ -266,7 +266,7 @@ def test_heads_by_the_width_alone_are_told(tmp_path, encoder):
         ({"num_heads": "six"}, "num_heads=six is given\nExpected: a whole number"),
         ({"global_pool": "max"}, "global_pool=max is given\nExpected: one of token, avg"),
         ({"options": 3}, "options=3 is given"),
-        ({"img_size": "large"}, r"img_size 'large'\nExpected: a number of pixels, or \(height, width\)"),
+        ({"img_size": "large"}, r"img_size 'large'\nExpected: a positive number of pixels, or \(height, width\)"),
     ],
 )
 def test_a_wrong_field_is_the_arguments_fault(files, given, told):
