@@ -102,12 +102,21 @@ class AnySizeBeit(Beit):
         return self.norm(x)
 
     def forward_intermediates(  # type: ignore[override]
-        self, x: torch.Tensor, indices: Sequence[int], norm: bool = False, intermediates_only: bool = True
-    ) -> list[torch.Tensor]:
-        """x (N, C, H, W) -> the patches after the blocks `indices` (0-based) as maps (N, D, h, w)."""
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int],
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = True,
+    ) -> list[Any]:
+        """x (N, C, H, W) -> the patches after the blocks `indices` (0-based; a number: the last so many) as maps (N, D, h, w), or
+        as tokens (N, L, D) by `output_fmt` "NLC"; with `return_prefix_tokens` each in a pair with the class token (N, 1, D)."""
         grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-        taken = [tokens for index, tokens in enumerate(self._after_blocks(x)) if index in indices]
-        return [(self.norm(tokens) if norm else tokens)[:, 1:].transpose(1, 2).unflatten(2, grid) for tokens in taken]
+        wanted = range(len(self.blocks))[-indices:] if isinstance(indices, int) else indices
+        taken = [self.norm(x) if norm else x for index, x in enumerate(self._after_blocks(x)) if index in wanted]
+        patches = [x[:, 1:] if output_fmt == "NLC" else x[:, 1:].transpose(1, 2).unflatten(2, grid) for x in taken]
+        return list(zip(patches, [x[:, :1] for x in taken], strict=True)) if return_prefix_tokens else patches
 
     def _after_blocks(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))

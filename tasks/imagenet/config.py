@@ -12,6 +12,7 @@ SHARED_WITH_PROBE = (
     "protocol",
     "data",
     "max_bad_images",
+    "global_pool",
     "img_size",
     "crop_pct",
     "eval_batch_size",
@@ -166,6 +167,8 @@ class LinearProbeConfig(EvalConfig):
             raise ValueError(f"{self.num_heads} heads to choose from: set holdout (0.02), a share of train; val is not chosen on")
         if self.device_batch_size == 1:
             raise ValueError("device_batch_size 1: a BatchNorm stands before the heads, and one image has no variance")
+        if self.num_heads > 1 and self.clip_grad:
+            raise ValueError(f"clip_grad with {self.num_heads} heads: the norm is that of all, and each is trained as if alone")
         if self.num_heads > 1 and self.eval_epochs:
             raise ValueError(f"eval_epochs with {self.num_heads} heads: the head is chosen at the end")
         return self

@@ -14,6 +14,7 @@ from tasks.imagenet.config import ImageConfig
 
 IMAGENET_SIZES = {"train": 1_281_167, "val": 50_000}
 IMAGENET_CLASSES = "5e738e464c43c92037bbb4252eeb6ba2c306091861443ae7e182e28c9662324e"  # json_digest of the sorted WordNet ids
+ANOTHER_SET = "set expect=null for another data set (tasks.NAME.expect=null in evaluate and in suites)"
 ABOUT_A_THOUSAND = 900, 1100
 WORDNET_ID = re.compile(r"n\d{8}")
 TRANSFER_SETS: dict[str, tuple[int, dict[str, int]]] = {  # classes and images, as the publishers count them
@@ -54,7 +55,9 @@ def open_data(config: ImageConfig) -> Data:
     train, val = open_images(root, "train"), open_images(root, "val")
     told = [doubt(report), overlap_of(report, train, val)]
     if told[1] and config.overlap == "refuse":
-        raise UserError(told[1], expected="splits that share no image", fix="remove them from one split, or set overlap=note")
+        raise UserError(
+            told[1], expected="splits that share no image", fix="remove them from one split, or set tasks.NAME.overlap=note"
+        )
     bad_train, bad_val = (BadImages(config.max_bad_images, len(images)) for images in (train, val))
     return Data(report, train, val, bad_train, bad_val, told)
 
@@ -83,13 +86,13 @@ def require_set(name: str, report: LayoutReport, splits: tuple[str, ...] = ("tra
         raise UserError(
             f"{report.root} has {len(report.classes)} classes and {report.splits} images",
             expected=f"those of {name}: {num_classes} classes and {sizes} images",
-            fix="give the folder of the whole set, or set expect=null for another data set",
+            fix=f"give the folder of the whole set, or {ANOTHER_SET}",
         )
 
 
 def require_imagenet(report: LayoutReport, splits: tuple[str, ...] = ("train", "val")) -> None:
     """UserError unless classes, their order and the splits' sizes are those of ImageNet-1k; it names the difference."""
-    fix = "give the folder of ImageNet-1k, or set expect=null for another data set"
+    fix = f"give the folder of ImageNet-1k, or {ANOTHER_SET}"
     if difference := class_difference(report.classes):
         raise UserError(f"{report.root} {difference}", expected="the 1000 classes of ImageNet-1k by their WordNet ids", fix=fix)
     if report.splits != (sizes := {split: IMAGENET_SIZES[split] for split in splits}):

@@ -23,7 +23,7 @@ from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
 from tasks.imagenet.classify import Classifier, load_at_size
 from tasks.imagenet.config import EvalOnlyConfig, ImageConfig
-from tasks.imagenet.data import doubt, require_set
+from tasks.imagenet.data import class_difference, doubt, require_set
 from tasks.imagenet.evaluate import PREDICTIONS_FILE, Feed, Predictions, outcome_of, predict_images
 
 NUMBER = re.compile(r"(\d{8})\.JPEG$", re.IGNORECASE)  # of ILSVRC2012_val_00000001.JPEG
@@ -76,16 +76,21 @@ def run(config: EvalOnlyConfig, job: Job, progress: Progress) -> Outcome:
     data = check_layout("imagenet_val", config.data)
     if config.expect:
         require_set(config.expect, data, ("val",))
+    if config.real and (difference := class_difference(data.classes)):
+        raise UserError(f"real={config.real} and {config.data} {difference}", expected="ImageNet-1k: ReaL counts its classes")
     loaded = load_classifier(config, job)
     if loaded.num_classes != len(data.classes):
         raise UserError(
             f"a classifier of {loaded.num_classes} classes on {len(data.classes)} class folders",
             expected="the classes that it was trained on",
+            fix="give their folder as data, or a checkpoint with a head for these (finetune with export_classifier=true)",
         )
     if loaded.classes and tuple(loaded.classes) != data.classes:
         different = sorted(set(loaded.classes) ^ set(data.classes))[:3] or "their order"
         raise UserError(
-            f"the classifier's classes are not those of {config.data}: {different}", expected="the same class folders"
+            f"the classifier's classes are not those of {config.data}: {different}",
+            expected="the same class folders",
+            fix="give the folder of the set that it was trained on",
         )
     images = open_images(config.data, "val")
     bad = BadImages(config.max_bad_images, len(images))

@@ -29,7 +29,7 @@ from mae_bench.models.vit import ViT
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
-from tasks.imagenet.classify import load_at_size, pooled_as_it_is
+from tasks.imagenet.classify import load_at_size, pooled_as_it_is, require_pool
 from tasks.imagenet.config import Pool, PooledConfig
 from tasks.imagenet.data import Data, open_data
 from tasks.imagenet.evaluate import Feed, outcome_of, share_bad
@@ -55,6 +55,8 @@ class FrozenFeatures(nn.Module):
 
     def __init__(self, vit: ViT, spec: BackboneSpec, sets: Sequence[FeatureSet]):
         super().__init__()
+        for each in sets:
+            require_pool(each.pool, spec)
         if any(each.layers > spec.depth for each in sets):
             raise UserError(f"layers of a backbone of depth {spec.depth}: {max(each.layers for each in sets)}")
         if spec.arch == "sam" and any(each.layers > 1 for each in sets):
@@ -130,7 +132,8 @@ def cached_features(
     """Features of "train" and "val" under the evaluation crop, from the cache or made now by all processes together.
 
     Each set of features is kept by itself, so that protocols share what they have in common. The key: the weights themselves,
-    how images are fed (size, crop, mean, std, precision), the set, and the data's digest. What was made before an interruption
+    the spec (the same weights with other heads, another activation or another mean are another backbone), how images are fed
+    (size, crop, precision), the set, and the data's digest. What was made before an interruption
     is not made again. They lie below $MAE_BENCH_CACHE/features.
     """
     size = config.img_size or spec.img_size
@@ -138,7 +141,8 @@ def cached_features(
         {
             "version": VERSION,
             "weights": weights_digest(model.vit),
-            "feed": [size, config.crop_pct, spec.mean, spec.std, spec.interpolation, config.amp_dtype],
+            "spec": spec.to_dict(),
+            "feed": [size, config.crop_pct, config.amp_dtype],
             "data": data.report.digest,
         }
     )
@@ -215,6 +219,16 @@ def _reserve(folder: Path, count: int, width: int) -> None:
         part.replace(folder / name)
 
 
+def _require_finite(features: torch.Tensor) -> None:
+    """UserError where features (N, D) are not numbers: neighbours and few labels would make a score of them."""
+    if strange := int((~features.isfinite().all(dim=1)).sum()):
+        raise UserError(
+            f"features of {strange} of {len(features)} images are not finite",
+            expected="a backbone whose weights and activations are numbers in the precision",
+            fix="use amp_dtype=float32, or look at the checkpoint: mae-bench inspect",
+        )
+
+
 def _fill(
     places: list[Path],
     model: FrozenFeatures,
@@ -233,8 +247,9 @@ def _fill(
     done = 0
     for indices, _, imgs in feed.batches(Subset(images, left), bad):
         rows = left[indices.numpy()]
-        found = feed.run(model, imgs).cpu().split(model.widths, dim=1)
-        for array, mark, part in zip(values, known, found, strict=True):
+        found = feed.run(model, imgs).cpu()
+        _require_finite(found)
+        for array, mark, part in zip(values, known, found.split(model.widths, dim=1), strict=True):
             array[rows] = part.numpy()
             mark[rows] = True
         done += len(rows) * world().size

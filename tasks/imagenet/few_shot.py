@@ -68,7 +68,12 @@ def predictions_of_draw(
     drawn = rows[drawn_a_class(train.targets[rows], amount, seed)]
     left = np.setdiff1d(rows, drawn)
     if not len(left):
-        raise UserError("every training image is drawn", expected="some left to choose the weight decay on", fix="lower shares")
+        what = f"shares={amount:g}" if isinstance(amount, float) else f"shots={amount}"
+        raise UserError(
+            f"every training image is drawn by {what}: the largest class has {np.bincount(train.targets[rows]).max()}",
+            expected="some left to choose the weight decay on",
+            fix=f"leave {what.split('=')[1]} away from tasks.NAME.{what.split('=')[0]}",
+        )
     judges = left[drawn_a_class(train.targets[left], CHOSEN_ON, seed)]
     best, chosen = -1.0, None
     with fits_memory(f"{len(drawn)} labelled images", "leave the largest of shares away"):

@@ -38,7 +38,13 @@ def predictions_by_k(
     """What the neighbours of every validation image say, for every k; each process looks for those of its share."""
     known, most = train.rows(), max(config.ks)
     if len(known) < most:
-        raise UserError(f"k {most} with {len(known)} training images", expected="fewer neighbours than images")
+        fit = [k for k in config.ks if k <= len(known)] or [len(known)]
+        score = "" if config.k in fit else f" tasks.NAME.k={fit[-1]}"
+        raise UserError(
+            f"k {most} with {len(known)} training images",
+            expected="no more neighbours than images",
+            fix=f"set tasks.NAME.ks={fit}{score}".replace(", ", ","),
+        )
     rows = val.rows()[world().rank :: world().size]
     queries, targets = val.whole(rows, device)
     progress.stage("neighbours", len(known))

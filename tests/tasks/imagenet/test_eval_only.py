@@ -102,7 +102,7 @@ def test_what_is_no_classifier_of_these_classes_is_refused(data, tmp_path, backb
     other = tmp_path / "other/val/only"
     other.mkdir(parents=True)
     Image.new("RGB", (16, 16)).save(other / "1.png")
-    with pytest.raises(UserError, match="3 classes on 1 class folders"):
+    with pytest.raises(UserError, match="3 classes on 1 class folders(.|\n)*Next: give their folder as data"):
         as_it_is(tmp_path / "other", tmp_path / "b", row(tmp_path / "row2", path, spec={"num_heads": 2}))
     with pytest.raises(UserError, match="two heads"):
         head_of(Checkpoint("x", "0" * 64, {"head_dist.weight": torch.zeros(3, 4)}))
@@ -124,6 +124,10 @@ class TestReal:
         (tmp_path / "real.json").write_text(content)
         with pytest.raises(UserError):
             eval_only.read_real(tmp_path / "real.json")
+
+    def test_other_classes_are_refused(self, data, tmp_path):
+        with pytest.raises(UserError, match="real=x.json and .* has 3 classes: 1000 of ImageNet-1k are absent"):
+            as_it_is(data, tmp_path, "", real="x.json")
 
     def test_images_that_are_not_imagenets_are_refused(self):
         with pytest.raises(UserError, match="has no number"):

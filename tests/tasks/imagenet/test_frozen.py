@@ -15,6 +15,7 @@ from mae_bench.config import build
 from mae_bench.errors import UserError
 from mae_bench.export import write_export
 from mae_bench.job import Outcome
+from mae_bench.models.vit import build_vit
 from mae_bench.progress import Progress
 from tasks.imagenet import features, few_shot, knn, linear_probe
 from tasks.imagenet.config import FewShotConfig, KnnConfig, LinearProbeConfig
@@ -81,6 +82,21 @@ class TestCache:
         run_knn(write_images(tmp_path / "more", 27), tmp_path / "c", backbone)
         assert sum(passes) == 66 + 36
 
+    @pytest.mark.parametrize("change", [{"num_heads": 4}, {"norm_eps": 1e-2}, {"options": {"act_layer": "quick_gelu"}}])
+    def test_the_same_weights_of_another_shape_are_another_entry(self, data, tmp_path, backbone, passes, change):
+        run_knn(data, tmp_path / "a", backbone)
+        vit, spec, _ = load_backbone(backbone)
+        write_export(tmp_path / "other", vit.state_dict(), replace(spec, **change), {})
+        run_knn(data, tmp_path / "b", str(tmp_path / "other"))
+        assert sum(passes) == 66
+
+    def test_features_that_are_no_numbers_give_no_score(self, data, tmp_path, backbone):
+        vit, spec, _ = load_backbone(backbone)
+        large = {name: tensor * (3e38 if name == "norm.weight" else 1) for name, tensor in vit.state_dict().items()}
+        write_export(tmp_path / "large", large, spec, {})
+        with pytest.raises(UserError, match="features of .* images are not finite"):
+            run_knn(data, tmp_path / "a", str(tmp_path / "large"))
+
     def test_an_interrupted_pass_goes_on(self, data, tmp_path, backbone, passes, monkeypatch):
         real = features.Feed.run
 
@@ -134,8 +150,10 @@ class TestKnn:
         assert outcome.num_samples == 9
 
     def test_more_neighbours_than_images_is_refused(self, data, tmp_path, backbone):
-        with pytest.raises(UserError, match="k 25 with 24"):
-            run_knn(data, tmp_path / "run", backbone, ks=[5, 25])
+        for values, fix in (({"ks": [5, 24, 25]}, "ks=[5,24]"), ({"ks": [5, 25], "k": 25}, "ks=[5] tasks.NAME.k=5")):
+            with pytest.raises(UserError, match="k 25 with 24") as caught:
+                run_knn(data, tmp_path / "run", backbone, **values)
+            assert caught.value.fix == f"set tasks.NAME.{fix}"
         with pytest.raises(UserError, match="none of ks"):
             build(KnnConfig, {"kind": "knn", "data": "", **COMMON, "ks": [3], "k": 5}, "test")
 
@@ -169,8 +187,13 @@ class TestFewShot:
         assert norms == sorted(norms)
 
     def test_what_cannot_be_drawn_is_refused(self, data, tmp_path, backbone):
-        with pytest.raises(UserError, match="every training image is drawn"):
-            run_few_shot(data, tmp_path / "a", backbone, shares=[1.0])
+        for change, what in (({"shares": [1.0]}, "shares=1"), ({"shots": [3, 8]}, "shots=8")):
+            with pytest.raises(UserError, match=f"every training image is drawn by {what}: the largest class has 8") as caught:
+                run_few_shot(data, tmp_path / "a", backbone, **change)
+            assert (
+                caught.value.fix
+                == f"leave {what[7:] if what.startswith('shares') else what[6:]} away from tasks.NAME.{what[:-2]}"
+            )
         with pytest.raises(UserError, match="score '7shot'"):
             run_few_shot(data, tmp_path / "b", backbone, score="7shot")
 
@@ -201,3 +224,31 @@ def test_a_backbone_without_class_token(data, tmp_path):
     assert run_knn(data, tmp_path / "own", source, global_pool="own").metrics["top1"].value == 100
     with pytest.raises(UserError, match="global_pool"):
         run_knn(data, tmp_path / "b", source, global_pool="token")
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_a_grid_asks_for_no_class_token_that_is_not_there(registers):
+    """A register is none."""
+    spec = replace(SPEC, num_prefix_tokens=registers, pos_embed="learned", global_pool="avg", options={"class_token": False})
+    vit = build_vit(spec, global_pool="avg")
+    with pytest.raises(UserError, match="no class token"):
+        features.FrozenFeatures(vit, spec, [features.FeatureSet("avg"), features.FeatureSet("token")])
+
+
+@pytest.mark.parametrize("change", [
+    {},
+    {"arch": "beit", "pos_embed": "relative", "options": {"use_rel_pos_bias": True, "use_abs_pos_emb": False}},
+    {"arch": "eva", "pos_embed": "rope", "options": {"use_rot_pos_emb": True, "swiglu_mlp": True}},
+])  # fmt: skip
+def test_several_layers_of_any_architecture(change):
+    """The last of several is the last alone, and the one before is what a backbone without the last block gives."""
+    spec = replace(SPEC, **change)
+    torch.manual_seed(0)
+    vit, imgs = build_vit(spec), torch.randn(2, 3, 16, 16)
+    for pool in ("token", "avg"):
+        both, last = (features.FrozenFeatures(vit, spec, [features.FeatureSet(pool, count)])(imgs) for count in (2, 1))
+        torch.testing.assert_close(both[:, 16:], last)
+        shorter = build_vit(replace(spec, depth=1))
+        shorter.load_state_dict({name: tensor for name, tensor in vit.state_dict().items() if not name.startswith("blocks.1.")})
+        before = features.FrozenFeatures(shorter, replace(spec, depth=1), [features.FeatureSet(pool)])(imgs)
+        torch.testing.assert_close(both[:, :16], before)

@@ -81,6 +81,12 @@ def test_choosing_on_val_is_refused():
         build(LinearProbeConfig, {**values, "holdout": 0.1, "eval_epochs": 1}, "test")
 
 
+def test_a_norm_over_all_heads_is_refused():
+    values = {"kind": "linear_probe", "data": "", **TRAIN, "lrs": [1.0, 2.0], "holdout": 0.1, "clip_grad": 1.0}
+    with pytest.raises(UserError, match="clip_grad with 2 heads"):
+        build(LinearProbeConfig, values, "test")
+
+
 def test_the_backbone_stays_as_it_was(backbone):
     vit, spec, _ = load_backbone(backbone, drop_path_rate=0.5)
     before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
