@@ -181,10 +181,11 @@ def evaluate(
 
 
 def _suite_of(checkpoints: list[str], tasks: str, options: dict[str, Any]) -> dict[str, Any]:
+    from mae_bench.config import task_file
     from mae_bench.rows import rows_of
 
     named = [name.strip() for name in tasks.split(",") if name.strip()]
-    files = {Path(name).stem: name if name.endswith((".yaml", ".yml")) else f"tasks/{name}.yaml" for name in named}
+    files = {Path(name).stem: task_file(name) for name in named}
     if len(files) < len(named):
         raise UserError(f"--tasks {tasks}: two of one name", expected="files whose names differ", fix="copy one to another name")
     return {

@@ -1,6 +1,7 @@
 """Typed, closed configs: YAML files, `base:` inheritance, `key=value` overrides, and errors that name the nearest known key."""
 
 import difflib
+import glob
 import os
 import re
 from collections.abc import Sequence
@@ -92,6 +93,18 @@ def resolve_path(name: str | Path, beside: Path | None = None) -> Path:
         expected=f"a YAML file at {' or '.join(map(str, places))}",
         fix=f"did you mean {', '.join(near)}?" if near else "mae-bench plan --help shows where configs live",
     )
+
+
+def task_file(name: str) -> str:
+    """The file of a task, for `resolve_path`: a YAML file as it is, a name below configs/tasks, or a bare one of any family's."""
+    if name.endswith((".yaml", ".yml")):
+        return name
+    own = f"tasks/{name}.yaml"
+    found = [] if "/" in name or Path(own).is_file() else sorted(CONFIGS.glob(f"tasks/*/{glob.escape(name)}.yaml"))
+    if len(found) > 1:
+        families = " or ".join(f"{path.parent.name}/{name}" for path in found)
+        raise UserError(f"several tasks are called {name}", expected="a name with its family", fix=f"say {families}")
+    return str(found[0].relative_to(CONFIGS)) if found else own
 
 
 def load_yaml(name: str | Path, overrides: Sequence[str] = (), beside: Path | None = None) -> dict[str, Any]:

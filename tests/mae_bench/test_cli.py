@@ -72,6 +72,7 @@ def test_version() -> None:
         (["pretrain", "tasks/imagenet/linear_demo.yaml", "data=x"], "which transfers one"),
         (["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear"], "did you mean tasks/imagenet/linear"),
         (["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear_demo"], "data.imagenet must be given"),
+        (["evaluate", "--checkpoint", "x.pth", "--tasks", "eval_only"], "data.imagenet must be given"),
         (["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear_demo", "data.root=y"], "x.pth is missing"),
         (["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear_demo,mine/linear_demo.yaml"], "two of one name"),
         (["pretrain", "pretrain/random_demo.yaml", "--device", "gpu"], "'gpu' is not one of"),

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from mae_bench.config import Config, build, expand_variables, load_yaml, resolve, resolve_path
+from mae_bench.config import Config, build, expand_variables, load_yaml, resolve, resolve_path, task_file
 from mae_bench.errors import UserError
 
 
@@ -22,6 +22,7 @@ class Outer(Config):
 
 
 def write(folder: Path, **files: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / f"{name}.yaml").write_text(text)
     return folder
@@ -84,6 +85,20 @@ def test_variables_of_the_environment_are_read_or_missed(monkeypatch: pytest.Mon
     assert expand_variables("plain/path") == "plain/path"
     with pytest.raises(UserError, match="not set: NO_SUCH_DATA"):
         expand_variables("$SOME_DATA/$NO_SUCH_DATA")
+
+
+def test_a_task_is_found_by_its_bare_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert task_file("eval_only") == task_file("imagenet/eval_only") == "tasks/imagenet/eval_only.yaml"
+    assert task_file("my/own.yaml") == "my/own.yaml"
+    assert task_file("no_such") == "tasks/no_such.yaml"
+    write(tmp_path / "tasks", eval_only="protocol: mine")
+    monkeypatch.chdir(tmp_path)
+    assert task_file("eval_only") == "tasks/eval_only.yaml", "one's own goes before what is packaged"
+    for family in ("a", "b"):
+        write(tmp_path / "tasks" / family, probe="protocol: mine")
+    monkeypatch.setattr("mae_bench.config.CONFIGS", tmp_path)
+    with pytest.raises(UserError, match="say a/probe or b/probe"):
+        task_file("probe")
 
 
 def test_the_nearest_files_are_named() -> None:
