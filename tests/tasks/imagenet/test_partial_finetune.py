@@ -120,6 +120,12 @@ def test_what_cannot_be_tuned_is_refused(change, told):
         build(PartialFinetuneConfig, {**VALUES, **BLOCKS, "data": "", **change}, "test")
 
 
+def test_no_blocks_are_pooled_as_the_others_unless_told():
+    values = {**VALUES, **BLOCKS, "data": "", "global_pool": "token", "linear": {}}
+    assert build(PartialFinetuneConfig, values, "test").probe().global_pool == "token"
+    assert build(PartialFinetuneConfig, {**values, "linear": {"global_pool": "avg"}}, "test").probe().global_pool == "avg"
+
+
 def test_a_score_beyond_the_depth_is_refused(data, tmp_path, backbone):
     with pytest.raises(UserError, match="backbone of 2 blocks"):
         partial(data, tmp_path / "cell", backbone, score=12)
