@@ -1,8 +1,12 @@
 """Checkpoints of the Hugging Face hub: the few files that hold weights and their description, at one commit."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils.logging import get_logger
 
 from mae_bench.errors import UserError
 
@@ -31,9 +35,33 @@ def fetch_repo(name: str) -> tuple[Path, str, list[str]]:
     return folder, pinned, [] if wanted == revision else [f"{wanted or 'main'} of {repo} is {revision}; hf:{pinned} pins it"]
 
 
+class _First(logging.Filter):
+    """Lets one record through."""
+
+    told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        first, self.told = not self.told, True
+        return first
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """What the hub's client has to say while it tries again and again is printed once."""
+    filters = [(handler, _First()) for handler in get_logger().handlers]
+    for handler, first in filters:
+        handler.addFilter(first)
+    try:
+        yield
+    finally:
+        for handler, first in filters:
+            handler.removeFilter(first)
+
+
 def _download(repo: str, revision: str, patterns: tuple[str, ...]) -> Path:
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*DESCRIPTIONS, *patterns]))
+        with told_once():
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=[*DESCRIPTIONS, *patterns]))
     except Exception as error:  # the client's own types, httpx's and OSError: to the user all mean one thing
         reason = f"{type(error).__name__}: {(str(error).strip() or ' ').splitlines()[0]}"
         raise UserError(

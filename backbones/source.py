@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 
 from backbones.description import read_json
-from backbones.hub import fetch_repo
+from backbones.hub import fetch_repo, told_once
 from backbones.official import fetch_official, name_of
 from backbones.safe import State, WeightFile, check_tensors, check_unchanged, read_file
 from backbones.shards import INDEX_SUFFIX, read_shards
@@ -179,7 +179,8 @@ def _open_timm(name: str, sha256: str | None) -> Checkpoint:
         near = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3)
         raise UserError(f"timm has no model {name!r}", fix=f"did you mean {', '.join(near)}?" if near else "")
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
+        with told_once():
+            model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # the hub's client, urllib and timm each have their own types; to the user all mean one thing
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise UserError(

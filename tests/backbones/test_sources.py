@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -299,6 +300,23 @@ def test_a_missing_path_is_answered_with_what_it_may_be(tmp_path, monkeypatch):
         with pytest.raises(UserError) as error:
             open_source(given)
         assert (error.value.given, error.value.fix) == (f"no weight file {given}", told)
+
+
+def test_a_client_that_tries_again_and_again_is_heard_once():
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log = huggingface_hub.utils.logging.get_logger()
+    log.addHandler(handler)
+    try:
+        for _ in range(2):
+            with hub.told_once():
+                for number in range(3):
+                    logging.getLogger(f"{log.name}.inner").warning("try %d", number)
+        log.warning("later")
+    finally:
+        log.removeHandler(handler)
+    assert said == ["try 0", "try 0", "later"]
 
 
 def test_an_unknown_kind_lists_the_known_ones():
