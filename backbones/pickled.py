@@ -37,6 +37,7 @@ UNKEPT = {name for name, (made, _) in ALLOWED.items() if made is NotBuilt}  # om
 NAMES = {*ALLOWED, *STORAGES, *TENSORS, PARAMETER, *VALUES, *(f"torch.{name}" for name in DTYPES)}
 
 MAX_DEPTH = 100  # of containers in each other; honest files have about 10
+COPIED = 100  # bytes that a part of a container may take in a copy: an element of a set, half an item of an ordered dictionary
 BASE = 32 << 20  # bytes that any file may need, beyond what its size allows
 INFLATION = 2  # bytes of Python objects over bytes of the file, at most
 COSTS = {"REDUCE": 500, "NEWOBJ": 500, "BINPERSID": 400, "BUILD": 200, "EMPTY_SET": 500, "EMPTY_DICT": 400, "EMPTY_LIST": 400,
@@ -160,7 +161,7 @@ class _Reader:
         if function.kind != "global" or args.kind != "tuple":
             raise Refused("a pickle that calls what is no function")
         name, parts = function.about, args.parts
-        self.pay(sum(8 * len(part.parts) if isinstance(part, Node) else 2 * sys.getsizeof(part) for part in parts))
+        self.pay(sum(COPIED * len(part.parts) if isinstance(part, Node) else 2 * sys.getsizeof(part) for part in parts))
         if self.strange:  # refused in any case; the rest is looked through for the names of what else it wants
             return Node("object", [args], name)
         if name in TENSORS:
@@ -184,7 +185,7 @@ class _Reader:
             raise Refused("a Namespace whose state is no dictionary")
         if target.kind not in ("object", "dict"):
             raise Refused(f"a pickle that sets the state of a {target.kind}")
-        self.pay(8 * len(state.parts) if isinstance(state, Node) else 0)
+        self.pay(COPIED * len(state.parts) if isinstance(state, Node) else 0)
         target.parts.extend([None, state] if target.kind == "dict" else [state])
 
     def storage(self, said: Any) -> Node:
@@ -227,10 +228,11 @@ def _parameter(tensor: Any, requires_grad: Any, hooks: Any) -> Node:
 def _check_keys(keys: Iterable[Any]) -> None:
     """Names and small numbers: the hash of nested tuples takes exponential time, those of huge numbers can be made to collide."""
     for key in keys:
+        if isinstance(key, str) or (isinstance(key, int) and abs(key) < 1 << 60):
+            continue
         if isinstance(key, Node) and key.kind == "tuple" and len(key.parts) < 9 and all(isinstance(p, str) for p in key.parts):
             continue
-        named = isinstance(key, str | bytes | None) or (isinstance(key, Node) and key.kind == "global")
-        if not named and not (isinstance(key, int) and abs(key) < 1 << 60):
+        if not isinstance(key, bytes | None) and not (isinstance(key, Node) and key.kind == "global"):
             raise Refused("a pickle whose dictionaries have keys that are neither names nor numbers")
 
 

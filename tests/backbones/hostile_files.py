@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MANY = 120_000
+COPIES = 9  # so few that their number alone does not show
 MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2) + pickle.dumps({}, protocol=2)
 GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}  # the entry of a tensor in a header of safetensors
 NO_STORAGES = pickle.dumps([], protocol=2)
@@ -94,16 +95,16 @@ def bombs() -> Iterator[tuple[str, bytes]]:
             + b"t"
         ),
     )
-    state = b"}q\x00(" + b"".join(text(f"a{i}") + b"N" for i in range(20_000)) + b"u"
+    state = b"}q\x00(" + b"".join(text(f"a{i}") + b"N" for i in range(40_000)) + b"u"
     yield (
         "a state given again and again",
-        in_dictionary(b"(" + state + (name("argparse.Namespace") + b")\x81h\x00b") * 5000 + b"t"),
+        in_dictionary(b"(" + state + (name("argparse.Namespace") + b")\x81h\x00b") * COPIES + b"t"),
     )
     for copied in ("collections.OrderedDict", "collections.Counter", "yacs.config.CfgNode", "addict.addict.Dict"):
-        yield f"copies of {copied}", in_dictionary(b"(" + state + (name(copied) + b"h\x00\x85R") * 5000 + b"t")
-    rows = b"](" + b"K\x01" * 50_000 + b"eq\x00"
+        yield f"copies of {copied}", in_dictionary(b"(" + state + (name(copied) + b"h\x00\x85R") * COPIES + b"t")
+    rows = b"](" + b"".join(map(number, range(200_000))) + b"eq\x00"
     for copied in ("torch.Size", "builtins.set"):
-        yield f"copies in {copied}", in_dictionary(b"(" + rows + (name(copied) + b"h\x00\x85R") * 5000 + b"t")
+        yield f"copies in {copied}", in_dictionary(b"(" + rows + (name(copied) + b"h\x00\x85R") * COPIES + b"t")
     for sized in ("bytearray", "list", "int", "getattr", "dict"):
         yield f"{sized} of a size", in_dictionary(name(f"__builtin__.{sized}") + number(1 << 40) + b"\x85R")
     for sized in (
