@@ -117,7 +117,11 @@ def pooled_as_it_is(config: C, spec: BackboneSpec) -> C:
 def require_pool(pool: str, spec: BackboneSpec) -> None:
     """UserError where the class token is asked for and there is none."""
     if pool == "token" and not has_class_token(spec):
-        raise UserError("global_pool=token with a backbone that has no class token", expected="global_pool=avg for this backbone")
+        raise UserError(
+            "global_pool=token with a backbone that has no class token",
+            expected="global_pool=avg for this backbone",
+            fix="set tasks.NAME.global_pool=avg, for a grid of heads tasks.NAME.pools=[avg]",
+        )
 
 
 def load_at_size(config: ImageConfig, source: str, drop_path_rate: float = 0.0) -> tuple[ViT, BackboneSpec, ConversionReport]:

@@ -57,10 +57,14 @@ class FrozenFeatures(nn.Module):
         super().__init__()
         for each in sets:
             require_pool(each.pool, spec)
-        if any(each.layers > spec.depth for each in sets):
-            raise UserError(f"layers of a backbone of depth {spec.depth}: {max(each.layers for each in sets)}")
-        if spec.arch == "sam" and any(each.layers > 1 for each in sets):
-            raise UserError("several layers of a backbone with windowed attention", expected="layers=[1]")
+        if (most := max(each.layers for each in sets)) > spec.depth:
+            fix = f"set tasks.NAME.layers={sorted({min(each.layers, spec.depth) for each in sets})}".replace(", ", ",")
+            raise UserError(
+                f"the last {most} blocks of a backbone of depth {spec.depth}", expected="no more layers than blocks", fix=fix
+            )
+        if spec.arch == "sam" and most > 1:
+            given = "several layers of a backbone with windowed attention"
+            raise UserError(given, expected="its last alone", fix="set tasks.NAME.layers=[1]")
         self.vit: Any = vit.requires_grad_(False).eval()
         self.spec, self.sets, self.num_prefix_tokens = spec, list(sets), spec.num_prefix_tokens
         self.widths = [vit.num_features * each.layers for each in sets]

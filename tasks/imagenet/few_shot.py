@@ -72,7 +72,7 @@ def predictions_of_draw(
         raise UserError(
             f"every training image is drawn by {what}: the largest class has {np.bincount(train.targets[rows]).max()}",
             expected="some left to choose the weight decay on",
-            fix=f"leave {what.split('=')[1]} away from tasks.NAME.{what.split('=')[0]}",
+            fix=f"leave {what.split('=')[1]} out of tasks.NAME.{what.split('=')[0]}",
         )
     judges = left[drawn_a_class(train.targets[left], CHOSEN_ON, seed)]
     best, chosen = -1.0, None

@@ -191,8 +191,7 @@ class TestFewShot:
             with pytest.raises(UserError, match=f"every training image is drawn by {what}: the largest class has 8") as caught:
                 run_few_shot(data, tmp_path / "a", backbone, **change)
             assert (
-                caught.value.fix
-                == f"leave {what[7:] if what.startswith('shares') else what[6:]} away from tasks.NAME.{what[:-2]}"
+                caught.value.fix == f"leave {what[7:] if what.startswith('shares') else what[6:]} out of tasks.NAME.{what[:-2]}"
             )
         with pytest.raises(UserError, match="score '7shot'"):
             run_few_shot(data, tmp_path / "b", backbone, score="7shot")
@@ -224,6 +223,14 @@ def test_a_backbone_without_class_token(data, tmp_path):
     assert run_knn(data, tmp_path / "own", source, global_pool="own").metrics["top1"].value == 100
     with pytest.raises(UserError, match="global_pool"):
         run_knn(data, tmp_path / "b", source, global_pool="token")
+
+
+@pytest.mark.parametrize(("change", "fix"), [({"depth": 3}, "[1,3]"), ({"arch": "sam", "num_prefix_tokens": 0}, "[1]")])
+def test_layers_that_cannot_be_joined_are_refused(change, fix):
+    spec = replace(SPEC, depth=5, global_pool="avg")
+    with pytest.raises(UserError) as caught:
+        features.FrozenFeatures(build_vit(spec), replace(spec, **change), [features.FeatureSet("avg", n) for n in (1, 4)])
+    assert caught.value.fix == f"set tasks.NAME.layers={fix}"
 
 
 @pytest.mark.parametrize("registers", [0, 2])
