@@ -68,11 +68,11 @@ def predictions_of_draw(
     drawn = rows[drawn_a_class(train.targets[rows], amount, seed)]
     left = np.setdiff1d(rows, drawn)
     if not len(left):
-        what = f"shares={amount:g}" if isinstance(amount, float) else f"shots={amount}"
+        name = "shares" if isinstance(amount, float) else "shots"
         raise UserError(
-            f"every training image is drawn by {what}: the largest class has {np.bincount(train.targets[rows]).max()}",
+            f"every training image is drawn by {name}={amount:g}: the largest class has {np.bincount(train.targets[rows]).max()}",
             expected="some left to choose the weight decay on",
-            fix=f"leave {what.split('=')[1]} out of tasks.NAME.{what.split('=')[0]}",
+            fix=f"leave {amount:g} out of tasks.NAME.{name}",
         )
     judges = left[drawn_a_class(train.targets[left], CHOSEN_ON, seed)]
     best, chosen = -1.0, None

@@ -187,12 +187,10 @@ class TestFewShot:
         assert norms == sorted(norms)
 
     def test_what_cannot_be_drawn_is_refused(self, data, tmp_path, backbone):
-        for change, what in (({"shares": [1.0]}, "shares=1"), ({"shots": [3, 8]}, "shots=8")):
-            with pytest.raises(UserError, match=f"every training image is drawn by {what}: the largest class has 8") as caught:
-                run_few_shot(data, tmp_path / "a", backbone, **change)
-            assert (
-                caught.value.fix == f"leave {what[7:] if what.startswith('shares') else what[6:]} out of tasks.NAME.{what[:-2]}"
-            )
+        for name, values, value in (("shares", [1.0], "1"), ("shots", [3, 8], "8")):
+            with pytest.raises(UserError, match=f"drawn by {name}={value}: the largest class has 8") as caught:
+                run_few_shot(data, tmp_path / "a", backbone, **{name: values})
+            assert caught.value.fix == f"leave {value} out of tasks.NAME.{name}"
         with pytest.raises(UserError, match="score '7shot'"):
             run_few_shot(data, tmp_path / "b", backbone, score="7shot")
 
