@@ -122,6 +122,8 @@ def shape_facts(weights: Mapping[str, torch.Tensor], source: str, given: Mapping
         raise UserError(f"{source}: no usable {error}", expected="a ViT with a patch embedding and numbered blocks") from error
     if len(patch) != 2 or not all((*proj.shape, *fc1.shape)):
         raise UserError(f"{source}: patch_embed.proj.weight is {tuple(proj.shape)}", expected="(width, channels, height, width)")
+    if fc1.ndim != 2:
+        raise UserError(f"{source}: the first layer of its MLP (fc1) is {tuple(fc1.shape)}", expected="(hidden, width)")
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     prefix = int("cls_token" in weights) + registers
     in_table = 0 if given.get("options", {}).get("no_embed_class") else prefix
