@@ -189,7 +189,7 @@ class TestFewShot:
     def test_what_cannot_be_drawn_is_refused(self, data, tmp_path, backbone):
         for name, values, value in (("shares", [1.0], "1"), ("shots", [3, 8], "8")):
             with pytest.raises(UserError, match=f"drawn by {name}={value}: the largest class has 8") as caught:
-                run_few_shot(data, tmp_path / "a", backbone, **{name: values})
+                run_few_shot(data, tmp_path / "a", backbone, 0, **{name: values})
             assert caught.value.fix == f"leave {value} out of tasks.NAME.{name}"
         with pytest.raises(UserError, match="score '7shot'"):
             run_few_shot(data, tmp_path / "b", backbone, score="7shot")
