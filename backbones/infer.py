@@ -28,7 +28,7 @@ KINDS: dict[Any, tuple[tuple[type, ...], str]] = {  # of the fields, with what a
     float: ((int, float), "a number"),
     str: ((str,), "a word"),
     tuple: ((list, tuple), "a number for each channel"),
-    dict: ((Mapping,), "NAME=VALUE behind a dot"),
+    dict: ((Mapping,), "options.NAME=VALUE"),
 }
 
 

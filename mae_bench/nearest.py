@@ -17,11 +17,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else ""
 
 
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return [child.name for child in islice(folder.iterdir(), LOOKED_AT)]
+    except OSError:  # a folder that may not be listed
+        return []
+
+
 def near_path(path: str | Path) -> str:
     """For a path where nothing is: the nearest names in its folder, or the repository of the hub that it may be; else ""."""
     path = Path(path)
     if path.parent.is_dir():
-        names = [child.name for child in islice(path.parent.iterdir(), LOOKED_AT)]
+        names = _names_in(path.parent)
         near = difflib.get_close_matches(path.name, sorted(names), n=3, cutoff=0.4)
         return f"did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""
     return f"if it is a repository of the hub: hf:{path}" if HUB.fullmatch(str(path)) and path.suffix not in WEIGHTS else ""

@@ -15,6 +15,7 @@ from mae_bench.data.layouts import Layout
 from mae_bench.digest import file_digest, json_digest
 from mae_bench.errors import UserError
 from mae_bench.job import EXPORT
+from mae_bench.nearest import near_path
 from mae_bench.record import NOT_THE_METHOD
 from mae_bench.registry import KINDS, kind, load_object
 
@@ -202,8 +203,13 @@ def check_sources(suite: SuiteConfig) -> None:
     """UserError for checkpoints whose files are not there."""
     sources = {name: job["source"] for name, job in suite.backbones.items() if "source" in job}
     paths = {name: source_path(source) for name, source in sources.items()}
-    if missing := [f"backbones.{name}: {path} is missing" for name, path in paths.items() if path and not path.exists()]:
-        raise UserError("\n".join(missing), expected="a weight file, or the folder that holds one")
+    missing = {name: path for name, path in paths.items() if path and not path.exists()}
+    if missing:
+        raise UserError(
+            "\n".join(f"backbones.{name}: {path} is missing" for name, path in missing.items()),
+            expected="a weight file, or the folder that holds one",
+            fix="; ".join(filter(None, map(near_path, missing.values()))),
+        )
 
 
 def _content(key: str, value: Any) -> Any:

@@ -371,6 +371,15 @@ def test_inspect_suggests_how_to_feed(tmp_path: Path, vit: VisionTransformer, he
     assert (code, "--weights NAME" in told) == (2, True)
 
 
+def test_evaluate_names_the_nearest_files_for_one_that_is_missing(tmp_path: Path, vit: VisionTransformer, here) -> None:
+    code, _, told = here(
+        "evaluate", "--checkpoint", "vti.safetensors", "--checkpoint", "facebook/vit-mae-base", "--tasks", "imagenet/linear_demo",
+        "data.root=y",
+    )  # fmt: skip
+    assert (code, "did you mean vit.safetensors" in told, "hf:facebook/vit-mae-base" in told) == (2, True, True)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_verify_is_0_for_equal_models_and_1_for_others(tmp_path: Path, vit: VisionTransformer, here) -> None:
     (tmp_path / "theirs_in_cli.py").write_text(
         "from safetensors.torch import load_file\n"
