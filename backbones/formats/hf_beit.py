@@ -72,6 +72,9 @@ def read(checkpoint: Checkpoint) -> Translation:
         _take_outer_norm(result, checkpoint)
     told = facts_of(checkpoint, DEFAULT_EPS)
     facts = beit_facts(result.weights, checkpoint.source)
+    config = checkpoint.beside.get(CONFIG_FILE, {})
+    if "use_mean_pooling" in config:
+        told["global_pool"] = "avg" if config["use_mean_pooling"] else "token"
     result.facts = facts | told | {"options": facts["options"] | told.get("options", {})}
     is_data2vec = model_type(checkpoint) == "data2vec-vision" or checkpoint.prefix == "data2vec_vision."
     result.assumed = {"norm_eps": DEFAULT_EPS} | family("data2vec" if is_data2vec else "hf_beit")

@@ -39,6 +39,12 @@ class Loaded:
     classes: list[str]
 
     @property
+    def doubt(self) -> str:
+        """A note where the file does not name its classes."""
+        order = "in the order of the class folders' names (WordNet ids)"
+        return "" if self.classes else f"the file does not name the classifier's classes: taken {order}"
+
+    @property
     def num_classes(self) -> int:
         return self.model.head.out_features
 
@@ -102,7 +108,7 @@ def run(config: EvalOnlyConfig, job: Job, progress: Progress) -> Outcome:
     if config.real:
         names = [images.name(int(i)) for i in found.indices]
         metrics["top1_real"] = Metric(real_accuracy(found, names, read_real(Path(expand_variables(config.real)))))
-    notes = [note for note in [*data.notes, doubt(data), bad.note()] if note]
+    notes = [note for note in [*data.notes, doubt(data), loaded.doubt, bad.note()] if note]
     return loaded.outcome(metrics, "top1", data, len(found.targets), job, config, time.monotonic() - began, notes)
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 
@@ -57,7 +58,15 @@ def run(config: FewShotConfig, job: Job, progress: Progress) -> Outcome:
         first.save(job.dir / PREDICTIONS_FILE)
     metrics = {f"top1_{name}": Metric(fmean(values)) for name, values in by_name.items()}
     metrics |= {f"top1_{name}_margin": Metric(mean_margin(values), "%", "lower") for name, values in by_name.items()}
-    return task.outcome(metrics, len(val.rows()), time.monotonic() - began, {"draws": DRAWS_FILE})
+    outcome = task.outcome(metrics, len(val.rows()), time.monotonic() - began, {"draws": DRAWS_FILE})
+    return replace(outcome, notes=[*_too_few(config, train), *outcome.notes])
+
+
+def _too_few(config: FewShotConfig, train: SplitFeatures) -> list[str]:
+    """A note where classes have fewer images than were to be drawn."""
+    counts = np.bincount(train.targets[train.rows()])
+    short = {shots: int((counts < shots).sum()) for shots in config.shots if (counts < shots).any()}
+    return [f"{number} classes have fewer than {shots} images: all of theirs are drawn" for shots, number in short.items()]
 
 
 def predictions_of_draw(

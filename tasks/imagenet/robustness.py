@@ -2,6 +2,8 @@
 
 import time
 from collections import defaultdict
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 
@@ -22,7 +24,7 @@ from tasks.imagenet.data import imagenet_classes
 from tasks.imagenet.eval_only import load_classifier
 from tasks.imagenet.evaluate import PREDICTIONS_FILE, Feed, predict_images
 
-SUBSETS = {"imagenet-a": 200, "imagenet-r": 200, "imagenet-sketch": 1000, "imagenet-v2": 1000, "imagenet-c": 1000}  # classes
+SUBSETS = {"imagenet-a": "imagenet_a_synsets.txt", "imagenet-r": "imagenet_r_synsets.txt"}  # of 200 classes; the others have all
 SEVERITIES = 5
 CORRUPTIONS_FILE = "corruptions.json"
 # Mean error of AlexNet over the five severities, of ImageNet-C's fifteen corruptions (arXiv 1903.12261; hendrycks/robustness).
@@ -59,10 +61,10 @@ def run(config: RobustnessConfig, job: Job, progress: Progress) -> Outcome:
         raise UserError("a classifier of 1000 other classes", expected="the classes of ImageNet-1k")
     model = Among(loaded.model, chosen)
     feed = Feed(config, loaded.spec, torch.device(job.device))
-    bad = BadImages(config.max_bad_images, sum(data.splits.values()))
+    bad = BadImages(config.max_bad_images, sum(data.splits[name] for name in counted_sets(config)))
     began, count = time.monotonic(), 0
     found = {}
-    for number, (name, folder) in enumerate(image_sets(Path(config.data)).items()):
+    for number, (name, folder) in enumerate(counted_sets(config).items()):
         predictions = predict_images(model, open_images(folder, "train"), bad, feed, progress)
         found[name] = predictions.metrics()
         count += len(predictions.targets)
@@ -72,26 +74,39 @@ def run(config: RobustnessConfig, job: Job, progress: Progress) -> Outcome:
     if world().is_main and "." not in found:
         write_json(job.dir / CORRUPTIONS_FILE, {name: each["top1"].value for name, each in found.items()})
     main = "mCE" if config.set == "imagenet-c" else "top1"
-    notes = [note for note in [bad.note()] if note]
+    notes = [note for note in [loaded.doubt, bad.note()] if note]
     return loaded.outcome(metrics, main, data, count, job, config, time.monotonic() - began, notes)
 
 
+def counted_sets(config: RobustnessConfig) -> dict[str, Path]:
+    """The folders of classes that count: of ImageNet-C the fifteen corruptions of its mCE, without the extra ones."""
+    found = image_sets(Path(config.data))
+    return {name: path for name, path in found.items() if name == "." or name.split("/")[0] in ALEXNET_ERROR}
+
+
 def classes_of(name: str, folders: list[str]) -> list[int]:
-    """ImageNet-1k's class of each folder, in the folders' order; UserError for a set with other classes or another number.
+    """ImageNet-1k's class of each folder, in the folders' order; UserError for a set with other classes than `name` has.
 
     Folders are WordNet ids, or ImageNet-V2's numbers: these sort as text (0, 1, 10, 100 ...) and are read as numbers.
     """
     known = {wnid: place for place, wnid in enumerate(imagenet_classes())}
-    numbered = all(folder.isdigit() for folder in folders)
-    places = [int(folder) if numbered else known.get(folder, -1) for folder in folders]
-    strange = [folder for folder, place in zip(folders, places, strict=True) if not 0 <= place < len(known)]
-    if strange or len(folders) != SUBSETS[name]:
+    if name == "imagenet-v2" and all(folder.isdigit() for folder in folders):
+        known = {str(place): place for place in range(len(known))}
+    expected = subset_of(name) or frozenset(known)
+    if absent := sorted(expected - set(folders)) + sorted(set(folders) - expected):
         raise UserError(
-            f"{name} with {len(folders)} class folders"
-            + (f", of which {strange[0]} is no class of ImageNet-1k" if strange else ""),
-            expected=f"{SUBSETS[name]} folders named by WordNet ids" + (" or numbers" if name == "imagenet-v2" else ""),
+            f"{name} with {len(folders)} class folders: {len(absent)} are missing or of another set, such as {absent[0]}",
+            expected=f"the {len(expected)} classes of {name}, in folders named by WordNet ids",
         )
-    return places
+    return [known[folder] for folder in folders]
+
+
+@cache
+def subset_of(name: str) -> frozenset[str]:
+    """The 200 WordNet ids of ImageNet-A or -R, as timm lists them; none for sets of all classes."""
+    if name not in SUBSETS:
+        return frozenset()
+    return frozenset(files("timm.data").joinpath("_info", SUBSETS[name]).read_text(encoding="utf-8").split())
 
 
 def corruption_metrics(top1: dict[str, float]) -> dict[str, Metric]:

@@ -172,21 +172,25 @@ class TestSubsets:
         assert folders[2] == "10"
         assert robustness.classes_of("imagenet-v2", folders) == [int(folder) for folder in folders]
 
-    def test_wordnet_ids_find_their_class(self):
-        known = imagenet_classes()
-        chosen = [*known[5:1000:5][:199], known[999]]
-        assert robustness.classes_of("imagenet-r", chosen) == [*range(5, 1000, 5)][:199] + [999]
+    @pytest.mark.parametrize("name", ["imagenet-a", "imagenet-r"])
+    def test_wordnet_ids_find_their_class(self, name):
+        folders, known = sorted(robustness.subset_of(name)), imagenet_classes()
+        assert len(folders) == 200
+        assert [known[place] for place in robustness.classes_of(name, folders)] == folders
+        assert robustness.classes_of("imagenet-sketch", list(known)) == list(range(1000))
 
-    @pytest.mark.parametrize(("name", "folders"), [("imagenet-a", ["n01440764"]), ("imagenet-r", ["cat"] * 200)])
-    def test_another_set_is_refused(self, name, folders):
-        with pytest.raises(UserError, match=name):
-            robustness.classes_of(name, folders)
+    def test_another_set_is_refused(self):
+        a, r = (sorted(robustness.subset_of(name)) for name in ("imagenet-a", "imagenet-r"))
+        for name, folders in (("imagenet-a", r), ("imagenet-r", a), ("imagenet-a", a[:-1]), ("imagenet-r", ["cat"] * 200),
+                              ("imagenet-sketch", a), ("imagenet-a", [str(i) for i in range(200)])):  # fmt: skip
+            with pytest.raises(UserError, match=name):
+                robustness.classes_of(name, folders)
 
     def test_a_classifier_chooses_among_the_sets_classes(self, tmp_path, monkeypatch):
         """Four of 1000 classes: the largest logit of the others does not count."""
-        monkeypatch.setitem(robustness.SUBSETS, "imagenet-a", 4)
         known = imagenet_classes()
         places = [7, 100, 500, 900]
+        monkeypatch.setattr(robustness, "subset_of", lambda name: frozenset(known[place] for place in places))
         for place in places:
             (tmp_path / "set" / known[place]).mkdir(parents=True)
             for number in range(2):
@@ -208,10 +212,10 @@ class TestSubsets:
         assert set(top5[:, 0]) == {2}, "classes by their place in the set"
 
     def test_corruptions_in_folders(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(robustness.SUBSETS, "imagenet-c", 2)
         monkeypatch.setattr(robustness, "ALEXNET_ERROR", {"fog": 0.5, "snow": 0.25})
         known = imagenet_classes()
-        for corruption in ("fog", "snow"):
+        monkeypatch.setattr(robustness, "subset_of", lambda name: frozenset(known[:2]))
+        for corruption in ("fog", "snow", "spatter"):  # the last is one of the extra ones, which do not count
             for severity in range(1, 6):
                 for place in (0, 1):
                     folder = tmp_path / "set" / corruption / str(severity) / known[place]
@@ -227,4 +231,5 @@ class TestSubsets:
         assert outcome.main_metric == "mCE"
         assert outcome.metrics["mCE"].value == pytest.approx(100 * (0.5 / 0.5 + 0.5 / 0.25) / 2)
         assert outcome.num_samples == 20
+        assert any("does not name the classifier's classes" in note for note in outcome.notes)
         assert len(json.loads((tmp_path / "cell/corruptions.json").read_text())) == 10

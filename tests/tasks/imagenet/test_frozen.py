@@ -186,6 +186,14 @@ class TestFewShot:
             norms.append(weight[:, :-1].norm().item())
         assert norms == sorted(norms)
 
+    def test_classes_with_too_few_images_are_told(self, tmp_path, backbone):
+        root = write_images(tmp_path / "images", 24, 9)
+        for path in sorted((root / "train/class0").iterdir())[3:]:
+            path.unlink()
+        outcome = run_few_shot(root, tmp_path / "run", backbone, shots=[3, 5], shares=[], score="3shot")
+        assert "1 classes have fewer than 5 images: all of theirs are drawn" in outcome.notes
+        assert not any("fewer than 3" in note for note in outcome.notes)
+
     def test_what_cannot_be_drawn_is_refused(self, data, tmp_path, backbone):
         for name, values, value in (("shares", [1.0], "1"), ("shots", [3, 8], "8")):
             with pytest.raises(UserError, match=f"drawn by {name}={value}: the largest class has 8") as caught:
