@@ -87,6 +87,53 @@ def test_what_is_written_is_loaded_by_transformers(files, tmp_path, imgs, name):
 @pytest.mark.parametrize(("width", "heads", "depth"), [(768, 12, 12), (1024, 16, 24)])
 def test_published_sizes(width, heads, depth):
     """B and L, made hollow by transformers' own class."""
+    config = BeitConfig(
+        hidden_size=width, num_attention_heads=heads, num_hidden_layers=depth, intermediate_size=4 * width,
+        use_relative_position_bias=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in BeitForImageClassification(config).state_dict().items()}
+    spec = check_real_size("hf_beit", shapes, {"config.json": config.to_dict()})
+    assert (spec.num_heads, spec.depth, spec.img_size, spec.global_pool) == (heads, depth, (224, 224), "avg")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_size": "big"},
+        {"image_size": [32]},
+        {"layer_norm_eps": "small"},
+        {"num_attention_heads": 5},
+        {"hidden_act": "relu"},
+        {"model_type": "vit"},
+    ],
+)
+def test_a_config_that_contradicts_the_weights_is_refused(tmp_path, change):
+    build("model").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError):
+        load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda w: w.pop("layers.1.attention.k_proj.weight"), "query, key and value"),
+        (lambda w: w.pop("layers.1.lambda_2"), "missing: blocks.1.gamma_2"),
+        (lambda w: w.update({"layers.1.mystery": torch.zeros(3)}), "unexpected: blocks.1.mystery"),
+    ],
+)
+def test_a_missing_and_a_surplus_key_are_refused(tmp_path, change, told):
+    weights = dict(build("token").state_dict())
+    change(weights)
+    torch.save(weights, tmp_path / "x.bin")
+    with pytest.raises(UserError, match=told):
+        load_backbone(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_the_config_says_what_the_classifier_pools(tmp_path, imgs, mean):
     sizes: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 384, "image_size": 32, "patch_size": 8, "num_labels": 5}
     config = BeitConfig(**sizes, num_hidden_layers=2, num_attention_heads=3, use_mean_pooling=mean)
     theirs: Any = randomise(BeitForImageClassification(config))
