@@ -27,6 +27,7 @@ SHARED_WITH_PROBE = (
     "crop_scale",
     "deterministic",
     "compile",
+    "parallel",
     "checkpoint_seconds",
     "keep_checkpoints",
     "trackers",

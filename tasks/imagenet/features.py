@@ -179,7 +179,7 @@ def _split(
                 _reserve(places[each], len(images), model.width_of(each))
         gather_over_ranks(None)  # the others wait until the files are there
         _require_shared(folder)
-        if missing := [each for each in model.sets if not (places[each] / DONE).is_file()]:
+        if missing := [each for each in model.sets if not _is_whole(places[each])]:
             _fill([places[each] for each in missing], model.only(missing), images, bad, feed, progress, stage)
             gather_over_ranks(None)
             for each in missing if world().is_main else ():
@@ -190,6 +190,12 @@ def _split(
     known = np.logical_and.reduce([np.load(place / "known.npy") for place in places.values()])
     values = tuple(np.load(place / "values.npy", mmap_mode="r") for place in places.values())
     return SplitFeatures(values, np.asarray(images.targets), known)
+
+
+def _is_whole(place: Path) -> bool:
+    """Whether nothing is left to be made; images that could not be read are tried again each time, as long as there are some."""
+    done = place / DONE
+    return done.is_file() and not json.loads(done.read_text(encoding="utf-8"))["bad"]
 
 
 def _require_shared(folder: Path) -> None:

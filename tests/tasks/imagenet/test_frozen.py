@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from backbones.load import load_backbone
 from mae_bench.config import build
+from mae_bench.data import loader
+from mae_bench.data.images import BadImage
 from mae_bench.errors import UserError
 from mae_bench.export import write_export
 from mae_bench.job import Outcome
@@ -120,6 +122,21 @@ class TestCache:
             outcome = run_knn(root, tmp_path / "a", backbone, max_bad_images=0.2)
             assert outcome.num_samples == 11
             assert any("0.png" in note or "1 of 12" in note for note in outcome.notes), outcome.notes
+
+    def test_an_image_that_could_not_be_read_once_is_tried_again(self, data, tmp_path, backbone, passes, monkeypatch):
+        real = loader.decode
+        with monkeypatch.context() as away:
+
+            def decode(content):
+                away.setattr(loader, "decode", real)  # the first image alone
+                raise BadImage("the disk is away")
+
+            away.setattr(loader, "decode", decode)
+            first = run_knn(data, tmp_path / "a", backbone, max_bad_images=0.2)
+        assert any("1 of 24" in note for note in first.notes), first.notes
+        again = run_knn(data, tmp_path / "b", backbone, max_bad_images=0.2)
+        assert sum(passes) == 33
+        assert not any("1 of 24" in note for note in again.notes)
 
 
 class TestKnn:
