@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from mae_bench.data.loader import Batch, TrainingOrder, training_batches
 from mae_bench.data.packed import pack
 from mae_bench.engine.meters import peak_flops
 from mae_bench.engine.optim import make_adamw, pretrain_no_decay
-from mae_bench.engine.trainer import Trainer
+from mae_bench.engine.trainer import BatchesEnded, Trainer
 from mae_bench.job import Job
 from mae_bench.pretrain import PretrainLoss, build_mae, transform_of
 from mae_bench.pretrain_config import PretrainConfig
@@ -123,7 +124,8 @@ def ours(bench: Bench, size: str, batch_size: int, data: Path | None = None, num
         order = TrainingOrder(len(images), batch_size, 0, 0, 1)
         feed = partial(training_batches, images, transform_of(config, spec), order, num_workers=num_workers)
     stop = bench.warmup + bench.steps
-    trainer.fit(lambda first, last: watch.times(feed(0, stop + 1)), PretrainLoss(config, spec, job))
+    with suppress(BatchesEnded):  # the watch has seen enough, long before the training would end
+        trainer.fit(lambda first, last: watch.times(feed(0, stop + 1)), PretrainLoss(config, spec, job))
     return watch.rate(batch_size)
 
 

@@ -35,6 +35,10 @@ BatchLoss = Callable[[nn.Module, Batch, int], torch.Tensor]
 Hook = Callable[[nn.Module, int], None]
 
 
+class BatchesEnded(RuntimeError):
+    """The batches ended before the training did: a fault of whoever feeds it."""
+
+
 @dataclass(frozen=True)
 class Due:
     """What all processes do after the same step."""
@@ -120,7 +124,7 @@ class Trainer:
                 self._after_step(Due(*map(bool, self._agreement.exchange(self._wishes()))))
             self._after_step(Due(*map(bool, self._agreement.settle() or [False] * 3)))
             if self.step != self.total_steps:  # nothing that follows may take this for a trained model
-                raise RuntimeError(f"the batches ended at step {self.step} of {self.total_steps}")
+                raise BatchesEnded(f"the batches ended at step {self.step} of {self.total_steps}")
 
     @property
     def seconds(self) -> float:
