@@ -7,6 +7,7 @@ from backbones.config import CheckpointConfig
 from backbones.load import load_backbone
 from backbones.source import Checkpoint, open_source
 from mae_bench.cost import backbone_gmacs, num_params
+from mae_bench.errors import UserError
 from mae_bench.export import EXPORT, write_export
 from mae_bench.job import Job, Outcome
 from mae_bench.progress import Progress
@@ -25,7 +26,7 @@ def run(config: CheckpointConfig, job: Job, progress: Progress) -> Outcome:
     progress.stage("export")
     provenance = {"config": job.config, "converted": report.to_dict()}
     digest = write_export(job.dir / EXPORT, model.state_dict(), spec, provenance)
-    carry_head(checkpoint, job.dir / EXPORT, spec)
+    notes = [*report.notes, *carry_head(checkpoint, job.dir / EXPORT, spec)]
     return Outcome(
         task="pretrain",
         dataset=spec.pretrain_data,
@@ -38,14 +39,22 @@ def run(config: CheckpointConfig, job: Job, progress: Progress) -> Outcome:
         backbone_digest=digest,
         conversion_report=report.to_dict(),
         cost={"params": num_params(model), "gmacs": backbone_gmacs(spec)},
-        notes=list(report.notes),
+        notes=notes,
     )
 
 
-def carry_head(checkpoint: Checkpoint, folder: Path, spec: BackboneSpec) -> None:
-    """Keeps the classifier that came with the backbone, if one did, for the protocols that train none."""
+def carry_head(checkpoint: Checkpoint, folder: Path, spec: BackboneSpec) -> list[str]:
+    """Keeps the classifier that came with the backbone, if one did, for the protocols that train none.
+
+    One that cannot be kept is no fault of the backbone: a note says why it was left behind."""
     if has_head(checkpoint.source):
         write_head(folder, *read_head(checkpoint.source), spec)
-    elif head := head_of(checkpoint):
+        return []
+    try:
+        head = head_of(checkpoint)
+    except UserError as error:
+        return [f"its classifier is left behind: {error.given}"]
+    if head:
         checkpoint.check_unchanged()
         write_head(folder, head, [], spec)
+    return []

@@ -13,6 +13,7 @@ from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
 from mae_bench.job import Job
 from mae_bench.progress import Progress
+from tests.backbones.formats import toys_deit
 
 
 def job_of(tmp_path, **config) -> tuple[CheckpointConfig, Job]:
@@ -47,6 +48,15 @@ def test_the_source_is_read_once_for_backbone_and_head(tmp_path, files, monkeypa
     run(config, job, Progress())
     assert has_head(job.dir)
     assert opened == [path]
+
+
+def test_a_head_that_cannot_be_kept_does_not_cost_the_backbone(tmp_path):
+    path, options = toys_deit.write(tmp_path)["distilled"]
+    config, job = job_of(tmp_path, source=str(path), **options)
+    outcome = run(config, job, Progress())
+    assert load_backbone(f"run:{job.dir}")[1].num_prefix_tokens == 2
+    assert not has_head(job.dir)
+    assert any("classifier is left behind" in note and "two heads" in note for note in outcome.notes)
 
 
 def test_a_wrong_digest_leaves_no_export(tmp_path, files):
