@@ -14,14 +14,8 @@ from mae_bench.job import EXPORT
 from mae_bench.spec import BackboneSpec
 
 HEAD_FILE = "head.safetensors"
-HEADS = (
-    "head",
-    "classifier",
-    "fc",
-    "head.fc",
-    "head.layers.head",
-    "linear",
-)  # names of the last linear layer in the field's files
+# Names of the last linear layer in the field's files.
+HEADS = ("head", "classifier", "fc", "head.fc", "head.layers.head", "linear")
 PROBE = "head.1"  # of the reference's linear probe: behind a BatchNorm without affine parameters
 PROBE_NORM = "head.0"
 PROBE_EPS = 1e-6  # main_linprobe.py

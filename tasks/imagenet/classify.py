@@ -14,6 +14,7 @@ from torch import nn
 
 from backbones.load import load_backbone
 from backbones.report import ConversionReport
+from backbones.source import open_source
 from mae_bench.data.images import ImageSource
 from mae_bench.data.loader import Batch, TrainingOrder, training_batches
 from mae_bench.data.transforms import normalize, train_transform
@@ -126,12 +127,13 @@ def require_pool(pool: str, spec: BackboneSpec) -> None:
 
 def load_at_size(config: ImageConfig, source: str, drop_path_rate: float = 0.0) -> tuple[ViT, BackboneSpec, ConversionReport]:
     """The backbone behind a SOURCE, its position table resampled to the protocol's image size."""
-    vit, spec, report = load_backbone(source, drop_path_rate=drop_path_rate)
+    checkpoint = open_source(source)
+    vit, spec, report = load_backbone(checkpoint, drop_path_rate=drop_path_rate)
     if isinstance(config, PooledConfig):
         require_pool(config.global_pool, spec)
     img_size = size_of(config, spec)
     if img_size != spec.img_size:
-        vit, spec, report = load_backbone(source, drop_path_rate=drop_path_rate, img_size=img_size)
+        vit, spec, report = load_backbone(checkpoint, drop_path_rate=drop_path_rate, img_size=img_size)
     return vit, spec, report
 
 

@@ -69,9 +69,6 @@ class FrozenFeatures(nn.Module):
         self.spec, self.sets, self.num_prefix_tokens = spec, list(sets), spec.num_prefix_tokens
         self.widths = [vit.num_features * each.layers for each in sets]
 
-    def width_of(self, each: FeatureSet) -> int:
-        return self.widths[self.sets.index(each)]
-
     def only(self, sets: Sequence[FeatureSet]) -> "FrozenFeatures":
         """The same backbone for these sets alone."""
         return FrozenFeatures(self.vit, self.spec, sets)
@@ -113,10 +110,9 @@ class SplitFeatures:
     targets: np.ndarray
     known: np.ndarray
 
-    def rows(self, indices: np.ndarray | None = None) -> np.ndarray:
-        """The rows among `indices` (by default all) that are known, sorted."""
-        chosen = np.arange(len(self.known)) if indices is None else np.asarray(indices)
-        return chosen[self.known[chosen]]
+    def rows(self) -> np.ndarray:
+        """The rows that are known, sorted."""
+        return np.flatnonzero(self.known)
 
     def whole(self, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """All sets' values side by side (n, widths) and targets (n,) of these rows on the device."""
@@ -171,12 +167,13 @@ def _split(
     folder: Path, model: FrozenFeatures, images: ImageSource, bad: BadImages, feed: Feed, progress: Progress, stage: str
 ) -> SplitFeatures:
     places = {each: folder / each.name for each in model.sets}
+    widths = dict(zip(model.sets, model.widths, strict=True))
     with ExitStack() as stack:
         if world().is_main:
             for each in sorted(places, key=lambda each: each.name):  # in one order, or two cells could wait for each other
                 places[each].mkdir(parents=True, exist_ok=True)
                 stack.enter_context(alone(places[each] / DONE))
-                _reserve(places[each], len(images), model.width_of(each))
+                _reserve(places[each], len(images), widths[each])
         gather_over_ranks(None)  # the others wait until the files are there
         _require_shared(folder)
         if missing := [each for each in model.sets if not _is_whole(places[each])]:

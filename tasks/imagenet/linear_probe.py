@@ -112,9 +112,6 @@ class ImageInputs:
         """The model's input of a training batch."""
         return normalize(batch.imgs.to(self.device, non_blocking=True), self.spec.mean, self.spec.std)
 
-    def run(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-        return self.feed.run(model, inputs)
-
     def held_out(self, rows: np.ndarray) -> Iterator[Inputs]:
         return self.feed.batches(Subset(self.data.train, rows), self.data.bad_train)
 
@@ -141,9 +138,6 @@ class FeatureInputs:
 
     def prepare(self, batch: Batch) -> torch.Tensor:
         return batch.imgs.to(self.device, non_blocking=True)
-
-    def run(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-        return self.feed.run(model, inputs)
 
     def held_out(self, rows: np.ndarray) -> Iterator[Inputs]:
         return self._share("train", rows)
@@ -283,7 +277,7 @@ def on_held_out(
     hits, losses = torch.zeros(2, num_heads, dtype=torch.float64)
     count = 0
     for _, targets, batch in inputs.held_out(rows):
-        logits = inputs.run(probe, batch).cpu()
+        logits = inputs.feed.run(probe, batch).cpu()
         hits += (logits.argmax(dim=2) == targets[:, None]).sum(dim=0)
         losses += F.cross_entropy(logits.transpose(1, 2), targets[:, None].expand(-1, num_heads), reduction="none").sum(dim=0)
         count += len(targets)
@@ -293,4 +287,4 @@ def on_held_out(
 
 
 def _one_head(inputs: ImageInputs | FeatureInputs, probe: nn.Module, place: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda batch: inputs.run(probe, batch)[:, place]
+    return lambda batch: inputs.feed.run(probe, batch)[:, place]

@@ -4,7 +4,8 @@ import json
 import shutil
 from dataclasses import asdict, replace
 
-from backbones.load import load_backbone
+from backbones.load import translate
+from backbones.source import open_source
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.errors import UserError
 from mae_bench.files import write_json
@@ -25,7 +26,7 @@ def run(config: PartialFinetuneConfig, job: Job, progress: Progress) -> Outcome:
 
     Each is trained in a folder of its own below the job's; what is finished is not trained again.
     """
-    depth = load_backbone(job.backbone)[1].depth
+    depth = translate(open_source(job.backbone))[2].depth
     counts = sorted({count for count in config.blocks if count <= depth})
     if config.score not in counts:
         raise UserError(f"score {config.score:g} with a backbone of {depth} blocks", expected=f"one of {counts}")

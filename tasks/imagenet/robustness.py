@@ -60,11 +60,11 @@ def run(config: RobustnessConfig, job: Job, progress: Progress) -> Outcome:
     if loaded.classes and tuple(loaded.classes) != imagenet_classes():
         raise UserError("a classifier of 1000 other classes", expected="the classes of ImageNet-1k")
     model = Among(loaded.model, chosen)
-    feed = Feed(config, loaded.spec, torch.device(job.device))
-    bad = BadImages(config.max_bad_images, sum(data.splits[name] for name in counted_sets(config)))
+    feed, sets = Feed(config, loaded.spec, torch.device(job.device)), counted_sets(config)
+    bad = BadImages(config.max_bad_images, sum(data.splits[name] for name in sets))
     began, count = time.monotonic(), 0
     found = {}
-    for number, (name, folder) in enumerate(counted_sets(config).items()):
+    for number, (name, folder) in enumerate(sets.items()):
         predictions = predict_images(model, open_images(folder, "train"), bad, feed, progress)
         found[name] = predictions.metrics()
         count += len(predictions.targets)
