@@ -128,10 +128,10 @@ def render(plan: dict[str, Any]) -> RenderableType:
         table.add_row(*map(Text, texts), Text(cell["state"], style=STYLES[cell["state"]]), Text(score))
     reasons = dict.fromkeys(f"{cell['state']}: {cell['reason']}" + (f"\n  Next: {cell['fix']}" if cell["fix"] else "")
                             for cell in plan["cells"] if "reason" in cell)  # fmt: skip
-    rows: dict[str, list[str]] = {}
+    rows: dict[str, dict[str, None]] = {}  # batch -> the backbones that it is of, each once
     for cell in plan["cells"]:
         if "batch" in cell:
-            rows.setdefault(cell["batch"], []).append(cell["backbone"])
+            rows.setdefault(cell["batch"], {})[cell["backbone"]] = None
     batches = [f"{', '.join(names)}: {batch}" for batch, names in rows.items()]
     counted = f"\n{counts(plan['cells'])}, in {plan['out']}"
     return Group(table, *(Text(line) for line in ([""] if batches else []) + batches + [counted, *reasons]))
