@@ -1,6 +1,5 @@
 """Opens a SOURCE (path, file:, run:, official:, timm:, hf:) as a Checkpoint: the ViT's named tensors and what describes them."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from backbones.unwrap import unwrap
 from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
 from mae_bench.export import EXPORT, SPEC_FILE, WEIGHTS_FILE
-from mae_bench.nearest import near_path
+from mae_bench.nearest import did_you_mean, near_path
 
 CONFIG_FILE = "config.json"  # of Hugging Face and timm folders
 PREPROCESSOR_FILE = "preprocessor_config.json"  # of Hugging Face folders
@@ -176,8 +175,7 @@ def _stated(in_metadata: str | None, in_extras: Any, path: Path) -> dict[str, An
 def _open_timm(name: str, sha256: str | None) -> Checkpoint:
     """Weights and facts of a pretrained timm model, fetched by timm itself; the digest is of the weights as safetensors."""
     if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3)
-        raise UserError(f"timm has no model {name!r}", fix=f"did you mean {', '.join(near)}?" if near else "")
+        raise UserError(f"timm has no model {name!r}", fix=did_you_mean(name, timm.list_models(pretrained=True), cutoff=0.6))
     try:
         with told_once():
             model = timm.create_model(name, pretrained=True, num_classes=0)

@@ -13,6 +13,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mae_bench.errors import UserError
+from mae_bench.nearest import did_you_mean
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -87,11 +88,10 @@ def resolve_path(name: str | Path, beside: Path | None = None) -> Path:
         if place.is_file():
             return place
     known = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
-    near = difflib.get_close_matches(str(path), known, n=3, cutoff=0.3)
     raise UserError(
         f"no config file {name}",
         expected=f"a YAML file at {' or '.join(map(str, places))}",
-        fix=f"did you mean {', '.join(near)}?" if near else "mae-bench plan --help shows where configs live",
+        fix=did_you_mean(str(path), known, cutoff=0.3) or "mae-bench plan --help shows where configs live",
     )
 
 

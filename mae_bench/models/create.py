@@ -1,6 +1,5 @@
 """Masked autoencoders by name: the reference's, two smaller ones, and any timm ViT that MAE's encoder can be."""
 
-import difflib
 import re
 from typing import Any
 
@@ -12,6 +11,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from mae_bench.errors import UserError
 from mae_bench.models.mae import MAE
 from mae_bench.models.vit import build_vit
+from mae_bench.nearest import did_you_mean
 from mae_bench.spec import BackboneSpec
 
 ENCODERS: dict[str, dict[str, int]] = {
@@ -76,12 +76,10 @@ def _of_timm(name: str) -> dict[str, Any]:
     """Fields of the BackboneSpec of a timm ViT that MAE's encoder can be."""
     arch = name.removeprefix("timm:").split(".")[0]
     if not timm.is_model(arch):
-        near = difflib.get_close_matches(
-            name, [*ENCODERS, *timm.list_models("*vit*"), *timm.list_models("deit*")], n=3, cutoff=0.5
-        )
+        near = did_you_mean(name, [*ENCODERS, *timm.list_models("*vit*"), *timm.list_models("deit*")])
         raise UserError(
             f"unknown model {name!r}", expected=f"one of {', '.join(ENCODERS)}, or a timm ViT",
-            fix=f"did you mean {', '.join(near)}?" if near else "timm.list_models('vit*') lists timm's",
+            fix=near or "timm.list_models('vit*') lists timm's",
         )  # fmt: skip
     with torch.device("meta"):  # its shape is asked for, not its weights
         model: Any = timm.create_model(arch, pretrained=False, num_classes=0)
