@@ -3,8 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
-from mae_bench.errors import UserError
-from mae_bench.nearest import did_you_mean
+from mae_bench.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # the tables are asked before torch is imported
     from backbones.source import Checkpoint

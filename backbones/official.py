@@ -10,8 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mae_bench.data.fetch import fetch
-from mae_bench.errors import UserError
-from mae_bench.nearest import did_you_mean
+from mae_bench.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)

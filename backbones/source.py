@@ -21,10 +21,9 @@ from backbones.official import fetch_official, name_of
 from backbones.safe import State, WeightFile, check_tensors, check_unchanged, read_file
 from backbones.shards import INDEX_SUFFIX, read_shards
 from backbones.unwrap import unwrap
-from mae_bench.digest import file_digest
-from mae_bench.errors import UserError
+from mae_bench.errors import UserError, did_you_mean, near_path
 from mae_bench.export import EXPORT, SPEC_FILE, WEIGHTS_FILE
-from mae_bench.nearest import did_you_mean, near_path
+from mae_bench.files import file_digest
 
 CONFIG_FILE = "config.json"  # of Hugging Face and timm folders
 PREPROCESSOR_FILE = "preprocessor_config.json"  # of Hugging Face folders

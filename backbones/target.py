@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from backbones.detect import FORMATS, WRITTEN
-from mae_bench.errors import UserError
-from mae_bench.nearest import did_you_mean
+from mae_bench.errors import UserError, did_you_mean
 
 
 def check_target(out: Path, to: str) -> None:

@@ -10,8 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from mae_bench.errors import UserError
-from mae_bench.nearest import did_you_mean
+from mae_bench.errors import UserError, did_you_mean
 
 MESSAGE = 500  # characters of an exception's text that are shown
 

@@ -12,8 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mae_bench.errors import UserError
-from mae_bench.nearest import did_you_mean
+from mae_bench.errors import UserError, did_you_mean
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from mae_bench.digest import file_digest
-from mae_bench.files import write_atomic, write_json
+from mae_bench.files import file_digest, write_atomic, write_json
 from mae_bench.job import EXPORT as EXPORT
 from mae_bench.spec import BackboneSpec
 

@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all."""
+"""Write files atomically and compute the SHA-256 digests that records and cells are known by."""
 
 import errno
+import hashlib
 import json
 import os
 import tempfile
@@ -42,3 +43,15 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Writes a JSON value, indented, atomically; NaN and infinities are refused (ValueError)."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value written canonically (sorted keys, no spaces); NaN and infinities are refused (ValueError)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

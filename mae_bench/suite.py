@@ -12,10 +12,9 @@ from mae_bench.cell import BACKBONE, Cell
 from mae_bench.config import Config, build, resolve
 from mae_bench.data.demo import DemoConfig
 from mae_bench.data.layouts import Layout
-from mae_bench.digest import file_digest, json_digest
-from mae_bench.errors import UserError
+from mae_bench.errors import UserError, near_path
+from mae_bench.files import file_digest, json_digest
 from mae_bench.job import EXPORT
-from mae_bench.nearest import near_path
 from mae_bench.record import NOT_THE_METHOD
 from mae_bench.registry import KINDS, kind, load_object
 

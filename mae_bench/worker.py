@@ -15,9 +15,8 @@ from typing import Any, TextIO
 
 from mae_bench.cell import CELL_FILE, LOG_FILE, Cell
 from mae_bench.config import build, expand_variables
-from mae_bench.digest import json_digest
 from mae_bench.errors import Interrupted, NotInstalled, UserError
-from mae_bench.files import is_full, write_json
+from mae_bench.files import is_full, json_digest, write_json
 from mae_bench.job import EXPORT, STATES, Job, Outcome
 from mae_bench.progress import EVENTS_FILE, Progress
 from mae_bench.provenance import git_hash, hardware, now, versions

@@ -17,8 +17,8 @@ from mae_bench.data.images import ImageSource
 from mae_bench.data.index import Index, IndexedImages, build_index, cache_folder, stamp
 from mae_bench.data.packed import How, is_packed, open_packed, pack_sources
 from mae_bench.data.shards import spellings
-from mae_bench.digest import json_digest
 from mae_bench.errors import NotInstalled, UserError
+from mae_bench.files import json_digest
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,8 @@ from pydantic import Field
 from mae_bench.config import Config
 from mae_bench.data.outlines import box, polygons, run_lengths
 from mae_bench.data.scenes import GENERATOR_VERSION, STUFF, THINGS, Recipe, Scene, Thing, make_scene, scene_rng
-from mae_bench.digest import json_digest
 from mae_bench.errors import UserError
-from mae_bench.files import write_json, write_text
+from mae_bench.files import json_digest, write_json, write_text
 from mae_bench.progress import Progress
 
 STAMP = "dataset.json"

@@ -15,8 +15,8 @@ from mae_bench.data.packed import is_packed, open_packed, read_header
 from mae_bench.data.shards import EXPECTED as PATTERNS
 from mae_bench.data.shards import expand_pattern, has_pattern, is_pattern, is_url, pattern_name, shards_in
 from mae_bench.data.tars import has_classes, index_shards, index_tar
-from mae_bench.digest import json_digest
 from mae_bench.errors import UserError
+from mae_bench.files import json_digest
 
 NUM_SAMPLED = 64  # images a split whose content counts in the digest of the set
 KNOWN = (

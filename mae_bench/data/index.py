@@ -17,9 +17,8 @@ from PIL import Image
 from safetensors.numpy import save
 
 from mae_bench.data.images import ImageSource
-from mae_bench.digest import json_digest
 from mae_bench.errors import UserError
-from mae_bench.files import write_atomic
+from mae_bench.files import json_digest, write_atomic
 
 log = logging.getLogger(__name__)
 

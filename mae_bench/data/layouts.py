@@ -19,9 +19,8 @@ from mae_bench.data.index import IndexedImages
 from mae_bench.data.listed import find_published
 from mae_bench.data.packed import is_packed, verify_packed
 from mae_bench.data.shards import is_pattern
-from mae_bench.digest import file_digest
-from mae_bench.errors import UserError
-from mae_bench.nearest import did_you_mean
+from mae_bench.errors import UserError, did_you_mean
+from mae_bench.files import file_digest
 
 Layout = Literal["imagenet", "coco", "ade20k", "images", "imagenet_val", "image_sets"]
 

@@ -19,9 +19,8 @@ from PIL import Image
 from mae_bench.data.decode import NUMPY, probe
 from mae_bench.data.images import BadImage, ImageSource, decode
 from mae_bench.data.index import IndexedImages, build_index, read_index, write_index
-from mae_bench.digest import file_digest, json_digest
 from mae_bench.errors import UserError
-from mae_bench.files import is_full, write_atomic, write_json
+from mae_bench.files import file_digest, is_full, json_digest, write_atomic, write_json
 
 VERSION = 1
 HEADER = "packed.json"  # written last: without it there is no packed set

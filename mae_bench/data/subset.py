@@ -6,7 +6,7 @@ import numpy as np
 
 from mae_bench.data.images import ImageSource
 from mae_bench.data.loader import seed_of
-from mae_bench.digest import json_digest
+from mae_bench.files import json_digest
 
 
 class Subset(ImageSource):

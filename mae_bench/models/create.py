@@ -8,10 +8,9 @@ import torch
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 
-from mae_bench.errors import UserError
+from mae_bench.errors import UserError, did_you_mean
 from mae_bench.models.mae import MAE
 from mae_bench.models.vit import build_vit
-from mae_bench.nearest import did_you_mean
 from mae_bench.spec import BackboneSpec
 
 ENCODERS: dict[str, dict[str, int]] = {

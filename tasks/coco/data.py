@@ -24,8 +24,8 @@ from torch.utils.data import Dataset
 
 from mae_bench.data.images import BadImages
 from mae_bench.data.loader import seed_everything, seed_of
-from mae_bench.digest import json_digest
 from mae_bench.errors import UserError
+from mae_bench.files import json_digest
 from tasks.coco.config import MaskRCNNConfig
 
 Sample = dict[str, Any]

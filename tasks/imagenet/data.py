@@ -8,8 +8,8 @@ from pathlib import Path
 from mae_bench.data.images import BadImages, ImageSource, open_images
 from mae_bench.data.layouts import LayoutReport, check_layout
 from mae_bench.data.overlap import known_overlap, overlap_note
-from mae_bench.digest import json_digest
 from mae_bench.errors import UserError
+from mae_bench.files import json_digest
 from tasks.imagenet.config import ImageConfig
 
 IMAGENET_SIZES = {"train": 1_281_167, "val": 50_000}

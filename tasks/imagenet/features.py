@@ -20,10 +20,9 @@ from mae_bench.data.fetch import alone
 from mae_bench.data.images import BadImages, ImageSource
 from mae_bench.data.index import cache_folder
 from mae_bench.data.subset import Subset
-from mae_bench.digest import json_digest
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.errors import UserError
-from mae_bench.files import is_full, write_json
+from mae_bench.files import is_full, json_digest, write_json
 from mae_bench.job import Job, Outcome
 from mae_bench.models.vit import ViT
 from mae_bench.progress import Progress

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from backbones.families import published_in
 from backbones.inspection import architecture, inspect_checkpoint, part_of, render, render_published
-from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
+from mae_bench.files import file_digest
 from mae_bench.spec import BackboneSpec
 
 

@@ -9,8 +9,8 @@ from backbones.job import run
 from backbones.load import load_backbone
 from backbones.safe import read_file
 from mae_bench.config import build
-from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
+from mae_bench.files import file_digest
 from mae_bench.job import Job
 from mae_bench.progress import Progress
 from tests.backbones.formats import toys_deit

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from backbones.load import load_backbone
-from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
 from mae_bench.export import write_export
+from mae_bench.files import file_digest
 from mae_bench.models.mae import MAE
 from mae_bench.reconstruct import save_mae
 from mae_bench.spec import BackboneSpec

@@ -31,8 +31,8 @@ from backbones.safe import read_file
 from backbones.source import open_source
 from backbones.stand_ins import ALLOWED, NotBuilt, Stored
 from mae_bench.config import build
-from mae_bench.digest import file_digest
 from mae_bench.errors import UserError
+from mae_bench.files import file_digest
 from mae_bench.job import Job
 from mae_bench.progress import Progress
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from mae_bench.cli import app, main
-from mae_bench.digest import file_digest
+from mae_bench.files import file_digest
 
 MAIN = ("-m", "mae_bench.cli")
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]

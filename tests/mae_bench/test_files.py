@@ -8,8 +8,7 @@ from typing import BinaryIO
 
 import pytest
 
-from mae_bench.digest import file_digest, json_digest
-from mae_bench.files import write_atomic, write_json, write_text
+from mae_bench.files import file_digest, json_digest, write_atomic, write_json, write_text
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

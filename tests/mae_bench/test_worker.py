@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mae_bench.cell import CELL_FILE, Cell
-from mae_bench.digest import json_digest
+from mae_bench.files import json_digest
 from mae_bench.job import STATES
 from mae_bench.record import read_failure, read_record
 from mae_bench.registry import kind

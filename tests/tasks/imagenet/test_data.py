@@ -9,8 +9,8 @@ import pytest
 from mae_bench.config import build
 from mae_bench.data import overlap
 from mae_bench.data.layouts import LayoutReport, check_layout
-from mae_bench.digest import json_digest
 from mae_bench.errors import UserError
+from mae_bench.files import json_digest
 from mae_bench.progress import Progress
 from tasks.imagenet import knn
 from tasks.imagenet.config import KnnConfig
