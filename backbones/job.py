@@ -6,10 +6,10 @@ from backbones.classifier import has_head, head_of, read_head, write_head
 from backbones.config import CheckpointConfig
 from backbones.load import load_backbone
 from backbones.source import Checkpoint, open_source
-from mae_bench.cost import backbone_gmacs, num_params
 from mae_bench.errors import UserError
 from mae_bench.export import EXPORT, write_export
 from mae_bench.job import Job, Outcome
+from mae_bench.models.cost import backbone_gmacs, num_params
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec

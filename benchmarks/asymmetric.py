@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Table, Times, interleave, ratio, write_table
 from benchmarks.peers import MASK_RATIO, SIZES, TimmMAE, build_ours, vit_spec
-from mae_bench.cost import training_flops
+from mae_bench.models.cost import training_flops
 from mae_bench.models.mae import MAE
 
 PAPER = {("large", 8): 2.8, ("large", 1): 3.7, ("huge", 8): 3.5, ("huge", 1): 4.1}  # arXiv 2111.06377, Table 2: wall time, TPUs

@@ -18,7 +18,6 @@ from PIL import Image
 
 from benchmarks.measure import Table, write_table
 from benchmarks.peers import MASK_RATIO, TimmMAE, decoder_depth_of, vit_spec
-from mae_bench.cost import training_flops
 from mae_bench.data.images import BadImages, open_images
 from mae_bench.data.loader import Batch, TrainingOrder, training_batches
 from mae_bench.data.packed import pack
@@ -26,6 +25,7 @@ from mae_bench.engine.meters import peak_flops
 from mae_bench.engine.optim import make_adamw, pretrain_no_decay
 from mae_bench.engine.trainer import BatchesEnded, Trainer
 from mae_bench.job import Job
+from mae_bench.models.cost import training_flops
 from mae_bench.pretrain import PretrainLoss, build_mae, transform_of
 from mae_bench.pretrain_config import PretrainConfig
 from mae_bench.progress import Progress

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mae_bench.cost import backbone_gmacs, num_params, training_flops
 from mae_bench.data.crops import resample_batch
 from mae_bench.data.images import BadImages, ImageSource, open_images
 from mae_bench.data.layouts import LayoutReport, check_layout
@@ -19,6 +18,7 @@ from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import UserError
 from mae_bench.export import EXPORT, write_export
 from mae_bench.job import Job, Outcome
+from mae_bench.models.cost import backbone_gmacs, num_params, training_flops
 from mae_bench.models.mae import MAE
 from mae_bench.models.masking import count_kept, sample_noise
 from mae_bench.models.targets import PCA

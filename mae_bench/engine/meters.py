@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from mae_bench.cost import peak_memory_mib
 from mae_bench.data.loader import Batch
 from mae_bench.engine.distributed import world
+from mae_bench.models.cost import peak_memory_mib
 
 TERA = 1e12
 PEAK_TFLOPS = (  # name of the device, TFLOP/s of dense products in bfloat16, float16, float32 (no TF32); NVIDIA's data sheets

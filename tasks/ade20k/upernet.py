@@ -9,11 +9,11 @@ import torch
 
 import backbones.adapters.mmseg  # noqa: F401 - first of all: it names what is not installed
 from backbones.load import load_backbone
-from mae_bench.cost import num_params, peak_memory_mib
 from mae_bench.data.layouts import check_layout
 from mae_bench.files import write_atomic, write_json
 from mae_bench.job import Job, Outcome
 from mae_bench.logs import log_to
+from mae_bench.models.cost import num_params, peak_memory_mib
 from mae_bench.progress import Progress
 from tasks.ade20k.config import UPerNetConfig
 from tasks.ade20k.metrics import MAIN_METRIC, Areas, metrics, per_class

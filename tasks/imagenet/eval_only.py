@@ -12,12 +12,12 @@ import torch
 from backbones.classifier import read_head
 from backbones.report import ConversionReport
 from mae_bench.config import expand_variables
-from mae_bench.cost import num_params
 from mae_bench.data.images import BadImages, open_images
 from mae_bench.data.layouts import LayoutReport, check_layout
 from mae_bench.engine.distributed import world
 from mae_bench.errors import UserError
 from mae_bench.job import Job, Outcome
+from mae_bench.models.cost import num_params
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbones.report import ConversionReport
-from mae_bench.cost import backbone_gmacs, num_params, peak_memory_mib
 from mae_bench.data.images import BadImages, ImageSource
 from mae_bench.data.layouts import LayoutReport
 from mae_bench.data.loader import evaluation_batches
@@ -24,6 +23,7 @@ from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import UserError
 from mae_bench.files import write_atomic, write_json
 from mae_bench.job import Job, Outcome
+from mae_bench.models.cost import backbone_gmacs, num_params, peak_memory_mib
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from backbones.report import ConversionReport
-from mae_bench.cost import num_params
 from mae_bench.data.fetch import alone
 from mae_bench.data.images import BadImages, ImageSource
 from mae_bench.data.index import cache_folder
@@ -24,6 +23,7 @@ from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.errors import UserError
 from mae_bench.files import is_full, json_digest, write_json
 from mae_bench.job import Job, Outcome
+from mae_bench.models.cost import num_params
 from mae_bench.models.vit import ViT
 from mae_bench.progress import Progress
 from mae_bench.record import Metric

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mae_bench.cost import num_params
 from mae_bench.data.loader import Batch, TrainingOrder, seed_of
 from mae_bench.data.subset import Subset, drawn_a_class
 from mae_bench.data.transforms import normalize
@@ -22,6 +21,7 @@ from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import UserError
 from mae_bench.files import write_json
 from mae_bench.job import Job, Outcome
+from mae_bench.models.cost import num_params
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec

@@ -16,9 +16,9 @@ from backbones.adapters.features import FeatureMaps
 from backbones.load import load_backbone
 from backbones.resample import resample
 from backbones.translation import Translation
-from mae_bench.cost import backbone_gmacs
 from mae_bench.errors import UserError
 from mae_bench.export import write_export
+from mae_bench.models.cost import backbone_gmacs
 from mae_bench.models.resampling import resize_bias_table, resize_distances, resize_filters, resize_table
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec, PosResample

@@ -9,8 +9,8 @@ from transformers import BeitConfig, BeitModel, Data2VecVisionConfig, Data2VecVi
 
 from backbones.detect import FORMATS
 from backbones.load import load_backbone
-from mae_bench.cost import backbone_gmacs, num_params
 from mae_bench.errors import UserError
+from mae_bench.models.cost import backbone_gmacs, num_params
 from tasks.imagenet.classify import Classifier
 from tests.backbones.formats import toys_beit, toys_beitv2, toys_data2vec, toys_simmim
 from tests.backbones.formats.beit_layout import TABLE, encoder_shapes, pair, published_beit, weights

@@ -11,8 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from backbones.adapters.features import layer_id
 from backbones.load import load_backbone
-from mae_bench.cost import backbone_gmacs
 from mae_bench.errors import UserError
+from mae_bench.models.cost import backbone_gmacs
 from tasks.imagenet.classify import Classifier
 from tests.backbones.formats import toys_clip
 from tests.backbones.formats.reference import check_real_size, fill

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from backbones.adapters.features import FeatureMaps
 from backbones.load import load_backbone
-from mae_bench.cost import backbone_gmacs, num_params
 from mae_bench.errors import UserError
+from mae_bench.models.cost import backbone_gmacs, num_params
 from mae_bench.models.vit import build_vit
 from tasks.imagenet.classify import Classifier
 from tests.backbones.formats import toys_dinov3

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from backbones.load import load_backbone
-from mae_bench.cost import backbone_gmacs
 from mae_bench.errors import UserError
+from mae_bench.models.cost import backbone_gmacs
 from tasks.imagenet.classify import Classifier
 from tests.backbones.formats import toys_eva02
 from tests.backbones.formats.beit_layout import pair

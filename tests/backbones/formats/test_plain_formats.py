@@ -13,8 +13,8 @@ from backbones.load import load_backbone
 from backbones.safe import read_file
 from backbones.translation import has_moco_table
 from backbones.unwrap import SeveralSets
-from mae_bench.cost import backbone_gmacs
 from mae_bench.errors import UserError
+from mae_bench.models.cost import backbone_gmacs
 from tests.backbones.formats import (
     toys_deit,
     toys_deit3,

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from backbones.adapters.features import FeatureMaps, layer_id
 from backbones.load import load_backbone
-from mae_bench.cost import backbone_gmacs, num_params
 from mae_bench.errors import UserError
+from mae_bench.models.cost import backbone_gmacs, num_params
 from tasks.imagenet.classify import Classifier
 from tests.backbones.formats import toys_sam
 from tests.backbones.formats.reference import check_real_size, fill

@@ -13,8 +13,8 @@ from backbones.convert import convert
 from backbones.load import check_fit, load_backbone, stored_pooling, translate
 from backbones.source import Checkpoint
 from backbones.timm_models import differences
-from mae_bench.cost import backbone_gmacs, num_params
 from mae_bench.errors import UserError
+from mae_bench.models.cost import backbone_gmacs, num_params
 from mae_bench.models.vit import build_vit
 from tests.backbones.formats import toys_timm
 from tests.backbones.formats.plain_vit import REAL, encoder_shapes, linear

@@ -1,6 +1,6 @@
 """Costs against sums worked out by hand."""
 
-from mae_bench.cost import backbone_gmacs, training_flops
+from mae_bench.models.cost import backbone_gmacs, training_flops
 from mae_bench.models.create import create_mae
 
 
