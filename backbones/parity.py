@@ -19,7 +19,7 @@ from backbones.theirs import callable_named, run_theirs
 from mae_bench.data.transforms import eval_transform, normalize
 from mae_bench.errors import UserError
 from mae_bench.spec import BackboneSpec
-from mae_bench.suite import source_path
+from mae_bench.suite.config import source_path
 
 TOLERANCE = 1e-5  # of the features' scale: what the order of float32 sums moves, and no mistake hides in
 OURS, THEIRS = "ours", "theirs"

@@ -13,11 +13,11 @@ import typer
 from mae_bench.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
-    from mae_bench.cell import Cell
     from mae_bench.data.layouts import LayoutReport
     from mae_bench.launcher import Company
     from mae_bench.record import Failure, ResultRecord
-    from mae_bench.suite import SuiteConfig
+    from mae_bench.suite.cell import Cell
+    from mae_bench.suite.config import SuiteConfig
 
 FAILED, WRONG_USE, STOPPED = 1, 2, 130  # exit codes; 130 is the shell's for SIGINT
 DEMO = "suites/demo.yaml"
@@ -142,7 +142,7 @@ def pretrain(
     On several machines: torchrun ... -m mae_bench pretrain CONFIG ..., or the same by srun, with --out on a disk that all share.
     """
     from mae_bench.config import load_yaml
-    from mae_bench.suite import complete_job
+    from mae_bench.suite.config import complete_job
 
     name = Path(config).stem
 
@@ -182,7 +182,7 @@ def evaluate(
 
 def _suite_of(checkpoints: list[str], tasks: str, options: dict[str, Any]) -> dict[str, Any]:
     from mae_bench.config import task_file
-    from mae_bench.rows import rows_of
+    from mae_bench.suite.rows import rows_of
 
     named = [name.strip() for name in tasks.split(",") if name.strip()]
     files = {Path(name).stem: task_file(name) for name in named}
@@ -207,7 +207,7 @@ def plan(
     Exit codes: 0 all can run, 1 some would fail.
     """
     from mae_bench.plan import plan_of, render
-    from mae_bench.suite import load_suite
+    from mae_bench.suite.config import load_suite
 
     found = plan_of(load_suite(suite, overrides or [], out))
     _answer(found, render(found), as_json)
@@ -226,7 +226,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Render the leaderboard of all records below a folder: terminal, Markdown, CSV, JSON and HTML."""
-    from mae_bench.suite import baseline_of
+    from mae_bench.suite.config import baseline_of
 
     files = _report(runs, out or runs / "report", baseline or baseline_of(runs) or "supervised", title, None, quiet=as_json)
     if as_json:
@@ -509,7 +509,7 @@ def _run_suite(source: Source, changes: list[str], out: Path | None, as_json: bo
     from mae_bench.live import view_for
     from mae_bench.provenance import command_line
     from mae_bench.runner import run_suite
-    from mae_bench.suite import load_suite
+    from mae_bench.suite.config import load_suite
 
     suite = load_suite(source() if callable(source) else source, changes, out)
     with view_for(Console(stderr=True)) as view:
@@ -523,9 +523,9 @@ def _conclude(
     suite: "SuiteConfig", results: "list[tuple[Cell, ResultRecord | Failure]]", files: list[str], as_json: bool
 ) -> None:
     """The last words of a run, and its exit code."""
-    from mae_bench.cell import BACKBONE
     from mae_bench.job import EXPORT
     from mae_bench.plan import as_dict, counts
+    from mae_bench.suite.cell import BACKBONE
 
     cells = [as_dict(cell, result) for cell, result in results]
     exports = [cell.dir / EXPORT for cell, _ in results if (cell.dir / EXPORT).is_dir()]

@@ -9,7 +9,7 @@ from mae_bench.data.demo import DemoConfig, make_demo_data
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.files import write_json
 from mae_bench.progress import EVENTS_FILE, Progress
-from mae_bench.suite import SuiteConfig
+from mae_bench.suite.config import SuiteConfig
 from mae_bench.worker import INTERRUPTED
 
 FOLDER, ORDER_FILE = "demo_data", "order.json"

@@ -8,13 +8,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mae_bench.cell import CELL_FILE, Cell
 from mae_bench.errors import UserError
 from mae_bench.provenance import visible_gpus
 from mae_bench.record import NOT_THE_METHOD, RECORD_FILE, Failure, ResultRecord
 from mae_bench.registry import EXTRAS, kind
 from mae_bench.runner import check_data, num_processes
-from mae_bench.suite import Place, SuiteConfig, expand
+from mae_bench.suite.cell import CELL_FILE, Cell
+from mae_bench.suite.config import Place, SuiteConfig, expand
 
 MOST_CHANGES = 5  # that a plan names of a cell
 STYLES = {"done": "green", "left": "", "failed": "bold red", "would fail": "red", "not installed": "yellow"}

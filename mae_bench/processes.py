@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from mae_bench.cell import LOG_FILE
+from mae_bench.suite.cell import LOG_FILE
 from mae_bench.worker import INTERRUPTED, environment
 
 POLL_SECONDS = 0.1

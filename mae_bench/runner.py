@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from mae_bench.cell import LOG_FILE, Cell
 from mae_bench.config import expand_variables
 from mae_bench.data.layouts import check_layout
 from mae_bench.demo_worker import ask_for_data
@@ -23,7 +22,8 @@ from mae_bench.progress import STOP_SIGNALS
 from mae_bench.provenance import num_cores, visible_gpus
 from mae_bench.record import FAILURE_FILE, Failure, ResultRecord, write_failure
 from mae_bench.registry import kind
-from mae_bench.suite import SUITE_FILE, Place, SuiteConfig, check_sources, expand, places
+from mae_bench.suite.cell import LOG_FILE, Cell
+from mae_bench.suite.config import SUITE_FILE, Place, SuiteConfig, check_sources, expand, places
 from mae_bench.worker import INTERRUPTED, LOCK_FILE, Order
 
 MOST_JOBS = 4  # on a CPU, unless asked for more: each worker holds a framework and its data in memory

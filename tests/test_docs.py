@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from backbones.config import CheckpointConfig
 from mae_bench.cli import app
 from mae_bench.config import CONFIGS
-from mae_bench.rows import rows_of
+from mae_bench.suite.rows import rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from mae_bench.job import Job
 from mae_bench.pretrain import run
 from mae_bench.pretrain_config import PretrainConfig
 from mae_bench.progress import Progress
-from mae_bench.suite import load_suite
+from mae_bench.suite.config import load_suite
 
 ROWS = [("demo_table1", row) for row in load_suite("suites/demo_table1.yaml").backbones if row != "default"]
 ROWS += [("demo_fig5", "mask_ratio_10"), ("demo_fig5", "mask_ratio_90")]

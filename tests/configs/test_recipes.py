@@ -14,7 +14,7 @@ from leaderboard.published import published_rows
 from mae_bench.config import CONFIGS, build, load_yaml
 from mae_bench.data.listed import PUBLISHED
 from mae_bench.pretrain_config import ModelConfig, PretrainConfig
-from mae_bench.suite import complete_job, load_suite
+from mae_bench.suite.config import complete_job, load_suite
 from tasks.imagenet.data import TRANSFER_SETS
 
 GIVEN = {"target_tokens": ["tokenizer=file.pt"]}  # what a config leaves to the command

@@ -12,7 +12,7 @@ from mae_bench.live import View
 from mae_bench.plan import counts, plan_of, render
 from mae_bench.registry import EXTRAS, KINDS, Extra, Kind
 from mae_bench.runner import run_suite
-from mae_bench.suite import load_suite
+from mae_bench.suite.config import load_suite
 
 
 def states(suite: dict[str, Any], *overrides: str) -> dict[tuple[str, str], str]:

@@ -19,7 +19,7 @@ from mae_bench.live import View
 from mae_bench.processes import Process, Ranks
 from mae_bench.record import FAILURE_FILE, Failure, ResultRecord
 from mae_bench.runner import run_suite
-from mae_bench.suite import load_suite
+from mae_bench.suite.config import load_suite
 from mae_bench.worker import INTERRUPTED
 
 

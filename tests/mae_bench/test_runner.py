@@ -14,13 +14,13 @@ from unittest.mock import MagicMock
 import pytest
 from rich.console import Console
 
-from mae_bench.cell import CELL_FILE, Cell
 from mae_bench.errors import UserError
 from mae_bench.live import View
 from mae_bench.provenance import num_cores
 from mae_bench.record import FAILURE_FILE, RECORD_FILE, Failure, ResultRecord
 from mae_bench.runner import MOST_JOBS, Room, Runner, Slot, locked, room_of, run_suite
-from mae_bench.suite import expand, load_suite
+from mae_bench.suite.cell import CELL_FILE, Cell
+from mae_bench.suite.config import expand, load_suite
 
 Results = dict[tuple[str, str, int], ResultRecord | Failure]
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from mae_bench.cell import CELL_FILE, Cell
 from mae_bench.files import json_digest
 from mae_bench.job import STATES
 from mae_bench.record import read_failure, read_record
 from mae_bench.registry import kind
+from mae_bench.suite.cell import CELL_FILE, Cell
 from mae_bench.worker import INTERRUPTED, LOCK_FILE, Order, environment
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from mae_bench.cell import Cell
 from mae_bench.data.loader import TrainingOrder
 from mae_bench.engine.distributed import World
 from mae_bench.errors import UserError
 from mae_bench.progress import Progress
 from mae_bench.registry import kind
+from mae_bench.suite.cell import Cell
 from mae_bench.worker import Order, ended, work
 from tasks.imagenet import features, few_shot, knn, linear_probe
 from tasks.imagenet.classify import Classifier

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mae_bench.errors import UserError
-from mae_bench.rows import rows_of
+from mae_bench.suite.rows import rows_of
 
 
 @pytest.fixture

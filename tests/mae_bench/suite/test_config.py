@@ -8,7 +8,7 @@ import pytest
 from mae_bench.config import CONFIGS, load_yaml
 from mae_bench.errors import UserError
 from mae_bench.registry import KINDS, kind, load_object
-from mae_bench.suite import complete_job, expand, load_suite, places
+from mae_bench.suite.config import complete_job, expand, load_suite, places
 
 
 def keys(suite: dict[str, Any], *overrides: str, digest: str = "d") -> dict[tuple[str, str, int], str]:

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from mae_bench.cell import BACKBONE, Cell
 from mae_bench.config import Config, build, resolve
 from mae_bench.data.demo import DemoConfig
 from mae_bench.data.layouts import Layout
@@ -17,6 +16,7 @@ from mae_bench.files import file_digest, json_digest
 from mae_bench.job import EXPORT
 from mae_bench.record import NOT_THE_METHOD
 from mae_bench.registry import KINDS, kind, load_object
+from mae_bench.suite.cell import BACKBONE, Cell
 
 CELLS = "cells"  # the folder of a suite's cells
 SUITE_FILE = "suite.json"  # beside it: the suite that was last run there
