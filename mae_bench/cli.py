@@ -14,8 +14,8 @@ from mae_bench.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from mae_bench.data.layouts import LayoutReport
-    from mae_bench.launcher import Company
     from mae_bench.record import Failure, ResultRecord
+    from mae_bench.runner.launcher import Company
     from mae_bench.suite.cell import Cell
     from mae_bench.suite.config import SuiteConfig
 
@@ -206,7 +206,7 @@ def plan(
 
     Exit codes: 0 all can run, 1 some would fail.
     """
-    from mae_bench.plan import plan_of, render
+    from mae_bench.runner.plan import plan_of, render
     from mae_bench.suite.config import load_suite
 
     found = plan_of(load_suite(suite, overrides or [], out))
@@ -406,8 +406,8 @@ def _bad_images(layout: str, path: str, splits: list[str]) -> dict[str, dict[str
 
     from mae_bench.data.images import open_images
     from mae_bench.data.verify import bad_images
-    from mae_bench.live import counting
     from mae_bench.provenance import num_cores
+    from mae_bench.runner.live import counting
 
     if layout not in ("imagenet", "images"):
         raise UserError(f"--decode with the layout {layout}", expected="imagenet or images")
@@ -433,8 +433,8 @@ def data_pack(
     from rich.console import Console
 
     from mae_bench.data.packed import pack
-    from mae_bench.live import counting
     from mae_bench.provenance import num_cores
+    from mae_bench.runner.live import counting
 
     if original and (raw or quality is not None or short_side is not None):
         raise UserError(
@@ -467,8 +467,8 @@ def data_prepare_imagenet(
 
     from mae_bench.data.packed import How
     from mae_bench.data.prepare import prepare_imagenet
-    from mae_bench.live import counting
     from mae_bench.provenance import num_cores
+    from mae_bench.runner.live import counting
 
     if short_side and not packed:
         raise UserError("--short-side without --packed", expected="both, or none: class folders keep the images as they are")
@@ -482,8 +482,8 @@ def data_prepare_imagenet(
 
 def _run(source: Source, overrides: list[str] | None, out: Path | None, jobs: int | None, as_json: bool) -> None:
     """Runs a suite here; or, where a launcher started several processes, on rank 0 with the others' help."""
-    from mae_bench.launcher import Company, launched
-    from mae_bench.runner import stop_requests
+    from mae_bench.runner.launcher import Company, launched
+    from mae_bench.runner.runner import stop_requests
 
     changes = [*(overrides or []), *([f"jobs={jobs}"] if jobs else [])]
     if not launched():
@@ -506,9 +506,9 @@ def _run(source: Source, overrides: list[str] | None, out: Path | None, jobs: in
 def _run_suite(source: Source, changes: list[str], out: Path | None, as_json: bool, company: "Company | None") -> None:
     from rich.console import Console
 
-    from mae_bench.live import view_for
     from mae_bench.provenance import command_line
-    from mae_bench.runner import run_suite
+    from mae_bench.runner.live import view_for
+    from mae_bench.runner.runner import run_suite
     from mae_bench.suite.config import load_suite
 
     suite = load_suite(source() if callable(source) else source, changes, out)
@@ -524,7 +524,7 @@ def _conclude(
 ) -> None:
     """The last words of a run, and its exit code."""
     from mae_bench.job import EXPORT
-    from mae_bench.plan import as_dict, counts
+    from mae_bench.runner.plan import as_dict, counts
     from mae_bench.suite.cell import BACKBONE
 
     cells = [as_dict(cell, result) for cell, result in results]

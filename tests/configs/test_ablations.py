@@ -9,7 +9,7 @@ import pytest
 
 from leaderboard.published import published_rows
 from mae_bench.config import CONFIGS, load_yaml
-from mae_bench.plan import plan_of
+from mae_bench.runner.plan import plan_of
 from mae_bench.suite.config import complete_job, load_suite
 
 CHANGES: dict[str, dict[str, Any]] = {

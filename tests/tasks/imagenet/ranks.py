@@ -12,7 +12,7 @@ import torch
 
 from mae_bench.engine.distributed import gather_over_ranks, process_group, world
 from mae_bench.errors import Interrupted, UserError
-from mae_bench.processes import free_port, rank_variables
+from mae_bench.runner.processes import free_port, rank_variables
 from tests.tasks.imagenet.toy import run_protocol
 
 ROOT = Path(__file__).parents[3]

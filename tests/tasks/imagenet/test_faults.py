@@ -13,8 +13,8 @@ from mae_bench.engine.distributed import World
 from mae_bench.errors import UserError
 from mae_bench.progress import Progress
 from mae_bench.registry import kind
+from mae_bench.runner.worker import Order, ended, work
 from mae_bench.suite.cell import Cell
-from mae_bench.worker import Order, ended, work
 from tasks.imagenet import features, few_shot, knn, linear_probe
 from tasks.imagenet.classify import Classifier
 from tasks.imagenet.evaluate import predict

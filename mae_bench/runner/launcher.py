@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mae_bench.errors import Interrupted, UserError
-from mae_bench.processes import GRACE_SECONDS, POLL_SECONDS, Ranks, Worker, free_port, rank_variables, stop_all
 from mae_bench.provenance import visible_gpus
-from mae_bench.worker import INTERRUPTED
+from mae_bench.runner.processes import GRACE_SECONDS, POLL_SECONDS, Ranks, Worker, free_port, rank_variables, stop_all
+from mae_bench.runner.worker import INTERRUPTED
 
 JOIN_SECONDS = 1800.0  # that the processes have to find one another: nodes boot at different times
 SHARED_SECONDS = 60.0  # that a new folder may take to be seen on another machine

@@ -57,7 +57,7 @@ class Order:
 
 
 def main() -> int:
-    """`python -m mae_bench.worker CELL_DIR`; exit code 0 done, 1 failed (failure.json says why), 75 asked to stop.
+    """`python -m mae_bench.runner.worker CELL_DIR`; exit code 0 done, 1 failed (failure.json says why), 75 asked to stop.
 
     With torchrun's variables it is one rank of several: all run the job, rank 0 alone writes progress and record.
     """

@@ -15,8 +15,8 @@ from mae_bench.files import json_digest
 from mae_bench.job import STATES
 from mae_bench.record import read_failure, read_record
 from mae_bench.registry import kind
+from mae_bench.runner.worker import INTERRUPTED, LOCK_FILE, Order, environment
 from mae_bench.suite.cell import CELL_FILE, Cell
-from mae_bench.worker import INTERRUPTED, LOCK_FILE, Order, environment
 
 
 def order(folder: Path, **config: Any) -> Order:
@@ -29,7 +29,9 @@ def order(folder: Path, **config: Any) -> Order:
 
 
 def work(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "mae_bench.worker", str(folder)], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "mae_bench.runner.worker", str(folder)], capture_output=True, text=True, timeout=60
+    )
 
 
 def test_an_order_comes_back_as_it_was_written(fake_kinds: Path, tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_a_worker_that_waits_for_another_hears_a_stop(fake_kinds: Path, tmp_path
     order(tmp_path)
     with open(tmp_path / LOCK_FILE, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        process = subprocess.Popen([sys.executable, "-m", "mae_bench.worker", str(tmp_path)])
+        process = subprocess.Popen([sys.executable, "-m", "mae_bench.runner.worker", str(tmp_path)])
         while not hears(Path(f"/proc/{process.pid}/status").read_text()):
             time.sleep(0.05)
         process.terminate()

@@ -12,7 +12,7 @@ from mae_bench.errors import UserError
 from mae_bench.provenance import visible_gpus
 from mae_bench.record import NOT_THE_METHOD, RECORD_FILE, Failure, ResultRecord
 from mae_bench.registry import EXTRAS, kind
-from mae_bench.runner import check_data, num_processes
+from mae_bench.runner.runner import check_data, num_processes
 from mae_bench.suite.cell import CELL_FILE, Cell
 from mae_bench.suite.config import Place, SuiteConfig, expand
 

@@ -9,14 +9,14 @@ from mae_bench.data.demo import DemoConfig, make_demo_data
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.files import write_json
 from mae_bench.progress import EVENTS_FILE, Progress
+from mae_bench.runner.worker import INTERRUPTED
 from mae_bench.suite.config import SuiteConfig
-from mae_bench.worker import INTERRUPTED
 
 FOLDER, ORDER_FILE = "demo_data", "order.json"
 
 
 def ask_for_data(suite: SuiteConfig) -> Path:
-    """Writes what has to be made; returns the folder to start `python -m mae_bench.demo_worker` with."""
+    """Writes what has to be made; returns the folder to start `python -m mae_bench.runner.demo_worker` with."""
     root = suite.data.get("root")
     if not root or not suite.demo_data:
         raise UserError("demo_data without data.root", expected="data.root: the folder to make the data in")

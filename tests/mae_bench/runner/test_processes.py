@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mae_bench import processes
 from mae_bench.errors import UserError
-from mae_bench.live import View
-from mae_bench.processes import Process, Ranks
 from mae_bench.record import FAILURE_FILE, Failure, ResultRecord
-from mae_bench.runner import run_suite
+from mae_bench.runner import processes
+from mae_bench.runner.live import View
+from mae_bench.runner.processes import Process, Ranks
+from mae_bench.runner.runner import run_suite
+from mae_bench.runner.worker import INTERRUPTED
 from mae_bench.suite.config import load_suite
-from mae_bench.worker import INTERRUPTED
 
 
 @pytest.fixture
@@ -199,6 +199,6 @@ def test_the_cause_is_told_from_what_follows(codes: tuple[int, int], cause: int)
 
 
 def test_more_processes_than_gpus_are_refused(pretraining: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mae_bench.runner.visible_gpus", lambda: ["0"])
+    monkeypatch.setattr("mae_bench.runner.runner.visible_gpus", lambda: ["0"])
     with pytest.raises(UserError, match="processes=2, but torch sees 1 GPU"):
         run(pretraining | {"device": "cuda"})

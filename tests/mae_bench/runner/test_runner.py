@@ -15,10 +15,10 @@ import pytest
 from rich.console import Console
 
 from mae_bench.errors import UserError
-from mae_bench.live import View
 from mae_bench.provenance import num_cores
 from mae_bench.record import FAILURE_FILE, RECORD_FILE, Failure, ResultRecord
-from mae_bench.runner import MOST_JOBS, Room, Runner, Slot, locked, room_of, run_suite
+from mae_bench.runner.live import View
+from mae_bench.runner.runner import MOST_JOBS, Room, Runner, Slot, locked, room_of, run_suite
 from mae_bench.suite.cell import CELL_FILE, Cell
 from mae_bench.suite.config import expand, load_suite
 
@@ -200,10 +200,10 @@ def slots(suite: dict[str, Any], *overrides: str) -> list[Slot]:
 def test_slots(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert slots(suite, "jobs=3") == [Slot("cpu")] * 3
     assert len(slots(suite, "jobs=auto")) == min(MOST_JOBS, num_cores())
-    monkeypatch.setattr("mae_bench.runner.visible_gpus", lambda: ["2", "5"])
+    monkeypatch.setattr("mae_bench.runner.runner.visible_gpus", lambda: ["2", "5"])
     assert slots(suite, "jobs=auto", "device=auto") == [Slot("cuda", "2"), Slot("cuda", "5")]
     assert slots(suite, "device=auto", "jobs=3")[2] == Slot("cuda", "2")
-    monkeypatch.setattr("mae_bench.runner.visible_gpus", list)
+    monkeypatch.setattr("mae_bench.runner.runner.visible_gpus", list)
     with pytest.raises(UserError, match="no GPU"):
         slots(suite, "device=cuda")
 
@@ -211,7 +211,7 @@ def test_slots(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_of_one_cell_takes_all_gpus_for_it(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     alone = suite | {"backbones": {"mae": {"kind": "fake_pretraining"}}, "tasks": {}, "jobs": 1, "device": "auto"}
     assert room_of(load_suite(alone)).processes == 1, "on a CPU"
-    monkeypatch.setattr("mae_bench.runner.visible_gpus", lambda: ["2", "5", "7"])
+    monkeypatch.setattr("mae_bench.runner.runner.visible_gpus", lambda: ["2", "5", "7"])
     assert room_of(load_suite(suite, ["device=auto"])).processes == 1, "several cells share the GPUs"
     assert room_of(load_suite(alone)) == Room([Slot("cuda", "2"), Slot("cuda", "5"), Slot("cuda", "7")], 1, 3)
     assert room_of(load_suite(alone, ["processes=2"])).processes == 2

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mae_bench.live import View
-from mae_bench.plan import counts, plan_of, render
 from mae_bench.registry import EXTRAS, KINDS, Extra, Kind
-from mae_bench.runner import run_suite
+from mae_bench.runner.live import View
+from mae_bench.runner.plan import counts, plan_of, render
+from mae_bench.runner.runner import run_suite
 from mae_bench.suite.config import load_suite
 
 
@@ -76,7 +76,7 @@ def test_a_pretraining_shows_its_batch_on_the_devices_at_hand(suite: dict[str, A
     assert (cell["processes"], cell["state"]) == (2, "left")
     assert "mae: global batch 64 = 2 devices x 4 images x 8 accumulated" in text(suite, "processes=2")
     suite["tasks"] = {}
-    monkeypatch.setattr("mae_bench.plan.visible_gpus", lambda: ["0", "1", "2", "3"])
+    monkeypatch.setattr("mae_bench.runner.plan.visible_gpus", lambda: ["0", "1", "2", "3"])
     assert "64 = 4 devices x 4 images x 4 accumulated" in text(suite, "device=auto"), "all GPUs for a run of one cell"
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mae_bench.live import LiveView, Tail, View, clock, counting, row, view_for
 from mae_bench.progress import EVENTS_FILE
 from mae_bench.record import Failure, Metric, ResultRecord
+from mae_bench.runner.live import LiveView, Tail, View, clock, counting, row, view_for
 
 FAILURE = Failure("mae", "coco", "maskrcnn", 0, "not installed", "no [detectron2]", "make setup")
 RECORD = ResultRecord(

@@ -12,19 +12,19 @@ from types import FrameType
 
 from mae_bench.config import expand_variables
 from mae_bench.data.layouts import check_layout
-from mae_bench.demo_worker import ask_for_data
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.files import write_json
-from mae_bench.launcher import Company, check_gpus
-from mae_bench.live import View
-from mae_bench.processes import POLL_SECONDS, Process, Worker, start_ranks, stop_all
 from mae_bench.progress import STOP_SIGNALS
 from mae_bench.provenance import num_cores, visible_gpus
 from mae_bench.record import FAILURE_FILE, Failure, ResultRecord, write_failure
 from mae_bench.registry import kind
+from mae_bench.runner.demo_worker import ask_for_data
+from mae_bench.runner.launcher import Company, check_gpus
+from mae_bench.runner.live import View
+from mae_bench.runner.processes import POLL_SECONDS, Process, Worker, start_ranks, stop_all
+from mae_bench.runner.worker import INTERRUPTED, LOCK_FILE, Order
 from mae_bench.suite.cell import LOG_FILE, Cell
 from mae_bench.suite.config import SUITE_FILE, Place, SuiteConfig, check_sources, expand, places
-from mae_bench.worker import INTERRUPTED, LOCK_FILE, Order
 
 MOST_JOBS = 4  # on a CPU, unless asked for more: each worker holds a framework and its data in memory
 LOG_LINES = 5  # of a dead worker's log in its failure
@@ -160,7 +160,7 @@ def stop_requests() -> Iterator[list[int]]:
 def make_data(suite: SuiteConfig, view: View, stop: list[int]) -> None:
     """Runs the process that makes the suite's own data, which has nothing to do when all is there."""
     folder = ask_for_data(suite)
-    worker = Worker("mae_bench.demo_worker", folder, suite.threads, "")
+    worker = Worker("mae_bench.runner.demo_worker", folder, suite.threads, "")
     view.start(folder, "demo data")
     try:
         while worker.poll() is None and not stop:
@@ -251,7 +251,7 @@ class Runner:
         self._running[self._process(cell, slots, count)] = cell, slots
 
     def _process(self, cell: Cell, slots: list[Slot], count: int) -> Process:
-        module, visible = "mae_bench.worker", [slot.visible for slot in slots]
+        module, visible = "mae_bench.runner.worker", [slot.visible for slot in slots]
         if count == 1:
             return Worker(module, cell.dir, self.threads, visible[0])
         if self._company:

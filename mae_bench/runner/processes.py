@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from mae_bench.runner.worker import INTERRUPTED, environment
 from mae_bench.suite.cell import LOG_FILE
-from mae_bench.worker import INTERRUPTED, environment
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 30.0  # that a worker has to save its state when it is asked to stop

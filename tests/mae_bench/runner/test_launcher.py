@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from mae_bench.errors import Interrupted, UserError
-from mae_bench.launcher import Company, adopt_slurm, check_gpus, first_host
-from mae_bench.processes import free_port
-from mae_bench.worker import environment
+from mae_bench.runner.launcher import Company, adopt_slurm, check_gpus, first_host
+from mae_bench.runner.processes import free_port
+from mae_bench.runner.worker import environment
 
 
 def command(script: Path, suite: dict[str, Any]) -> list[str]:
@@ -131,7 +131,7 @@ def test_a_worker_of_rank_0_alone_knows_no_launcher(monkeypatch: pytest.MonkeyPa
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mae_bench.launcher.visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr("mae_bench.runner.launcher.visible_gpus", lambda: ["0", "1"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match="4 processes on a machine with 2 GPUs"):
@@ -153,14 +153,14 @@ def company(monkeypatch: pytest.MonkeyPatch) -> Company:
     """Rank 1 of 2, with a store of its own."""
     from torch.distributed import HashStore
 
-    monkeypatch.setattr("mae_bench.launcher._store", HashStore)
+    monkeypatch.setattr("mae_bench.runner.launcher._store", HashStore)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     return Company()
 
 
 def test_a_folder_that_is_not_shared_is_named(company: Company, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mae_bench.launcher.SHARED_SECONDS", 0.0)
+    monkeypatch.setattr("mae_bench.runner.launcher.SHARED_SECONDS", 0.0)
     company.store.set("order/1", json.dumps({"folder": str(tmp_path / "elsewhere")}))
     with pytest.raises(UserError, match="rank 1 .* does not see .*elsewhere"):
         company.follow([])
