@@ -18,7 +18,7 @@ from backbones.source import CONFIG_FILE, Checkpoint, open_source
 from mae_bench.errors import UserError
 from mae_bench.models.mae import MAE
 from mae_bench.models.resampling import resize_table
-from mae_bench.reconstruct import MAE_FILE
+from mae_bench.pretrain.reconstruct import MAE_FILE
 from mae_bench.spec import BackboneSpec
 
 DECODER = re.compile(r"decoder_|mask_token$|target\.")

@@ -26,8 +26,8 @@ from mae_bench.engine.optim import make_adamw, pretrain_no_decay
 from mae_bench.engine.trainer import BatchesEnded, Trainer
 from mae_bench.job import Job
 from mae_bench.models.cost import training_flops
-from mae_bench.pretrain import PretrainLoss, build_mae, transform_of
-from mae_bench.pretrain_config import PretrainConfig
+from mae_bench.pretrain.config import PretrainConfig
+from mae_bench.pretrain.job import PretrainLoss, build_mae, transform_of
 from mae_bench.progress import Progress
 
 BATCHES = {"toy": 4, "base": 1024, "large": 512, "huge": 256}

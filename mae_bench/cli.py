@@ -344,7 +344,7 @@ def reconstruct(
 ) -> None:
     """Draw what a masked autoencoder makes of images: original, masked, reconstructed, a row an image."""
     from backbones.mae import load_mae
-    from mae_bench.reconstruct import reconstruct_files
+    from mae_bench.pretrain.reconstruct import reconstruct_files
 
     reconstruct_files(load_mae(checkpoint), images, out, mask_ratio, seed)
     print(out)

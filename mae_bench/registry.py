@@ -37,9 +37,9 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "pretrain": Kind(
-        "mae_bench.pretrain_config:PretrainConfig", "mae_bench.pretrain:run", "images", emits_backbone=True, distributed=True
+        "mae_bench.pretrain.config:PretrainConfig", "mae_bench.pretrain.job:run", "images", emits_backbone=True, distributed=True
     ),
-    "random": Kind("mae_bench.pretrain_config:RandomConfig", "mae_bench.pretrain:run_random", "", emits_backbone=True),
+    "random": Kind("mae_bench.pretrain.config:RandomConfig", "mae_bench.pretrain.job:run_random", "", emits_backbone=True),
     "supervised": Kind(
         "tasks.imagenet.config:SupervisedConfig",
         "tasks.imagenet.supervised:run",

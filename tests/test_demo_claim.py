@@ -7,8 +7,8 @@ import pytest
 from mae_bench.config import build, load_yaml
 from mae_bench.data.demo import DemoConfig, DemoSet, make_demo_data
 from mae_bench.job import EXPORT, Job
-from mae_bench.pretrain import run, run_random
-from mae_bench.pretrain_config import PretrainConfig, RandomConfig
+from mae_bench.pretrain.config import PretrainConfig, RandomConfig
+from mae_bench.pretrain.job import run, run_random
 from mae_bench.progress import Progress
 from tasks.imagenet import linear_probe
 from tasks.imagenet.config import LinearProbeConfig

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mae_bench.config import JobConfig, TrainConfig
-from mae_bench.pretrain_config import ModelConfig
+from mae_bench.pretrain.config import ModelConfig
 
 Pool = Literal["token", "avg"]
 SHARED_WITH_PROBE = (

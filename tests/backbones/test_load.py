@@ -14,7 +14,7 @@ from mae_bench.errors import UserError
 from mae_bench.export import write_export
 from mae_bench.files import file_digest
 from mae_bench.models.mae import MAE
-from mae_bench.reconstruct import save_mae
+from mae_bench.pretrain.reconstruct import save_mae
 from mae_bench.spec import BackboneSpec
 from tests.backbones.formats.plain_vit import published_vit
 

@@ -16,7 +16,7 @@ from backbones.mae import load_mae
 from mae_bench.errors import UserError
 from mae_bench.export import write_export
 from mae_bench.models.mae import MAE
-from mae_bench.reconstruct import reconstruct, save_mae
+from mae_bench.pretrain.reconstruct import reconstruct, save_mae
 from mae_bench.spec import BackboneSpec
 
 SPEC = BackboneSpec("vit", (32, 16), (8, 8), 3, 48, 2, 4, mean=(0.4,) * 3, pos_embed="sincos", pretrain_method="mae")

@@ -8,8 +8,8 @@ from PIL import Image
 
 from mae_bench.config import build
 from mae_bench.job import Job
-from mae_bench.pretrain import run
-from mae_bench.pretrain_config import PretrainConfig
+from mae_bench.pretrain.config import PretrainConfig
+from mae_bench.pretrain.job import run
 from mae_bench.progress import Progress
 from mae_bench.suite.config import load_suite
 

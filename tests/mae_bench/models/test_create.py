@@ -12,7 +12,7 @@ import mae_bench
 from mae_bench.config import build, load_yaml
 from mae_bench.errors import UserError
 from mae_bench.models.create import ENCODERS, create_mae
-from mae_bench.pretrain_config import ModelConfig
+from mae_bench.pretrain.config import ModelConfig
 
 # parameters of encoder and of the whole, of facebookresearch/mae (models_mae.py, by arithmetic)
 PUBLISHED = {

@@ -13,10 +13,10 @@ from backbones.mae import load_mae
 from mae_bench.config import build
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.job import Job, Outcome
-from mae_bench.pretrain import run, run_random
-from mae_bench.pretrain_config import PretrainConfig, RandomConfig
+from mae_bench.pretrain.config import PretrainConfig, RandomConfig
+from mae_bench.pretrain.job import run, run_random
+from mae_bench.pretrain.reconstruct import GREY, reconstruct, reconstruct_files
 from mae_bench.progress import Progress
-from mae_bench.reconstruct import GREY, reconstruct, reconstruct_files
 
 MODEL = {"img_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 1, "num_heads": 2}
 VALUES = {

@@ -24,9 +24,9 @@ from mae_bench.models.masking import count_kept, sample_noise
 from mae_bench.models.targets import PCA
 from mae_bench.models.tokenizer import Tokenizer, load_tokenizer
 from mae_bench.models.vit import build_vit
-from mae_bench.pretrain_config import PretrainConfig, RandomConfig
+from mae_bench.pretrain.config import PretrainConfig, RandomConfig
+from mae_bench.pretrain.reconstruct import EVAL_BATCH, MAE_FILE, draw_reconstructions, evaluation_loss, first_readable, save_mae
 from mae_bench.progress import Progress
-from mae_bench.reconstruct import EVAL_BATCH, MAE_FILE, draw_reconstructions, evaluation_loss, first_readable, save_mae
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
 
