@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mae_bench.provenance import git_hash, hardware, now, version_of, versions
+from mae_bench.environment.provenance import git_hash, hardware, now, version_of, versions
 
 PEERS = ("transformers",)  # measured against, beside what every record has
 BOOTSTRAPS = 2000  # draws of the interval of a ratio

@@ -353,7 +353,7 @@ def reconstruct(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Print versions, devices, which optional parts are there, and the command for what is missing."""
-    from mae_bench.doctor import examine, render
+    from mae_bench.environment.doctor import examine, render
 
     found = examine()
     _answer(found, render(found), as_json)
@@ -406,7 +406,7 @@ def _bad_images(layout: str, path: str, splits: list[str]) -> dict[str, dict[str
 
     from mae_bench.data.images import open_images
     from mae_bench.data.verify import bad_images
-    from mae_bench.provenance import num_cores
+    from mae_bench.environment.provenance import num_cores
     from mae_bench.runner.live import counting
 
     if layout not in ("imagenet", "images"):
@@ -433,7 +433,7 @@ def data_pack(
     from rich.console import Console
 
     from mae_bench.data.packed import pack
-    from mae_bench.provenance import num_cores
+    from mae_bench.environment.provenance import num_cores
     from mae_bench.runner.live import counting
 
     if original and (raw or quality is not None or short_side is not None):
@@ -467,7 +467,7 @@ def data_prepare_imagenet(
 
     from mae_bench.data.packed import How
     from mae_bench.data.prepare import prepare_imagenet
-    from mae_bench.provenance import num_cores
+    from mae_bench.environment.provenance import num_cores
     from mae_bench.runner.live import counting
 
     if short_side and not packed:
@@ -506,7 +506,7 @@ def _run(source: Source, overrides: list[str] | None, out: Path | None, jobs: in
 def _run_suite(source: Source, changes: list[str], out: Path | None, as_json: bool, company: "Company | None") -> None:
     from rich.console import Console
 
-    from mae_bench.provenance import command_line
+    from mae_bench.environment.provenance import command_line
     from mae_bench.runner.live import view_for
     from mae_bench.runner.runner import run_suite
     from mae_bench.suite.config import load_suite

@@ -11,8 +11,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from mae_bench.environment.provenance import visible_gpus
 from mae_bench.errors import Interrupted, UserError
-from mae_bench.provenance import visible_gpus
 from mae_bench.runner.processes import GRACE_SECONDS, POLL_SECONDS, Ranks, Worker, free_port, rank_variables, stop_all
 from mae_bench.runner.worker import INTERRUPTED
 

@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mae_bench.environment.provenance import visible_gpus
 from mae_bench.errors import UserError
-from mae_bench.provenance import visible_gpus
 from mae_bench.record import NOT_THE_METHOD, RECORD_FILE, Failure, ResultRecord
 from mae_bench.registry import EXTRAS, kind
 from mae_bench.runner.runner import check_data, num_processes

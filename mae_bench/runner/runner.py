@@ -12,10 +12,10 @@ from types import FrameType
 
 from mae_bench.config import expand_variables
 from mae_bench.data.layouts import check_layout
+from mae_bench.environment.provenance import num_cores, visible_gpus
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.files import write_json
 from mae_bench.progress import STOP_SIGNALS
-from mae_bench.provenance import num_cores, visible_gpus
 from mae_bench.record import FAILURE_FILE, Failure, ResultRecord, write_failure
 from mae_bench.registry import kind
 from mae_bench.runner.demo_worker import ask_for_data

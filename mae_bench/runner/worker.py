@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mae_bench.config import build, expand_variables
+from mae_bench.environment.provenance import git_hash, hardware, now, versions
 from mae_bench.errors import Interrupted, NotInstalled, UserError
 from mae_bench.files import is_full, json_digest, write_json
 from mae_bench.job import EXPORT, STATES, Job, Outcome
 from mae_bench.progress import EVENTS_FILE, Progress
-from mae_bench.provenance import git_hash, hardware, now, versions
 from mae_bench.record import FAILURE_FILE, NOT_THE_METHOD, RECORD_FILE, Failure, ResultRecord, write_failure, write_record
 from mae_bench.registry import Kind, load_object
 from mae_bench.suite.cell import CELL_FILE, LOG_FILE, Cell

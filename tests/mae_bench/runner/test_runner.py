@@ -14,8 +14,8 @@ from unittest.mock import MagicMock
 import pytest
 from rich.console import Console
 
+from mae_bench.environment.provenance import num_cores
 from mae_bench.errors import UserError
-from mae_bench.provenance import num_cores
 from mae_bench.record import FAILURE_FILE, RECORD_FILE, Failure, ResultRecord
 from mae_bench.runner.live import View
 from mae_bench.runner.runner import MOST_JOBS, Room, Runner, Slot, locked, room_of, run_suite

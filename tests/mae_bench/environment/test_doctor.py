@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mae_bench import doctor
+from mae_bench.environment import doctor
 from mae_bench.registry import EXTRAS, Extra
 
 

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mae_bench.provenance import CORE, DETECTRON2, git_hash, gpu_names, hardware, version_of, versions
+from mae_bench.environment.provenance import CORE, DETECTRON2, git_hash, gpu_names, hardware, version_of, versions
 from mae_bench.registry import EXTRAS
 
 PYTHONS = ((3, 11), (3, 12))
