@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from mae_bench.data.fetch import fetch
+from mae_bench.data.sets.fetch import fetch
 from mae_bench.errors import UserError, did_you_mean
 
 

@@ -14,10 +14,10 @@ from rich.text import Text
 from torch import nn
 
 from backbones.load import load_backbone
-from mae_bench.data.formats import splits_in
-from mae_bench.data.images import ImageSource, open_images
-from mae_bench.data.loader import Images, Transform, epoch_order
-from mae_bench.data.transforms import eval_transform, normalize, train_transform
+from mae_bench.data.batches.loader import Images, Transform, epoch_order
+from mae_bench.data.batches.transforms import eval_transform, normalize, train_transform
+from mae_bench.data.sets.open import open_images, splits_in
+from mae_bench.data.sets.source import ImageSource
 from mae_bench.errors import UserError
 from mae_bench.intervals import paired_interval
 from mae_bench.spec import BackboneSpec

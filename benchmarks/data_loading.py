@@ -19,10 +19,11 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 from benchmarks.measure import Table, Times, interleave, ratio, write_table
-from mae_bench.data.images import ImageSource, open_images
-from mae_bench.data.loader import Batch, Images, TrainingOrder, training_batches
-from mae_bench.data.packed import How, pack_sources
-from mae_bench.data.transforms import PretrainTransform
+from mae_bench.data.batches.loader import Batch, Images, TrainingOrder, training_batches
+from mae_bench.data.batches.transforms import PretrainTransform
+from mae_bench.data.sets.open import open_images
+from mae_bench.data.sets.packed import How, pack_sources
+from mae_bench.data.sets.source import ImageSource
 from mae_bench.errors import UserError
 
 PHOTOS = Path(__file__).parent.parent.parent / "shared" / "data" / "coco_small"

@@ -18,9 +18,10 @@ from PIL import Image
 
 from benchmarks.measure import Table, write_table
 from benchmarks.peers import MASK_RATIO, TimmMAE, decoder_depth_of, vit_spec
-from mae_bench.data.images import BadImages, open_images
-from mae_bench.data.loader import Batch, TrainingOrder, training_batches
-from mae_bench.data.packed import pack
+from mae_bench.data.batches.loader import Batch, TrainingOrder, training_batches
+from mae_bench.data.pack import pack_set
+from mae_bench.data.sets.open import open_images
+from mae_bench.data.sets.source import BadImages
 from mae_bench.engine.meters import peak_flops
 from mae_bench.engine.optim import make_adamw, pretrain_no_decay
 from mae_bench.engine.trainer import BatchesEnded, Trainer
@@ -177,7 +178,7 @@ def packed_set(folder: Path, count: int, num_workers: int) -> Path:
         coarse = Image.fromarray(draw.integers(0, 256, (24, 32, 3), dtype=np.uint8))
         pixels = np.asarray(coarse.resize(PHOTO[::-1], Image.Resampling.BICUBIC)) + draw.normal(0, 6, (*PHOTO, 3))
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(files / f"{number:05}.jpg", quality=95)
-    pack(folder / "files", folder / "packed", num_workers=num_workers)
+    pack_set(folder / "files", folder / "packed", num_workers=num_workers)
     return folder / "packed"
 
 

@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 from benchmarks.measure import Table, write_table
-from mae_bench.data.index import SETTLED_SECONDS
+from mae_bench.data.sets.index import SETTLED_SECONDS
 
 OURS = """
 import json, pickle, resource, sys, time
-from mae_bench.data.images import open_images
-from mae_bench.data.layouts import check_layout
+from mae_bench.data.sets.open import open_images
+from mae_bench.data.checks.layouts import check_layout
 began, cpu = time.perf_counter(), time.process_time()
 check_layout("imagenet", sys.argv[1])
 checked = time.perf_counter()

@@ -13,7 +13,7 @@ import typer
 from mae_bench.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
-    from mae_bench.data.layouts import LayoutReport
+    from mae_bench.data.checks.layouts import LayoutReport
     from mae_bench.record import Failure, ResultRecord
     from mae_bench.runner.launcher import Company
     from mae_bench.suite.cell import Cell
@@ -374,7 +374,7 @@ def data_check(
     """Check that a folder holds data in a layout; name what was expected and what was found where it does not."""
     from dataclasses import asdict
 
-    from mae_bench.data.layouts import check_layout
+    from mae_bench.data.checks.layouts import check_layout
 
     found = check_layout(layout, path, thorough=thorough)
     bad = _bad_images(layout, path, list(found.splits)) if decode else {}
@@ -391,7 +391,7 @@ def data_check(
 
 def _told(layout: str, path: str, found: "LayoutReport") -> list[str]:
     """What looks odd in a set of labelled images: it is nearly ImageNet-1k, or its splits share images."""
-    from mae_bench.data.images import open_images
+    from mae_bench.data.sets.open import open_images
     from tasks.imagenet.data import doubt, overlap_of
 
     if layout not in ("imagenet", "imagenet_val"):
@@ -404,8 +404,8 @@ def _bad_images(layout: str, path: str, splits: list[str]) -> dict[str, dict[str
     """For each split the images that do not decode, and why."""
     from rich.console import Console
 
-    from mae_bench.data.images import open_images
-    from mae_bench.data.verify import bad_images
+    from mae_bench.data.checks.verify import bad_images
+    from mae_bench.data.sets.open import open_images
     from mae_bench.environment.provenance import num_cores
     from mae_bench.runner.live import counting
 
@@ -432,7 +432,7 @@ def data_pack(
     """Write a packed set: one file a split that every loader reads, smaller and faster than the images themselves."""
     from rich.console import Console
 
-    from mae_bench.data.packed import pack
+    from mae_bench.data.pack import pack_set
     from mae_bench.environment.provenance import num_cores
     from mae_bench.runner.live import counting
 
@@ -442,7 +442,7 @@ def data_pack(
         )
     workers = num_cores() if num_workers is None else num_workers
     with counting(Console(stderr=True)) as progress:
-        header = pack(source, out, short_side=None if original else short_side or 256, quality=quality, raw=raw,
+        header = pack_set(source, out, short_side=None if original else short_side or 256, quality=quality, raw=raw,
                       num_workers=workers, progress=progress)  # fmt: skip
     for split, made in header["splits"].items():
         for name, reason in made["left_out"]:
@@ -465,8 +465,8 @@ def data_prepare_imagenet(
     """Make the folders train/ and val/ of ImageNet-1K from the ILSVRC2012 archives, or a packed set."""
     from rich.console import Console
 
-    from mae_bench.data.packed import How
     from mae_bench.data.prepare import prepare_imagenet
+    from mae_bench.data.sets.packed import How
     from mae_bench.environment.provenance import num_cores
     from mae_bench.runner.live import counting
 

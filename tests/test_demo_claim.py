@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mae_bench.config import build, load_yaml
-from mae_bench.data.demo import DemoConfig, DemoSet, make_demo_data
+from mae_bench.data.demo.demo import DemoConfig, DemoSet, make_demo_data
 from mae_bench.job import EXPORT, Job
 from mae_bench.pretrain.config import PretrainConfig, RandomConfig
 from mae_bench.pretrain.job import run, run_random

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mae_bench.data.images import ImageSource, is_image
-from mae_bench.data.index import IndexedImages, build_index, by_folder, sort_key
-from mae_bench.data.packed import How, pack_sources
-from mae_bench.data.tars import need_end
+from mae_bench.data.sets.index import IndexedImages, build_index, by_folder, sort_key
+from mae_bench.data.sets.packed import How, pack_sources
+from mae_bench.data.sets.source import ImageSource, is_image
+from mae_bench.data.sets.tars import need_end
 from mae_bench.errors import NotInstalled, UserError
 from mae_bench.files import is_full, write_json, write_text
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mae_bench.errors import UserError
 
 if TYPE_CHECKING:  # a plan counts batches without torch
-    from mae_bench.data.loader import Batch
+    from mae_bench.data.batches.loader import Batch
 
 
 @dataclass(frozen=True)

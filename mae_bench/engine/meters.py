@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mae_bench.data.loader import Batch
+from mae_bench.data.batches.loader import Batch
 from mae_bench.engine.distributed import world
 from mae_bench.models.cost import peak_memory_mib
 

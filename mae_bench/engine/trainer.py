@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from mae_bench.config import TrainConfig
-from mae_bench.data.images import BadImages
-from mae_bench.data.loader import Batch, seed_everything, seed_of
+from mae_bench.data.batches.loader import Batch
+from mae_bench.data.seeds import seed_everything, seed_of
+from mae_bench.data.sets.source import BadImages
 from mae_bench.engine.accumulation import accumulation
 from mae_bench.engine.checkpoint import Checkpoints, Shapes, Tensors
 from mae_bench.engine.distributed import Agreement, gather_over_ranks, sum_over_ranks, world

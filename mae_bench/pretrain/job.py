@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mae_bench.data.crops import resample_batch
-from mae_bench.data.images import BadImages, ImageSource, open_images
-from mae_bench.data.layouts import LayoutReport, check_layout
-from mae_bench.data.loader import Batch, Images, TrainingOrder, epoch_order, seed_everything, seed_of, training_batches
-from mae_bench.data.transforms import PretrainTransform, normalize
+from mae_bench.data.batches.crops import resample_batch
+from mae_bench.data.batches.loader import Batch, Images, TrainingOrder, epoch_order, training_batches
+from mae_bench.data.batches.transforms import PretrainTransform, normalize
+from mae_bench.data.checks.layouts import LayoutReport, check_layout
+from mae_bench.data.seeds import seed_everything, seed_of
+from mae_bench.data.sets.open import open_images
+from mae_bench.data.sets.source import BadImages, ImageSource
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.engine.optim import make_adamw, pretrain_no_decay
 from mae_bench.engine.trainer import Trainer

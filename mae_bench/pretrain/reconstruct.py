@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from mae_bench.data.decode import decode_pixels, read_pixels
-from mae_bench.data.images import BadImage, BadImages, ImageSource
-from mae_bench.data.loader import evaluation_batches, seed_of
-from mae_bench.data.transforms import PretrainTransform, normalize
+from mae_bench.data.batches.loader import evaluation_batches
+from mae_bench.data.batches.transforms import PretrainTransform, normalize
+from mae_bench.data.seeds import seed_of
+from mae_bench.data.sets.decode import decode_pixels, read_pixels
+from mae_bench.data.sets.source import BadImage, BadImages, ImageSource
 from mae_bench.engine.distributed import gather_over_ranks, sum_over_ranks, world
 from mae_bench.engine.precision import autocast
 from mae_bench.errors import UserError

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from mae_bench.config import build, expand_variables
-from mae_bench.data.demo import DemoConfig, make_demo_data
+from mae_bench.data.demo.demo import DemoConfig, make_demo_data
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.files import write_json
 from mae_bench.progress import EVENTS_FILE, Progress

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from mae_bench.config import expand_variables
-from mae_bench.data.layouts import check_layout
+from mae_bench.data.checks.layouts import check_layout
 from mae_bench.environment.provenance import num_cores, visible_gpus
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.files import write_json

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from mae_bench.config import Config, build, resolve
-from mae_bench.data.demo import DemoConfig
-from mae_bench.data.layouts import Layout
+from mae_bench.data.checks.layouts import Layout
+from mae_bench.data.demo.demo import DemoConfig
 from mae_bench.errors import UserError, near_path
 from mae_bench.files import file_digest, json_digest
 from mae_bench.job import EXPORT

@@ -11,8 +11,8 @@ from mmseg.registry import DATA_SAMPLERS, DATASETS
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from mae_bench.data.images import BadImages, is_image
-from mae_bench.data.loader import seed_everything, seed_of
+from mae_bench.data.seeds import seed_everything, seed_of
+from mae_bench.data.sets.source import BadImages, is_image
 from mae_bench.errors import UserError
 
 READ_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError)  # SyntaxError: a broken PNG

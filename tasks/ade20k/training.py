@@ -15,7 +15,7 @@ from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from torch import nn
 
-from mae_bench.data.loader import seed_everything, seed_of
+from mae_bench.data.seeds import seed_everything, seed_of
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.progress import Progress
 from tasks.ade20k.data import STEP, SharedBadImages

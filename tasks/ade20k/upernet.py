@@ -9,7 +9,7 @@ import torch
 
 import backbones.adapters.mmseg  # noqa: F401 - first of all: it names what is not installed
 from backbones.load import load_backbone
-from mae_bench.data.layouts import check_layout
+from mae_bench.data.checks.layouts import check_layout
 from mae_bench.files import write_atomic, write_json
 from mae_bench.job import Job, Outcome
 from mae_bench.logs import log_to

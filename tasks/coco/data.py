@@ -22,8 +22,8 @@ from detectron2.data.samplers import TrainingSampler
 from PIL import Image
 from torch.utils.data import Dataset
 
-from mae_bench.data.images import BadImages
-from mae_bench.data.loader import seed_everything, seed_of
+from mae_bench.data.seeds import seed_everything, seed_of
+from mae_bench.data.sets.source import BadImages
 from mae_bench.errors import UserError
 from mae_bench.files import json_digest
 from tasks.coco.config import MaskRCNNConfig

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from backbones.adapters.detectron2 import load_vit_backbone  # first of all: it names what is not installed
-from mae_bench.data.images import BadImages
-from mae_bench.data.layouts import check_layout
-from mae_bench.data.loader import seed_everything
+from mae_bench.data.checks.layouts import check_layout
+from mae_bench.data.seeds import seed_everything
+from mae_bench.data.sets.source import BadImages
 from mae_bench.job import Job, Outcome
 from mae_bench.logs import log_to
 from mae_bench.models.cost import num_params, peak_memory_mib

@@ -13,7 +13,7 @@ from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.utils.events import JSONWriter
 from torch import nn
 
-from mae_bench.data.images import BadImages
+from mae_bench.data.sets.source import BadImages
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.files import write_atomic, write_text
 from mae_bench.job import Job

@@ -15,9 +15,9 @@ from torch import nn
 from backbones.load import load_backbone
 from backbones.report import ConversionReport
 from backbones.source import open_source
-from mae_bench.data.images import ImageSource
-from mae_bench.data.loader import Batch, TrainingOrder, training_batches
-from mae_bench.data.transforms import normalize, train_transform
+from mae_bench.data.batches.loader import Batch, TrainingOrder, training_batches
+from mae_bench.data.batches.transforms import normalize, train_transform
+from mae_bench.data.sets.source import ImageSource
 from mae_bench.engine.distributed import world
 from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import UserError

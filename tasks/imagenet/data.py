@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from mae_bench.data.images import BadImages, ImageSource, open_images
-from mae_bench.data.layouts import LayoutReport, check_layout
-from mae_bench.data.overlap import known_overlap, overlap_note
+from mae_bench.data.checks.layouts import LayoutReport, check_layout
+from mae_bench.data.checks.overlap import known_overlap, overlap_note
+from mae_bench.data.sets.open import open_images
+from mae_bench.data.sets.source import BadImages, ImageSource
 from mae_bench.errors import UserError
 from mae_bench.files import json_digest
 from tasks.imagenet.config import ImageConfig

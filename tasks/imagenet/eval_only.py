@@ -12,8 +12,9 @@ import torch
 from backbones.classifier import read_head
 from backbones.report import ConversionReport
 from mae_bench.config import expand_variables
-from mae_bench.data.images import BadImages, open_images
-from mae_bench.data.layouts import LayoutReport, check_layout
+from mae_bench.data.checks.layouts import LayoutReport, check_layout
+from mae_bench.data.sets.open import open_images
+from mae_bench.data.sets.source import BadImages
 from mae_bench.engine.distributed import world
 from mae_bench.errors import UserError
 from mae_bench.job import Job, Outcome

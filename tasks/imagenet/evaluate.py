@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbones.report import ConversionReport
-from mae_bench.data.images import BadImages, ImageSource
-from mae_bench.data.layouts import LayoutReport
-from mae_bench.data.loader import evaluation_batches
-from mae_bench.data.transforms import eval_transform, normalize
+from mae_bench.data.batches.loader import evaluation_batches
+from mae_bench.data.batches.transforms import eval_transform, normalize
+from mae_bench.data.checks.layouts import LayoutReport
+from mae_bench.data.sets.source import BadImages, ImageSource
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.engine.precision import autocast
 from mae_bench.engine.trainer import Trainer

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from backbones.report import ConversionReport
-from mae_bench.data.fetch import alone
-from mae_bench.data.images import BadImages, ImageSource
-from mae_bench.data.index import cache_folder
-from mae_bench.data.subset import Subset
+from mae_bench.data.sets.fetch import alone
+from mae_bench.data.sets.index import cache_folder
+from mae_bench.data.sets.source import BadImages, ImageSource
+from mae_bench.data.sets.subset import Subset
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.errors import UserError
 from mae_bench.files import is_full, json_digest, write_json

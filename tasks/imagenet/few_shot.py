@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mae_bench.data.subset import drawn_a_class
+from mae_bench.data.sets.subset import drawn_a_class
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.errors import UserError
 from mae_bench.files import write_json

@@ -8,7 +8,7 @@ import torch
 
 from backbones.adapters.features import layer_id
 from backbones.classifier import write_head
-from mae_bench.data.loader import seed_everything, seed_of
+from mae_bench.data.seeds import seed_everything, seed_of
 from mae_bench.engine.distributed import world
 from mae_bench.engine.optim import finetune_no_decay, make_adamw
 from mae_bench.export import write_export

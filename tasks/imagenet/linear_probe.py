@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mae_bench.data.loader import Batch, TrainingOrder, seed_of
-from mae_bench.data.subset import Subset, drawn_a_class
-from mae_bench.data.transforms import normalize
+from mae_bench.data.batches.loader import Batch, TrainingOrder
+from mae_bench.data.batches.transforms import normalize
+from mae_bench.data.seeds import seed_of
+from mae_bench.data.sets.subset import Subset, drawn_a_class
 from mae_bench.engine.distributed import sum_over_ranks, world
 from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import UserError

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from mae_bench.data.images import BadImages, open_images
-from mae_bench.data.layouts import check_layout, image_sets
+from mae_bench.data.checks.layouts import check_layout, image_sets
+from mae_bench.data.sets.open import open_images
+from mae_bench.data.sets.source import BadImages
 from mae_bench.engine.distributed import world
 from mae_bench.errors import UserError
 from mae_bench.files import write_json

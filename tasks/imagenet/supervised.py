@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from backbones.report import ConversionReport
-from mae_bench.data.loader import seed_everything, seed_of
+from mae_bench.data.seeds import seed_everything, seed_of
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.engine.optim import finetune_no_decay, make_adamw
 from mae_bench.export import EXPORT, write_export

@@ -21,7 +21,7 @@ from backbones.detect import FORMATS
 from backbones.load import load_backbone
 from backbones.official import Official, table
 from backbones.source import open_source
-from mae_bench.data import fetch as fetching
+from mae_bench.data.sets import fetch as fetching
 from mae_bench.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -12,7 +12,7 @@ from pydantic_core import to_jsonable_python
 
 from leaderboard.published import published_rows
 from mae_bench.config import CONFIGS, build, load_yaml
-from mae_bench.data.listed import PUBLISHED
+from mae_bench.data.sets.listed import PUBLISHED
 from mae_bench.pretrain.config import ModelConfig, PretrainConfig
 from mae_bench.suite.config import complete_job, load_suite
 from tasks.imagenet.data import TRANSFER_SETS

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_bench.data import index
+from mae_bench.data.sets import index
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mae_bench.data.layouts import check_layout
-from mae_bench.data.packed import pack
+from mae_bench.data.checks.layouts import check_layout
+from mae_bench.data.pack import pack_set
 from mae_bench.errors import UserError
 
 Picture = Callable[..., bytes]
@@ -25,7 +25,7 @@ def folders(root: Path, given: Given, picture: Picture) -> Path:
 
 
 def packed(root: Path, given: Given, picture: Picture) -> Path:
-    pack(folders(root / "plain", given, picture), root / "packed", num_workers=0)
+    pack_set(folders(root / "plain", given, picture), root / "packed", num_workers=0)
     return root / "packed"
 
 
@@ -125,7 +125,7 @@ def test_a_listed_class_without_an_image_is_named(
     for split in ("train", "val"):
         (root / split / "classes.txt").write_text("ant\nbee\ncat\n")
     if pack_it:
-        pack(root, tmp_path / "packed", num_workers=0)
+        pack_set(root, tmp_path / "packed", num_workers=0)
     refused(tmp_path / "packed" if pack_it else root, words)
 
 
@@ -135,5 +135,5 @@ def test_another_numbering_in_val_is_named(pack_it: bool, tmp_path: Path, pictur
     (root / "train" / "classes.txt").write_text("ant\nbee\ncat\n")
     (root / "val" / "classes.txt").write_text("ant\ncat\nbee\n")
     if pack_it:
-        pack(root, tmp_path / "packed", num_workers=0)
+        pack_set(root, tmp_path / "packed", num_workers=0)
     refused(tmp_path / "packed" if pack_it else root, "label 1 is bee in train and cat in val")

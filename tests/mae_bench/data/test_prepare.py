@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from mae_bench.data import prepare
-from mae_bench.data.images import open_images
-from mae_bench.data.layouts import check_layout
-from mae_bench.data.packed import How, pack
+from mae_bench.data.checks.layouts import check_layout
+from mae_bench.data.pack import pack_set
 from mae_bench.data.prepare import DEVKIT, TRAIN, VAL, prepare_imagenet
+from mae_bench.data.sets.open import open_images
+from mae_bench.data.sets.packed import How
 from mae_bench.errors import NotInstalled, UserError
 
 Picture = Callable[..., bytes]
@@ -87,7 +88,7 @@ def test_archives_become_a_packed_set_without_being_unpacked(devkit: Path, tmp_p
     folders, out = tmp_path / "folders", tmp_path / "packed"
     prepare_imagenet(devkit, folders, check=False)
     made = prepare_imagenet(devkit, out, check=False, packed=How(short_side=8), num_workers=1)
-    pack(folders, tmp_path / "again", short_side=8)
+    pack_set(folders, tmp_path / "again", short_side=8)
     assert (made.train, made.val, made.classes) == (6, 4, 3)
     assert {path.name for path in out.iterdir()} == {"packed.json", "train.data", "train.index", "val.data", "val.index"}
     for split in ("train", "val"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mae_bench.data.loader import Batch
+from mae_bench.data.batches.loader import Batch
 from mae_bench.engine.accumulation import accumulation
 from mae_bench.errors import UserError
 

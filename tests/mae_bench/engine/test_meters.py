@@ -9,7 +9,7 @@ import pytest
 import torch
 from toy_run import STEPS_PER_EPOCH, Run, signals_restored, train
 
-from mae_bench.data.loader import Batch
+from mae_bench.data.batches.loader import Batch
 from mae_bench.engine.meters import Meters, peak_flops
 from mae_bench.errors import Interrupted
 

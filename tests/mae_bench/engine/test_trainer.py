@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from toy_run import CONFIG, NUM_IMAGES, STEPS_PER_EPOCH, Net, Run, pixels, signals_restored, train, weights
 
-from mae_bench.data.loader import Batch, epoch_order
+from mae_bench.data.batches.loader import Batch, epoch_order
 from mae_bench.engine.ema import Ema
 from mae_bench.engine.optim import finetune_no_decay, param_groups, pretrain_no_decay
 from mae_bench.engine.schedule import absolute_lr, cosine_lr

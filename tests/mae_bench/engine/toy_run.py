@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mae_bench.config import TrainConfig
-from mae_bench.data.images import BadImages
-from mae_bench.data.loader import Batch, TrainingOrder
+from mae_bench.data.batches.loader import Batch, TrainingOrder
+from mae_bench.data.sets.source import BadImages
 from mae_bench.engine import parallel
 from mae_bench.engine.distributed import gather_over_ranks, process_group, world
 from mae_bench.engine.optim import make_adamw, pretrain_no_decay

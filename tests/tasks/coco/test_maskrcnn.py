@@ -14,7 +14,7 @@ pytest.importorskip("detectron2", reason="detectron2 is optional: make setup")
 from detectron2.config import LazyConfig, instantiate  # noqa: E402
 
 from backbones.adapters.detectron2 import load_vit_backbone  # noqa: E402
-from mae_bench.data.images import BadImages  # noqa: E402
+from mae_bench.data.sets.source import BadImages  # noqa: E402
 from mae_bench.errors import Interrupted, UserError  # noqa: E402
 from mae_bench.job import Job  # noqa: E402
 from mae_bench.progress import Progress  # noqa: E402

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from mae_bench.config import build
-from mae_bench.data import overlap
-from mae_bench.data.layouts import LayoutReport, check_layout
+from mae_bench.data.checks import overlap
+from mae_bench.data.checks.layouts import LayoutReport, check_layout
 from mae_bench.errors import UserError
 from mae_bench.files import json_digest
 from mae_bench.progress import Progress

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mae_bench.data.loader import TrainingOrder
+from mae_bench.data.batches.loader import TrainingOrder
 from mae_bench.engine.distributed import World
 from mae_bench.errors import UserError
 from mae_bench.progress import Progress

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from backbones.load import load_backbone
 from mae_bench.config import build
-from mae_bench.data import loader
-from mae_bench.data.images import BadImage
+from mae_bench.data.batches import loader
+from mae_bench.data.sets.source import BadImage
 from mae_bench.errors import UserError
 from mae_bench.export import write_export
 from mae_bench.job import Outcome

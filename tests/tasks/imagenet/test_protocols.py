@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from backbones.adapters.features import layer_id
 from backbones.load import load_backbone
 from mae_bench.config import build
-from mae_bench.data.loader import Batch
-from mae_bench.data.transforms import normalize
+from mae_bench.data.batches.loader import Batch
+from mae_bench.data.batches.transforms import normalize
 from mae_bench.errors import UserError
 from mae_bench.export import write_export
 from mae_bench.job import Outcome

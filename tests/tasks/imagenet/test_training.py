@@ -11,8 +11,9 @@ from timm.optim import param_groups_layer_decay
 
 from backbones.load import load_backbone
 from mae_bench.config import build
-from mae_bench.data.loader import Batch, seed_everything
-from mae_bench.data.transforms import normalize
+from mae_bench.data.batches.loader import Batch
+from mae_bench.data.batches.transforms import normalize
+from mae_bench.data.seeds import seed_everything
 from mae_bench.engine.ema import Ema
 from mae_bench.errors import UserError
 from mae_bench.models.vit import build_vit

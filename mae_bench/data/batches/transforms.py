@@ -1,0 +1,168 @@
+"""Augmentation and evaluation transforms: an image in, a uint8 (C, H, W) tensor out; normalisation happens on the device."""
+
+import random
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    pil_to_tensor,
+    to_pil_image,
+)
+
+from mae_bench.data.batches.crops import (
+    RESAMPLING,
+    Crop,
+    describe,
+    fixed_size_crop,
+    random_resized_crop,
+    resample,
+    resample_exact,
+    take_box,
+)
+from mae_bench.data.sets.decode import Jpeg
+from mae_bench.errors import UserError
+
+MOST_DEFERRED = 640  # pixels a side of what is sent to the device undecimated
+
+
+def train_transform(
+    img_size: tuple[int, int],
+    scale: tuple[float, float],
+    interpolation: str = "bicubic",
+    hflip: float = 0.5,
+    auto_augment: str | None = None,
+) -> T.Compose:
+    """RandomResizedCrop and flip, then RandAugment if named (MAE: scale (0.2, 1) in pretraining; fine-tuning (0.08, 1) and
+    rand-m9-mstd0.5-inc1)."""
+    steps: list[Any] = [RandomResizedCropAndInterpolation(img_size, scale, interpolation=interpolation)]
+    if hflip:
+        steps.append(T.RandomHorizontalFlip(hflip))
+    if auto_augment:
+        fill = tuple(round(255 * mean) for mean in (0.485, 0.456, 0.406))  # the grey that timm's create_transform fills with
+        steps.append(rand_augment_transform(auto_augment, {"translate_const": int(min(img_size) * 0.45), "img_mean": fill}))
+    return T.Compose([*steps, T.PILToTensor()])
+
+
+def eval_transform(img_size: tuple[int, int], crop_pct: float = 0.875, interpolation: str = "bicubic") -> T.Compose:
+    """Resize the short side to img_size / crop_pct and crop the centre (MAE: 256 then 224)."""
+    mode = InterpolationMode(interpolation)
+    if img_size[0] == img_size[1]:
+        return T.Compose([T.Resize(round(img_size[0] / crop_pct), mode, antialias=True), T.CenterCrop(img_size), T.PILToTensor()])
+    return T.Compose(
+        [T.Resize([round(side / crop_pct) for side in img_size], mode, antialias=True), T.CenterCrop(img_size), T.PILToTensor()]
+    )
+
+
+@dataclass(frozen=True)
+class PretrainTransform:
+    """Pixels (H, W, C) -> input (C, *img_size) of the same dtype; the crop, the flip and the jitter follow from a seed alone.
+
+    augment: none (the centre, no flip), crop (fixed size) or resized_crop, each but none with a flip (MAE, Table 1e).
+    color_jitter s: brightness, contrast and saturation by up to s, hue by up to s / 4 (at most half the circle), in random order.
+    The paper names no strengths; the ratio is SimCLR's (arXiv 2002.05709, appendix A).
+    decode: exact is torchvision on Pillow's images, bit for bit; fast takes less time and is within 0.05 of 255 on average.
+    crop_on: device leaves the resampling and the flip to `mae_bench.data.batches.crops.resample_batch`.
+    """
+
+    img_size: tuple[int, int]
+    augment: Literal["none", "crop", "resized_crop"] = "resized_crop"
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    color_jitter: float = 0.0
+    interpolation: str = "bicubic"
+    decode: Literal["fast", "exact"] = "fast"
+    in_chans: int = 3
+    crop_on: Literal["cpu", "device"] = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in RESAMPLING:
+            raise UserError(f"interpolation {self.interpolation!r}", expected=" or ".join(RESAMPLING))
+        if self.color_jitter and self.in_chans not in (1, 3):
+            raise UserError(
+                f"color_jitter with {self.in_chans} channels", expected="grey or RGB images", fix="set color_jitter=0"
+            )
+        if self.color_jitter and self.crop_on == "device":
+            raise UserError("color_jitter with crop_on=device", expected="crops on the CPU", fix="set crop_on=cpu")
+
+    def __call__(self, pixels: np.ndarray | Jpeg, seed: int) -> torch.Tensor:
+        """The input (C, *img_size)."""
+        draw = random.Random(seed)
+        crop = self._crop(pixels.shape, draw)
+        return self._resample(_rows(pixels, crop), crop, draw)
+
+    def defer(self, pixels: np.ndarray | Jpeg, seed: int) -> tuple[torch.Tensor, list[int]]:
+        """The crop's box (C, height, width) and the numbers for `resample_batch`.
+
+        A box with a side of more than MOST_DEFERRED pixels is resampled here: a batch is as large as its largest image.
+        """
+        draw = random.Random(seed)
+        crop = self._crop(pixels.shape, draw)
+        pixels = _rows(pixels, crop)
+        if max(crop.height, crop.width) <= MOST_DEFERRED:
+            return take_box(pixels, crop)[0], describe(crop)
+        return self._resample(pixels, crop, draw), describe(Crop(0, 0, *self.img_size, self.img_size))
+
+    def _crop(self, shape: tuple[int, ...], draw: random.Random) -> Crop:
+        height, width = shape[:2]
+        if self.augment == "resized_crop":
+            return random_resized_crop(height, width, self.img_size, self.crop_scale, draw)
+        return fixed_size_crop(height, width, self.img_size, draw if self.augment == "crop" else None)
+
+    def _resample(self, pixels: np.ndarray, crop: Crop, draw: random.Random) -> torch.Tensor:
+        how = resample if self.decode == "fast" else resample_exact
+        img = how(pixels, crop, self.img_size, self.interpolation)
+        return jitter_colors(img, self.color_jitter, draw) if self.color_jitter else img
+
+
+def _rows(pixels: np.ndarray | Jpeg, crop: Crop) -> np.ndarray:
+    return pixels.rows(crop.top + crop.height) if isinstance(pixels, Jpeg) else pixels
+
+
+def jitter_colors(img: torch.Tensor, strength: float, draw: random.Random) -> torch.Tensor:
+    """torchvision's ColorJitter(s, s, s, s / 4) of a uint8 (C, H, W) image, its factors drawn from `draw`; deeper images raise
+    UserError."""
+    if img.dtype != torch.uint8:
+        raise UserError(f"color_jitter on images of {img.dtype}", expected="8-bit images", fix="set color_jitter=0")
+    image = to_pil_image(img)
+    low, high, hue = max(0.0, 1 - strength), 1 + strength, min(0.5, strength / 4)
+    brightness, contrast, saturation = (low + (high - low) * draw.random() for _ in range(3))
+    turn = hue * (2 * draw.random() - 1)
+    steps = [
+        lambda x: adjust_brightness(x, brightness),
+        lambda x: adjust_contrast(x, contrast),
+        lambda x: adjust_saturation(x, saturation),
+        lambda x: adjust_hue(x, turn),
+    ]
+    for step in sorted(steps, key=lambda _: draw.random()):
+        image = step(image)
+    return pil_to_tensor(image)
+
+
+def normalize(imgs: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """(N, C, H, W) -> float32 of the same memory format, (x - mean) / std a channel; uint8 is divided by 255 first.
+
+    So mean and std are of pixels in [0, 1] for uint8, and in the array's own unit for any other dtype.
+    """
+    scale, shift = _constants(tuple(mean), tuple(std), 255.0 if imgs.dtype == torch.uint8 else 1.0, imgs.device)
+    return torch.addcmul(shift, imgs.float(), scale)
+
+
+@cache
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], unit: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 / (unit * std) and -mean / std, copied to the device once: a copy a step would wait for it."""
+    with torch.inference_mode(False):
+        deviation = torch.tensor(std, dtype=torch.float64)
+        scale, shift = 1 / (deviation * unit), -torch.tensor(mean, dtype=torch.float64) / deviation
+        return tuple(x.float().view(1, -1, 1, 1).to(device) for x in (scale, shift))  # type: ignore[return-value]
