@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from backbones.source import SPEC_KEY
+from backbones.reading.source import SPEC_KEY
 from mae_bench.files import write_atomic
 from mae_bench.spec import BackboneSpec
 

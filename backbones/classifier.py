@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from backbones.carry import write_safetensors
-from backbones.safe import check_values, read_file
-from backbones.source import Checkpoint
+from backbones.reading.safe import check_values, read_file
+from backbones.reading.source import Checkpoint
 from mae_bench.errors import UserError
 from mae_bench.job import EXPORT
 from mae_bench.spec import BackboneSpec

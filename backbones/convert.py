@@ -10,8 +10,8 @@ import torch
 
 from backbones.detect import format_named
 from backbones.load import FILLED, check_fit, make_report, stored_pooling, translate
+from backbones.reading.source import open_source
 from backbones.report import ConversionReport
-from backbones.source import open_source
 from backbones.target import check_target
 from mae_bench.errors import UserError
 from mae_bench.models.vit import build_vit

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 from mae_bench.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # the tables are asked before torch is imported
-    from backbones.source import Checkpoint
+    from backbones.reading.source import Checkpoint
     from backbones.translation import Format
 
 FORMATS: dict[str, str] = {

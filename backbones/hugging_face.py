@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backbones.naming import Naming
-from backbones.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
+from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
 from backbones.translation import is_sincos, numbers
 from mae_bench.errors import UserError
 from mae_bench.spec import BackboneSpec

@@ -5,7 +5,7 @@ from pathlib import Path
 from backbones.classifier import has_head, head_of, read_head, write_head
 from backbones.config import CheckpointConfig
 from backbones.load import load_backbone
-from backbones.source import Checkpoint, open_source
+from backbones.reading.source import Checkpoint, open_source
 from mae_bench.errors import UserError
 from mae_bench.export import EXPORT, write_export
 from mae_bench.job import Job, Outcome

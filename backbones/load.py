@@ -9,12 +9,12 @@ import torch
 
 from backbones.detect import detect, fitting, format_named
 from backbones.infer import infer_spec
+from backbones.reading.safe import check_values
+from backbones.reading.source import Checkpoint, open_source
+from backbones.reading.trust import TRUSTED
 from backbones.report import ConversionReport
 from backbones.resample import resample
-from backbones.safe import check_values
-from backbones.source import Checkpoint, open_source
 from backbones.translation import Translation
-from backbones.trust import TRUSTED
 from mae_bench.errors import UserError
 from mae_bench.models.create import Size, height_and_width
 from mae_bench.models.vit import ARCHS, ViT, build_vit

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from backbones.formats import hf_vitmae
 from backbones.load import check_fit, translate
-from backbones.safe import check_tensors, check_values, read_file
-from backbones.source import CONFIG_FILE, Checkpoint, open_source
+from backbones.reading.safe import check_tensors, check_values, read_file
+from backbones.reading.source import CONFIG_FILE, Checkpoint, open_source
 from mae_bench.errors import UserError
 from mae_bench.models.mae import MAE
 from mae_bench.models.resampling import resize_table

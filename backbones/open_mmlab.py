@@ -9,7 +9,7 @@ import torch
 
 from backbones.families import family
 from backbones.naming import Naming
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.structure import INDEX, INDEX_REASON, TABLE, beit_facts, vit_options
 from backbones.translation import HEAD, MASK_TOKEN, Translation, width
 from mae_bench.errors import UserError

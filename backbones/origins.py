@@ -6,7 +6,7 @@ from typing import Any
 
 from backbones.families import families, family, published_in
 from backbones.infer import shape_facts
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.translation import Translation
 from mae_bench.spec import BackboneSpec
 

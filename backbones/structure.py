@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from backbones.source import CONFIG_FILE, Checkpoint
+from backbones.reading.source import CONFIG_FILE, Checkpoint
 from mae_bench.errors import UserError
 
 Weights = Mapping[str, torch.Tensor]

@@ -14,7 +14,7 @@ from torch import nn
 
 from backbones.infer import infer_spec
 from backbones.load import stored_pooling
-from backbones.source import VIT_CLASSES
+from backbones.reading.source import VIT_CLASSES
 from backbones.structure import Weights, beit_facts, eva_options, vit_options
 from backbones.translation import Translation
 from mae_bench.errors import UserError

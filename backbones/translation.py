@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from backbones.families import family
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from mae_bench.errors import UserError
 from mae_bench.models.pos_embed import sincos_2d
 from mae_bench.spec import BackboneSpec

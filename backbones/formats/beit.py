@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from backbones.families import family
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.structure import INDEX, INDEX_REASON, TABLE, beit_facts, is_beit, is_eva
 from backbones.translation import HEAD, MASK_TOKEN, Translation, keep_names
 from mae_bench.errors import UserError

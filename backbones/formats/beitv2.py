@@ -1,7 +1,7 @@
 """beitv2: files of microsoft/unilm's BEiT v2 (pretrained with vector-quantised tokens, fine-tuned), in BEiT's layout."""
 
 from backbones.formats.beit import possible, read_as
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.translation import Translation
 
 

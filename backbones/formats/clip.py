@@ -8,7 +8,7 @@ import torch
 
 from backbones.families import family
 from backbones.naming import Naming
-from backbones.source import OPEN_CLIP_CONFIG, Checkpoint
+from backbones.reading.source import OPEN_CLIP_CONFIG, Checkpoint
 from backbones.translation import Translation, numbers
 from mae_bench.errors import UserError
 

@@ -1,7 +1,7 @@
 """data2vec: files of facebookresearch/data2vec_vision (pretrained, fine-tuned), in BEiT's layout with one shared bias table."""
 
 from backbones.formats.beit import possible, read_as
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.translation import Translation
 
 

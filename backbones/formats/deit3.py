@@ -4,7 +4,7 @@ from math import isqrt
 
 import torch
 
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.structure import by_timm
 from backbones.translation import HEAD, Translation, is_official_vit, plain
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from backbones.families import family
-from backbones.source import SPEC_KEY, Checkpoint
+from backbones.reading.source import SPEC_KEY, Checkpoint
 from backbones.structure import by_timm
 from backbones.translation import Translation, has_last_norm, is_timm_vit, keep_names, require_plain
 from mae_bench.errors import UserError

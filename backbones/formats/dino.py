@@ -1,6 +1,6 @@
 """dino: training files of facebookresearch/dino (student and teacher); its published backbones bear no mark."""
 
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.translation import HEAD, PROJECTOR, Translation, is_official_vit, plain
 
 HEADS = r"(?:module\.)?head\."

@@ -7,7 +7,7 @@ import torch
 
 from backbones.families import family
 from backbones.naming import Naming
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.structure import is_gated
 from backbones.translation import Translation, drop_empty_registers, width
 from mae_bench.errors import UserError

@@ -8,7 +8,7 @@ import torch
 from backbones.families import family
 from backbones.formats.dinov2 import MASK_TOKEN, projections
 from backbones.naming import Naming
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.translation import Translation, drop_empty_registers, width
 from mae_bench.errors import UserError
 

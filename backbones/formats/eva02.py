@@ -7,7 +7,7 @@ import torch
 
 from backbones.families import family
 from backbones.naming import Naming
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.structure import eva_options
 from backbones.translation import HEAD, MASK_TOKEN, Translation
 from mae_bench.errors import UserError

@@ -10,7 +10,7 @@ from backbones.carry import write_safetensors
 from backbones.families import family
 from backbones.hugging_face import ANCHOR, BLOCK, BLOCKS, QKV, TOP, config_of, facts_of, model_type, processor_of, silence
 from backbones.naming import Naming
-from backbones.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
+from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
 from backbones.structure import INDEX, INDEX_REASON, TABLE, beit_facts
 from backbones.translation import HEAD, MASK_TOKEN, Translation, not_expressible
 from mae_bench.files import write_json

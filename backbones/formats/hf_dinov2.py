@@ -9,7 +9,7 @@ from backbones.carry import write_safetensors
 from backbones.formats.dinov2 import MASK_TOKEN, SWIGLU, describe
 from backbones.hugging_face import ANCHOR, QKV, TOP, config_of, facts_of, model_type, processor_of
 from backbones.naming import Naming
-from backbones.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
+from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
 from backbones.structure import is_gated
 from backbones.translation import HEAD, Translation, not_expressible, numbers
 from mae_bench.errors import UserError

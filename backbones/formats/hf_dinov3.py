@@ -11,7 +11,7 @@ from backbones.formats.dinov2 import MASK_TOKEN
 from backbones.formats.dinov3 import BASE, INIT_VALUES, SAT493M, options_of, standard_heads
 from backbones.hugging_face import config_of, facts_of, model_type, processor_of
 from backbones.naming import Naming
-from backbones.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
+from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
 from backbones.translation import Translation, drop_empty_registers, not_expressible, numbers
 from mae_bench.errors import UserError
 from mae_bench.files import write_json

@@ -3,7 +3,7 @@
 from backbones.families import family
 from backbones.hugging_face import VIT, facts_of, is_plain, model_type, silence
 from backbones.naming import Naming
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.translation import HEAD, Translation
 
 DEFAULT_EPS = 1e-12  # of IJepaConfig; the authors train with 1e-6

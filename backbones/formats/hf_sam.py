@@ -3,7 +3,7 @@
 from backbones.families import family
 from backbones.hugging_face import facts_of, model_type, silence, vision_config
 from backbones.naming import Naming
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.translation import Translation
 from backbones.windows import windowed_facts
 

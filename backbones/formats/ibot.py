@@ -1,6 +1,6 @@
 """ibot: training files of bytedance/ibot (student and teacher) and the backbones that its script extracts from them."""
 
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.translation import HEAD, MASK_TOKEN, PROJECTOR, Translation, is_official_vit, plain
 
 DROP = {r"masked_embed$": MASK_TOKEN, r"head\.": HEAD}

@@ -1,6 +1,6 @@
 """ijepa: training files of facebookresearch/ijepa (encoder and target_encoder beside the predictor)."""
 
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.translation import Translation, is_official_vit, plain
 
 ENCODERS = ("encoder", "target_encoder")

@@ -2,7 +2,7 @@
 
 import re
 
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.translation import HEAD, MASK_TOKEN, Translation, is_official_vit, numbers, plain
 
 # lightly's MaskedVisionTransformerTIMM in a method's backbone; lightly-train's wrappers around a timm model.

@@ -2,7 +2,7 @@
 
 import re
 
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.translation import HEAD, MASK_TOKEN, Translation, is_official_vit, plain
 
 DROP = {

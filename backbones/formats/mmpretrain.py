@@ -3,7 +3,7 @@
 from backbones.families import family
 from backbones.open_mmlab import config_of, is_segmentation, is_vit
 from backbones.open_mmlab import read as read_open_mmlab
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.translation import Translation, has_moco_table, width
 
 PRETRAINED = {  # beside the backbone -> by which method it was trained

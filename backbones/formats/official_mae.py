@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from backbones.formats import deit, moco_v3
-from backbones.source import SPEC_KEY, Checkpoint
+from backbones.reading.source import SPEC_KEY, Checkpoint
 from backbones.translation import HEAD, Translation, is_official_vit, is_sincos, plain, require_plain
 from mae_bench.files import write_atomic
 from mae_bench.spec import BackboneSpec

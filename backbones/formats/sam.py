@@ -2,7 +2,7 @@
 
 from backbones.families import family
 from backbones.naming import Naming
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.structure import by_timm
 from backbones.translation import Translation
 from backbones.windows import windowed_facts

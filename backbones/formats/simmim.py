@@ -1,7 +1,7 @@
 """simmim: ViTs of microsoft/SimMIM (pretrained, with the decoder beside the encoder; fine-tuned), in BEiT's layout."""
 
 from backbones.formats.beit import possible, read_as
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.translation import Translation
 from mae_bench.errors import UserError
 

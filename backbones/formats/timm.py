@@ -11,7 +11,7 @@ from backbones.detect import format_named
 from backbones.families import family
 from backbones.formats import clip
 from backbones.formats.official_mae import WRAPPERS, is_marked
-from backbones.source import CONFIG_FILE, Checkpoint
+from backbones.reading.source import CONFIG_FILE, Checkpoint
 from backbones.structure import beit_facts, by_timm, eva_options, has_post_norms, is_beit, is_eva, is_rotary, vit_options
 from backbones.timm_models import facts_by_name
 from backbones.translation import HEAD, Translation, is_sincos, is_vit, keep_names, numbers

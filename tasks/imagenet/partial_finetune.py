@@ -5,7 +5,7 @@ import shutil
 from dataclasses import asdict, replace
 
 from backbones.load import translate
-from backbones.source import open_source
+from backbones.reading.source import open_source
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.errors import UserError
 from mae_bench.files import write_json

@@ -266,7 +266,7 @@ def peak() -> int:
 
 def end_of(path: Path) -> str:
     """How reading the file ends: "read", the reason why it is refused, or !! and an exception that no user should see."""
-    from backbones.source import open_source
+    from backbones.reading.source import open_source
     from mae_bench.errors import UserError
 
     try:

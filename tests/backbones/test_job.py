@@ -7,7 +7,7 @@ from backbones.classifier import has_head
 from backbones.config import CheckpointConfig
 from backbones.job import run
 from backbones.load import load_backbone
-from backbones.safe import read_file
+from backbones.reading.safe import read_file
 from mae_bench.config import build
 from mae_bench.errors import UserError
 from mae_bench.files import file_digest
@@ -43,7 +43,7 @@ def test_the_source_is_read_once_for_backbone_and_head(tmp_path, files, monkeypa
         opened.append(path)
         return read_file(path, *rest)
 
-    monkeypatch.setattr("backbones.source.read_file", read)
+    monkeypatch.setattr("backbones.reading.source.read_file", read)
     config, job = job_of(tmp_path, source=str(path))
     run(config, job, Progress())
     assert has_head(job.dir)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from backbones.load import check_fit, stored_pooling, translate
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from mae_bench.models.vit import build_vit
 
 # width, depth, heads, patch, tensors (encoder, with decoder), parameters (encoder, decoder)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from backbones.load import check_fit, stored_pooling, translate
-from backbones.source import Checkpoint
-from backbones.unwrap import unwrap
+from backbones.reading.source import Checkpoint
+from backbones.reading.unwrap import unwrap
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
 

@@ -8,7 +8,7 @@ import torch
 
 from backbones.convert import convert
 from backbones.load import load_backbone
-from backbones.source import open_source
+from backbones.reading.source import open_source
 from mae_bench.errors import UserError
 from tests.backbones.formats import toys_hf_vit
 from tests.backbones.formats.reference import check_real_size

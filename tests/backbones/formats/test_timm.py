@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from backbones.convert import convert
 from backbones.load import check_fit, load_backbone, stored_pooling, translate
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.timm_models import differences
 from mae_bench.errors import UserError
 from mae_bench.models.cost import backbone_gmacs, num_params

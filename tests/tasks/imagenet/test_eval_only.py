@@ -12,7 +12,7 @@ from PIL import Image
 from backbones.classifier import head_of
 from backbones.config import CheckpointConfig
 from backbones.job import run as bring
-from backbones.source import Checkpoint
+from backbones.reading.source import Checkpoint
 from mae_bench.config import build
 from mae_bench.errors import UserError
 from mae_bench.job import Outcome

@@ -15,12 +15,12 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 
-from backbones.description import read_json
-from backbones.hub import fetch_repo, told_once
-from backbones.official import fetch_official, name_of
-from backbones.safe import State, WeightFile, check_tensors, check_unchanged, read_file
-from backbones.shards import INDEX_SUFFIX, read_shards
-from backbones.unwrap import unwrap
+from backbones.reading.description import read_json
+from backbones.reading.hub import fetch_repo, told_once
+from backbones.reading.official import fetch_official, name_of
+from backbones.reading.safe import State, WeightFile, check_tensors, check_unchanged, read_file
+from backbones.reading.shards import INDEX_SUFFIX, read_shards
+from backbones.reading.unwrap import unwrap
 from mae_bench.errors import UserError, did_you_mean, near_path
 from mae_bench.export import EXPORT, SPEC_FILE, WEIGHTS_FILE
 from mae_bench.files import file_digest
@@ -60,7 +60,7 @@ class Checkpoint:
     extras: dict[str, Any] = field(default_factory=dict)
     beside: dict[str, dict[str, Any]] = field(default_factory=dict)
     stated_spec: dict[str, Any] = field(default_factory=dict)
-    trusted: bool = False  # its pickle was run, in a subprocess without network (`backbones.trust`)
+    trusted: bool = False  # its pickle was run, in a subprocess without network (`backbones.reading.trust`)
     files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 of each file that was read: the weights, then `beside`
     format: str | None = None  # that the source itself tells; else it is detected
     notes: list[str] = field(default_factory=list)  # what the reader of a report should know of the source
@@ -85,7 +85,7 @@ def open_source(source: str | Path, sha256: str | None = None, weights: str | No
     """The Checkpoint behind a SOURCE; UserError for one that is unknown, missing, damaged or not the one that `sha256` pins.
 
     weights: which set of weights, where the file holds several (teacher, student, model_ema ...). trust: unpickle in a subprocess
-    without network what cannot be read as data (`backbones.trust`).
+    without network what cannot be read as data (`backbones.reading.trust`).
     """
     kind, colon, rest = str(source).partition(":")
     if not colon or Path(source).exists():

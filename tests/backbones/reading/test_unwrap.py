@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from backbones.unwrap import ANCHORS, SeveralSets, unwrap
+from backbones.reading.unwrap import ANCHORS, SeveralSets, unwrap
 from mae_bench.errors import UserError
 
 VIT = {

@@ -28,7 +28,9 @@ class Official:
 @cache
 def table() -> dict[str, Official]:
     """Name -> what is published."""
-    groups: Any = OmegaConf.to_container(OmegaConf.create(files("backbones").joinpath("official.yaml").read_text("utf-8")))
+    groups: Any = OmegaConf.to_container(
+        OmegaConf.create(files("backbones.reading").joinpath("official.yaml").read_text("utf-8"))
+    )
     return {
         name: Official(
             f"{group['base']}/{entry['path']}",

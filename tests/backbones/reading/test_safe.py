@@ -22,14 +22,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from backbones import safe
 from backbones.config import CheckpointConfig
 from backbones.convert import convert
 from backbones.job import run
 from backbones.load import load_backbone, translate
-from backbones.safe import read_file
-from backbones.source import open_source
-from backbones.stand_ins import ALLOWED, NotBuilt, Stored
+from backbones.reading import safe
+from backbones.reading.safe import read_file
+from backbones.reading.source import open_source
+from backbones.reading.stand_ins import ALLOWED, NotBuilt, Stored
 from mae_bench.config import build
 from mae_bench.errors import UserError
 from mae_bench.files import file_digest

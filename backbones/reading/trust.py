@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import torch
 
-from backbones.stand_ins import NotBuilt
+from backbones.reading.stand_ins import NotBuilt
 from mae_bench.errors import UserError
 
 TRUSTED = "read by running its pickle in a subprocess without network (--trust)"

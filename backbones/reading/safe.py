@@ -17,10 +17,10 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from backbones import trust as trusting
-from backbones.no_weights import FETCH, FIRST, is_text, what_else, zipped
-from backbones.pickled import Refused, look_through, value_of
-from backbones.stand_ins import ALLOWED
+from backbones.reading import trust as trusting
+from backbones.reading.no_weights import FETCH, FIRST, is_text, what_else, zipped
+from backbones.reading.pickled import Refused, look_through, value_of
+from backbones.reading.stand_ins import ALLOWED
 from mae_bench.errors import UserError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -46,7 +46,7 @@ class WeightFile:
     metadata: dict[str, str]
     digest: str
     size: int
-    trusted: bool = False  # its pickle was run, in a subprocess without network (`backbones.trust`)
+    trusted: bool = False  # its pickle was run, in a subprocess without network (`backbones.reading.trust`)
     states: Mapping[Path, State] = field(default_factory=dict)
 
 
@@ -224,7 +224,7 @@ def _refusal(path: Path, error: Refused) -> UserError:
     named = ", ".join(map(repr, error.names[:5])) + (f" and {len(error.names) - 5} more" if len(error.names) > 5 else "")
     return NeedsTrust(
         f"{path} wants to build {named} while it is read; nothing of it was run",
-        expected="tensors, containers, numbers, strings and the settings of known training scripts (backbones/stand_ins.py)",
+        expected="tensors, containers, numbers, strings and the settings of known training scripts (backbones/reading/stand_ins.py)",
         fix="ask its author for safetensors, or save only its state_dict where it comes from; --trust runs its code, in a "
         "subprocess without network",
     )

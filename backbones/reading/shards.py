@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from backbones.description import read_json
-from backbones.safe import WeightFile, read_file
+from backbones.reading.description import read_json
+from backbones.reading.safe import WeightFile, read_file
 from mae_bench.errors import UserError
 
 INDEX_SUFFIX = ".index.json"  # model.safetensors.index.json, pytorch_model.bin.index.json

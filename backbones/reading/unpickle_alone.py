@@ -1,6 +1,6 @@
 """The program that runs a trusted file's pickle, cut off from network and file system, and writes what it made as safetensors.
 
-Started by `backbones.trust`: FILE_FD OUT_FD SIZE SECONDS FOLDER. The one place where a pickle is run; imports nothing of ours.
+Started by `backbones.reading.trust`: FILE_FD OUT_FD SIZE SECONDS FOLDER. The one place where a pickle is run; imports nothing of ours.
 """
 
 import ctypes

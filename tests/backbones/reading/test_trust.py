@@ -15,12 +15,12 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from backbones import trust, unpickle_alone
 from backbones.config import CheckpointConfig
 from backbones.job import run
 from backbones.load import load_backbone
-from backbones.safe import read_file
-from backbones.stand_ins import NotBuilt
+from backbones.reading import trust, unpickle_alone
+from backbones.reading.safe import read_file
+from backbones.reading.stand_ins import NotBuilt
 from mae_bench.config import build
 from mae_bench.errors import UserError
 from mae_bench.job import Job

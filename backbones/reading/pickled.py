@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from backbones.stand_ins import ALLOWED, NotBuilt, Stored, StoredArray, mapping
+from backbones.reading.stand_ins import ALLOWED, NotBuilt, Stored, StoredArray, mapping
 
 # What a file of torch.save is made of: bytes of an element in each kind of storage, and the calls that make tensors of them.
 BYTES = {"Float": 4, "Double": 8, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1,
