@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from backbones.carry import write_safetensors
 from backbones.reading.safe import check_values, read_file
 from backbones.reading.source import Checkpoint
+from backbones.writing import write_safetensors
 from mae_bench.errors import UserError
 from mae_bench.job import EXPORT
 from mae_bench.spec import BackboneSpec

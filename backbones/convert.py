@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from backbones.detect import format_named
 from backbones.load import FILLED, check_fit, make_report, stored_pooling, translate
 from backbones.reading.source import open_source
-from backbones.report import ConversionReport
 from backbones.target import check_target
+from backbones.translating.detect import format_named
+from backbones.translating.report import ConversionReport
 from mae_bench.errors import UserError
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
@@ -31,7 +31,7 @@ def convert(
 ) -> ConversionReport:
     """Writes the backbone of `source` to `out` in the format `to`, in its stored precision; returns how it was read.
 
-    One file or a folder, as `backbones.detect.WRITTEN` says. What is written is read back and must be bit-equal, or it is removed
+    One file or a folder, as `backbones.translating.detect.WRITTEN` says. What is written is read back and must be bit-equal, or it is removed
     again. UserError for an `out` that exists, and for a backbone that the format cannot express.
     """
     target = Path(out)

@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from backbones.load import check_fit, make_report, stored_pooling, translate
-from backbones.origins import family_of, origins, published
 from backbones.reading.source import Checkpoint, open_source
 from backbones.reading.unwrap import SeveralSets
+from backbones.translating.origins import family_of, origins, published
 from mae_bench.errors import UserError
 from mae_bench.models.vit import ARCHS, build_vit
 from mae_bench.spec import BackboneSpec

@@ -7,14 +7,14 @@ from typing import Any, cast
 
 import torch
 
-from backbones.detect import detect, fitting, format_named
-from backbones.infer import infer_spec
 from backbones.reading.safe import check_values
 from backbones.reading.source import Checkpoint, open_source
 from backbones.reading.trust import TRUSTED
-from backbones.report import ConversionReport
-from backbones.resample import resample
-from backbones.translation import Translation
+from backbones.translating.detect import detect, fitting, format_named
+from backbones.translating.infer import infer_spec
+from backbones.translating.report import ConversionReport
+from backbones.translating.resample import resample
+from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
 from mae_bench.models.create import Size, height_and_width
 from mae_bench.models.vit import ARCHS, ViT, build_vit
@@ -48,10 +48,10 @@ def load_backbone(
     (`fc_norm`) keep it there, and `forward_head(..., pre_logits=True)` applies it. `global_pool` "avg" asks for that layout:
     a final norm is then dropped and a new one put behind the pooling, as MAE fine-tunes.
     source: a path, file:PATH, run:DIR, timm:NAME, official:NAME, hf:REPO@REVISION; or what `open_source` made of one (with
-    its weights, sha256 and trust). format: a name of `backbones.detect.FORMATS` where detection cannot decide. weights:
+    its weights, sha256 and trust). format: a name of `backbones.translating.detect.FORMATS` where detection cannot decide. weights:
     which set of weights, where the file holds several (teacher, model_ema ...).
     img_size, patch_size: (height, width) in pixels, or one number for both, where a task needs others than the weights were
-    trained at: tables and patch embedding are resampled (`backbones.resample`), the latter by
+    trained at: tables and patch embedding are resampled (`backbones.translating.resample`), the latter by
     `patch_resample` "pinv" or "bicubic".
     sha256: the weight file's digest, which must match. overrides: spec fields that the file does not tell (num_heads, ...).
     trust: unpickle what cannot be read as data, in a subprocess without network; the report says so.

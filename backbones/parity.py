@@ -14,8 +14,8 @@ from rich.text import Text
 from torch import nn
 
 from backbones.load import load_backbone
-from backbones.probe import a_sample
-from backbones.theirs import callable_named, run_theirs
+from backbones.preprocessing import a_sample
+from backbones.user_code import callable_named, run_theirs
 from mae_bench.data.batches.transforms import eval_transform, normalize
 from mae_bench.errors import UserError
 from mae_bench.spec import BackboneSpec

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from backbones.detect import FORMATS, WRITTEN
+from backbones.translating.detect import FORMATS, WRITTEN
 from mae_bench.errors import UserError, did_you_mean
 
 

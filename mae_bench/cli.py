@@ -41,7 +41,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to 
 
 def _known_format(name: str | None) -> str | None:
     """Asked before torch is imported."""
-    from backbones.detect import check_format
+    from backbones.translating.detect import check_format
 
     if name is not None:
         check_format(name)
@@ -261,8 +261,8 @@ def inspect(
         raise UserError(f"{ckpt} holds {len(found['sets'])} sets of ViT weights", fix="say which with --weights NAME")
     from rich.console import Group
 
-    from backbones.probe import render as render_probe
-    from backbones.probe import suggest
+    from backbones.preprocessing import render as render_probe
+    from backbones.preprocessing import suggest
 
     tried = suggest(ckpt, images, format=format, weights=weights, trust=trust, overrides=_values(fields))
     shown = Group(render(found), "", render_probe(tried), "", render_published(found["published"]))
@@ -314,7 +314,7 @@ def verify(
     CALLABLE, in MODULE (from here, or installed), is called with CKPT's path if it takes an argument without a default. Its
     blocks are its first ModuleList or Sequential of as many members as ours. Exit code 1 for a difference above --tolerance.
     """
-    from backbones.theirs import callable_named
+    from backbones.user_code import callable_named
 
     callable_named(against)  # before torch is imported, unless their code does
     from backbones.parity import render

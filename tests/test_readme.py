@@ -55,7 +55,7 @@ def test_tables_are_the_committed_ones() -> None:
 
 def test_the_table_of_formats_is_the_codes() -> None:
     """Exactly the formats that are read, written as `convert` writes them, each with a test that names it."""
-    from backbones.detect import FORMATS, WRITTEN
+    from backbones.translating.detect import FORMATS, WRITTEN
 
     rows = re.findall(
         r"^\| `(\w+)` \| (.+) \| (folder|file|-) \| (.+): \[.+\]\((.+)\) \|$", README.read_text(encoding="utf-8"), re.MULTILINE

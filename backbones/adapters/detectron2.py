@@ -7,7 +7,7 @@ import torch
 
 from backbones.adapters.features import FeatureMaps, layer_id
 from backbones.load import load_backbone
-from backbones.report import ConversionReport
+from backbones.translating.report import ConversionReport
 from mae_bench.errors import NotInstalled, UserError
 from mae_bench.models.vit import ViT
 from mae_bench.spec import BackboneSpec

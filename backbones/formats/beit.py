@@ -5,8 +5,8 @@ from typing import Any
 
 from backbones.families import family
 from backbones.reading.source import Checkpoint
-from backbones.structure import INDEX, INDEX_REASON, TABLE, beit_facts, is_beit, is_eva
-from backbones.translation import HEAD, MASK_TOKEN, Translation, keep_names
+from backbones.translating.structure import INDEX, INDEX_REASON, TABLE, beit_facts, is_beit, is_eva
+from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, keep_names
 from mae_bench.errors import UserError
 
 FAMILIES = ("beit", "beitv2", "data2vec", "simmim")

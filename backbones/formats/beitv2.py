@@ -2,7 +2,7 @@
 
 from backbones.formats.beit import possible, read_as
 from backbones.reading.source import Checkpoint
-from backbones.translation import Translation
+from backbones.translating.translation import Translation
 
 
 def fits(checkpoint: Checkpoint) -> bool:

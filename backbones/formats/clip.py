@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from backbones.families import family
-from backbones.naming import Naming
 from backbones.reading.source import OPEN_CLIP_CONFIG, Checkpoint
-from backbones.translation import Translation, numbers
+from backbones.translating.naming import Naming
+from backbones.translating.translation import Translation, numbers
 from mae_bench.errors import UserError
 
 NAMES = Naming(

@@ -1,7 +1,7 @@
 """deit: files of facebookresearch/deit, with a distillation token or without (DeiT III is deit3)."""
 
 from backbones.reading.source import Checkpoint
-from backbones.translation import HEAD, Translation, has_moco_table, is_official_vit, is_sincos, plain
+from backbones.translating.translation import HEAD, Translation, has_moco_table, is_official_vit, is_sincos, plain
 
 DROP = {r"head\.": HEAD, r"head_dist\.": "classifier of the distillation token: every task trains its own"}
 WRAPPERS = ("model", "model_ema")

@@ -5,8 +5,8 @@ from math import isqrt
 import torch
 
 from backbones.reading.source import Checkpoint
-from backbones.structure import by_timm
-from backbones.translation import HEAD, Translation, is_official_vit, plain
+from backbones.translating.structure import by_timm
+from backbones.translating.translation import HEAD, Translation, is_official_vit, plain
 
 DROP = {r"head\.": HEAD}
 HEADS = {512: 8, 1408: 16, 1664: 16}  # of deit_medium, deit_giant and deit_Giant; the others' are the standard

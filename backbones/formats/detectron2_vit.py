@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from backbones.families import family
 from backbones.reading.source import SPEC_KEY, Checkpoint
-from backbones.structure import by_timm
-from backbones.translation import Translation, has_last_norm, is_timm_vit, keep_names, require_plain
+from backbones.translating.structure import by_timm
+from backbones.translating.translation import Translation, has_last_norm, is_timm_vit, keep_names, require_plain
 from mae_bench.errors import UserError
 from mae_bench.export import SPEC_FILE
 from mae_bench.files import write_atomic

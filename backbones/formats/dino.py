@@ -1,7 +1,7 @@
 """dino: training files of facebookresearch/dino (student and teacher); its published backbones bear no mark."""
 
 from backbones.reading.source import Checkpoint
-from backbones.translation import HEAD, PROJECTOR, Translation, is_official_vit, plain
+from backbones.translating.translation import HEAD, PROJECTOR, Translation, is_official_vit, plain
 
 HEADS = r"(?:module\.)?head\."
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from backbones.families import family
-from backbones.naming import Naming
 from backbones.reading.source import Checkpoint
-from backbones.structure import is_gated
-from backbones.translation import Translation, drop_empty_registers, width
+from backbones.translating.naming import Naming
+from backbones.translating.structure import is_gated
+from backbones.translating.translation import Translation, drop_empty_registers, width
 from mae_bench.errors import UserError
 
 HEAD_DIM = 64  # channels of a head, in every size of the family (dinov2/models/vision_transformer.py)

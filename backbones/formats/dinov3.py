@@ -7,9 +7,9 @@ import torch
 
 from backbones.families import family
 from backbones.formats.dinov2 import MASK_TOKEN, projections
-from backbones.naming import Naming
 from backbones.reading.source import Checkpoint
-from backbones.translation import Translation, drop_empty_registers, width
+from backbones.translating.naming import Naming
+from backbones.translating.translation import Translation, drop_empty_registers, width
 from mae_bench.errors import UserError
 
 HEADS_OF_7B = {4096: 32}  # the other sizes have heads of 64 channels (dinov3/models/vision_transformer.py)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import torch
 
 from backbones.families import family
-from backbones.naming import Naming
 from backbones.reading.source import Checkpoint
-from backbones.structure import eva_options
-from backbones.translation import HEAD, MASK_TOKEN, Translation
+from backbones.translating.naming import Naming
+from backbones.translating.structure import eva_options
+from backbones.translating.translation import HEAD, MASK_TOKEN, Translation
 from mae_bench.errors import UserError
 
 SEQ_LEN = 16  # patches a side that the rotations count in whatever the grid is (pt_hw_seq_len: 224 / 14)

@@ -6,13 +6,24 @@ from typing import Any
 
 import torch
 
-from backbones.carry import write_safetensors
 from backbones.families import family
-from backbones.hugging_face import ANCHOR, BLOCK, BLOCKS, QKV, TOP, config_of, facts_of, model_type, processor_of, silence
-from backbones.naming import Naming
 from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
-from backbones.structure import INDEX, INDEX_REASON, TABLE, beit_facts
-from backbones.translation import HEAD, MASK_TOKEN, Translation, not_expressible
+from backbones.translating.hugging_face import (
+    ANCHOR,
+    BLOCK,
+    BLOCKS,
+    QKV,
+    TOP,
+    config_of,
+    facts_of,
+    model_type,
+    processor_of,
+    silence,
+)
+from backbones.translating.naming import Naming
+from backbones.translating.structure import INDEX, INDEX_REASON, TABLE, beit_facts
+from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, not_expressible
+from backbones.writing import write_safetensors
 from mae_bench.files import write_json
 from mae_bench.spec import BackboneSpec
 

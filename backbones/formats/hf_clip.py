@@ -2,10 +2,10 @@
 
 from backbones.families import family
 from backbones.formats.clip import add_axes
-from backbones.hugging_face import facts_of, model_type, silence
-from backbones.naming import Naming
 from backbones.reading.source import CONFIG_FILE, Checkpoint
-from backbones.translation import Translation
+from backbones.translating.hugging_face import facts_of, model_type, silence
+from backbones.translating.naming import Naming
+from backbones.translating.translation import Translation
 
 DEFAULT_EPS, DEFAULT_HEADS = 1e-5, 12  # of CLIPVisionConfig: nested in another config it writes only what differs
 NAMES = Naming(

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from backbones.carry import write_safetensors
 from backbones.formats.dinov2 import MASK_TOKEN, SWIGLU, describe
-from backbones.hugging_face import ANCHOR, QKV, TOP, config_of, facts_of, model_type, processor_of
-from backbones.naming import Naming
 from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
-from backbones.structure import is_gated
-from backbones.translation import HEAD, Translation, not_expressible, numbers
+from backbones.translating.hugging_face import ANCHOR, QKV, TOP, config_of, facts_of, model_type, processor_of
+from backbones.translating.naming import Naming
+from backbones.translating.structure import is_gated
+from backbones.translating.translation import HEAD, Translation, not_expressible, numbers
+from backbones.writing import write_safetensors
 from mae_bench.errors import UserError
 from mae_bench.files import write_json
 from mae_bench.spec import BackboneSpec

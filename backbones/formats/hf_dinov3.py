@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from backbones.carry import write_safetensors
 from backbones.families import family
 from backbones.formats.dinov2 import MASK_TOKEN
 from backbones.formats.dinov3 import BASE, INIT_VALUES, SAT493M, options_of, standard_heads
-from backbones.hugging_face import config_of, facts_of, model_type, processor_of
-from backbones.naming import Naming
 from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
-from backbones.translation import Translation, drop_empty_registers, not_expressible, numbers
+from backbones.translating.hugging_face import config_of, facts_of, model_type, processor_of
+from backbones.translating.naming import Naming
+from backbones.translating.translation import Translation, drop_empty_registers, not_expressible, numbers
+from backbones.writing import write_safetensors
 from mae_bench.errors import UserError
 from mae_bench.files import write_json
 from mae_bench.spec import BackboneSpec

@@ -1,10 +1,10 @@
 """hf_ijepa: transformers' I-JEPA, a ViT without a class token, as its save_pretrained writes it."""
 
 from backbones.families import family
-from backbones.hugging_face import VIT, facts_of, is_plain, model_type, silence
-from backbones.naming import Naming
 from backbones.reading.source import Checkpoint
-from backbones.translation import HEAD, Translation
+from backbones.translating.hugging_face import VIT, facts_of, is_plain, model_type, silence
+from backbones.translating.naming import Naming
+from backbones.translating.translation import HEAD, Translation
 
 DEFAULT_EPS = 1e-12  # of IJepaConfig; the authors train with 1e-6
 NAMES = Naming(

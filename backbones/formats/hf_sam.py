@@ -1,11 +1,11 @@
 """hf_sam: the image encoder of transformers' SAM (SamVisionModel, or within SamModel)."""
 
 from backbones.families import family
-from backbones.hugging_face import facts_of, model_type, silence, vision_config
-from backbones.naming import Naming
 from backbones.reading.source import Checkpoint
-from backbones.translation import Translation
-from backbones.windows import windowed_facts
+from backbones.translating.hugging_face import facts_of, model_type, silence, vision_config
+from backbones.translating.naming import Naming
+from backbones.translating.translation import Translation
+from backbones.translating.windows import windowed_facts
 
 DEFAULT_EPS = 1e-6  # of SamVisionConfig
 NAMES = Naming(

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from backbones.carry import write_safetensors
-from backbones.hugging_face import VIT, config_of, facts_of, is_plain, model_type, processor_of, silence, vit_marks
 from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
-from backbones.translation import Translation, require_plain
+from backbones.translating.hugging_face import VIT, config_of, facts_of, is_plain, model_type, processor_of, silence, vit_marks
+from backbones.translating.translation import Translation, require_plain
+from backbones.writing import write_safetensors
 from mae_bench.files import write_json
 from mae_bench.spec import BackboneSpec
 

@@ -1,7 +1,7 @@
 """ibot: training files of bytedance/ibot (student and teacher) and the backbones that its script extracts from them."""
 
 from backbones.reading.source import Checkpoint
-from backbones.translation import HEAD, MASK_TOKEN, PROJECTOR, Translation, is_official_vit, plain
+from backbones.translating.translation import HEAD, MASK_TOKEN, PROJECTOR, Translation, is_official_vit, plain
 
 DROP = {r"masked_embed$": MASK_TOKEN, r"head\.": HEAD}
 HEADS = r"(?:module\.)?head\."

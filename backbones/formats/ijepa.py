@@ -1,7 +1,7 @@
 """ijepa: training files of facebookresearch/ijepa (encoder and target_encoder beside the predictor)."""
 
 from backbones.reading.source import Checkpoint
-from backbones.translation import Translation, is_official_vit, plain
+from backbones.translating.translation import Translation, is_official_vit, plain
 
 ENCODERS = ("encoder", "target_encoder")
 HEADS = {1408: 16}  # of vit_giant

@@ -3,7 +3,7 @@
 import re
 
 from backbones.reading.source import Checkpoint
-from backbones.translation import HEAD, MASK_TOKEN, Translation, is_official_vit, numbers, plain
+from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, is_official_vit, numbers, plain
 
 # lightly's MaskedVisionTransformerTIMM in a method's backbone; lightly-train's wrappers around a timm model.
 PREFIX = re.compile(r"(?:.*\.)?(?:\w*backbone\w*\.vit|wrapped_model\._model)\.$")

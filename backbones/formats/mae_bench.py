@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from backbones.reading.source import Checkpoint
-from backbones.translation import Translation, keep_names
+from backbones.translating.translation import Translation, keep_names
 from mae_bench.errors import UserError
 from mae_bench.export import SPEC_FILE, write_export
 from mae_bench.spec import BackboneSpec

@@ -3,7 +3,7 @@
 import re
 
 from backbones.reading.source import Checkpoint
-from backbones.translation import HEAD, MASK_TOKEN, Translation, is_official_vit, plain
+from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, is_official_vit, plain
 
 DROP = {
     r"mask_token$": MASK_TOKEN,

@@ -1,10 +1,10 @@
 """mmpretrain: ViT, MAE, MoCo v3, MaskFeat, DeiT III and BEiT as mmpretrain, mmselfsup and mmclassification save them."""
 
 from backbones.families import family
-from backbones.open_mmlab import config_of, is_segmentation, is_vit
-from backbones.open_mmlab import read as read_open_mmlab
 from backbones.reading.source import Checkpoint
-from backbones.translation import Translation, has_moco_table, width
+from backbones.translating.open_mmlab import config_of, is_segmentation, is_vit
+from backbones.translating.open_mmlab import read as read_open_mmlab
+from backbones.translating.translation import Translation, has_moco_table, width
 
 PRETRAINED = {  # beside the backbone -> by which method it was trained
     "neck.decoder_blocks.0.attn.qkv.": "mae",  # MILAN's decoder has other attention

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from backbones.open_mmlab import VIT, is_segmentation, is_vit
-from backbones.open_mmlab import read as read_open_mmlab
 from backbones.reading.source import SPEC_KEY, Checkpoint
-from backbones.translation import Translation, not_expressible
+from backbones.translating.open_mmlab import VIT, is_segmentation, is_vit
+from backbones.translating.open_mmlab import read as read_open_mmlab
+from backbones.translating.translation import Translation, not_expressible
 from mae_bench.errors import UserError
 from mae_bench.files import write_atomic
 from mae_bench.spec import BackboneSpec

@@ -1,7 +1,7 @@
 """moco_v3: training and linear-probe files of facebookresearch/moco-v3, known by their encoders' names or position table."""
 
 from backbones.reading.source import Checkpoint
-from backbones.translation import HEAD, PROJECTOR, Translation, has_moco_table, is_official_vit, plain
+from backbones.translating.translation import HEAD, PROJECTOR, Translation, has_moco_table, is_official_vit, plain
 
 ENCODERS = ("base_encoder", "momentum_encoder")
 DROP = {r"head\.\d": PROJECTOR, r"head\.": HEAD}

@@ -7,7 +7,7 @@ import torch
 
 from backbones.formats import deit, moco_v3
 from backbones.reading.source import SPEC_KEY, Checkpoint
-from backbones.translation import HEAD, Translation, is_official_vit, is_sincos, plain, require_plain
+from backbones.translating.translation import HEAD, Translation, is_official_vit, is_sincos, plain, require_plain
 from mae_bench.files import write_atomic
 from mae_bench.spec import BackboneSpec
 

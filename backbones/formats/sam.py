@@ -1,11 +1,11 @@
 """sam: the image encoder of Segment Anything (facebookresearch/segment-anything), with windows and relative positions."""
 
 from backbones.families import family
-from backbones.naming import Naming
 from backbones.reading.source import Checkpoint
-from backbones.structure import by_timm
-from backbones.translation import Translation
-from backbones.windows import windowed_facts
+from backbones.translating.naming import Naming
+from backbones.translating.structure import by_timm
+from backbones.translating.translation import Translation
+from backbones.translating.windows import windowed_facts
 from mae_bench.export import SPEC_FILE
 
 NAMES = Naming(

@@ -2,7 +2,7 @@
 
 from backbones.formats.beit import possible, read_as
 from backbones.reading.source import Checkpoint
-from backbones.translation import Translation
+from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
 
 DECODER = "decoder of the pretraining, one linear layer to pixels: no part of the backbone"

@@ -1,7 +1,7 @@
 """solo_learn: Lightning files of solo-learn's methods, with a momentum backbone or without."""
 
 from backbones.reading.source import Checkpoint
-from backbones.translation import HEAD, PROJECTOR, Translation, has_moco_table, is_official_vit, is_sincos, plain
+from backbones.translating.translation import HEAD, PROJECTOR, Translation, has_moco_table, is_official_vit, is_sincos, plain
 
 PREFIXES = ("backbone.", "momentum_backbone.", "encoder.", "momentum_encoder.")  # the latter two are of its first versions
 OUTSIDE = {

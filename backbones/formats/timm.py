@@ -6,15 +6,24 @@ from typing import Any
 
 import torch
 
-from backbones.carry import write_safetensors
-from backbones.detect import format_named
 from backbones.families import family
 from backbones.formats import clip
 from backbones.formats.official_mae import WRAPPERS, is_marked
 from backbones.reading.source import CONFIG_FILE, Checkpoint
-from backbones.structure import beit_facts, by_timm, eva_options, has_post_norms, is_beit, is_eva, is_rotary, vit_options
-from backbones.timm_models import facts_by_name
-from backbones.translation import HEAD, Translation, is_sincos, is_vit, keep_names, numbers
+from backbones.translating.detect import format_named
+from backbones.translating.structure import (
+    beit_facts,
+    by_timm,
+    eva_options,
+    has_post_norms,
+    is_beit,
+    is_eva,
+    is_rotary,
+    vit_options,
+)
+from backbones.translating.timm_models import facts_by_name
+from backbones.translating.translation import HEAD, Translation, is_sincos, is_vit, keep_names, numbers
+from backbones.writing import write_safetensors
 from mae_bench.errors import UserError
 from mae_bench.export import SPEC_FILE
 from mae_bench.spec import BackboneSpec

@@ -15,7 +15,7 @@ from mae_bench.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Official:
-    """format: of `backbones.detect`. weights: which set of the file. checksum: "md5:" or "sha256:" and at least its beginning;
+    """format: of `backbones.translating.detect`. weights: which set of the file. checksum: "md5:" or "sha256:" and at least its beginning;
     "" where none is published. source: who says so."""
 
     url: str

@@ -14,7 +14,7 @@ from torch import nn
 
 from backbones.load import load_backbone
 from backbones.reading.source import open_source
-from backbones.report import ConversionReport
+from backbones.translating.report import ConversionReport
 from mae_bench.data.batches.loader import Batch, TrainingOrder, training_batches
 from mae_bench.data.batches.transforms import normalize, train_transform
 from mae_bench.data.sets.source import ImageSource

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from backbones.classifier import read_head
-from backbones.report import ConversionReport
+from backbones.translating.report import ConversionReport
 from mae_bench.config import expand_variables
 from mae_bench.data.checks.layouts import LayoutReport, check_layout
 from mae_bench.data.sets.open import open_images

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbones.report import ConversionReport
+from backbones.translating.report import ConversionReport
 from mae_bench.data.batches.loader import evaluation_batches
 from mae_bench.data.batches.transforms import eval_transform, normalize
 from mae_bench.data.checks.layouts import LayoutReport

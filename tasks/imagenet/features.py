@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from backbones.report import ConversionReport
+from backbones.translating.report import ConversionReport
 from mae_bench.data.sets.fetch import alone
 from mae_bench.data.sets.index import cache_folder
 from mae_bench.data.sets.source import BadImages, ImageSource

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from backbones.report import ConversionReport
+from backbones.translating.report import ConversionReport
 from mae_bench.data.seeds import seed_everything, seed_of
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.engine.optim import finetune_no_decay, make_adamw

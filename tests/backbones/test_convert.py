@@ -10,9 +10,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from backbones.convert import convert
-from backbones.detect import FORMATS, WRITTEN, format_named
 from backbones.load import load_backbone, translate
 from backbones.reading.source import open_source
+from backbones.translating.detect import FORMATS, WRITTEN, format_named
 from mae_bench.errors import UserError
 from mae_bench.spec import BackboneSpec
 

@@ -16,11 +16,11 @@ import timm
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from backbones.detect import FORMATS
 from backbones.load import load_backbone
 from backbones.reading import hub, official
 from backbones.reading.official import Official, table
 from backbones.reading.source import open_source
+from backbones.translating.detect import FORMATS
 from mae_bench.data.sets import fetch as fetching
 from mae_bench.errors import UserError
 

@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, Instances, PolygonMasks  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 
 from backbones.adapters.detectron2 import TopLevelMaxPool, ViTBackbone, load_vit_backbone, lr_scale, pyramid_scales  # noqa: E402
-from backbones.report import ConversionReport  # noqa: E402
+from backbones.translating.report import ConversionReport  # noqa: E402
 from mae_bench.errors import NotInstalled, UserError  # noqa: E402
 from mae_bench.export import write_export  # noqa: E402
 from mae_bench.models.vit import build_vit  # noqa: E402

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import BeitConfig, BeitModel, Data2VecVisionConfig, Data2VecVisionModel
 
-from backbones.detect import FORMATS
 from backbones.load import load_backbone
+from backbones.translating.detect import FORMATS
 from mae_bench.errors import UserError
 from mae_bench.models.cost import backbone_gmacs, num_params
 from tasks.imagenet.classify import Classifier

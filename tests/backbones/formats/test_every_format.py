@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from backbones.adapters.features import FeatureMaps
-from backbones.detect import FORMATS, detect, format_named
 from backbones.load import load_backbone
 from backbones.reading.source import open_source
+from backbones.translating.detect import FORMATS, detect, format_named
 from mae_bench.export import write_export
 
 HERE = Path(__file__).parent

@@ -12,7 +12,7 @@ from backbones.convert import convert
 from backbones.load import load_backbone
 from backbones.reading.safe import read_file
 from backbones.reading.unwrap import SeveralSets
-from backbones.translation import has_moco_table
+from backbones.translating.translation import has_moco_table
 from mae_bench.errors import UserError
 from mae_bench.models.cost import backbone_gmacs
 from tests.backbones.formats import (

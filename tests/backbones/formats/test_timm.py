@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from backbones.convert import convert
 from backbones.load import check_fit, load_backbone, stored_pooling, translate
 from backbones.reading.source import Checkpoint
-from backbones.timm_models import differences
+from backbones.translating.timm_models import differences
 from mae_bench.errors import UserError
 from mae_bench.models.cost import backbone_gmacs, num_params
 from mae_bench.models.vit import build_vit

@@ -7,7 +7,7 @@ from mae_bench.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # the tables are asked before torch is imported
     from backbones.reading.source import Checkpoint
-    from backbones.translation import Format
+    from backbones.translating.translation import Format
 
 FORMATS: dict[str, str] = {
     "mae_bench": "backbones.formats.mae_bench",

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from backbones.translation import Translation
+from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
 from mae_bench.models.resampling import resize_bias_table, resize_distances, resize_filters, resize_table
 from mae_bench.models.vit import ARCHS

@@ -12,11 +12,11 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
-from backbones.infer import infer_spec
 from backbones.load import stored_pooling
 from backbones.reading.source import VIT_CLASSES
-from backbones.structure import Weights, beit_facts, eva_options, vit_options
-from backbones.translation import Translation
+from backbones.translating.infer import infer_spec
+from backbones.translating.structure import Weights, beit_facts, eva_options, vit_options
+from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
 from mae_bench.models.vit import LAYERS, OPTIONS, build_vit
 

@@ -49,7 +49,7 @@ class Translation:
 
 
 class Format(Protocol):
-    """What each module of `backbones.formats` offers; `backbones.detect.FORMATS` lists the modules."""
+    """What each module of `backbones.formats` offers; `backbones.translating.detect.FORMATS` lists the modules."""
 
     def fits(self, checkpoint: Checkpoint) -> bool:
         """Whether keys and shapes are this format's; formats of one layout must not fit the same file."""

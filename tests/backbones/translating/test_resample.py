@@ -14,8 +14,8 @@ from transformers.models.vit.modeling_vit import ViTEmbeddings
 
 from backbones.adapters.features import FeatureMaps
 from backbones.load import load_backbone
-from backbones.resample import resample
-from backbones.translation import Translation
+from backbones.translating.resample import resample
+from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
 from mae_bench.export import write_export
 from mae_bench.models.cost import backbone_gmacs

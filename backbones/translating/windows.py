@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from backbones.adapters.features import quarter_indices
-from backbones.translation import Translation
+from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
 
 Side = tuple[int, int]

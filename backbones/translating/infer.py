@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from backbones.translation import Translation, is_sincos
+from backbones.translating.translation import Translation, is_sincos
 from mae_bench.errors import UserError
 from mae_bench.models.create import height_and_width
 from mae_bench.models.vit import ARCHS, LAYERS

@@ -5,9 +5,9 @@ from dataclasses import fields
 from typing import Any
 
 from backbones.families import families, family, published_in
-from backbones.infer import shape_facts
 from backbones.reading.source import Checkpoint
-from backbones.translation import Translation
+from backbones.translating.infer import shape_facts
+from backbones.translating.translation import Translation
 from mae_bench.spec import BackboneSpec
 
 FEEDING = ("mean", "std", "interpolation", "global_pool", "norm_eps", "pos_resample")  # families.yaml has them, or its defaults
@@ -18,7 +18,7 @@ UNNAMED = ("unknown", "none", "supervised")  # methods of many families
 def origins(
     format: str, translation: Translation, checkpoint: Checkpoint, spec: BackboneSpec, overrides: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """A phrase for each field of the spec, in the order in which `backbones.infer` prefers them."""
+    """A phrase for each field of the spec, in the order in which `backbones.translating.infer` prefers them."""
     name = family_of(format, translation.assumed)
     described = FILE if checkpoint.beside or checkpoint.stated_spec else TENSORS
     known = (

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from backbones.naming import Naming
 from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
-from backbones.translation import is_sincos, numbers
+from backbones.translating.naming import Naming
+from backbones.translating.translation import is_sincos, numbers
 from mae_bench.errors import UserError
 from mae_bench.spec import BackboneSpec
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from backbones.translation import Translation
+from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
 
 TENSORS = ("weight", "bias")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from backbones.load import load_backbone
-from backbones.probe import FEWEST, KNN, RETRIEVAL, a_sample, render, suggest, try_candidates, verdict
+from backbones.preprocessing import FEWEST, KNN, RETRIEVAL, a_sample, render, suggest, try_candidates, verdict
 from mae_bench.errors import UserError
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from backbones.families import family
-from backbones.naming import Naming
 from backbones.reading.source import Checkpoint
-from backbones.structure import INDEX, INDEX_REASON, TABLE, beit_facts, vit_options
-from backbones.translation import HEAD, MASK_TOKEN, Translation, width
+from backbones.translating.naming import Naming
+from backbones.translating.structure import INDEX, INDEX_REASON, TABLE, beit_facts, vit_options
+from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, width
 from mae_bench.errors import UserError
 
 ANCHOR = "layers.0.ffn.layers.0.0.weight"
