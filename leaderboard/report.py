@@ -7,10 +7,10 @@ from pathlib import Path
 from leaderboard.compare import compare
 from leaderboard.index import load_runs
 from leaderboard.published import published_for
-from leaderboard.render_csv import render_csv
-from leaderboard.render_html import render_html
-from leaderboard.render_json import render_json
-from leaderboard.render_markdown import render_markdown
+from leaderboard.render.csv import render_csv
+from leaderboard.render.html import render_html
+from leaderboard.render.json import render_json
+from leaderboard.render.markdown import render_markdown
 from mae_bench.record import RecordError
 
 

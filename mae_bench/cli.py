@@ -543,7 +543,7 @@ def _report(runs: Path, out: Path, baseline: str, title: str, only: set[Path] | 
     """Writes the report, prints its table unless `quiet`, returns the files' paths."""
     from leaderboard.compare import compare
     from leaderboard.index import load_runs
-    from leaderboard.render_terminal import print_comparison
+    from leaderboard.render.terminal import print_comparison
     from leaderboard.report import write_report
 
     files = write_report(runs, out, baseline, title, only)

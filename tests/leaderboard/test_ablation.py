@@ -16,7 +16,7 @@ from leaderboard.ablation import PRETRAINING, lines, sentences
 from leaderboard.compare import compare
 from leaderboard.index import load_runs
 from leaderboard.published import published_rows
-from leaderboard.render_terminal import print_comparison
+from leaderboard.render.terminal import print_comparison
 from leaderboard.report import write_report
 from leaderboard.table import Comparison
 

@@ -14,7 +14,7 @@ from leaderboard import metrics
 from leaderboard.compare import compare
 from leaderboard.curve import Curve, curves, headers, lines, published_curves
 from leaderboard.index import load_runs
-from leaderboard.line_chart import WIDTH, line_chart
+from leaderboard.render.line_chart import WIDTH, line_chart
 from leaderboard.report import write_report
 from leaderboard.table import Measured
 from mae_bench.record import Metric

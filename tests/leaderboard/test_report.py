@@ -20,7 +20,7 @@ from rich.console import Console
 
 from leaderboard.compare import compare
 from leaderboard.index import load_runs
-from leaderboard.render_terminal import print_comparison
+from leaderboard.render.terminal import print_comparison
 from leaderboard.report import write_report
 from mae_bench.record import RecordError
 

@@ -4,14 +4,14 @@ from html import escape
 from pathlib import Path
 
 from leaderboard import ablation, curve, metrics
-from leaderboard.chart import chart
 from leaderboard.columns import grouped, task_order
 from leaderboard.curve import Curve, curves, published_curves
-from leaderboard.gallery import gallery
 from leaderboard.index import Runs
-from leaderboard.line_chart import line_chart
-from leaderboard.provenance import provenance
 from leaderboard.published import HEADING, PublishedRow
+from leaderboard.render.chart import chart
+from leaderboard.render.gallery import gallery
+from leaderboard.render.line_chart import line_chart
+from leaderboard.render.provenance import provenance
 from leaderboard.table import Cell, Column, Comparison, Cost, Difference, Total
 from leaderboard.wording import (
     MISSING,
