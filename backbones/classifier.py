@@ -28,7 +28,9 @@ def head_of(checkpoint: Checkpoint) -> nn.Linear | None:
     """
     stored = {name.removeprefix(checkpoint.prefix): tensor for name, tensor in checkpoint.stored.items()}
     if "head_dist.weight" in stored:
-        raise UserError(f"{checkpoint.source} has two heads (distillation)", expected="one linear head on pooled features")
+        raise UserError(
+            f"{checkpoint.source} has two heads (distillation)", expected="one linear head on pooled features"
+        )
     name = next((name for name in (PROBE, *HEADS) if _is_linear(stored, name)), None)
     if name is None:
         return None
@@ -70,7 +72,9 @@ def read_head(source: str | Path) -> tuple[nn.Linear, list[str]]:
             fix="fine-tune with export_classifier=true, or evaluate this backbone by a protocol that trains a head",
         )
     file = read_file(path)
-    return linear(file.content["weight"], file.content["bias"]), list(json.loads(file.metadata["provenance"])["classes"])
+    return linear(file.content["weight"], file.content["bias"]), list(
+        json.loads(file.metadata["provenance"])["classes"]
+    )
 
 
 def has_head(source: str | Path) -> bool:
@@ -80,4 +84,6 @@ def has_head(source: str | Path) -> bool:
 
 def _head_file(source: str | Path) -> Path | None:
     folder = Path(str(source).removeprefix("run:"))
-    return next((place / HEAD_FILE for place in (folder, folder / EXPORT) if (place / HEAD_FILE).is_file()), None)
+    return next(
+        (place / HEAD_FILE for place in (folder, folder / EXPORT) if (place / HEAD_FILE).is_file()), None
+    )

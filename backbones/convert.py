@@ -59,4 +59,6 @@ def _prove(out: Path, to: str, weights: Mapping[str, torch.Tensor], spec: Backbo
         found[key].dtype == weights[key].dtype and torch.equal(found[key], weights[key]) for key in weights
     )
     if not same or spec_back != spec:
-        raise UserError(f"{out} does not read back as what was written", fix="check the disk and convert again")
+        raise UserError(
+            f"{out} does not read back as what was written", fix="check the disk and convert again"
+        )

@@ -19,7 +19,9 @@ def _table() -> dict[str, dict[str, Any]]:
 def family(name: str) -> dict[str, Any]:
     """Fields of the BackboneSpec to assume for a family; KeyError for one that the file does not list."""
     found = {key: tuple(value) if isinstance(value, list) else value for key, value in _table()[name].items()}
-    return {"pretrain_data": "unknown"} | {key: value for key, value in found.items() if key not in NOT_OF_THE_SPEC}
+    return {"pretrain_data": "unknown"} | {
+        key: value for key, value in found.items() if key not in NOT_OF_THE_SPEC
+    }
 
 
 def evaluates(name: str) -> str | None:

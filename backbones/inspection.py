@@ -23,7 +23,13 @@ from mae_bench.errors import UserError
 from mae_bench.models.vit import ARCHS, build_vit
 from mae_bench.spec import BackboneSpec
 
-NAMES = {(192, 12): "ViT-Ti", (384, 12): "ViT-S", (768, 12): "ViT-B", (1024, 24): "ViT-L", (1280, 32): "ViT-H"}  # (width, depth)
+NAMES = {
+    (192, 12): "ViT-Ti",
+    (384, 12): "ViT-S",
+    (768, 12): "ViT-B",
+    (1024, 24): "ViT-L",
+    (1280, 32): "ViT-H",
+}  # (width, depth)
 LONGEST = 1000  # characters of a text in a file that are shown
 PARTS = {  # what a component of a dropped tensor's name says that it belongs to; the first that fits
     r"(^|\.)\w*decoder": "decoder",
@@ -31,7 +37,16 @@ PARTS = {  # what a component of a dropped tensor's name says that it belongs to
     r"(^|\.)(\w*head\w*|\w*classifier|fc|projector|predictor|visual_projection)\.": "head",
     r"(^|\.)(text_model|transformer\.resblocks|token_embedding|text_projection)(\.|$)": "text tower",
 }
-STATES = ("optimizer", "optimizer_states", "optim", "scaler", "loss_scaler", "lr_schedulers", "scheduler", "amp")  # of a training
+STATES = (
+    "optimizer",
+    "optimizer_states",
+    "optim",
+    "scaler",
+    "loss_scaler",
+    "lr_schedulers",
+    "scheduler",
+    "amp",
+)  # of a training
 
 
 def inspect_checkpoint(
@@ -82,7 +97,11 @@ def inspect_checkpoint(
 
 
 def _describe_sets(
-    source: str | Path, labels: list[str], format: str | None, overrides: Mapping[str, Any] | None, trust: bool
+    source: str | Path,
+    labels: list[str],
+    format: str | None,
+    overrides: Mapping[str, Any] | None,
+    trust: bool,
 ) -> dict[str, Any]:
     """Each set by what `--weights` calls it, with what it is or why it cannot be read."""
     rows: list[dict[str, Any]] = []
@@ -90,7 +109,9 @@ def _describe_sets(
     for label in labels:
         try:
             told = inspect_checkpoint(source, format, overrides, label, trust=trust)
-            rows.append({key: told[key] for key in ("weights", "format", "architecture", "tensors", "parameters")})
+            rows.append(
+                {key: told[key] for key in ("weights", "format", "architecture", "tensors", "parameters")}
+            )
         except UserError as error:
             rows.append({"weights": label, "error": error.given, "fix": error.fix})
     file = {key: told[key] for key in ("sha256", "files", "bytes") if told}
@@ -130,7 +151,11 @@ def _summary(value: Any) -> Any:
         return f"{type(value).__name__} of {len(value)}"
     if isinstance(value, str):
         return value[:LONGEST] + ("..." if len(value) > LONGEST else "")
-    if value is None or (isinstance(value, int) and abs(value) < 2**64) or (isinstance(value, float) and math.isfinite(value)):
+    if (
+        value is None
+        or (isinstance(value, int) and abs(value) < 2**64)
+        or (isinstance(value, float) and math.isfinite(value))
+    ):
         return value
     return type(value).__name__
 
@@ -154,7 +179,10 @@ def render(inspection: Mapping[str, Any]) -> RenderableType:
     account = {
         "kept": f"{len(report['renamed'])} tensors, {sum(a != b for a, b in report['renamed'].items())} under another name",
         **{f"dropped: {reason}": f"{count} tensors" for reason, count in reasons.items()},
-        **{f"reshaped: {what}": f"{count} tensors" for what, count in Counter(report["reshaped"].values()).items()},
+        **{
+            f"reshaped: {what}": f"{count} tensors"
+            for what, count in Counter(report["reshaped"].values()).items()
+        },
         **{f"note {number}": note for number, note in enumerate(report["notes"], 1)},
     }
     digests = _digests(inspection["files"] or {"it": inspection["sha256"]})
@@ -163,7 +191,9 @@ def render(inspection: Mapping[str, Any]) -> RenderableType:
 
 def _digests(files: Mapping[str, str]) -> RenderableType:
     """As sha256sum prints them: a line each, however narrow the terminal."""
-    return Group("", _text("sha256", "bold"), *(_whole(f"{digest}  {name}") for name, digest in files.items()))
+    return Group(
+        "", _text("sha256", "bold"), *(_whole(f"{digest}  {name}") for name, digest in files.items())
+    )
 
 
 def _render_spec(inspection: Mapping[str, Any]) -> RenderableType:
@@ -187,7 +217,10 @@ def _render_sets(inspection: Mapping[str, Any]) -> RenderableType:
         told = found.get("error") or (
             f"{found['format']}, {found['architecture']}, {found['parameters']['backbone']:,} parameters"
         )
-        lines += [_whole(f"--weights {shlex.quote(found['weights'])}", "cyan"), Padding(_text(told), (0, 0, 0, 4))]
+        lines += [
+            _whole(f"--weights {shlex.quote(found['weights'])}", "cyan"),
+            Padding(_text(told), (0, 0, 0, 4)),
+        ]
     title = f"{inspection['source']} holds {len(inspection['sets'])} sets of ViT weights; say which with"
     return Group("", _text(title, "bold"), *lines, _digests(inspection.get("files", {})))
 
@@ -221,4 +254,6 @@ def _whole(line: str, style: str = "") -> Text:
 
 def _text(value: Any, style: str = "") -> Text:
     """Names in a file may look like markup, and may hold what steers a terminal."""
-    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value)), style=style)
+    return Text(
+        "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value)), style=style
+    )

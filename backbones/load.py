@@ -21,7 +21,10 @@ from mae_bench.models.vit import ARCHS, ViT, build_vit
 from mae_bench.spec import BackboneSpec
 
 NUMBERED = re.compile(r"(.*\b(?:blocks|layers?|resblocks))\.(\d{1,4})\.")
-FILLED = ("vit", "eva")  # wholly, by weights and computed buffers: random numbers for billions of weights would take minutes
+FILLED = (
+    "vit",
+    "eva",
+)  # wholly, by weights and computed buffers: random numbers for billions of weights would take minutes
 
 SURPLUS = "if the unexpected ones are no part of the backbone, save the state_dict without them"
 ANOTHER = "if it is of another family, --format NAME reads it as another format"
@@ -57,11 +60,15 @@ def load_backbone(
     trust: unpickle what cannot be read as data, in a subprocess without network; the report says so.
     Raises UserError for whatever is wrong with the file: nothing is loaded in part.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_source(source, sha256, weights, trust=trust)
+    checkpoint = (
+        source if isinstance(source, Checkpoint) else open_source(source, sha256, weights, trust=trust)
+    )
     name, translation, spec = translate(checkpoint, format, overrides)
     translation.weights = {key: tensor.float() for key, tensor in translation.weights.items()}
     layout = _fit_pooling(translation, global_pool, checkpoint.source, spec)
-    spec = resample(translation, spec, _pair(img_size, "img_size"), _pair(patch_size, "patch_size"), patch_resample)
+    spec = resample(
+        translation, spec, _pair(img_size, "img_size"), _pair(patch_size, "patch_size"), patch_resample
+    )
     options: Any = {"drop_path_rate": drop_path_rate, "dynamic_img_size": dynamic_img_size}
     with torch.device("meta" if spec.arch in FILLED else "cpu"):
         model = build_vit(spec, global_pool=layout, **options)
@@ -97,18 +104,29 @@ def translate(
     translation = format_named(name).read(checkpoint)
     _check_blocks(checkpoint, translation)
     if lost := sorted(set(checkpoint.tensors) - set(translation.renamed) - set(translation.dropped)):
-        raise UserError(f"{checkpoint.source}: {name} does not explain {', '.join(lost)}", expected="a reason for every key")
+        raise UserError(
+            f"{checkpoint.source}: {name} does not explain {', '.join(lost)}",
+            expected="a reason for every key",
+        )
     check_values(translation.weights, checkpoint.source)
     if format and (by_itself := checkpoint.format or _only_fit(checkpoint)) not in ("", format):
-        translation.notes.append(f"by itself this file would be read as {by_itself}; it was read as {format}, as was asked for")
+        translation.notes.append(
+            f"by itself this file would be read as {by_itself}; it was read as {format}, as was asked for"
+        )
     if other := sorted({str(tensor.dtype) for tensor in translation.weights.values()} - {"torch.float32"}):
         translation.notes.append(f"stored as {', '.join(other)}; loaded as torch.float32")
     if checkpoint.wrapper or checkpoint.prefix:
         translation.notes.append(f"read from {checkpoint.label!r}")
-    translation.renamed = {checkpoint.prefix + theirs: ours for theirs, ours in translation.renamed.items()} | translation.taken
-    translation.dropped = {checkpoint.prefix + theirs: reason for theirs, reason in translation.dropped.items()}
+    translation.renamed = {
+        checkpoint.prefix + theirs: ours for theirs, ours in translation.renamed.items()
+    } | translation.taken
+    translation.dropped = {
+        checkpoint.prefix + theirs: reason for theirs, reason in translation.dropped.items()
+    }
     for theirs in (name for name in checkpoint.outside if name not in translation.taken):
-        translation.dropped[theirs] = translation.outside.get(theirs, f"outside of {checkpoint.label!r}, where the ViT is")
+        translation.dropped[theirs] = translation.outside.get(
+            theirs, f"outside of {checkpoint.label!r}, where the ViT is"
+        )
     return name, translation, infer_spec(translation, checkpoint.source, checkpoint.stated_spec, overrides)
 
 
@@ -135,7 +153,9 @@ def _fit_pooling(translation: Translation, global_pool: str | None, source: str,
     """timm's pooling for the model; moves the final norm behind the pooling where that is asked for."""
     weights = translation.weights
     if global_pool == "token" and "cls_token" not in weights:
-        raise UserError(f"{source}: global_pool token of a ViT without a class token", expected="global_pool avg")
+        raise UserError(
+            f"{source}: global_pool token of a ViT without a class token", expected="global_pool avg"
+        )
     if "fc_norm.weight" in weights:
         if global_pool == "token":
             raise UserError(
@@ -147,7 +167,9 @@ def _fit_pooling(translation: Translation, global_pool: str | None, source: str,
             del weights[f"norm.{key}"]
             stored = next(name for name, ours in translation.renamed.items() if ours == f"norm.{key}")
             del translation.renamed[stored]
-            translation.dropped[stored] = "average pooling was asked for: MAE puts a new norm behind it (fc_norm)"
+            translation.dropped[stored] = (
+                "average pooling was asked for: MAE puts a new norm behind it (fc_norm)"
+            )
             translation.new[f"fc_norm.{key}"] = "a fresh LayerNorm behind the average pooling"
             weights[f"fc_norm.{key}"] = torch.full((spec.embed_dim,), 1.0 if key == "weight" else 0.0)
     return global_pool or stored_pooling(weights)

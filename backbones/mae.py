@@ -23,7 +23,9 @@ from mae_bench.spec import BackboneSpec
 
 DECODER = re.compile(r"decoder_|mask_token$|target\.")
 REFERENCE_HEADS = 16  # of the decoder of every size in facebookresearch/mae; its files do not say
-HF_LAYER = re.compile(r"decoder\.(?:decoder_layers|decoder_encoder\.layer)\.")  # transformers before 5, and as 5 writes it
+HF_LAYER = re.compile(
+    r"decoder\.(?:decoder_layers|decoder_encoder\.layer)\."
+)  # transformers before 5, and as 5 writes it
 Weights = dict[str, torch.Tensor]
 
 
@@ -50,9 +52,13 @@ def load_mae(
     told = {"norm_pix_loss": norm_pix_loss, "decoder_num_heads": decoder_num_heads}
     options |= {key: value for key, value in told.items() if value is not None}
     if img_size is not None:
-        spec, tensors = _resize(spec, tensors, (img_size, img_size) if isinstance(img_size, int) else img_size)
+        spec, tensors = _resize(
+            spec, tensors, (img_size, img_size) if isinstance(img_size, int) else img_size
+        )
     model = _hollow(spec, options, path)
-    ours = {name if DECODER.match(name) else f"encoder.{name}": tensor.float() for name, tensor in tensors.items()}
+    ours = {
+        name if DECODER.match(name) else f"encoder.{name}": tensor.float() for name, tensor in tensors.items()
+    }
     check_fit(model, ours, str(path), "a masked autoencoder")
     model.load_state_dict({name: tensor.clone() for name, tensor in ours.items()}, assign=True)
     return model.eval()
@@ -64,23 +70,34 @@ def _hollow(spec: BackboneSpec, options: Mapping[str, Any], path: str | Path) ->
         with torch.device("meta"):
             return MAE(spec, **options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: its description cannot be read: {error}", expected="the keywords of MAE") from error
+        raise UserError(
+            f"{path}: its description cannot be read: {error}", expected="the keywords of MAE"
+        ) from error
 
 
 def _file(path: str | Path) -> Path:
     found = Path(str(path).removeprefix("run:"))
     if not found.exists():
-        raise UserError(f"{found} holds no masked autoencoder: there is no such file", expected="a checkpoint with its decoder")
+        raise UserError(
+            f"{found} holds no masked autoencoder: there is no such file",
+            expected="a checkpoint with its decoder",
+        )
     return found / MAE_FILE if (found / MAE_FILE).is_file() else found
 
 
-def _read(path: Path, weights: str | None, overrides: Mapping[str, Any]) -> tuple[BackboneSpec, dict[str, Any], Weights]:
+def _read(
+    path: Path, weights: str | None, overrides: Mapping[str, Any]
+) -> tuple[BackboneSpec, dict[str, Any], Weights]:
     """Spec, keywords of MAE and weights, the encoder's without prefix."""
     if _is_ours(path):
         return _read_ours(path)
     checkpoint = open_source(path, weights=weights)
-    root = checkpoint.prefix.removesuffix("vit.")  # transformers' decoder stands beside the encoder, not inside
-    named = checkpoint.tensors | {name.removeprefix(root): tensor for name, tensor in checkpoint.outside.items()}
+    root = checkpoint.prefix.removesuffix(
+        "vit."
+    )  # transformers' decoder stands beside the encoder, not inside
+    named = checkpoint.tensors | {
+        name.removeprefix(root): tensor for name, tensor in checkpoint.outside.items()
+    }
     decoder = {name: t for name, t in named.items() if DECODER.match(name) or name.startswith("decoder.")}
     if not any(name.endswith("mask_token") for name in decoder):
         raise _no_decoder(path)
@@ -108,9 +125,15 @@ def _read_ours(path: Path) -> tuple[BackboneSpec, dict[str, Any], Weights]:
     check_tensors(weights, path, read.size)
     check_values(weights, str(path))
     try:
-        return BackboneSpec.from_dict(json.loads(metadata["spec"])), dict(json.loads(metadata["decoder"])), weights
+        return (
+            BackboneSpec.from_dict(json.loads(metadata["spec"])),
+            dict(json.loads(metadata["decoder"])),
+            weights,
+        )
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: its description cannot be read: {error}", expected="a file that a pretraining wrote") from error
+        raise UserError(
+            f"{path}: its description cannot be read: {error}", expected="a file that a pretraining wrote"
+        ) from error
 
 
 def _no_decoder(path: Path) -> UserError:
@@ -146,9 +169,15 @@ def _hf_options(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _hf_decoder(checkpoint: Checkpoint, decoder: Weights) -> Weights:
     """The decoder's layers have the encoder's names, so its translator reads them."""
-    layers = {HF_LAYER.sub("encoder.layer.", name): tensor for name, tensor in decoder.items() if HF_LAYER.match(name)}
+    layers = {
+        HF_LAYER.sub("encoder.layer.", name): tensor
+        for name, tensor in decoder.items()
+        if HF_LAYER.match(name)
+    }
     blocks = hf_vitmae.read(replace(checkpoint, tensors=layers)).weights
-    rest = {name.removeprefix("decoder."): tensor for name, tensor in decoder.items() if not HF_LAYER.match(name)}
+    rest = {
+        name.removeprefix("decoder."): tensor for name, tensor in decoder.items() if not HF_LAYER.match(name)
+    }
     return {f"decoder_{name}": tensor for name, tensor in blocks.items()} | rest
 
 

@@ -65,7 +65,10 @@ class Parity:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; a difference that is not finite is null."""
         rows = [asdict(layer) | {"relative": layer.relative} for layer in self.layers]
-        finite = [{key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()} for row in rows]
+        finite = [
+            {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+            for row in rows
+        ]
         return {"equal": self.equal, "tolerance": self.tolerance, "layers": finite, "notes": self.notes}
 
 
@@ -96,14 +99,18 @@ def other_model(against: str, source: str | Path) -> nn.Module:
     path = source_path(str(source)) or source
     model = run_theirs(f"{against} fails", make, *([str(path)] if _wants_path(make) else []))
     if not isinstance(model, nn.Module):
-        raise UserError(f"{against} returns an object of the type {type(model).__name__}", expected="a torch.nn.Module")
+        raise UserError(
+            f"{against} returns an object of the type {type(model).__name__}", expected="a torch.nn.Module"
+        )
     return model.float().eval()
 
 
 def _wants_path(make: Callable[..., Any]) -> bool:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
-        return any(p.kind in kinds and p.default is p.empty for p in inspect.signature(make).parameters.values())
+        return any(
+            p.kind in kinds and p.default is p.empty for p in inspect.signature(make).parameters.values()
+        )
     except (TypeError, ValueError):  # of a callable that is written in C
         return False
 
@@ -111,8 +118,12 @@ def _wants_path(make: Callable[..., Any]) -> bool:
 def some_images(spec: BackboneSpec, folder: str | Path | None, count: int, seed: int) -> torch.Tensor:
     """(count, C, H, W), normalised as the spec says: random ones, or some of a folder's images."""
     if folder is None:
-        return torch.randn(count, spec.in_chans, *spec.img_size, generator=torch.Generator().manual_seed(seed))
-    imgs, _ = a_sample(folder, count, seed).view(eval_transform(spec.img_size, interpolation=spec.interpolation))
+        return torch.randn(
+            count, spec.in_chans, *spec.img_size, generator=torch.Generator().manual_seed(seed)
+        )
+    imgs, _ = a_sample(folder, count, seed).view(
+        eval_transform(spec.img_size, interpolation=spec.interpolation)
+    )
     return normalize(imgs, spec.mean, spec.std)
 
 
@@ -128,11 +139,17 @@ def compare(ours: nn.Module, theirs: nn.Module, imgs: torch.Tensor, tolerance: f
     blocks = list(vit.blocks)
     mine, final = _run(vit.forward_features, {OURS: blocks}, imgs)
     theirs.eval()
-    candidates = {name: list(module.children()) for name, module in theirs.named_modules() if _is_stack(module, len(blocks))}
+    candidates = {
+        name: list(module.children())
+        for name, module in theirs.named_modules()
+        if _is_stack(module, len(blocks))
+    }
     if not candidates:
         raise _other_depth(theirs, len(blocks))
     call = getattr(theirs, "forward_features", theirs)
-    found, output = run_theirs(f"their forward fails on images {tuple(imgs.shape)}", _run, call, candidates, imgs)
+    found, output = run_theirs(
+        f"their forward fails on images {tuple(imgs.shape)}", _run, call, candidates, imgs
+    )
     want = mine[OURS]
     fitting = [stack for stack in found.values() if len(stack) == len(want) and _fit(stack, want)]
     if not fitting:
@@ -140,7 +157,11 @@ def compare(ours: nn.Module, theirs: nn.Module, imgs: torch.Tensor, tolerance: f
     names = ["embedding", *(f"block {i}" for i in range(len(blocks)))]
     layers = [_difference(name, a, _like(b, a)) for name, a, b in zip(names, want, fitting[0], strict=True)]
     last = _final(final, output, int(getattr(vit, "num_prefix_tokens", 0)))
-    notes = [] if last else ["final tokens: nothing in their output has the shape of ours; the blocks alone were compared"]
+    notes = (
+        []
+        if last
+        else ["final tokens: nothing in their output has the shape of ours; the blocks alone were compared"]
+    )
     return Parity([*layers, *last], tolerance, notes)
 
 
@@ -181,14 +202,18 @@ def _copy(value: Any) -> torch.Tensor | None:
 
 
 def _tensor(value: Any) -> torch.Tensor | None:
-    return next((tensor for tensor in _tensors(value) if tensor.is_floating_point() and tensor.ndim > 1), None)
+    return next(
+        (tensor for tensor in _tensors(value) if tensor.is_floating_point() and tensor.ndim > 1), None
+    )
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
-        yield from (tensor for key, item in value.items() if "prenorm" not in str(key) for tensor in _tensors(item))
+        yield from (
+            tensor for key, item in value.items() if "prenorm" not in str(key) for tensor in _tensors(item)
+        )
     elif isinstance(value, list | tuple):
         yield from (tensor for item in value for tensor in _tensors(item))
 
@@ -223,7 +248,11 @@ def _final(ours: torch.Tensor, output: Any, prefix: int) -> list[Difference]:
     Of several tensors of the same shape the nearest counts: hidden states of all layers may stand beside the last."""
     parts = {"final patch tokens": ours[:, prefix:]} | ({"final class token": ours[:, 0]} if prefix else {})
     whole = _nearest("final tokens", ours, output)
-    return [whole] if whole else [found for name, part in parts.items() if (found := _nearest(name, part, output))]
+    return (
+        [whole]
+        if whole
+        else [found for name, part in parts.items() if (found := _nearest(name, part, output))]
+    )
 
 
 def _nearest(name: str, part: torch.Tensor, output: Any) -> Difference | None:
@@ -234,7 +263,11 @@ def _nearest(name: str, part: torch.Tensor, output: Any) -> Difference | None:
 
 def _other_depth(theirs: nn.Module, depth: int) -> UserError:
     kinds = (nn.ModuleList, nn.Sequential)
-    found = [f"{name or 'itself'} of {len(m)}" for name, m in theirs.named_modules() if isinstance(m, kinds) and len(m)]
+    found = [
+        f"{name or 'itself'} of {len(m)}"
+        for name, m in theirs.named_modules()
+        if isinstance(m, kinds) and len(m)
+    ]
     listed = ", ".join(found[:8]) or "none"
     return UserError(
         f"their {type(theirs).__name__} has no ModuleList or Sequential of {depth} blocks; it has {listed}",
@@ -262,7 +295,9 @@ def render(parity: Parity) -> RenderableType:
     for layer in parity.layers:
         style = "" if layer.relative <= parity.tolerance else "red"
         values = (layer.absolute, layer.scale, layer.relative)
-        table.add_row(Text(layer.layer, style=style), *(Text(f"{value:.3g}", style=style) for value in values))
+        table.add_row(
+            Text(layer.layer, style=style), *(Text(f"{value:.3g}", style=style) for value in values)
+        )
     return Group(table, *(Text(note) for note in parity.notes), Text(f"\n{verdict(parity)}"))
 
 

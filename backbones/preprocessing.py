@@ -27,7 +27,10 @@ Key = tuple[str, str, bool]  # normalisation, pooling, whether with the final no
 NORMALISATIONS: dict[str, tuple[Values, Values]] = {  # mean and std of pixels in [0, 1]
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision; timm's IMAGENET_DEFAULT
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # pixels in [-1, 1]; timm's IMAGENET_INCEPTION
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),  # openai/CLIP clip/clip.py
+    "clip": (
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+    ),  # openai/CLIP clip/clip.py
     "[0, 1]": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the weighted kNN classifier in facebookresearch/dino eval_knn.py
@@ -52,12 +55,15 @@ class Sample:
 
     def view(self, transform: Transform, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """A view (N, C, H, W) of each image that decodes, drawn anew for each number, and which of the sample these are (N,)."""
-        batch = Images(self.images, transform, 0, replace_bad=False).__getitems__([(number, i, 0) for i in self.indices])
+        batch = Images(self.images, transform, 0, replace_bad=False).__getitems__(
+            [(number, i, 0) for i in self.indices]
+        )
         if isinstance(batch, UserError):
             raise batch
         if not len(batch.indices):
             raise UserError(
-                f"none of {len(self.indices)} images decodes: {batch.bad[0][0]}: {batch.bad[0][1]}", expected="images"
+                f"none of {len(self.indices)} images decodes: {batch.bad[0][0]}: {batch.bad[0][1]}",
+                expected="images",
             )
         return batch.imgs, torch.tensor([self.indices.index(int(i)) for i in batch.indices])
 
@@ -131,7 +137,10 @@ def suggest(source: str | Path, folder: str | Path, *, most: int = MOST, **optio
     """
     model, spec, _ = load_backbone(source, **options)
     if spec.in_chans != 3:
-        raise UserError(f"{source} takes {spec.in_chans} channels", expected="RGB: the candidates are normalisations of it")
+        raise UserError(
+            f"{source} takes {spec.in_chans} channels",
+            expected="RGB: the candidates are normalisations of it",
+        )
     sample = a_sample(folder, most)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return try_candidates(model.eval().to(device), spec, sample)
@@ -156,7 +165,9 @@ def try_candidates(model: nn.Module, spec: BackboneSpec, sample: Sample) -> Sugg
             features = [F.normalize(view[pool, norm], dim=-1) for view in pooled]
             right[name, pool, norm] = _retrieved(*features) if targets is None else _knn(features[0], targets)
     pool = spec.global_pool if spec.num_prefix_tokens else "avg"
-    present = next(key for key in right if key[:2] == (next(iter(pairs)), pool))  # what is tried first has the final norm
+    present = next(
+        key for key in right if key[:2] == (next(iter(pairs)), pool)
+    )  # what is tried first has the final norm
     rows = _ranked(right, pairs, present)
     shown = next(row for row in rows if (row.normalisation, row.global_pool, row.norm) == present)
     return Suggestion(RETRIEVAL if targets is None else KNN, len(views[0]), rows, shown)
@@ -164,7 +175,9 @@ def try_candidates(model: nn.Module, spec: BackboneSpec, sample: Sample) -> Sugg
 
 def _pairs(spec: BackboneSpec) -> dict[str, tuple[Values, Values]]:
     """Normalisations by name, that of the spec first."""
-    own = next((name for name, pair in NORMALISATIONS.items() if pair == (spec.mean, spec.std)), "the checkpoint's")
+    own = next(
+        (name for name, pair in NORMALISATIONS.items() if pair == (spec.mean, spec.std)), "the checkpoint's"
+    )
     return {own: (spec.mean, spec.std)} | NORMALISATIONS
 
 
@@ -183,7 +196,9 @@ def _pooled(
     return {key: torch.cat(parts) for key, parts in found.items()}
 
 
-def _poolings(tokens: torch.Tensor, prefix: int, norm: nn.Module, fc_norm: nn.Module) -> Iterator[tuple[str, bool, torch.Tensor]]:
+def _poolings(
+    tokens: torch.Tensor, prefix: int, norm: nn.Module, fc_norm: nn.Module
+) -> Iterator[tuple[str, bool, torch.Tensor]]:
     """Pooling, with the final norm or not, features (N, D); the spec's own reading first."""
     has_norm = not (isinstance(norm, nn.Identity) and isinstance(fc_norm, nn.Identity))
     for with_norm in (True, False) if has_norm else (False,):
@@ -208,7 +223,9 @@ def _knn(features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """(N,) whether the nearest others, weighted by exp(cosine / temperature), vote for the image's own class."""
     similarity = (features @ features.T).fill_diagonal_(-torch.inf)
     near, who = similarity.topk(min(NEIGHBOURS, len(features) - 1), dim=1)
-    votes = torch.zeros(len(features), int(targets.max()) + 1).scatter_add_(1, targets[who], (near / TEMPERATURE).exp())
+    votes = torch.zeros(len(features), int(targets.max()) + 1).scatter_add_(
+        1, targets[who], (near / TEMPERATURE).exp()
+    )
     return votes.argmax(dim=1) == targets
 
 
@@ -217,7 +234,9 @@ def _retrieved(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return (first @ second.T).argmax(dim=1) == torch.arange(len(first))
 
 
-def _ranked(right: dict[Key, torch.Tensor], pairs: dict[str, tuple[Values, Values]], present: Key) -> list[Candidate]:
+def _ranked(
+    right: dict[Key, torch.Tensor], pairs: dict[str, tuple[Values, Values]], present: Key
+) -> list[Candidate]:
     """The candidates by score; among equals the present reading goes first, then the order in which they were tried."""
     order = sorted(right, key=lambda key: (-int(right[key].sum()), key != present))
     best = right[order[0]].float()
@@ -225,7 +244,11 @@ def _ranked(right: dict[Key, torch.Tensor], pairs: dict[str, tuple[Values, Value
     for name, pool, norm in order:
         here = right[name, pool, norm].float()
         low, high = paired_interval(best.tolist(), here.tolist())
-        rows.append(Candidate(name, *pairs[name], pool, norm, float(here.mean()), float((best - here).mean()), low, high))
+        rows.append(
+            Candidate(
+                name, *pairs[name], pool, norm, float(here.mean()), float((best - here).mean()), low, high
+            )
+        )
     return rows
 
 
@@ -240,7 +263,11 @@ def render(suggestion: Suggestion) -> RenderableType:
         name = row.normalisation + (" (as it is read now)" if row == suggestion.present else "")
         behind = "" if row == suggestion.best else f"{row.behind:.1%} ({row.low:.1%} to {row.high:.1%})"
         table.add_row(Text(name), row.global_pool, "yes" if row.norm else "no", f"{row.score:.1%}", behind)
-    return Group(Text(f"{suggestion.measure}, {suggestion.images} images", style="bold"), table, Text(verdict(suggestion)))
+    return Group(
+        Text(f"{suggestion.measure}, {suggestion.images} images", style="bold"),
+        table,
+        Text(verdict(suggestion)),
+    )
 
 
 def verdict(suggestion: Suggestion) -> str:

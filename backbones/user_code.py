@@ -19,16 +19,24 @@ def callable_named(against: str) -> Callable[..., Any]:
     """CALLABLE of MODULE, which is imported: from the working folder, or installed. UserError where it cannot be had."""
     module, colon, name = against.partition(":")
     if not colon or not module or not name:
-        raise UserError(f"--against {against}", expected="MODULE:CALLABLE, for example my_model:build for build() in my_model.py")
+        raise UserError(
+            f"--against {against}",
+            expected="MODULE:CALLABLE, for example my_model:build for build() in my_model.py",
+        )
     with _importing_from(Path.cwd()):
         _require(module.partition(".")[0])
         made = run_theirs(f"{module} cannot be imported", importlib.import_module, module)
     try:
         found = attrgetter(name)(made)
     except AttributeError as error:
-        raise UserError(f"{module} has no {name}", expected="MODULE:CALLABLE", fix=did_you_mean(name, vars(made))) from error
+        raise UserError(
+            f"{module} has no {name}", expected="MODULE:CALLABLE", fix=did_you_mean(name, vars(made))
+        ) from error
     if not callable(found):
-        raise UserError(f"{against} is of the type {type(found).__name__}", expected="a callable that returns a torch.nn.Module")
+        raise UserError(
+            f"{against} is of the type {type(found).__name__}",
+            expected="a callable that returns a torch.nn.Module",
+        )
     return found  # type: ignore[no-any-return]
 
 

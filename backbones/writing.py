@@ -16,10 +16,14 @@ from mae_bench.spec import BackboneSpec
 ALIGNMENT = 8  # of the header's length, so that tensors lie where a mapped file can be read in place
 
 
-def write_safetensors(out: Path, weights: Mapping[str, torch.Tensor], spec: BackboneSpec, provenance: Mapping[str, Any]) -> None:
+def write_safetensors(
+    out: Path, weights: Mapping[str, torch.Tensor], spec: BackboneSpec, provenance: Mapping[str, Any]
+) -> None:
     """Writes the file atomically. The library orders metadata anew at every call; here the header is sorted."""
     metadata = {"format": "pt", SPEC_KEY: json.dumps(spec.to_dict()), "provenance": json.dumps(provenance)}
-    data = memoryview(save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata=metadata))
+    data = memoryview(
+        save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata=metadata)
+    )
     (length,) = struct.unpack("<Q", data[:8])
     described = json.loads(bytes(data[8 : 8 + length]))
     header = json.dumps(described, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

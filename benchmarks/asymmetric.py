@@ -14,7 +14,12 @@ from benchmarks.peers import MASK_RATIO, SIZES, TimmMAE, build_ours, vit_spec
 from mae_bench.models.cost import training_flops
 from mae_bench.models.mae import MAE
 
-PAPER = {("large", 8): 2.8, ("large", 1): 3.7, ("huge", 8): 3.5, ("huge", 1): 4.1}  # arXiv 2111.06377, Table 2: wall time, TPUs
+PAPER = {
+    ("large", 8): 2.8,
+    ("large", 1): 3.7,
+    ("huge", 8): 3.5,
+    ("huge", 1): 4.1,
+}  # arXiv 2111.06377, Table 2: wall time, TPUs
 ANALYTIC = {("small", 8): 1.54, ("base", 8): 2.36, ("large", 8): 3.23, ("huge", 8): 3.60,
             ("base", 1): 3.58, ("large", 1): 3.88, ("huge", 1): 3.97}  # fmt: skip  # 2 x MAC, reference's layers, 224 pixels
 LEAST_SHARE = 0.9  # of the FLOP ratio, to be reached
@@ -45,8 +50,14 @@ def measure(size: str, decoder_depth: int, batch_size: int, repeats: int) -> dic
     spec, draw = vit_spec(size), torch.Generator().manual_seed(0)
     imgs = torch.randn(batch_size, spec.in_chans, *spec.img_size, generator=draw)
     noise = torch.rand(batch_size, spec.num_patches, generator=draw)
-    models = {ASYMMETRIC: build_ours(spec, decoder_depth), FULL: build_ours(spec, decoder_depth, encoder_mask_tokens=True)}
-    models[FULL].encoder, models[FULL].decoder_blocks = models[ASYMMETRIC].encoder, models[ASYMMETRIC].decoder_blocks
+    models = {
+        ASYMMETRIC: build_ours(spec, decoder_depth),
+        FULL: build_ours(spec, decoder_depth, encoder_mask_tokens=True),
+    }
+    models[FULL].encoder, models[FULL].decoder_blocks = (
+        models[ASYMMETRIC].encoder,
+        models[ASYMMETRIC].decoder_blocks,
+    )
     return interleave({name: partial(step, model, imgs, noise) for name, model in models.items()}, repeats)
 
 
@@ -54,7 +65,10 @@ def gflops(size: str, decoder_depth: int) -> dict[str, float]:
     """GFLOPs of one image's forward and backward pass, counted by torch on the meta device: ours twice, and the reference's."""
     spec = vit_spec(size)
     with torch.device("meta"):
-        models = {ASYMMETRIC: build_ours(spec, decoder_depth), FULL: build_ours(spec, decoder_depth, encoder_mask_tokens=True)}
+        models = {
+            ASYMMETRIC: build_ours(spec, decoder_depth),
+            FULL: build_ours(spec, decoder_depth, encoder_mask_tokens=True),
+        }
         reference = TimmMAE(spec, decoder_depth)
         imgs, noise = torch.empty(1, spec.in_chans, *spec.img_size), torch.empty(1, spec.num_patches)
         with FlopCounterMode(display=False) as counter:
@@ -65,7 +79,9 @@ def gflops(size: str, decoder_depth: int) -> dict[str, float]:
 
 def row_of(size: str, depth: int, samples: dict[str, Times], counted: dict[str, float]) -> list[object]:
     """One line of the table."""
-    cpu, wall = (ratio(getattr(samples[FULL], clock), getattr(samples[ASYMMETRIC], clock)) for clock in ("cpu", "wall"))
+    cpu, wall = (
+        ratio(getattr(samples[FULL], clock), getattr(samples[ASYMMETRIC], clock)) for clock in ("cpu", "wall")
+    )
     by_flops = ANALYTIC.get((size, depth))
     share = f"{cpu.median / by_flops:.0%}" if by_flops else "-"
     return [
@@ -98,14 +114,21 @@ def main() -> None:
         "GFLOP: of one image's forward and backward pass; the reference embeds and predicts every patch. "
         "The paper's figures are wall time on 128 TPU-v3 cores."
     )
-    write_table("Asymmetric design against mask tokens in the encoder", [Table("Step", HEADER, rows, note)], data, args.out)
+    write_table(
+        "Asymmetric design against mask tokens in the encoder",
+        [Table("Step", HEADER, rows, note)],
+        data,
+        args.out,
+    )
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["large", "huge"])
     parser.add_argument("--decoder-depths", nargs="+", type=int, default=[8, 1])
-    parser.add_argument("--batch-size", type=int, default=8, help="below 8, writing the gradients begins to count")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="below 8, writing the gradients begins to count"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each pair")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="FILE: FILE.md and FILE.json are written")

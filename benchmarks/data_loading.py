@@ -27,11 +27,21 @@ from mae_bench.data.sets.source import ImageSource
 from mae_bench.errors import UserError
 
 PHOTOS = Path(__file__).parent.parent.parent / "shared" / "data" / "coco_small"
-WIDTH, HEIGHT, QUALITY, NOISE = 500, 375, 97, 2.0  # of the test images: the size and the bytes of ImageNet's mean training image
+WIDTH, HEIGHT, QUALITY, NOISE = (
+    500,
+    375,
+    97,
+    2.0,
+)  # of the test images: the size and the bytes of ImageNet's mean training image
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE, SHORT_SIDE = (224, 224), 256
 REFERENCE = "torchvision ImageFolder, Pillow"
-TARGETS = {"files, fast": 2.2, "packed q95, fast": 6.0, "packed q90, fast": 6.0, "raw, fast": 9.0}  # least ratios
+TARGETS = {
+    "files, fast": 2.2,
+    "packed q95, fast": 6.0,
+    "packed q90, fast": 6.0,
+    "raw, fast": 9.0,
+}  # least ratios
 PROCESSES = (1, 2)  # of the whole loader
 ROUTES = (
     "Ratio of medians [95 % interval over rounds] to the first row; above 1 is faster. From a file to a batch: the first row's "
@@ -58,7 +68,9 @@ def make_photos(folder: Path, photos: Path, count: int) -> float:
     for number in range(count):
         image = Image.open(wide[number % len(wide)]).convert("RGB")
         scale = max(WIDTH / image.width, HEIGHT / image.height)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        image = image.resize(
+            (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+        )
         pixels = np.asarray(image.crop((0, 0, WIDTH, HEIGHT))) + draw.normal(0, NOISE, (HEIGHT, WIDTH, 3))
         image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
         image.save(folder / f"{number:04}.jpg", quality=QUALITY, subsampling="4:2:0")
@@ -80,10 +92,16 @@ def make_sets(folder: Path, photos: Path, count: int) -> tuple[Sets, float]:
     """The sets in `folder`, and the mean bytes of a file."""
     size = make_photos(folder / "files" / "train" / "class0", photos, count)
     files = open_images(folder / "files", "train")
-    kinds = {"q95": How(SHORT_SIDE, quality=95), "q90": How(SHORT_SIDE, quality=90), "raw": How(SHORT_SIDE, raw=True)}
+    kinds = {
+        "q95": How(SHORT_SIDE, quality=95),
+        "q90": How(SHORT_SIDE, quality=90),
+        "raw": How(SHORT_SIDE, raw=True),
+    }
     for name, how in kinds.items():
         pack_sources({"train": files}, folder / name, how, name="photos")
-    return Sets(folder / "files" / "train", files, *(open_images(folder / name, "train") for name in kinds)), size
+    return Sets(
+        folder / "files" / "train", files, *(open_images(folder / name, "train") for name in kinds)
+    ), size
 
 
 def torchvision_batches(folder: Path, batch_size: int) -> Callable[[], object]:
@@ -119,7 +137,9 @@ def _turns(count: int, batch_size: int) -> Iterator[list[tuple[int, int, int]]]:
 def pixel_errors(sets: Sets) -> list[list[object]]:
     """Mean absolute error (of 255) and PSNR of each route's 224-pixel crops against Pillow's from the files."""
     rows: list[list[object]] = []
-    pairs: dict[str, tuple[str, str, ImageSource]] = {"random crops, fast, from the files": ("resized_crop", "fast", sets.files)}
+    pairs: dict[str, tuple[str, str, ImageSource]] = {
+        "random crops, fast, from the files": ("resized_crop", "fast", sets.files)
+    }
     for name, images in {"packed q95": sets.packed, "packed q90": sets.packed_90, "raw": sets.raw}.items():
         pairs[f"centre crops, fast, from the {name} set"] = ("none", "fast", images)
         pairs[f"centre crops, exact, from the {name} set"] = ("none", "exact", images)
@@ -127,7 +147,14 @@ def pixel_errors(sets: Sets) -> list[list[object]]:
         reference = our_batches(sets.files, len(images), augment=augment, decode="exact")()
         found = our_batches(images, len(images), augment=augment, decode=decode)()
         error = (found.imgs.float() - reference.imgs.float()).abs()
-        rows.append([name, f"{error.mean():.4f}", f"{10 * torch.log10(255**2 / error.square().mean()):.1f}", int(error.max())])
+        rows.append(
+            [
+                name,
+                f"{error.mean():.4f}",
+                f"{10 * torch.log10(255**2 / error.square().mean()):.1f}",
+                int(error.max()),
+            ]
+        )
     return rows
 
 
@@ -213,7 +240,10 @@ def main() -> None:
         errors, workers = pixel_errors(sets), worker_rows(sets, args.batch_size, args.repeats)
     about = f"{args.images} JPEGs of {WIDTH} x {HEIGHT}, {size / 1000:.0f} KB each; batches of {args.batch_size}, 224 pixels."
     header = ["route", "ratio, CPU time", "ratio, wall time", "target", "images a CPU second"]
-    found = [Table(name, header, route_rows(times, args.batch_size), f"{about} {ROUTES}") for name, times in samples.items()]
+    found = [
+        Table(name, header, route_rows(times, args.batch_size), f"{about} {ROUTES}")
+        for name, times in samples.items()
+    ]
     found += [
         Table("Pixels", ["what", "mean absolute error, of 255", "PSNR, dB", "largest"], errors, ERRORS),
         Table("Loader", ["set", "processes", "images a second", "wait share"], workers, WORKERS),
@@ -223,7 +253,9 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--photos", type=Path, default=PHOTOS, help=f"a folder of JPEGs of {WIDTH} x {HEIGHT} or more")
+    parser.add_argument(
+        "--photos", type=Path, default=PHOTOS, help=f"a folder of JPEGs of {WIDTH} x {HEIGHT} or more"
+    )
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=30, help="timed rounds of all routes")

@@ -33,7 +33,10 @@ from mae_bench.progress import Progress
 
 BATCHES = {"toy": 4, "base": 1024, "large": 512, "huge": 256}
 TARGETS = {"base": 5700, "large": 3200, "huge": 1450}  # img/s on an H200
-LEAST_RATIO, LEAST_SHARE = 1.8, 0.9  # of the reference-style loop; of the synthetic rate when fed from a packed set
+LEAST_RATIO, LEAST_SHARE = (
+    1.8,
+    0.9,
+)  # of the reference-style loop; of the synthetic rate when fed from a packed set
 OURS = "ours"
 WARMUP, STEPS = 5, 30
 NEVER = 10**9
@@ -118,7 +121,9 @@ def ours(bench: Bench, size: str, batch_size: int, data: Path | None = None, num
     folder = Path(tempfile.mkdtemp(dir=bench.folder))
     job = Job("benchmark", "pretrain", config.model_dump(), folder, seed=0, device=bench.device.type)
     model = build_mae(config, spec).to(bench.device)
-    trainer = Trainer(job, config, model, make_adamw(config, pretrain_no_decay), NEVER, Progress(), BadImages(0.0, 1))
+    trainer = Trainer(
+        job, config, model, make_adamw(config, pretrain_no_decay), NEVER, Progress(), BadImages(0.0, 1)
+    )
     feed: Callable[[int, int], Iterator[Batch]] = partial(synthetic, bench.device, size, batch_size)
     if data:
         images = open_images(data, "train")
@@ -133,7 +138,9 @@ def ours(bench: Bench, size: str, batch_size: int, data: Path | None = None, num
 def synthetic(device: torch.device, size: str, batch_size: int, start: int, stop: int) -> Iterator[Batch]:
     """The same uint8 images on the device at every step, channels last in memory as the loader's are."""
     spec = vit_spec(size)
-    imgs = torch.randint(0, 256, (batch_size, *spec.img_size, spec.in_chans), dtype=torch.uint8, device=device)
+    imgs = torch.randint(
+        0, 256, (batch_size, *spec.img_size, spec.in_chans), dtype=torch.uint8, device=device
+    )
     imgs = imgs.permute(0, 3, 1, 2)
     labels = torch.zeros(batch_size, dtype=torch.int64)
     for _ in range(start, stop):
@@ -176,7 +183,9 @@ def packed_set(folder: Path, count: int, num_workers: int) -> Path:
     files.mkdir(parents=True)
     for number in range(count):
         coarse = Image.fromarray(draw.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-        pixels = np.asarray(coarse.resize(PHOTO[::-1], Image.Resampling.BICUBIC)) + draw.normal(0, 6, (*PHOTO, 3))
+        pixels = np.asarray(coarse.resize(PHOTO[::-1], Image.Resampling.BICUBIC)) + draw.normal(
+            0, 6, (*PHOTO, 3)
+        )
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(files / f"{number:05}.jpg", quality=95)
     pack_set(folder / "files", folder / "packed", num_workers=num_workers)
     return folder / "packed"
@@ -197,7 +206,9 @@ class Results:
             return
         try:
             self.rates[size, what] = call()
-        except Exception as error:  # whatever it is: time on a GPU is short, and the next measurement may work
+        except (
+            Exception
+        ) as error:  # whatever it is: time on a GPU is short, and the next measurement may work
             self.failures[size, what] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         print(size, what, self.rates.get((size, what)) or self.failures[size, what], flush=True)
 
@@ -222,7 +233,9 @@ class Results:
             f"and {LEAST_SHARE:.0%} of the synthetic rate from a packed set. MFU counts the products that ours does."
         )
         data = {f"{size}, {what}": vars(rate) for (size, what), rate in self.rates.items()}
-        write_table("Pretraining on one device", [Table("Throughput", header, rows, note)], data, self.args.out)
+        write_table(
+            "Pretraining on one device", [Table("Throughput", header, rows, note)], data, self.args.out
+        )
 
     def _row(self, size: str, what: str) -> list[object]:
         if (rate := self.rates.get((size, what))) is None:
@@ -275,12 +288,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--sizes", nargs="+", choices=BATCHES, default=["base", "large", "huge"])
     parser.add_argument("--batch-size", type=int, help="one for all sizes; else each has its own")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="loader processes for the packed set")
-    parser.add_argument("--packed", type=Path, help="a packed set with a split train; else one of noise is made")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="loader processes for the packed set"
+    )
+    parser.add_argument(
+        "--packed", type=Path, help="a packed set with a split train; else one of noise is made"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--warmup", type=int, default=WARMUP)
     parser.add_argument("--seconds", type=float, default=420, help="no measurement begins after so long")
-    parser.add_argument("--tiny", action="store_true", help="a toy model and three steps, to see that all of it runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a toy model and three steps, to see that all of it runs"
+    )
     parser.add_argument("--out", type=Path, help="FILE: FILE.md and FILE.json are written")
     args = parser.parse_args()
     if args.tiny:

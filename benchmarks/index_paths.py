@@ -66,15 +66,26 @@ def median(starts: list[dict[str, float]]) -> dict[str, float]:
 def row(name: str, found: dict[str, float]) -> list[str]:
     """One line of the table."""
     check = f"{found['check']:.2f}" if "check" in found else "-"
-    return [name, check, f"{found['open']:.3f}", f"{found['cpu']:.2f}", f"{found['memory']:.0f}", f"{int(found['pickled']):,}"]
+    return [
+        name,
+        check,
+        f"{found['open']:.3f}",
+        f"{found['cpu']:.2f}",
+        f"{found['memory']:.0f}",
+        f"{int(found['pickled']):,}",
+    ]
 
 
 def main() -> None:
     """Makes the tree, measures in processes of their own, removes the tree and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--images-a-class", type=int, default=1000, help="in train; val has 50 a class, as ImageNet")
-    parser.add_argument("--starts", type=int, default=3, help="starts with the cache, and of the peer; their medians count")
+    parser.add_argument(
+        "--images-a-class", type=int, default=1000, help="in train; val has 50 a class, as ImageNet"
+    )
+    parser.add_argument(
+        "--starts", type=int, default=3, help="starts with the cache, and of the peer; their medians count"
+    )
     parser.add_argument("--folder", type=Path, help="where the tree is made; it is removed at the end")
     parser.add_argument("--out", type=Path, help="FILE: FILE.md and FILE.json are written")
     args = parser.parse_args()
@@ -90,7 +101,9 @@ def main() -> None:
         shutil.rmtree(place)
 
 
-def report(first: dict[str, float], later: list[dict[str, float]], peers: list[dict[str, float]], out: Path | None) -> None:
+def report(
+    first: dict[str, float], later: list[dict[str, float]], peers: list[dict[str, float]], out: Path | None
+) -> None:
     """Prints the table, and writes it if asked."""
     rows = [
         row("first start", first),

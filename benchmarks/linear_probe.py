@@ -22,8 +22,15 @@ LRS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
 GRIDS: dict[str, dict[str, list]] = {
     "1 head": {},
     "8 heads (8 lrs)": {"lrs": LRS},
-    "32 heads (16 lrs x 2 poolings)": {"lrs": [scale * lr for scale, lr in product((1.0, 1.4), LRS)], "pools": ["token", "avg"]},
-    "32 heads (8 lrs x 2 poolings x last 1 or 4 blocks)": {"lrs": LRS, "pools": ["token", "avg"], "layers": [1, 4]},
+    "32 heads (16 lrs x 2 poolings)": {
+        "lrs": [scale * lr for scale, lr in product((1.0, 1.4), LRS)],
+        "pools": ["token", "avg"],
+    },
+    "32 heads (8 lrs x 2 poolings x last 1 or 4 blocks)": {
+        "lrs": LRS,
+        "pools": ["token", "avg"],
+        "layers": [1, 4],
+    },
 }
 COMMON = {
     "kind": "linear_probe", "protocol": "benchmark", "data": "", "epochs": 1, "base_lr": 0.1, "global_batch_size": 256,
@@ -31,7 +38,9 @@ COMMON = {
 }  # fmt: skip
 
 
-def probe_of(vit: nn.Module, spec: BackboneSpec, grid: dict[str, list], num_classes: int) -> tuple[Probe, torch.optim.Optimizer]:
+def probe_of(
+    vit: nn.Module, spec: BackboneSpec, grid: dict[str, list], num_classes: int
+) -> tuple[Probe, torch.optim.Optimizer]:
     """The probe and its optimizer, as the protocol makes them."""
     within = {"layers": [min(count, spec.depth) for count in grid["layers"]]} if "layers" in grid else {}
     config = build(LinearProbeConfig, COMMON | grid | within, "benchmark")
@@ -49,7 +58,9 @@ def step(probe: Probe, optimizer: torch.optim.Optimizer, imgs: torch.Tensor, tar
     optimizer.zero_grad(set_to_none=True)
 
 
-def measure(spec: BackboneSpec, batch_size: int, num_classes: int, repeats: int, device: torch.device) -> dict[str, Times]:
+def measure(
+    spec: BackboneSpec, batch_size: int, num_classes: int, repeats: int, device: torch.device
+) -> dict[str, Times]:
     """Samples of every grid on the same images and the same backbone."""
     draw = torch.Generator().manual_seed(0)
     imgs = torch.randn(batch_size, spec.in_chans, *spec.img_size, generator=draw).to(device)
@@ -59,14 +70,18 @@ def measure(spec: BackboneSpec, batch_size: int, num_classes: int, repeats: int,
     for name, grid in GRIDS.items():
         probe, optimizer = probe_of(vit, spec, grid, num_classes)
         contenders[name] = partial(step, probe.to(device).train(), optimizer, imgs, targets)
-    return interleave(contenders, repeats, synchronize=torch.cuda.synchronize if device.type == "cuda" else None)
+    return interleave(
+        contenders, repeats, synchronize=torch.cuda.synchronize if device.type == "cuda" else None
+    )
 
 
 def main() -> None:
     """Measures a size and writes the table."""
     args = _arguments()
     torch.set_num_threads(args.threads)
-    samples = measure(vit_spec(args.size), args.batch_size, args.classes, args.repeats, torch.device(args.device))
+    samples = measure(
+        vit_spec(args.size), args.batch_size, args.classes, args.repeats, torch.device(args.device)
+    )
     base = samples["1 head"]
     rows = [
         [name, ratio(times.cpu, base.cpu), ratio(times.wall, base.wall), len(times.cpu)]
@@ -80,7 +95,10 @@ def main() -> None:
     )
     header = ["grid", "CPU time over one head", "wall time over one head", "rounds"]
     write_table(
-        "A grid of linear heads in one pass", [Table("Training step", header, rows, note)], {"samples": samples}, args.out
+        "A grid of linear heads in one pass",
+        [Table("Training step", header, rows, note)],
+        {"samples": samples},
+        args.out,
     )
 
 

@@ -85,7 +85,11 @@ def ratio(samples_a: Sequence[float], samples_b: Sequence[float]) -> Ratio:
 def environment() -> dict[str, str]:
     """Date, hardware, versions, command and commit of a measurement, for people and for the JSON file."""
     machine, found = hardware(), versions() | {name: number for name in PEERS if (number := version_of(name))}
-    where = [f"{machine['cores']} cores of {machine['cpu']}", f"{machine['memory_gib']} GiB", *machine.get("gpus", ["no GPU"])]
+    where = [
+        f"{machine['cores']} cores of {machine['cpu']}",
+        f"{machine['memory_gib']} GiB",
+        *machine.get("gpus", ["no GPU"]),
+    ]
     return {
         "date": now(),
         "hardware": ", ".join(where),
@@ -127,15 +131,27 @@ def write_table(title: str, tables: Sequence[Table], data: dict[str, Any], out: 
     """Prints the tables below the environment; with `out` also writes OUT.md, and OUT.json with `data` (samples and the like)."""
     where = environment()
     text = "\n".join(
-        [f"# {title}\n", *(f"- {name}: {value}" for name, value in where.items()), "", *(table.markdown() for table in tables)]
+        [
+            f"# {title}\n",
+            *(f"- {name}: {value}" for name, value in where.items()),
+            "",
+            *(table.markdown() for table in tables),
+        ]
     )
     print(text)
     if out is None:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text(text, encoding="utf-8")
-    content = {"title": title, "environment": where, "tables": [asdict(table) for table in tables], "data": data}
-    out.with_suffix(".json").write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
+    content = {
+        "title": title,
+        "environment": where,
+        "tables": [asdict(table) for table in tables],
+        "data": data,
+    }
+    out.with_suffix(".json").write_text(
+        json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8"
+    )
 
 
 def _plain(value: object) -> object:

@@ -70,7 +70,9 @@ def build_ours(spec: BackboneSpec, decoder_depth: int, **more: Any) -> MAE:
 def build_hf(ours: MAE, attention: str) -> ViTMAEForPreTraining:
     """transformers' ViTMAE with the weights of `ours` and `attention` "sdpa" or "eager"."""
     spec = ours.spec
-    chosen: Any = {"attn_implementation": attention}  # a keyword of every transformers config that its type leaves out
+    chosen: Any = {
+        "attn_implementation": attention
+    }  # a keyword of every transformers config that its type leaves out
     config = ViTMAEConfig(
         hidden_size=spec.embed_dim,
         num_hidden_layers=spec.depth,
@@ -127,12 +129,16 @@ class TimmMAE(nn.Module):
         self.encoder, self.patch = encoder, p
         self.decoder_embed = nn.Linear(width, DECODER_DIM)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, DECODER_DIM))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + spec.num_patches, DECODER_DIM), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(
+            torch.zeros(1, 1 + spec.num_patches, DECODER_DIM), requires_grad=False
+        )
         self.decoder_blocks = nn.ModuleList(block(DECODER_DIM, DECODER_HEADS) for _ in range(decoder_depth))
         self.decoder_norm = norm(DECODER_DIM)
         self.decoder_pred = nn.Linear(DECODER_DIM, p * p * spec.in_chans)
 
-    def encode(self, imgs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def encode(
+        self, imgs: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """imgs (N, C, H, W), noise (N, L) -> latent (N, 1 + K, D), mask (N, L), ids_restore (N, L)."""
         vit = self.encoder
         x = vit.patch_embed(imgs) + vit.pos_embed[:, 1:]

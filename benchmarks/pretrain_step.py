@@ -43,7 +43,10 @@ class Contender:
 def contenders(size: str, dtype: str, compiled: bool) -> dict[str, Contender]:
     """Ours with its fused AdamW, then the peers with AdamW as it comes; all have the same weights."""
     ours = build_ours(vit_spec(size), decoder_depth_of(size))
-    built: dict[str, nn.Module] = {HF_SDPA: build_hf(ours, "sdpa"), "Hugging Face eager": build_hf(ours, "eager")}
+    built: dict[str, nn.Module] = {
+        HF_SDPA: build_hf(ours, "sdpa"),
+        "Hugging Face eager": build_hf(ours, "eager"),
+    }
     built["timm blocks"] = build_timm(ours)
     found = {OURS: Contender(ours, our_optimizer(ours), _ours(_compile(ours, compiled)), dtype)}
     for name, model in built.items():
@@ -77,12 +80,16 @@ def batch_of(size: str, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return imgs, torch.rand(batch_size, spec.num_patches, generator=draw)
 
 
-def require_equal_losses(found: dict[str, Contender], imgs: torch.Tensor, noise: torch.Tensor, tolerance: float) -> None:
+def require_equal_losses(
+    found: dict[str, Contender], imgs: torch.Tensor, noise: torch.Tensor, tolerance: float
+) -> None:
     """Like is compared with like: raises AssertionError unless all losses are those of the first model."""
     with torch.no_grad():
         losses = {name: float(one.forward(imgs, noise)) for name, one in found.items()}
     expected = next(iter(losses.values()))
-    wrong = {name: loss for name, loss in losses.items() if not abs(loss - expected) <= tolerance * abs(expected)}
+    wrong = {
+        name: loss for name, loss in losses.items() if not abs(loss - expected) <= tolerance * abs(expected)
+    }
     assert not wrong, f"losses differ from {expected}: {wrong}"
 
 
@@ -104,7 +111,9 @@ def measure_optimizer(size: str, repeats: int) -> dict[str, Times]:
     for model in models.values():
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 1e-3) if parameter.requires_grad else None
-    default = torch.optim.AdamW(models["default AdamW"].parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    default = torch.optim.AdamW(
+        models["default AdamW"].parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY
+    )
     return interleave({OURS: our_optimizer(models[OURS]).step, "default AdamW": default.step}, repeats)
 
 
@@ -112,7 +121,9 @@ def ratios(samples: dict[str, Times]) -> dict[str, tuple[Ratio, Ratio]]:
     """How many times faster ours is than each peer, in CPU and in wall time."""
     ours = samples[OURS]
     return {
-        name: (ratio(times.cpu, ours.cpu), ratio(times.wall, ours.wall)) for name, times in samples.items() if times is not ours
+        name: (ratio(times.cpu, ours.cpu), ratio(times.wall, ours.wall))
+        for name, times in samples.items()
+        if times is not ours
     }
 
 
@@ -120,7 +131,15 @@ def rows_of(name: str, samples: dict[str, Times]) -> list[list[object]]:
     """A row a peer: what, peer, both ratios, the medians of CPU milliseconds."""
     middle = {who: sorted(times.cpu)[len(times.cpu) // 2] for who, times in samples.items()}
     return [
-        [name, peer, cpu, wall, f"{1e3 * middle[OURS]:.0f}", f"{1e3 * middle[peer]:.0f}", len(samples[peer].cpu)]
+        [
+            name,
+            peer,
+            cpu,
+            wall,
+            f"{1e3 * middle[OURS]:.0f}",
+            f"{1e3 * middle[peer]:.0f}",
+            len(samples[peer].cpu),
+        ]
         for peer, (cpu, wall) in ratios(samples).items()
     ]
 
@@ -137,18 +156,40 @@ def main() -> None:
                 samples[name] = measure_steps(size, dtype, compiled, args.batch_size, args.repeats)
                 gc.collect()
     optimizer = {size: measure_optimizer(size, 3 * args.repeats) for size in args.sizes}
-    write_table("One pretraining step", _tables(samples, optimizer, args), {"steps": samples, "optimizer": optimizer}, args.out)
+    write_table(
+        "One pretraining step",
+        _tables(samples, optimizer, args),
+        {"steps": samples, "optimizer": optimizer},
+        args.out,
+    )
 
 
 def _tables(
     samples: dict[str, dict[str, Times]], optimizer: dict[str, dict[str, Times]], args: argparse.Namespace
 ) -> list[Table]:
-    header = ["what", "against", "ratio, CPU time", "ratio, wall time", "ours, CPU ms", "theirs, CPU ms", "rounds"]
+    header = [
+        "what",
+        "against",
+        "ratio, CPU time",
+        "ratio, wall time",
+        "ours, CPU ms",
+        "theirs, CPU ms",
+        "rounds",
+    ]
     about = f"ViT, 224 pixels, batch {args.batch_size}, mask ratio {MASK_RATIO}, normalised pixels, decoder 512 wide and 8 deep."
     how = "Ratio of medians [95 % interval over rounds]; above 1, ours is faster. Losses agreed before the timing."
     tables = [
-        Table("Step", header, [row for name, of in samples.items() for row in rows_of(name, of)], f"{about} {how}"),
-        Table("Optimizer's step alone", header, [row for name, of in optimizer.items() for row in rows_of(name, of)]),
+        Table(
+            "Step",
+            header,
+            [row for name, of in samples.items() for row in rows_of(name, of)],
+            f"{about} {how}",
+        ),
+        Table(
+            "Optimizer's step alone",
+            header,
+            [row for name, of in optimizer.items() for row in rows_of(name, of)],
+        ),
     ]
     return [*tables, *_added(samples, args.sizes)]
 
@@ -162,14 +203,22 @@ def _added(samples: Samples, sizes: list[str]) -> list[Table]:
             if base and name.startswith(f"{size}, ") and of is not base:
                 rows += [[name, who, f"{ratio(base[who].cpu, of[who].cpu).median:.2f}"] for who in of]
     note = "Runs one after another, so the load of the machine may differ between them."
-    return [Table("Against eager float32 of the same model", ["what", "whose", "ratio, CPU time"], rows, note)] if rows else []
+    return (
+        [Table("Against eager float32 of the same model", ["what", "whose", "ratio, CPU time"], rows, note)]
+        if rows
+        else []
+    )
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small", "base"])
     parser.add_argument("--dtypes", nargs="+", choices=TOLERANCE, default=["float32", "bfloat16"])
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile of all models too (needs a C++ compiler)")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="measure torch.compile of all models too (needs a C++ compiler)",
+    )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds of a configuration")
     parser.add_argument("--threads", type=int, default=1)

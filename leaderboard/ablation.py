@@ -36,7 +36,9 @@ def beside_columns(runs: Runs, columns: list[Column], rows: list[str]) -> list[B
             places = {row.ablation: row.place for row in reversed(members)}
             if len(values) > 1:
                 differs = _differences(runs, column, members[0])
-                found.append(Beside(i, model, protocol, dataset, source, members[0].url, values, places, differs))
+                found.append(
+                    Beside(i, model, protocol, dataset, source, members[0].url, values, places, differs)
+                )
     return found
 
 
@@ -53,8 +55,12 @@ def _differences(runs: Runs, column: Column, row: PublishedRow) -> tuple[str, ..
     made = [r.config for r in records if (r.task, r.backbone) == (PRETRAIN, DEFAULT)] or [{}]
     found = [("protocol", column.protocol, row.protocol), ("images", column.num_samples, IMAGES[row.dataset])]
     found += [(name, _given(specs, name, value), value) for name, value in MODELS[row.backbone].items()]
-    found += [(f"pretraining {name}", _given(made, name, value), value) for name, value in PRETRAINING.items()]
-    return tuple(f"{name} {_text(ours)}, published {_text(theirs)}" for name, ours, theirs in found if ours != theirs)
+    found += [
+        (f"pretraining {name}", _given(made, name, value), value) for name, value in PRETRAINING.items()
+    ]
+    return tuple(
+        f"{name} {_text(ours)}, published {_text(theirs)}" for name, ours, theirs in found if ours != theirs
+    )
 
 
 def _given(values: list[dict[str, Any]], name: str, wanted: Any) -> Any:
@@ -75,7 +81,9 @@ def headers(comparison: Comparison) -> list[tuple[str, ...]]:
 def lines(comparison: Comparison) -> list[list[str]]:
     """A line a row in the source's order: scores, in brackets the difference to the default row, and where it is published."""
     published = list(dict.fromkeys(row.ablation for row in published_rows()))
-    rows = sorted(comparison.rows, key=lambda row: published.index(row) if row in published else len(published))
+    rows = sorted(
+        comparison.rows, key=lambda row: published.index(row) if row in published else len(published)
+    )
     return [[row, *(text for beside in comparison.beside for text in _pair(comparison, beside, row)), _place(comparison, row)]
             for row in rows] if comparison.beside else []  # fmt: skip
 
@@ -84,7 +92,10 @@ def sentences(comparison: Comparison) -> list[str]:
     """How the table is to be read."""
     if not comparison.beside:
         return []
-    return [f"In brackets: the difference to the row {DEFAULT}.", *(_verdict(comparison, beside) for beside in comparison.beside)]
+    return [
+        f"In brackets: the difference to the row {DEFAULT}.",
+        *(_verdict(comparison, beside) for beside in comparison.beside),
+    ]
 
 
 def _pair(comparison: Comparison, beside: Beside, row: str) -> tuple[str, str]:
@@ -99,11 +110,16 @@ def _with_change(values: Mapping[str, float | None], row: str, column: Column) -
     value, default = values.get(row), values.get(DEFAULT)
     if value is None:
         return MISSING
-    return number(value, column) + ("" if default is None or row == DEFAULT else f" ({signed(value - default, column)})")
+    return number(value, column) + (
+        "" if default is None or row == DEFAULT else f" ({signed(value - default, column)})"
+    )
 
 
 def _place(comparison: Comparison, row: str) -> str:
-    return ", ".join(dict.fromkeys(beside.places[row] for beside in comparison.beside if row in beside.places)) or MISSING
+    return (
+        ", ".join(dict.fromkeys(beside.places[row] for beside in comparison.beside if row in beside.places))
+        or MISSING
+    )
 
 
 def _verdict(comparison: Comparison, beside: Beside) -> str:

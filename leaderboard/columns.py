@@ -38,7 +38,12 @@ def _signature(record: ResultRecord) -> str:
 def _conditions(record: ResultRecord) -> dict[str, Any]:
     """What must be the same for two scores to be alike."""
     metric = {"unit": record.score.unit, "direction": record.score.direction}
-    return {"data_digest": record.data_digest, "num_samples": record.num_samples, **metric, "config": _method(record)}
+    return {
+        "data_digest": record.data_digest,
+        "num_samples": record.num_samples,
+        **metric,
+        "config": _method(record),
+    }
 
 
 def _method(record: ResultRecord) -> dict[str, Any]:
@@ -101,7 +106,14 @@ def columns_of_failures(failures: list[Failure], columns: list[Column]) -> list[
 
 def column_order(column: Column) -> tuple[Any, ...]:
     """Sorts columns by task, then by name."""
-    return task_order(column.task), column.protocol, column.dataset, column.split, column.metric, column.variant
+    return (
+        task_order(column.task),
+        column.protocol,
+        column.dataset,
+        column.split,
+        column.metric,
+        column.variant,
+    )
 
 
 def task_order(task: str) -> tuple[int, str]:

@@ -25,7 +25,9 @@ def compare(runs: Runs, baseline: str = "supervised") -> Comparison:
     """
     problems = runs.problems + _strangers(runs)
     groups = columns_of([run for run in runs.records if run.record.task != PRETRAIN], problems)
-    columns = [column for column, _ in groups] + columns_of_failures(runs.failures, [column for column, _ in groups])
+    columns = [column for column, _ in groups] + columns_of_failures(
+        runs.failures, [column for column, _ in groups]
+    )
     columns.sort(key=column_order)
     members = {id(column): members for column, members in groups}
     rows = _rows(runs, baseline)
@@ -33,11 +35,15 @@ def compare(runs: Runs, baseline: str = "supervised") -> Comparison:
     for column in columns:
         for row, cell in _fill(runs, column, rows, members.get(id(column), []), baseline, problems).items():
             cells[row].append(cell)
-    verdicts = [verdict(baseline, column, {row: cells[row][i] for row in rows}) for i, column in enumerate(columns)]
+    verdicts = [
+        verdict(baseline, column, {row: cells[row][i] for row in rows}) for i, column in enumerate(columns)
+    ]
     costs, totals = costs_of(runs.records, rows), totals_of(runs.records, rows)
     notes = _notes(runs.records, cells, baseline)
     beside = beside_columns(runs, columns, rows)
-    return Comparison(baseline, rows, columns, cells, costs, totals, runs.failures, verdicts, notes, problems, beside)
+    return Comparison(
+        baseline, rows, columns, cells, costs, totals, runs.failures, verdicts, notes, problems, beside
+    )
 
 
 def _strangers(runs: Runs) -> list[str]:
@@ -59,12 +65,18 @@ def _rows(runs: Runs, baseline: str) -> list[str]:
     return sorted(names, key=lambda name: (name != baseline, name))
 
 
-def _fill(runs: Runs, column: Column, rows: list[str], members: list[Run], baseline: str, problems: list[str]) -> dict[str, Cell]:
+def _fill(
+    runs: Runs, column: Column, rows: list[str], members: list[Run], baseline: str, problems: list[str]
+) -> dict[str, Cell]:
     """The cells of one column, with their differences to the baseline's and the best marked."""
     cells = {}
     for row in rows:
         own = _one_a_seed(runs, column, [run for run in members if run.record.backbone == row], problems)
-        lost = [f for f in runs.failures if (f.backbone, f.task, f.protocol) == (row, column.task, column.protocol)]
+        lost = [
+            f
+            for f in runs.failures
+            if (f.backbone, f.task, f.protocol) == (row, column.task, column.protocol)
+        ]
         cells[row] = _cell(own, [failure for failure in lost if failure.seed not in own])
     means = [cell.mean for cell in cells.values() if cell.mean is not None]
     best = (max if column.direction == "higher" else min)(means) if len(means) > 1 else None
@@ -79,7 +91,9 @@ def _fill(runs: Runs, column: Column, rows: list[str], members: list[Run], basel
     }
 
 
-def _one_a_seed(runs: Runs, column: Column, members: list[Run], problems: list[str]) -> dict[int, ResultRecord]:
+def _one_a_seed(
+    runs: Runs, column: Column, members: list[Run], problems: list[str]
+) -> dict[int, ResultRecord]:
     chosen: dict[int, Run] = {}
     for run in sorted(members, key=lambda run: (run.record.finished, run.path), reverse=True):
         if newer := chosen.get(run.record.seed):
@@ -90,7 +104,9 @@ def _one_a_seed(runs: Runs, column: Column, members: list[Run], problems: list[s
         else:
             chosen[run.record.seed] = run
     if len({_signature_of_backbone(run.record) for run in chosen.values()}) > 1:
-        problems.append(f"{members[0].record.backbone}, {column_name(column)}: its seeds are of different architectures")
+        problems.append(
+            f"{members[0].record.backbone}, {column_name(column)}: its seeds are of different architectures"
+        )
     return {seed: chosen[seed].record for seed in sorted(chosen)}
 
 
@@ -121,7 +137,9 @@ def _difference(cell: Cell, base: Cell, higher_is_better: bool) -> Difference | 
     value = cell.mean - base.mean
     better = None if math.isclose(value, 0, abs_tol=1e-12) else (value > 0) == higher_is_better
     paired = cell.seeds == base.seeds
-    if min(len(cell.values), len(base.values)) < 2 or cell.std == base.std == 0:  # where nothing is drawn, seeds say nothing
+    if (
+        min(len(cell.values), len(base.values)) < 2 or cell.std == base.std == 0
+    ):  # where nothing is drawn, seeds say nothing
         return Difference(value, better, paired)
     low, high = (paired_interval if paired else welch_interval)(cell.values, base.values)
     return Difference(value, better, paired, low, high)
@@ -132,15 +150,21 @@ def _notes(records: list[Run], cells: dict[str, list[Cell]], baseline: str) -> l
     notes = (
         []
         if baseline in cells
-        else [f"There is no row named {baseline}, so the table has no differences (--baseline NAME of a row gives them)."]
+        else [
+            f"There is no row named {baseline}, so the table has no differences (--baseline NAME of a row gives them)."
+        ]
     )
     everything = [cell for row in cells.values() for cell in row]
     if any(cell.difference and cell.difference.low is not None for cell in everything):
-        notes.append("Intervals hold 95 % by Student's t over the seeds, each for itself: no correction for many comparisons.")
+        notes.append(
+            "Intervals hold 95 % by Student's t over the seeds, each for itself: no correction for many comparisons."
+        )
     if any(len(cell.values) == 1 for cell in everything):
         notes.append("A cell with one seed has no spread: its difference may be noise.")
     if any(cell.std == 0 for cell in everything):
-        notes.append("A deviation of 0 says that every seed gave the same: where nothing is drawn, it is no evidence.")
+        notes.append(
+            "A deviation of 0 says that every seed gave the same: where nothing is drawn, it is no evidence."
+        )
     repeated = [row for row in cells if any(len(cell.values) > 1 for cell in cells[row])]
     shared = [row for row in repeated if len(_backbones_of(records, row)) == 1]
     if shared:
@@ -152,4 +176,8 @@ def _notes(records: list[Run], cells: dict[str, list[Cell]], baseline: str) -> l
 
 
 def _backbones_of(records: list[Run], row: str) -> set[str]:
-    return {run.record.backbone_digest for run in records if run.record.backbone == row and run.record.task != PRETRAIN}
+    return {
+        run.record.backbone_digest
+        for run in records
+        if run.record.backbone == row and run.record.task != PRETRAIN
+    }

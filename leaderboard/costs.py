@@ -11,7 +11,15 @@ from mae_bench.record import ResultRecord
 
 def costs_of(records: list[Run], rows: list[str]) -> list[Cost]:
     """A line for each row and protocol, in the order of `rows`, the making of the backbone first."""
-    fields = ("seconds_train", "seconds_features", "seconds_eval", "images_per_second", "params", "gmacs", "peak_memory_mib")
+    fields = (
+        "seconds_train",
+        "seconds_features",
+        "seconds_eval",
+        "images_per_second",
+        "params",
+        "gmacs",
+        "peak_memory_mib",
+    )
     lines = []
     for (backbone, task, protocol), members in grouped(
         [run.record for run in records], lambda record: (record.backbone, record.task, record.protocol)
@@ -33,7 +41,11 @@ def totals_of(records: list[Run], rows: list[str]) -> list[Total]:
 
 def seconds_of(record: ResultRecord) -> float | None:
     """Training, features and evaluation; None where the record does not say how long they took, or the training that it had."""
-    known = [record.cost[name] for name in ("seconds_train", "seconds_features", "seconds_eval") if name in record.cost]
+    known = [
+        record.cost[name]
+        for name in ("seconds_train", "seconds_features", "seconds_eval")
+        if name in record.cost
+    ]
     lacks_training = "epochs" in record.config and "seconds_train" not in record.cost
     return sum(known) if known and not lacks_training else None
 

@@ -55,7 +55,10 @@ def _points(metrics: dict[str, Measured]) -> dict[float, Measured]:
 def published_curves() -> list[Curve]:
     """The quoted curves, one a source and data set."""
     quoted = [row for row in published_rows() if row.blocks is not None]
-    return [_quoted(members) for _, members in grouped(quoted, lambda row: (row.source, row.place, row.backbone, row.dataset))]
+    return [
+        _quoted(members)
+        for _, members in grouped(quoted, lambda row: (row.source, row.place, row.backbone, row.dataset))
+    ]
 
 
 def _quoted(rows: list[PublishedRow]) -> Curve:
@@ -78,5 +81,8 @@ def headers(curve: Curve) -> list[str]:
 
 def lines(curve: Curve) -> list[list[str]]:
     """A line a row, `-` where nothing was measured."""
-    texts = [measured([own.get(count) for own in curve.points.values()], list(curve.seeds.values())) for count in curve.counts]
+    texts = [
+        measured([own.get(count) for own in curve.points.values()], list(curve.seeds.values()))
+        for count in curve.counts
+    ]
     return [[row, *own] for row, *own in zip(curve.points, *texts, strict=True)]

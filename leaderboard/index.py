@@ -6,9 +6,27 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from pathlib import Path
 
-from mae_bench.record import FAILURE_FILE, RECORD_FILE, Failure, RecordError, ResultRecord, read_failure, read_record
+from mae_bench.record import (
+    FAILURE_FILE,
+    RECORD_FILE,
+    Failure,
+    RecordError,
+    ResultRecord,
+    read_failure,
+    read_record,
+)
 
-TEXTS = ("backbone", "task", "protocol", "dataset", "split", "main_metric", "data_digest", "backbone_digest", "finished")
+TEXTS = (
+    "backbone",
+    "task",
+    "protocol",
+    "dataset",
+    "split",
+    "main_metric",
+    "data_digest",
+    "backbone_digest",
+    "finished",
+)
 MAPPINGS = ("config", "cost", "artefacts", "backbone_spec", "versions", "hardware")
 
 
@@ -65,11 +83,20 @@ def _files(root: Path, name: str, only: Collection[Path] | None) -> list[Path]:
 
 def _add_failure(runs: Runs, path: Path) -> None:
     if (path.parent / RECORD_FILE).exists():
-        runs.problems.append(f"{runs.name(path)} stands beside a record: the record counts, the failure is left out")
+        runs.problems.append(
+            f"{runs.name(path)} stands beside a record: the record counts, the failure is left out"
+        )
         return
     try:
         failure = read_failure(path)
-        texts = (failure.backbone, failure.task, failure.protocol, failure.status, failure.reason, failure.fix)
+        texts = (
+            failure.backbone,
+            failure.task,
+            failure.protocol,
+            failure.status,
+            failure.reason,
+            failure.fix,
+        )
         if not all(isinstance(text, str) for text in texts) or not isinstance(failure.seed, int):
             raise RecordError(f"{path}: a field of the failure has the wrong type")
         _check_writable(asdict(failure), path)
@@ -85,9 +112,15 @@ def _check_types(record: ResultRecord, path: Path) -> None:
     wrong += [name for name in ("seed", "num_samples") if not isinstance(getattr(record, name), int)]
     wrong += ["notes"] if not isinstance(record.notes, list) else []
     wrong += [
-        f"cost.{name}" for name, value in (record.cost if "cost" not in wrong else {}).items() if not isinstance(value, Real)
+        f"cost.{name}"
+        for name, value in (record.cost if "cost" not in wrong else {}).items()
+        if not isinstance(value, Real)
     ]
-    wrong += [f"metrics.{name}" for name, metric in record.metrics.items() if metric.direction not in ("higher", "lower")]
+    wrong += [
+        f"metrics.{name}"
+        for name, metric in record.metrics.items()
+        if metric.direction not in ("higher", "lower")
+    ]
     if wrong:
         raise RecordError(f"{path}: fields of the wrong type: {', '.join(wrong)}")
     _check_writable(record.to_dict(), path)

@@ -35,9 +35,14 @@ def headers(comparison: Comparison, place: int) -> list[tuple[str, ...]]:
 
     place: the column's. A curve's points are left out: they have their own table.
     """
-    found = {name: value for cells in comparison.cells.values() for name, value in cells[place].metrics.items()}
+    found = {
+        name: value for cells in comparison.cells.values() for name, value in cells[place].metrics.items()
+    }
     kept = [(name, value) for name, value in found.items() if not is_point(name)]
-    named = [(name, value.unit + (", lower is better" if value.direction == "lower" else "")) for name, value in kept]
+    named = [
+        (name, value.unit + (", lower is better" if value.direction == "lower" else ""))
+        for name, value in kept
+    ]
     return [("backbone",), *named] if len(named) > 1 else []
 
 
@@ -52,6 +57,8 @@ def lines(comparison: Comparison, place: int) -> list[list[str]]:
 
 def sentences(comparison: Comparison, place: int) -> list[str]:
     """How the table is to be read."""
-    found = {name: value for cells in comparison.cells.values() for name, value in cells[place].metrics.items()}
+    found = {
+        name: value for cells in comparison.cells.values() for name, value in cells[place].metrics.items()
+    }
     chosen = [CHOSEN] if any(name.startswith(BEST) for name in found) else []
     return chosen + ([DRAWN] if any(value.margin is not None for value in found.values()) else [])

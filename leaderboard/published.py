@@ -39,14 +39,27 @@ class PublishedRow:
 @cache
 def published_rows() -> tuple[PublishedRow, ...]:
     """Every quoted number of the package's `published/*.json` (a list of tables, each with its source and its rows)."""
-    tables = [table for path in sorted(FOLDER.glob("*.json")) for table in json.loads(path.read_text(encoding="utf-8"))]
+    tables = [
+        table
+        for path in sorted(FOLDER.glob("*.json"))
+        for table in json.loads(path.read_text(encoding="utf-8"))
+    ]
     return tuple(_row(table, row) for table in tables for row in table["rows"])
 
 
 def _row(table: dict, row: dict) -> PublishedRow:
-    shared = {name: table[name] for name in ("task", "dataset", "split", "metric", "unit", "direction", "note")}
+    shared = {
+        name: table[name] for name in ("task", "dataset", "split", "metric", "unit", "direction", "note")
+    }
     source = table["source"]
-    return PublishedRow(**row, **shared, source=source["name"], title=source["title"], place=source["place"], url=source["url"])
+    return PublishedRow(
+        **row,
+        **shared,
+        source=source["name"],
+        title=source["title"],
+        place=source["place"],
+        url=source["url"],
+    )
 
 
 def published_for(tasks: set[str]) -> list[PublishedRow]:

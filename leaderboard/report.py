@@ -39,7 +39,9 @@ def write_report(
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         return [_write(Path(out_dir) / name, text) for name, text in texts.items()]
     except OSError as error:
-        raise RecordError(f"the report cannot be written to {out_dir}: {error}", expected="a folder to write to") from error
+        raise RecordError(
+            f"the report cannot be written to {out_dir}: {error}", expected="a folder to write to"
+        ) from error
 
 
 def _write(path: Path, text: str) -> Path:

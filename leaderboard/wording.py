@@ -125,7 +125,11 @@ def _evidence(cell: Cell, base: Cell, column: Column) -> str:
         several = f"{len(cell.values)} against {len(base.values)} seeds"
         seeds = "1 seed" if alone else "the same in every seed" if same else several
         return f"{signed(change.value, column)} ({seeds}: no interval)"
-    pairs = f"{len(cell.values)} paired seeds" if change.paired else f"{len(cell.values)} and {len(base.values)} unpaired seeds"
+    pairs = (
+        f"{len(cell.values)} paired seeds"
+        if change.paired
+        else f"{len(cell.values)} and {len(base.values)} unpaired seeds"
+    )
     zero = "" if change.is_clear else ", which includes 0"
     low, high = signed(change.low, column), signed(change.high, column)
     return f"{signed(change.value, column)} (95 % interval {low} to {high}{zero}; {pairs})"

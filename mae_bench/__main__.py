@@ -2,4 +2,6 @@
 
 import runpy
 
-runpy.run_module("mae_bench.cli", run_name="__main__", alter_sys=True)  # not an import: nobody imports the roof
+runpy.run_module(
+    "mae_bench.cli", run_name="__main__", alter_sys=True
+)  # not an import: nobody imports the roof

@@ -23,20 +23,27 @@ FAILED, WRONG_USE, STOPPED = 1, 2, 130  # exit codes; 130 is the shell's for SIG
 DEMO = "suites/demo.yaml"
 WIDTH = 100  # columns of a table that goes into a file
 
-app = typer.Typer(name="mae-bench", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="mae-bench", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
+)
 data_app = typer.Typer(no_args_is_help=True, help="Prepare, pack and check data.")
 prepare_app = typer.Typer(no_args_is_help=True, help="Make a layout from what its publisher offers.")
 app.add_typer(data_app, name="data")
 data_app.add_typer(prepare_app, name="prepare")
 
-Source = str | Callable[[], dict[str, Any]]  # a suite's file, or what makes its content: the ranks that follow need neither
+Source = (
+    str | Callable[[], dict[str, Any]]
+)  # a suite's file, or what makes its content: the ranks that follow need neither
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the config, e.g. tasks.linear.epochs=10.")
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the config, e.g. tasks.linear.epochs=10."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Where everything is written; by default runs/NAME.")]
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Worker processes at a time.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read, and nothing else, on stdout.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON for a program to read, and nothing else, on stdout.")
+]
 
 
 def _known_format(name: str | None) -> str | None:
@@ -50,21 +57,35 @@ def _known_format(name: str | None) -> str | None:
 
 Format = Annotated[
     str | None,
-    typer.Option("--format", callback=_known_format, help="The checkpoint's format, where the file alone cannot decide."),
+    typer.Option(
+        "--format",
+        callback=_known_format,
+        help="The checkpoint's format, where the file alone cannot decide.",
+    ),
 ]
 Weights = Annotated[
-    str | None, typer.Option("--weights", help="Which set of weights, where the file holds several; `inspect` lists them.")
+    str | None,
+    typer.Option(
+        "--weights", help="Which set of weights, where the file holds several; `inspect` lists them."
+    ),
 ]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Run the pickle of a file that is more than data, in a process without network.")
+    bool,
+    typer.Option(
+        "--trust", help="Run the pickle of a file that is more than data, in a process without network."
+    ),
 ]
 Fields = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="What the file does not tell of the backbone, e.g. num_heads=6.")
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="What the file does not tell of the backbone, e.g. num_heads=6."
+    ),
 ]
 Checkpoint = Annotated[
     str,
     typer.Argument(
-        metavar="CKPT", help="A path, file:PATH, run:DIR (a cell's folder), official:NAME, timm:NAME or hf:REPO@REVISION."
+        metavar="CKPT",
+        help="A path, file:PATH, run:DIR (a cell's folder), official:NAME, timm:NAME or hf:REPO@REVISION.",
     ),
 ]
 
@@ -101,7 +122,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Downstream transfer benchmark for masked autoencoders: pretrain, transfer, compare.
 
@@ -117,7 +140,10 @@ def demo(overrides: Overrides = None, out: Out = None, jobs: Jobs = None, as_jso
 
 @app.command()
 def run(
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="A suite's YAML: a path, or a packaged one (suites/demo.yaml).")],
+    suite: Annotated[
+        str,
+        typer.Argument(metavar="SUITE", help="A suite's YAML: a path, or a packaged one (suites/demo.yaml)."),
+    ],
     overrides: Overrides = None,
     out: Out = None,
     jobs: Jobs = None,
@@ -129,12 +155,18 @@ def run(
 
 @app.command()
 def pretrain(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A job that makes a backbone, e.g. pretrain/demo.yaml.")],
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A job that makes a backbone, e.g. pretrain/demo.yaml.")
+    ],
     overrides: Overrides = None,
     out: Out = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the weights and of the order of the images.")] = 0,
-    processes: Annotated[int | None, typer.Option("--processes", min=1, help="That train it together; else all GPUs.")] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where it is made.")] = "auto",
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="That train it together; else all GPUs.")
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where it is made.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Make one backbone; its folder then holds `export/`, which every other command reads as a checkpoint.
@@ -159,10 +191,13 @@ def evaluate(
     checkpoint: Annotated[
         list[str],
         typer.Option(
-            "--checkpoint", help="What `inspect` reads, a pattern in quotes ('ckpts/*.pth'), or a YAML list; repeatable."
+            "--checkpoint",
+            help="What `inspect` reads, a pattern in quotes ('ckpts/*.pth'), or a YAML list; repeatable.",
         ),
     ],
-    tasks: Annotated[str, typer.Option("--tasks", help="Names below configs/tasks, or YAML files, separated by commas.")],
+    tasks: Annotated[
+        str, typer.Option("--tasks", help="Names below configs/tasks, or YAML files, separated by commas.")
+    ],
     overrides: Overrides = None,
     out: Out = None,
     jobs: Jobs = None,
@@ -187,7 +222,11 @@ def _suite_of(checkpoints: list[str], tasks: str, options: dict[str, Any]) -> di
     named = [name.strip() for name in tasks.split(",") if name.strip()]
     files = {Path(name).stem: task_file(name) for name in named}
     if len(files) < len(named):
-        raise UserError(f"--tasks {tasks}: two of one name", expected="files whose names differ", fix="copy one to another name")
+        raise UserError(
+            f"--tasks {tasks}: two of one name",
+            expected="files whose names differ",
+            fix="copy one to another name",
+        )
     return {
         "name": "evaluate",
         "backbones": rows_of(checkpoints, options),
@@ -218,9 +257,14 @@ def plan(
 @app.command()
 def report(
     runs: Annotated[Path, typer.Argument(metavar="RUNS", help="A folder of runs, at any depth.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Where the report is written; by default RUNS/report.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where the report is written; by default RUNS/report.")
+    ] = None,
     baseline: Annotated[
-        str | None, typer.Option("--baseline", help="What the others are compared with; by default the suite's, else supervised.")
+        str | None,
+        typer.Option(
+            "--baseline", help="What the others are compared with; by default the suite's, else supervised."
+        ),
     ] = None,
     title: Annotated[str, typer.Option("--title", help="Of the page.")] = "mae_bench leaderboard",
     as_json: Json = False,
@@ -228,7 +272,14 @@ def report(
     """Render the leaderboard of all records below a folder: terminal, Markdown, CSV, JSON and HTML."""
     from mae_bench.suite.config import baseline_of
 
-    files = _report(runs, out or runs / "report", baseline or baseline_of(runs) or "supervised", title, None, quiet=as_json)
+    files = _report(
+        runs,
+        out or runs / "report",
+        baseline or baseline_of(runs) or "supervised",
+        title,
+        None,
+        quiet=as_json,
+    )
     if as_json:
         _print_json({"report": files})
     else:
@@ -243,7 +294,10 @@ def inspect(
     weights: Weights = None,
     trust: Trust = False,
     images: Annotated[
-        Path | None, typer.Option("--images", help="Try on these images how the weights want them fed and pooled: a suggestion.")
+        Path | None,
+        typer.Option(
+            "--images", help="Try on these images how the weights want them fed and pooled: a suggestion."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -258,7 +312,9 @@ def inspect(
         _answer(found, render(found), as_json)
         return
     if "sets" in found:
-        raise UserError(f"{ckpt} holds {len(found['sets'])} sets of ViT weights", fix="say which with --weights NAME")
+        raise UserError(
+            f"{ckpt} holds {len(found['sets'])} sets of ViT weights", fix="say which with --weights NAME"
+        )
     from rich.console import Group
 
     from backbones.preprocessing import render as render_probe
@@ -272,7 +328,9 @@ def inspect(
 @app.command()
 def convert(
     ckpt: Checkpoint,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file or folder to write; it must not exist.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The file or folder to write; it must not exist.")
+    ],
     to: Annotated[str, typer.Option("--to", help="A format that is written; any other word lists them.")],
     fields: Fields = None,
     format: Format = None,
@@ -288,21 +346,37 @@ def convert(
 
     done = write_as(ckpt, out, to, format, weights=weights, trust=trust, overrides=_values(fields))
     counts = f"{len(done.renamed)} keys carried over, {len(done.dropped)} dropped with a reason, {len(done.new)} new"
-    _answer({"out": str(out), "to": to, "report": done.to_dict()}, f"{ckpt} ({done.format}) -> {out} ({to}): {counts}", as_json)
+    _answer(
+        {"out": str(out), "to": to, "report": done.to_dict()},
+        f"{ckpt} ({done.format}) -> {out} ({to}): {counts}",
+        as_json,
+    )
 
 
 @app.command()
 def verify(
     ckpt: Checkpoint,
     against: Annotated[
-        str, typer.Option("--against", metavar="MODULE:CALLABLE", help="Your own code, which is run: it returns a torch module.")
+        str,
+        typer.Option(
+            "--against",
+            metavar="MODULE:CALLABLE",
+            help="Your own code, which is run: it returns a torch module.",
+        ),
     ],
     fields: Fields = None,
-    images: Annotated[Path | None, typer.Option("--images", help="A folder of images; by default random ones.")] = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="A folder of images; by default random ones.")
+    ] = None,
     num_images: Annotated[int, typer.Option("--num-images", min=1, help="How many of them.")] = 2,
-    seed: Annotated[int, typer.Option("--seed", help="Of random images, or of the choice among those of a folder.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of random images, or of the choice among those of a folder.")
+    ] = 0,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", min=0, help="Largest difference that passes, by the layer's largest value.")
+        float,
+        typer.Option(
+            "--tolerance", min=0, help="Largest difference that passes, by the layer's largest value."
+        ),
     ] = 1e-5,
     format: Format = None,
     weights: Weights = None,
@@ -320,9 +394,22 @@ def verify(
     from backbones.parity import render
     from backbones.parity import verify as compared
 
-    options: dict[str, Any] = {"format": format, "weights": weights, "trust": trust, "overrides": _values(fields)}
-    found = compared(ckpt, against, images=images, count=num_images, seed=seed, tolerance=tolerance, **options)
-    chosen = {"source": ckpt, "against": against, "images": str(images or "random"), "num_images": num_images, "seed": seed}
+    options: dict[str, Any] = {
+        "format": format,
+        "weights": weights,
+        "trust": trust,
+        "overrides": _values(fields),
+    }
+    found = compared(
+        ckpt, against, images=images, count=num_images, seed=seed, tolerance=tolerance, **options
+    )
+    chosen = {
+        "source": ckpt,
+        "against": against,
+        "images": str(images or "random"),
+        "num_images": num_images,
+        "seed": seed,
+    }
     _answer(chosen | found.to_dict(), render(found), as_json)
     if not found.equal:
         raise typer.Exit(FAILED)
@@ -337,9 +424,13 @@ def _values(fields: list[str] | None) -> dict[str, Any]:
 @app.command()
 def reconstruct(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files.")],
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="A pretraining's folder, or its mae.safetensors.")],
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", help="A pretraining's folder, or its mae.safetensors.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="The PNG to write.")],
-    mask_ratio: Annotated[float, typer.Option("--mask-ratio", min=0.01, max=0.99, help="Share of patches removed.")] = 0.75,
+    mask_ratio: Annotated[
+        float, typer.Option("--mask-ratio", min=0.01, max=0.99, help="Share of patches removed.")
+    ] = 0.75,
     seed: Annotated[int, typer.Option("--seed", help="Of the masks.")] = 0,
 ) -> None:
     """Draw what a masked autoencoder makes of images: original, masked, reconstructed, a row an image."""
@@ -363,11 +454,18 @@ def doctor(as_json: Json = False) -> None:
 
 @data_app.command("check")
 def data_check(
-    layout: Annotated[str, typer.Argument(metavar="LAYOUT", help="imagenet or its like; any other word lists them.")],
-    path: Annotated[str, typer.Argument(metavar="PATH", help="The folder, or the pattern of shards, that should hold it.")],
-    thorough: Annotated[bool, typer.Option("--thorough", help="List every file again, also of sets that are known.")] = False,
+    layout: Annotated[
+        str, typer.Argument(metavar="LAYOUT", help="imagenet or its like; any other word lists them.")
+    ],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="The folder, or the pattern of shards, that should hold it.")
+    ],
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="List every file again, also of sets that are known.")
+    ] = False,
     decode: Annotated[
-        bool, typer.Option("--decode", help="Decode every image (imagenet, images); exit code 1 if one fails.")
+        bool,
+        typer.Option("--decode", help="Decode every image (imagenet, images); exit code 1 if one fails."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -379,10 +477,18 @@ def data_check(
     found = check_layout(layout, path, thorough=thorough)
     bad = _bad_images(layout, path, list(found.splits)) if decode else {}
     splits = ", ".join(f"{split}: {count} images" for split, count in found.splits.items())
-    lines = [f"{found.name} ({layout}): {splits}; {len(found.classes)} classes", f"digest {found.digest}", *found.notes]
+    lines = [
+        f"{found.name} ({layout}): {splits}; {len(found.classes)} classes",
+        f"digest {found.digest}",
+        *found.notes,
+    ]
     told = _told(layout, path, found)
     lines += told
-    lines += [f"{split}: {name} does not decode: {reason}" for split, names in bad.items() for name, reason in names.items()]
+    lines += [
+        f"{split}: {name} does not decode: {reason}"
+        for split, names in bad.items()
+        for name, reason in names.items()
+    ]
     value = asdict(found) | {"notes": [*found.notes, *told]} | ({"bad_images": bad} if decode else {})
     _answer(value, "\n".join(lines), as_json)
     if any(bad.values()):
@@ -396,7 +502,11 @@ def _told(layout: str, path: str, found: "LayoutReport") -> list[str]:
 
     if layout not in ("imagenet", "imagenet_val"):
         return []
-    shared = overlap_of(found, open_images(path, "train"), open_images(path, "val")) if layout == "imagenet" else ""
+    shared = (
+        overlap_of(found, open_images(path, "train"), open_images(path, "val"))
+        if layout == "imagenet"
+        else ""
+    )
     return [note for note in (doubt(found), shared) if note]
 
 
@@ -412,22 +522,40 @@ def _bad_images(layout: str, path: str, splits: list[str]) -> dict[str, dict[str
     if layout not in ("imagenet", "images"):
         raise UserError(f"--decode with the layout {layout}", expected="imagenet or images")
     with counting(Console(stderr=True)) as progress:
-        return {split: bad_images(open_images(path, split), num_cores(), partial(progress, split)) for split in splits}
+        return {
+            split: bad_images(open_images(path, split), num_cores(), partial(progress, split))
+            for split in splits
+        }
 
 
-Images = Annotated[str, typer.Argument(metavar="SRC", help="Images in any form that pretraining reads: a folder, shards, a URL.")]
-NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; a call that was stopped goes on in it.")]
+Images = Annotated[
+    str,
+    typer.Argument(metavar="SRC", help="Images in any form that pretraining reads: a folder, shards, a URL."),
+]
+NewFolder = Annotated[
+    Path, typer.Argument(metavar="OUT", help="The folder to write; a call that was stopped goes on in it.")
+]
 
 
 @data_app.command("pack")
 def data_pack(
     source: Images,
     out: NewFolder,
-    short_side: Annotated[int | None, typer.Option("--short-side", min=1, help="Pixels to reduce larger images to; 256.")] = None,
-    quality: Annotated[int | None, typer.Option("--quality", min=1, max=100, help="Of the JPEGs; 90 where resized.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Store pixels: the fastest to read and the largest.")] = False,
-    original: Annotated[bool, typer.Option("--original", help="Store each image's bytes as they are.")] = False,
-    num_workers: Annotated[int | None, typer.Option("--num-workers", min=0, help="Processes; by default one a core.")] = None,
+    short_side: Annotated[
+        int | None, typer.Option("--short-side", min=1, help="Pixels to reduce larger images to; 256.")
+    ] = None,
+    quality: Annotated[
+        int | None, typer.Option("--quality", min=1, max=100, help="Of the JPEGs; 90 where resized.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Store pixels: the fastest to read and the largest.")
+    ] = False,
+    original: Annotated[
+        bool, typer.Option("--original", help="Store each image's bytes as they are.")
+    ] = False,
+    num_workers: Annotated[
+        int | None, typer.Option("--num-workers", min=0, help="Processes; by default one a core.")
+    ] = None,
 ) -> None:
     """Write a packed set: one file a split that every loader reads, smaller and faster than the images themselves."""
     from rich.console import Console
@@ -438,7 +566,8 @@ def data_pack(
 
     if original and (raw or quality is not None or short_side is not None):
         raise UserError(
-            "--original with --raw, --quality or --short-side", expected="--original alone: it keeps each image's bytes"
+            "--original with --raw, --quality or --short-side",
+            expected="--original alone: it keeps each image's bytes",
         )
     workers = num_cores() if num_workers is None else num_workers
     with counting(Console(stderr=True)) as progress:
@@ -453,14 +582,26 @@ def data_pack(
 
 @prepare_app.command("imagenet")
 def data_prepare_imagenet(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="The folder with the archives as image-net.org publishes them.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", help="The folder with the archives as image-net.org publishes them."),
+    ],
     out: NewFolder,
     val_classes: Annotated[
-        Path | None, typer.Option("--val-classes", help="A line a validation image: name and WNID; else the devkit tells.")
+        Path | None,
+        typer.Option(
+            "--val-classes", help="A line a validation image: name and WNID; else the devkit tells."
+        ),
     ] = None,
-    packed: Annotated[bool, typer.Option("--packed", help="Make a packed set instead, without unpacking the archives.")] = False,
-    short_side: Annotated[int | None, typer.Option("--short-side", min=1, help="Of a packed set; else images stay.")] = None,
-    no_check: Annotated[bool, typer.Option("--no-check", help="Take archives that are not the published ones.")] = False,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Make a packed set instead, without unpacking the archives.")
+    ] = False,
+    short_side: Annotated[
+        int | None, typer.Option("--short-side", min=1, help="Of a packed set; else images stay.")
+    ] = None,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Take archives that are not the published ones.")
+    ] = False,
 ) -> None:
     """Make the folders train/ and val/ of ImageNet-1K from the ILSVRC2012 archives, or a packed set."""
     from rich.console import Console
@@ -471,16 +612,27 @@ def data_prepare_imagenet(
     from mae_bench.runner.live import counting
 
     if short_side and not packed:
-        raise UserError("--short-side without --packed", expected="both, or none: class folders keep the images as they are")
+        raise UserError(
+            "--short-side without --packed",
+            expected="both, or none: class folders keep the images as they are",
+        )
     how = How(short_side=short_side) if packed else None
     with counting(Console(stderr=True)) as progress:
         made = prepare_imagenet(
-            source, out, progress, check=not no_check, val_classes=val_classes, packed=how, num_workers=num_cores()
+            source,
+            out,
+            progress,
+            check=not no_check,
+            val_classes=val_classes,
+            packed=how,
+            num_workers=num_cores(),
         )
     print(f"{out}: train: {made.train} images, val: {made.val} images; {made.classes} classes")
 
 
-def _run(source: Source, overrides: list[str] | None, out: Path | None, jobs: int | None, as_json: bool) -> None:
+def _run(
+    source: Source, overrides: list[str] | None, out: Path | None, jobs: int | None, as_json: bool
+) -> None:
     """Runs a suite here; or, where a launcher started several processes, on rank 0 with the others' help."""
     from mae_bench.runner.launcher import Company, launched
     from mae_bench.runner.runner import stop_requests
@@ -503,7 +655,9 @@ def _run(source: Source, overrides: list[str] | None, out: Path | None, jobs: in
         company.dismiss()
 
 
-def _run_suite(source: Source, changes: list[str], out: Path | None, as_json: bool, company: "Company | None") -> None:
+def _run_suite(
+    source: Source, changes: list[str], out: Path | None, as_json: bool, company: "Company | None"
+) -> None:
     from rich.console import Console
 
     from mae_bench.environment.provenance import command_line
@@ -515,12 +669,17 @@ def _run_suite(source: Source, changes: list[str], out: Path | None, as_json: bo
     with view_for(Console(stderr=True)) as view:
         results = run_suite(suite, view, command_line(), company)
     folder, only = Path(suite.out), {cell.dir for cell, _ in results}
-    files = _report(folder, folder / "report", suite.row_of_baseline, suite.name, only, quiet=as_json or not suite.tasks)
+    files = _report(
+        folder, folder / "report", suite.row_of_baseline, suite.name, only, quiet=as_json or not suite.tasks
+    )
     _conclude(suite, results, files, as_json)
 
 
 def _conclude(
-    suite: "SuiteConfig", results: "list[tuple[Cell, ResultRecord | Failure]]", files: list[str], as_json: bool
+    suite: "SuiteConfig",
+    results: "list[tuple[Cell, ResultRecord | Failure]]",
+    files: list[str],
+    as_json: bool,
 ) -> None:
     """The last words of a run, and its exit code."""
     from mae_bench.job import EXPORT
@@ -534,12 +693,18 @@ def _conclude(
     else:
         print(f"\n{counts(cells)}, in {suite.out}")
         print("\n".join(map(str, [*exports, *files])))
-    lost = [cell for cell in cells if cell["state"] == "failed" or (cell["task"] == BACKBONE and cell["state"] != "done")]
+    lost = [
+        cell
+        for cell in cells
+        if cell["state"] == "failed" or (cell["task"] == BACKBONE and cell["state"] != "done")
+    ]
     if lost:  # a transfer that is not installed was known to be left out; a backbone was asked for
         raise typer.Exit(FAILED)
 
 
-def _report(runs: Path, out: Path, baseline: str, title: str, only: set[Path] | None, *, quiet: bool) -> list[str]:
+def _report(
+    runs: Path, out: Path, baseline: str, title: str, only: set[Path] | None, *, quiet: bool
+) -> list[str]:
     """Writes the report, prints its table unless `quiet`, returns the files' paths."""
     from leaderboard.compare import compare
     from leaderboard.index import load_runs

@@ -29,7 +29,9 @@ class JobConfig(Config):
     kind: str
     protocol: str = Field(description="the name in the record; only records of one protocol are compared")
     data: str = Field(description="root folder of the data set, in the layout that the kind reads")
-    max_bad_images: float = Field(0.001, ge=0, le=1, description="share of images that may fail to decode before the job stops")
+    max_bad_images: float = Field(
+        0.001, ge=0, le=1, description="share of images that may fail to decode before the job stops"
+    )
 
 
 class TrainConfig(JobConfig):
@@ -43,7 +45,9 @@ class TrainConfig(JobConfig):
     betas: tuple[float, float] = (0.9, 0.999)
     global_batch_size: int = Field(gt=0)
     device_batch_size: int | None = Field(
-        None, gt=0, description="the most images a device takes at once; the accumulation follows from it and the devices at hand"
+        None,
+        gt=0,
+        description="the most images a device takes at once; the accumulation follows from it and the devices at hand",
     )
     clip_grad: float | None = Field(None, gt=0)
     amp_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -51,10 +55,14 @@ class TrainConfig(JobConfig):
         "ddp", description="what several processes share: copies of the model, or its shards"
     )
     compile: bool | None = Field(None, description="torch.compile; null compiles on CUDA alone")
-    deterministic: bool = Field(False, description="algorithms that repeat bit for bit on a GPU too, and are slower")
+    deterministic: bool = Field(
+        False, description="algorithms that repeat bit for bit on a GPU too, and are slower"
+    )
     checkpoint_seconds: float = Field(30, ge=0, description="seconds between two saved training states")
     keep_checkpoints: int = Field(2, ge=1, description="the last training states that are kept")
-    trackers: list[Literal["wandb", "mlflow"]] = Field([], description="where curves are sent besides TensorBoard's files")
+    trackers: list[Literal["wandb", "mlflow"]] = Field(
+        [], description="where curves are sent besides TensorBoard's files"
+    )
     num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
 
     @model_validator(mode="after")
@@ -99,10 +107,16 @@ def task_file(name: str) -> str:
     if name.endswith((".yaml", ".yml")):
         return name
     own = f"tasks/{name}.yaml"
-    found = [] if "/" in name or Path(own).is_file() else sorted(CONFIGS.glob(f"tasks/*/{glob.escape(name)}.yaml"))
+    found = (
+        []
+        if "/" in name or Path(own).is_file()
+        else sorted(CONFIGS.glob(f"tasks/*/{glob.escape(name)}.yaml"))
+    )
     if len(found) > 1:
         families = " or ".join(f"{path.parent.name}/{name}" for path in found)
-        raise UserError(f"several tasks are called {name}", expected="a name with its family", fix=f"say {families}")
+        raise UserError(
+            f"several tasks are called {name}", expected="a name with its family", fix=f"say {families}"
+        )
     return str(found[0].relative_to(CONFIGS)) if found else own
 
 
@@ -127,12 +141,16 @@ def resolve(
     for item in overrides:
         key, equals, _ = item.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"override {item!r}", expected="key=value, for example data.root=../data or seeds=[0,1,2]")
+            raise UserError(
+                f"override {item!r}", expected="key=value, for example data.root=../data or seeds=[0,1,2]"
+            )
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise UserError(f"override {item!r} does not fit the config: {error}") from error
-    expanded = OmegaConf.create(_expand((OmegaConf.to_container(merged), Path.cwd())))  # an override may bring a base of its own
+    expanded = OmegaConf.create(
+        _expand((OmegaConf.to_container(merged), Path.cwd()))
+    )  # an override may bring a base of its own
     try:
         resolved = OmegaConf.to_container(expanded, resolve=True)
     except InterpolationToMissingValueError as error:
@@ -168,7 +186,9 @@ def _expand(source: tuple[Any, Path], chain: tuple[Path, ...] = ()) -> Any:
     if path in chain:
         raise UserError(f"configs that are each other's base: {' -> '.join(p.name for p in (*chain, path))}")
     base = _expand(_read(path), (*chain, path))
-    return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(base), OmegaConf.create(own)), resolve=False)
+    return OmegaConf.to_container(
+        OmegaConf.merge(OmegaConf.create(base), OmegaConf.create(own)), resolve=False
+    )
 
 
 def build(cls: type[C], value: dict[str, Any], source: str) -> C:
@@ -178,7 +198,9 @@ def build(cls: type[C], value: dict[str, Any], source: str) -> C:
     try:
         return cls.model_validate(value)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_explain(cls, problem) for problem in error.errors())) from error
+        raise UserError(
+            f"{source}: " + "; ".join(_explain(cls, problem) for problem in error.errors())
+        ) from error
 
 
 def _must_be_given(keys: list[str], prefix: str = "") -> UserError:
@@ -191,7 +213,11 @@ def _must_be_given(keys: list[str], prefix: str = "") -> UserError:
 
 def _missing_keys(value: Any, path: str = "") -> list[str]:
     if isinstance(value, dict):
-        return [key for name, item in value.items() for key in _missing_keys(item, f"{path}.{name}" if path else str(name))]
+        return [
+            key
+            for name, item in value.items()
+            for key in _missing_keys(item, f"{path}.{name}" if path else str(name))
+        ]
     return [path] if value == "???" else []
 
 
@@ -200,7 +226,9 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     if not place:  # several keys together; to print them all would hide the message
         return str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] != "extra_forbidden":
-        return f"{place}: {problem['msg']}" + ("" if problem["type"] == "missing" else f" (given {problem['input']!r})")
+        return f"{place}: {problem['msg']}" + (
+            "" if problem["type"] == "missing" else f" (given {problem['input']!r})"
+        )
     *parents, key = map(str, problem["loc"])
     model: Any = cls
     for part in parents:

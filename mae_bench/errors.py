@@ -51,6 +51,12 @@ def near_path(path: str | Path) -> str:
     path = Path(path)
     if path.parent.is_dir():
         names = _names_in(path.parent)
-        near = difflib.get_close_matches(path.name, sorted(names), n=3, cutoff=0.4)  # of the names, without their folder
+        near = difflib.get_close_matches(
+            path.name, sorted(names), n=3, cutoff=0.4
+        )  # of the names, without their folder
         return f"did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""
-    return f"if it is a repository of the hub: hf:{path}" if HUB.fullmatch(str(path)) and path.suffix not in WEIGHTS else ""
+    return (
+        f"if it is a repository of the hub: hf:{path}"
+        if HUB.fullmatch(str(path)) and path.suffix not in WEIGHTS
+        else ""
+    )

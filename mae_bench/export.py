@@ -14,7 +14,9 @@ WEIGHTS_FILE = "backbone.safetensors"
 SPEC_FILE = "backbone.json"
 
 
-def write_export(folder: str | Path, weights: dict[str, torch.Tensor], spec: BackboneSpec, provenance: dict[str, Any]) -> str:
+def write_export(
+    folder: str | Path, weights: dict[str, torch.Tensor], spec: BackboneSpec, provenance: dict[str, Any]
+) -> str:
     """Writes the weights, then `backbone.json` (spec, provenance, digest); returns the digest. An export with a JSON is whole."""
     folder = Path(folder)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}

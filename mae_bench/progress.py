@@ -13,7 +13,12 @@ from typing import Any, NoReturn
 from mae_bench.errors import Interrupted
 
 EVENTS_FILE = "events.jsonl"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the last is what Slurm sends before a time limit
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+)  # the last is what Slurm sends before a time limit
 MIN_SECONDS = 0.2  # between two events of one stage: a live view needs no more
 
 
@@ -81,5 +86,7 @@ class Progress:
 
     def _write(self, event: dict[str, Any]) -> None:
         if self._file:
-            self._file.write(json.dumps({"time": time.time(), "stage": self._stage, "total": self._total, **event}) + "\n")
+            self._file.write(
+                json.dumps({"time": time.time(), "stage": self._stage, "total": self._total, **event}) + "\n"
+            )
             self._file.flush()

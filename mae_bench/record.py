@@ -60,7 +60,9 @@ class ResultRecord:
 
     backbone: str  # the row's name, as the suite calls it
     task: str  # "pretrain", "imagenet", "coco", "ade20k"
-    protocol: str  # "finetune-100ep", "linear-90ep", "maskrcnn-li2021-100ep", ...: only like is compared with like
+    protocol: (
+        str  # "finetune-100ep", "linear-90ep", "maskrcnn-li2021-100ep", ...: only like is compared with like
+    )
     dataset: str
     split: str
     num_samples: int
@@ -93,9 +95,13 @@ class ResultRecord:
                 expected="the metric that the protocol is judged by, measured",
             )
         if bad := sorted(name for name, metric in self.metrics.items() if not math.isfinite(metric.value)):
-            raise RecordError(f"metrics that are not finite: {bad}", expected="an absent metric where nothing was measured")
+            raise RecordError(
+                f"metrics that are not finite: {bad}", expected="an absent metric where nothing was measured"
+            )
         if self.num_samples < 1:
-            raise RecordError(f"num_samples is {self.num_samples}", expected="at least one sample behind a score")
+            raise RecordError(
+                f"num_samples is {self.num_samples}", expected="at least one sample behind a score"
+            )
 
     @property
     def score(self) -> Metric:
@@ -120,7 +126,9 @@ class ResultRecord:
             metrics = {name: Metric(**metric) for name, metric in value["metrics"].items()}
             return cls(**{**value, "metrics": metrics})
         except (KeyError, TypeError, AttributeError) as error:
-            raise RecordError(f"a malformed record: {error}", expected="the fields of mae_bench.record.ResultRecord") from error
+            raise RecordError(
+                f"a malformed record: {error}", expected="the fields of mae_bench.record.ResultRecord"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,9 @@ def read_record(path: str | Path) -> ResultRecord:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RecordError(f"{path} cannot be read as a record: {error}", expected="a JSON file that mae-bench wrote") from error
+        raise RecordError(
+            f"{path} cannot be read as a record: {error}", expected="a JSON file that mae-bench wrote"
+        ) from error
     try:
         if not isinstance(value, dict):
             raise RecordError(f"a record that is a {type(value).__name__}", expected="a JSON object")

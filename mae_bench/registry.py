@@ -37,9 +37,15 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "pretrain": Kind(
-        "mae_bench.pretrain.config:PretrainConfig", "mae_bench.pretrain.job:run", "images", emits_backbone=True, distributed=True
+        "mae_bench.pretrain.config:PretrainConfig",
+        "mae_bench.pretrain.job:run",
+        "images",
+        emits_backbone=True,
+        distributed=True,
     ),
-    "random": Kind("mae_bench.pretrain.config:RandomConfig", "mae_bench.pretrain.job:run_random", "", emits_backbone=True),
+    "random": Kind(
+        "mae_bench.pretrain.config:RandomConfig", "mae_bench.pretrain.job:run_random", "", emits_backbone=True
+    ),
     "supervised": Kind(
         "tasks.imagenet.config:SupervisedConfig",
         "tasks.imagenet.supervised:run",
@@ -48,23 +54,44 @@ KINDS: dict[str, Kind] = {
         distributed=True,
     ),
     "checkpoint": Kind("backbones.config:CheckpointConfig", "backbones.job:run", "", emits_backbone=True),
-    "finetune": Kind("tasks.imagenet.config:FinetuneConfig", "tasks.imagenet.finetune:run", "imagenet", distributed=True),
+    "finetune": Kind(
+        "tasks.imagenet.config:FinetuneConfig", "tasks.imagenet.finetune:run", "imagenet", distributed=True
+    ),
     "partial_finetune": Kind(
-        "tasks.imagenet.config:PartialFinetuneConfig", "tasks.imagenet.partial_finetune:run", "imagenet", distributed=True
+        "tasks.imagenet.config:PartialFinetuneConfig",
+        "tasks.imagenet.partial_finetune:run",
+        "imagenet",
+        distributed=True,
     ),
     "linear_probe": Kind(
-        "tasks.imagenet.config:LinearProbeConfig", "tasks.imagenet.linear_probe:run", "imagenet", distributed=True, version=2
+        "tasks.imagenet.config:LinearProbeConfig",
+        "tasks.imagenet.linear_probe:run",
+        "imagenet",
+        distributed=True,
+        version=2,
     ),
     "knn": Kind("tasks.imagenet.config:KnnConfig", "tasks.imagenet.knn:run", "imagenet", distributed=True),
-    "few_shot": Kind("tasks.imagenet.config:FewShotConfig", "tasks.imagenet.few_shot:run", "imagenet", distributed=True),
+    "few_shot": Kind(
+        "tasks.imagenet.config:FewShotConfig", "tasks.imagenet.few_shot:run", "imagenet", distributed=True
+    ),
     "eval_only": Kind(
-        "tasks.imagenet.config:EvalOnlyConfig", "tasks.imagenet.eval_only:run", "imagenet_val", distributed=True, of="imagenet"
+        "tasks.imagenet.config:EvalOnlyConfig",
+        "tasks.imagenet.eval_only:run",
+        "imagenet_val",
+        distributed=True,
+        of="imagenet",
     ),
     "robustness": Kind(
-        "tasks.imagenet.config:RobustnessConfig", "tasks.imagenet.robustness:run", "image_sets", distributed=True, of="imagenet"
+        "tasks.imagenet.config:RobustnessConfig",
+        "tasks.imagenet.robustness:run",
+        "image_sets",
+        distributed=True,
+        of="imagenet",
     ),
     "maskrcnn": Kind("tasks.coco.config:MaskRCNNConfig", "tasks.coco.maskrcnn:run", "coco", extra="coco"),
-    "upernet": Kind("tasks.ade20k.config:UPerNetConfig", "tasks.ade20k.upernet:run", "ade20k", extra="ade20k"),
+    "upernet": Kind(
+        "tasks.ade20k.config:UPerNetConfig", "tasks.ade20k.upernet:run", "ade20k", extra="ade20k"
+    ),
 }
 
 
@@ -86,7 +113,9 @@ class Extra:
 
 
 EXTRAS: dict[str, Extra] = {
-    "coco": Extra(("detectron2", "pycocotools", "shapely"), "Mask R-CNN on COCO", "make setup   (in a source checkout)"),
+    "coco": Extra(
+        ("detectron2", "pycocotools", "shapely"), "Mask R-CNN on COCO", "make setup   (in a source checkout)"
+    ),
     "ade20k": Extra(
         ("mmseg", "mmengine", "mmcv"),
         "UperNet on ADE20K",

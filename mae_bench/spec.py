@@ -22,7 +22,9 @@ class BackboneSpec:
     0.1 in the scale factor, or bilinear.
     """
 
-    arch: str  # "vit", "beit", "eva", "sam" (timm's classes, built from the fields below) or a timm model name
+    arch: (
+        str  # "vit", "beit", "eva", "sam" (timm's classes, built from the fields below) or a timm model name
+    )
     img_size: tuple[int, int]
     patch_size: tuple[int, int]
     in_chans: int
@@ -75,7 +77,9 @@ class BackboneSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: tuples become lists."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "BackboneSpec":
@@ -83,7 +87,9 @@ class BackboneSpec:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(value) - known):
             raise UserError(f"unknown fields in a BackboneSpec: {unknown}", expected=f"only {sorted(known)}")
-        given: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+        given: dict[str, Any] = {
+            key: tuple(item) if isinstance(item, list) else item for key, item in value.items()
+        }
         try:
             return cls(**given)
         except TypeError as error:

@@ -15,7 +15,9 @@ from mae_bench.models.mae import MAE
 
 def test_interleave_runs_the_calls_in_turns_and_times_all_but_the_warm_up():
     calls: list[str] = []
-    samples = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=1)
+    samples = interleave(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=1
+    )
     assert calls == ["a", "b"] * 4
     assert [len(times.cpu) for times in samples.values()] == [3, 3]
     assert [len(times.wall) for times in samples.values()] == [3, 3]
@@ -57,7 +59,9 @@ def test_report_is_written_as_markdown_and_json(tmp_path: Path, capsys: pytest.C
 
 
 def test_command_leaves_this_machines_folders_out(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/name.py", "--data", "/home/me/set", "--out", "results/a b"])
+    monkeypatch.setattr(
+        sys, "argv", ["/somewhere/benchmarks/name.py", "--data", "/home/me/set", "--out", "results/a b"]
+    )
     assert command() == "python -m benchmarks.name --data set --out 'results/a b'"
 
 
@@ -82,10 +86,14 @@ def test_contenders_steps_change_the_weights_alike():
     for one in found.values():
         one.step(imgs, noise)
     assert abs(found[pretrain_step.OURS].forward(imgs, noise).item() - before) > 1e-4
-    pretrain_step.require_equal_losses(found, imgs, noise, 1e-4)  # biases and norms are decayed by the peers alone
+    pretrain_step.require_equal_losses(
+        found, imgs, noise, 1e-4
+    )  # biases and norms are decayed by the peers alone
 
 
-@pytest.mark.parametrize(("size", "depth"), [("base", 8), ("large", 8), ("huge", 8), ("large", 1), ("huge", 1)])
+@pytest.mark.parametrize(
+    ("size", "depth"), [("base", 8), ("large", 8), ("huge", 8), ("large", 1), ("huge", 1)]
+)
 def test_flops_of_the_designs_have_the_analytic_ratio(size: str, depth: int):
     counted = asymmetric.gflops(size, depth)
     found = counted[asymmetric.FULL] / counted[asymmetric.ASYMMETRIC]
@@ -111,13 +119,27 @@ def test_both_designs_share_their_blocks_and_train(monkeypatch: pytest.MonkeyPat
 def test_a_grid_has_as_many_heads_as_it_says(name: str):
     spec = linear_probe.vit_spec("small")
     with torch.device("meta"):
-        probe, optimizer = linear_probe.probe_of(linear_probe.build_vit(spec), spec, linear_probe.GRIDS[name], 10)
+        probe, optimizer = linear_probe.probe_of(
+            linear_probe.build_vit(spec), spec, linear_probe.GRIDS[name], 10
+        )
     assert len(probe.heads) == len(optimizer.param_groups) == int(name.split()[0])
-    assert len({group["lr_scale"] for group in optimizer.param_groups}) == max(1, len(linear_probe.GRIDS[name].get("lrs", [])))
+    assert len({group["lr_scale"] for group in optimizer.param_groups}) == max(
+        1, len(linear_probe.GRIDS[name].get("lrs", []))
+    )
 
 
 RUNS = {
-    pretrain_step: ["--sizes", "toy", "--dtypes", "float32", "bfloat16", "--batch-size", "2", "--repeats", "1"],
+    pretrain_step: [
+        "--sizes",
+        "toy",
+        "--dtypes",
+        "float32",
+        "bfloat16",
+        "--batch-size",
+        "2",
+        "--repeats",
+        "1",
+    ],
     asymmetric: ["--sizes", "toy", "--decoder-depths", "1", "--batch-size", "2", "--repeats", "1"],
     gpu_pretrain: ["--device", "cpu", "--tiny"],
     linear_probe: ["--size", "toy", "--batch-size", "4", "--classes", "10", "--repeats", "1"],

@@ -32,7 +32,9 @@ def job(folder: Path, seed: int, backbone: str = "") -> Job:
 
 def probe(images: str, backbone: Path, seed: int) -> float:
     """top1 of the demo's linear probe."""
-    config = build(LinearProbeConfig, load_yaml("tasks/imagenet/linear_demo.yaml", [f"data={images}"]), "test")
+    config = build(
+        LinearProbeConfig, load_yaml("tasks/imagenet/linear_demo.yaml", [f"data={images}"]), "test"
+    )
     cell = job(backbone.parent / f"probe{seed}", seed, str(backbone))
     return linear_probe.run(config, cell, Progress()).metrics["top1"].value
 

@@ -51,7 +51,12 @@ def test_the_list_is_read(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text(listed)
     rows = rows_of([str(tmp_path / "list.yaml")])
     assert list(rows) == ["mae_vit_base", "dino-ours", "vit", "old_training_file"]
-    assert [CheckpointConfig.model_validate(row).trust for row in rows.values()] == [False, False, False, True]
+    assert [CheckpointConfig.model_validate(row).trust for row in rows.values()] == [
+        False,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,9 +71,18 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_unmasked_model_of_the_page_is_one(tmp_path: Path) -> None:
     from transformers import ViTMAEConfig, ViTMAEModel
 
-    shape: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
+    shape: dict[str, Any] = {
+        "hidden_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+    }
     ViTMAEModel(ViTMAEConfig(**shape, image_size=32, patch_size=8)).save_pretrained(tmp_path)
     (code,) = [block for block in blocks("python") if "Unmasked" in block]
     there: dict[str, Any] = {}
     exec(code, there)
-    assert there["Unmasked"](tmp_path).eval()(torch.zeros(2, 3, 32, 32)).last_hidden_state.shape == (2, 17, 48)
+    assert there["Unmasked"](tmp_path).eval()(torch.zeros(2, 3, 32, 32)).last_hidden_state.shape == (
+        2,
+        17,
+        48,
+    )

@@ -36,7 +36,11 @@ def own_fields(cls: type[BaseModel]) -> dict[str, object]:
     bases = [base.model_fields for base in cls.__bases__ if issubclass(base, BaseModel)]
     known = {name: _default(field) for fields in bases for name, field in fields.items()}
     own = {name: _default(field) for name, field in cls.model_fields.items()}
-    return {name: value for name, value in own.items() if name != "kind" and (name not in known or known[name] != value)}
+    return {
+        name: value
+        for name, value in own.items()
+        if name != "kind" and (name not in known or known[name] != value)
+    }
 
 
 def _default(field) -> object:  # type: ignore[no-untyped-def]
@@ -47,7 +51,9 @@ def table(heading: str) -> dict[str, object]:
     """Key -> default in the table below a heading."""
     section = KEYS.split(f"### {heading}\n")[1].split("###")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.MULTILINE)
-    return {key: default if default == "required" else yaml.safe_load(default.strip("`")) for key, default in rows}
+    return {
+        key: default if default == "required" else yaml.safe_load(default.strip("`")) for key, default in rows
+    }
 
 
 @pytest.mark.parametrize("heading", SECTIONS)
@@ -84,10 +90,19 @@ def test_every_config_of_a_table_is_there_under_its_protocol() -> None:
     found = named_configs()
     assert len(found) > 14
     for name, protocols in found:
-        assert load_yaml(f"tasks/imagenet/{name}.yaml")["protocol"] in re.findall(r"`([^`]+)`", protocols), name
+        assert load_yaml(f"tasks/imagenet/{name}.yaml")["protocol"] in re.findall(r"`([^`]+)`", protocols), (
+            name
+        )
 
 
 def test_every_config_is_told_of() -> None:
     told = {name for name, _ in named_configs()} | set(re.findall(r"`([\w{},]+)`", TEXT))
-    told |= {"".join(each) for name in told for each in product(*(part.split(",") for part in re.split(r"[{}]", name)))}
-    assert {path.stem for path in (CONFIGS / "tasks/imagenet").glob("*.yaml")} - told <= {"supervised_demo", "supervised_small"}
+    told |= {
+        "".join(each)
+        for name in told
+        for each in product(*(part.split(",") for part in re.split(r"[{}]", name)))
+    }
+    assert {path.stem for path in (CONFIGS / "tasks/imagenet").glob("*.yaml")} - told <= {
+        "supervised_demo",
+        "supervised_small",
+    }

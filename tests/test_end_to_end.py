@@ -13,12 +13,19 @@ import pytest
 from mae_bench.record import read_record
 
 ROWS = ("mae", "supervised", "random")
-SCORES = {"finetune-smoke": "top1", "linear-smoke": "top1", "maskrcnn-smoke": "AP_box", "upernet-smoke": "mIoU"}
+SCORES = {
+    "finetune-smoke": "top1",
+    "linear-smoke": "top1",
+    "maskrcnn-smoke": "AP_box",
+    "upernet-smoke": "mIoU",
+}
 COMMAND = [sys.executable, "-m", "mae_bench.cli", "run", "suites/smoke.yaml"]
 
 
 def run(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, "--out", str(out), *more], capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(
+        [*COMMAND, "--out", str(out), *more], capture_output=True, text=True, timeout=600, check=False
+    )
 
 
 def records(out: Path) -> dict[Path, float]:
@@ -35,7 +42,9 @@ def interrupted_then_finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits an ignored SIGINT
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a background job inherits an ignored SIGINT
     )
     while process.poll() is None and not records(out):
         time.sleep(0.1)
@@ -59,7 +68,9 @@ def test_every_cell_has_a_record_with_its_score(interrupted_then_finished: Path)
     digests = {record.backbone: record.backbone_digest for record in found if record.task == "pretrain"}
     for (row, protocol), record in cells.items():
         assert record.main_metric == SCORES[protocol] or protocol.startswith("maskrcnn")
-        assert record.backbone_digest == digests[row], "the weights that were transferred are the weights that were made"
+        assert record.backbone_digest == digests[row], (
+            "the weights that were transferred are the weights that were made"
+        )
         assert record.versions["torch"]
         assert record.hardware
         assert record.data_digest
@@ -68,14 +79,18 @@ def test_every_cell_has_a_record_with_its_score(interrupted_then_finished: Path)
 
 
 def test_real_frameworks_left_their_traces(interrupted_then_finished: Path) -> None:
-    folders = {path.parent.name.partition("-s0")[0]: path.parent for path in records(interrupted_then_finished)}
+    folders = {
+        path.parent.name.partition("-s0")[0]: path.parent for path in records(interrupted_then_finished)
+    }
     assert (folders["maskrcnn"] / "detectron2.log").exists()
     assert "UPerHead" in (folders["upernet"] / "mmseg_config.py").read_text()
 
 
 def test_the_report_compares_all_rows(interrupted_then_finished: Path) -> None:
     report = interrupted_then_finished / "report"
-    assert {path.name for path in report.iterdir()} >= {f"leaderboard.{kind}" for kind in ("md", "csv", "json", "html")}
+    assert {path.name for path in report.iterdir()} >= {
+        f"leaderboard.{kind}" for kind in ("md", "csv", "json", "html")
+    }
     page = (report / "leaderboard.html").read_text(encoding="utf-8")
     assert "data:image/png;base64," in page, "reconstructions"
     for row in ROWS:

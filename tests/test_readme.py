@@ -18,7 +18,9 @@ def tree() -> str:
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             if path.name != "__init__.py":
-                sentence = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()[0]
+                sentence = (
+                    ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+                ).splitlines()[0]
                 lines.append(f"{path.relative_to(ROOT).as_posix():<36} {sentence}")
     return "\n".join(lines)
 
@@ -35,7 +37,12 @@ def test_tree_repeats_the_modules_sentences() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in (README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")):
+    for page in (
+        README,
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "benchmarks").rglob("*.md"),
+    ):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
 
@@ -47,7 +54,9 @@ def test_tables_are_the_committed_ones() -> None:
         shown = block(name, text)
         folder = re.search(r"\(benchmarks/results/([\w.-]+)\)", shown)
         assert folder, f"the block {name} names no committed result"
-        committed = (ROOT / "benchmarks" / "results" / folder.group(1) / "table.txt").read_text(encoding="utf-8")
+        committed = (ROOT / "benchmarks" / "results" / folder.group(1) / "table.txt").read_text(
+            encoding="utf-8"
+        )
         table = re.search(r"```text\n(.*?)```", shown, re.DOTALL)
         assert table
         assert table.group(1).strip() in committed
@@ -58,13 +67,19 @@ def test_the_table_of_formats_is_the_codes() -> None:
     from backbones.translating.detect import FORMATS, WRITTEN
 
     rows = re.findall(
-        r"^\| `(\w+)` \| (.+) \| (folder|file|-) \| (.+): \[.+\]\((.+)\) \|$", README.read_text(encoding="utf-8"), re.MULTILINE
+        r"^\| `(\w+)` \| (.+) \| (folder|file|-) \| (.+): \[.+\]\((.+)\) \|$",
+        README.read_text(encoding="utf-8"),
+        re.MULTILINE,
     )
     assert sorted(name for name, *_ in rows) == sorted(FORMATS)
     as_written = {name: "file" if suffixes else "folder" for name, suffixes in WRITTEN.items()}
-    assert {name: written for name, _, written, *_ in rows} == {name: as_written.get(name, "-") for name in FORMATS}
+    assert {name: written for name, _, written, *_ in rows} == {
+        name: as_written.get(name, "-") for name in FORMATS
+    }
     for name, _, _, _, proof in rows:
-        assert f'"{name}"' in (ROOT / proof).read_text(encoding="utf-8") or Path(proof).stem == f"test_{name}", (name, proof)
+        assert (
+            f'"{name}"' in (ROOT / proof).read_text(encoding="utf-8") or Path(proof).stem == f"test_{name}"
+        ), (name, proof)
 
 
 def write() -> None:

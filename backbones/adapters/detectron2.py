@@ -33,7 +33,9 @@ class ViTBackbone(Backbone):
     N batch, C channels, H W image, h w grid, D width. Images come normalised as the spec says, H and W multiples of the patch.
     """
 
-    def __init__(self, vit: ViT, spec: BackboneSpec, report: ConversionReport, out_indices: Sequence[int] | None = None):
+    def __init__(
+        self, vit: ViT, spec: BackboneSpec, report: ConversionReport, out_indices: Sequence[int] | None = None
+    ):
         super().__init__()
         self.features = FeatureMaps(vit, spec, [spec.depth - 1] if out_indices is None else out_indices)
         self.spec, self.report = spec, report
@@ -63,7 +65,9 @@ class TopLevelMaxPool(LastLevelMaxPool):
         self.in_feature = in_feature
 
 
-def load_vit_backbone(source: str | Path, drop_path_rate: float = 0.0, out_indices: Sequence[int] | None = None) -> ViTBackbone:
+def load_vit_backbone(
+    source: str | Path, drop_path_rate: float = 0.0, out_indices: Sequence[int] | None = None
+) -> ViTBackbone:
     """The ViTBackbone of a checkpoint, for images of any size; `.spec` and `.report` say what was loaded and how."""
     vit, spec, report = load_backbone(source, drop_path_rate=drop_path_rate, dynamic_img_size=True)
     return ViTBackbone(vit, spec, report, out_indices)

@@ -19,10 +19,14 @@ class FeatureMaps(nn.Module):
     (`mae_bench.models.any_size`; timm's own bicubic with antialiasing is 1 % off MAE's in a table from 14 x 14 to 32 x 32).
     """
 
-    def __init__(self, vit: ViT, spec: BackboneSpec, out_indices: Sequence[int] | None = None, norm: bool = False):
+    def __init__(
+        self, vit: ViT, spec: BackboneSpec, out_indices: Sequence[int] | None = None, norm: bool = False
+    ):
         super().__init__()
         if bad := [i for i in out_indices or () if not 0 <= i < spec.depth]:
-            raise UserError(f"out_indices {bad} of a backbone of depth {spec.depth}", expected=f"0 to {spec.depth - 1}")
+            raise UserError(
+                f"out_indices {bad} of a backbone of depth {spec.depth}", expected=f"0 to {spec.depth - 1}"
+            )
         self.vit, self.spec, self.norm = vit, spec, norm
         self.out_indices = list(out_indices) if out_indices is not None else quarter_indices(spec.depth)
 

@@ -16,7 +16,10 @@ from mae_bench.errors import NotInstalled, UserError
 from mae_bench.spec import BackboneSpec
 
 try:
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):  # they greet with what they lack, unused here
+    with (
+        redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(action="ignore"),
+    ):  # they greet with what they lack, unused here
         import mmseg.datasets
         import mmseg.models  # noqa: F401
         from mmengine.model import is_model_wrapper
@@ -42,7 +45,9 @@ class MAEBenchViT(nn.Module):
 
     def __init__(self, source: str, out_indices: Sequence[int] | None = None, drop_path_rate: float = 0.0):
         super().__init__()
-        vit, self.spec, self.report = load_backbone(source, drop_path_rate=drop_path_rate, dynamic_img_size=True)
+        vit, self.spec, self.report = load_backbone(
+            source, drop_path_rate=drop_path_rate, dynamic_img_size=True
+        )
         self.features = FeatureMaps(vit, self.spec, out_indices)
 
     def forward(self, imgs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -93,14 +98,22 @@ class MAEBenchLayerDecay:
         depth, decay = segmentor.backbone.spec.depth, self.paramwise.get("layer_decay", 1.0)
 
         def lr_scale(name: str) -> float:
-            return decay ** (depth + 1 - layer_id(name.removeprefix(VIT_PREFIX), depth)) if name.startswith(VIT_PREFIX) else 1.0
+            return (
+                decay ** (depth + 1 - layer_id(name.removeprefix(VIT_PREFIX), depth))
+                if name.startswith(VIT_PREFIX)
+                else 1.0
+            )
 
         wrapper = {"type": "OptimWrapper", **self.wrapper}
         optimizer = dict(wrapper.pop("optimizer"))
-        groups = param_groups(segmentor.named_parameters(), optimizer["weight_decay"], finetune_no_decay, lr_scale)
+        groups = param_groups(
+            segmentor.named_parameters(), optimizer["weight_decay"], finetune_no_decay, lr_scale
+        )
         for group in groups:
             group["lr"] = optimizer["lr"] * group["lr_scale"]
-        return OPTIM_WRAPPERS.build({**wrapper, "optimizer": OPTIMIZERS.build({**optimizer, "params": groups})})
+        return OPTIM_WRAPPERS.build(
+            {**wrapper, "optimizer": OPTIMIZERS.build({**optimizer, "params": groups})}
+        )
 
 
 @OPTIM_WRAPPERS.register_module()

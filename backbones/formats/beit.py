@@ -34,7 +34,11 @@ def possible(checkpoint: Checkpoint) -> tuple[str, ...]:
     regresses features of its own width and shares its bias table, when fine-tuned too.
     """
     tensors = checkpoint.tensors
-    if not is_beit(tensors) or (is_eva(tensors) and "pos_embed" not in tensors) or not _is_official(checkpoint):
+    if (
+        not is_beit(tensors)
+        or (is_eva(tensors) and "pos_embed" not in tensors)
+        or not _is_official(checkpoint)
+    ):
         return ()
     if "decoder.0.weight" in checkpoint.outside or "max_accuracy" in checkpoint.extras:
         return ("simmim",)
@@ -51,7 +55,9 @@ def possible(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _is_official(checkpoint: Checkpoint) -> bool:
     """Whether a trainer saved it: timm's files of this layout are bare, and have neither mask token nor index."""
     marks = ("mask_token", f"rel_pos_bias.{INDEX_NAME}", f"blocks.0.attn.{INDEX_NAME}")
-    own = checkpoint.wrapper not in ("", "state_dict", "state_dict_ema") or any(mark in checkpoint.tensors for mark in marks)
+    own = checkpoint.wrapper not in ("", "state_dict", "state_dict_ema") or any(
+        mark in checkpoint.tensors for mark in marks
+    )
     return own and not checkpoint.stated_spec
 
 
@@ -64,7 +70,8 @@ def read_as(name: str, checkpoint: Checkpoint) -> Translation:
     """A file of BEiT's layout as the family `name`; heads and grid are told by the bias tables where there are any."""
     if not is_beit(checkpoint.tensors):
         raise UserError(
-            f"{checkpoint.source} is no ViT of BEiT's layout", expected="blocks.N.attn.q_bias or a relative bias table"
+            f"{checkpoint.source} is no ViT of BEiT's layout",
+            expected="blocks.N.attn.q_bias or a relative bias table",
         )
     result = keep_names(checkpoint.tensors, DROP)
     result.facts = beit_facts(result.weights, checkpoint.source) | _fed(checkpoint)
@@ -72,7 +79,10 @@ def read_as(name: str, checkpoint: Checkpoint) -> Translation:
     if "fc_norm.weight" in result.weights:
         result.assumed["pretrain_method"] += ", fine-tuned"
     elif "head.weight" in checkpoint.tensors:
-        result.assumed |= {"global_pool": "token", "pretrain_method": result.assumed["pretrain_method"] + ", fine-tuned"}
+        result.assumed |= {
+            "global_pool": "token",
+            "pretrain_method": result.assumed["pretrain_method"] + ", fine-tuned",
+        }
     return result
 
 

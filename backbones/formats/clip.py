@@ -34,7 +34,12 @@ NAMES = Naming(
     blocks=("transformer.resblocks.{}.",),
     drop={r"proj$": "projection to the space shared with texts: no part of the backbone"},
 )
-TOWER = {"class_embedding", "conv1.weight", "positional_embedding", "transformer.resblocks.0.attn.in_proj_weight"}
+TOWER = {
+    "class_embedding",
+    "conv1.weight",
+    "positional_embedding",
+    "transformer.resblocks.0.attn.in_proj_weight",
+}
 OPENAI_MARKS = {"input_resolution", "context_length", "vocab_size"}  # buffers of its released archives
 TEXT = "text tower, or the logits' scale"
 # Width -> channels a head, by OpenCLIP's src/open_clip/model_configs; 64 in OpenAI's clip/model.py.
@@ -56,9 +61,13 @@ def read(checkpoint: Checkpoint) -> Translation:
     """
     source, vision = checkpoint.source, _section(checkpoint, "model_cfg", "vision_cfg")
     if vision.get("act_kwargs") or any(name.startswith("attn_pool.") for name in checkpoint.tensors):
-        raise UserError(f"{source}: an activation of its own, or pooling by attention (CoCa)", expected="CLIP's own tower")
+        raise UserError(
+            f"{source}: an activation of its own, or pooling by attention (CoCa)", expected="CLIP's own tower"
+        )
     after_pool = vision.get("pool_type") == "avg" and vision.get("final_ln_after_pool")
-    result = replace(NAMES, top={**NAMES.top, "ln_post": "fc_norm" if after_pool else "norm"}).read(checkpoint.tensors, source)
+    result = replace(NAMES, top={**NAMES.top, "ln_post": "fc_norm" if after_pool else "norm"}).read(
+        checkpoint.tensors, source
+    )
     if (filters := result.weights.get("patch_embed.proj.weight")) is None or filters.ndim != 4:
         raise UserError(f"{source} has no usable conv1.weight", expected="the image tower of CLIP")
     add_axes(result)
@@ -67,7 +76,9 @@ def read(checkpoint: Checkpoint) -> Translation:
     result.outside = {name: TEXT for name in checkpoint.outside if ".visual." not in f".{name}"}
     result.outside |= dict.fromkeys(OPENAI_MARKS & set(checkpoint.outside), "a size of the model: no weights")
     result.assumed, result.needed = family("clip"), ("act_layer",)
-    result.facts = _facts(checkpoint, result.weights, vision) | {"options": _options(checkpoint, result.weights)}
+    result.facts = _facts(checkpoint, result.weights, vision) | {
+        "options": _options(checkpoint, result.weights)
+    }
     return result
 
 
@@ -86,7 +97,9 @@ def _without_pre_norm(result: Translation, source: str, vision: Mapping[str, Any
             f"{source} has no ln_pre, as CLIPA's towers (arXiv 2305.07017): where its last norm stands, nothing tells",
             expected=f"{OPEN_CLIP_CONFIG} beside the file",
         )
-    result.weights["patch_embed.proj.bias"] = torch.zeros_like(result.weights["patch_embed.proj.weight"][:, 0, 0, 0])
+    result.weights["patch_embed.proj.bias"] = torch.zeros_like(
+        result.weights["patch_embed.proj.weight"][:, 0, 0, 0]
+    )
     result.new["patch_embed.proj.bias"] = "zeros: the layout has no bias here"
 
 
@@ -101,7 +114,9 @@ def _options(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> dic
     return options
 
 
-def _facts(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], vision: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(
+    checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], vision: Mapping[str, Any]
+) -> dict[str, Any]:
     """Heads by the width where no config says them; the rest from OpenCLIP's config."""
     width, source = weights["patch_embed.proj.weight"].shape[0], checkpoint.source
     head_width, size = vision.get("head_width", HEAD_WIDTHS.get(width)), vision.get("image_size")
@@ -117,8 +132,14 @@ def _facts(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], vision: 
 def fed(checkpoint: Checkpoint) -> dict[str, Any]:
     """Mean, std and interpolation as OpenCLIP's config says them, of its own towers and of timm's in its files."""
     feed = _section(checkpoint, "preprocess_cfg")
-    facts: dict[str, Any] = {key: numbers(feed[key], key, checkpoint.source) for key in ("mean", "std") if key in feed}
-    return facts | ({"interpolation": feed["interpolation"]} if feed.get("interpolation") in ("bicubic", "bilinear") else {})
+    facts: dict[str, Any] = {
+        key: numbers(feed[key], key, checkpoint.source) for key in ("mean", "std") if key in feed
+    }
+    return facts | (
+        {"interpolation": feed["interpolation"]}
+        if feed.get("interpolation") in ("bicubic", "bilinear")
+        else {}
+    )
 
 
 def _section(checkpoint: Checkpoint, *keys: str) -> dict[str, Any]:
@@ -127,5 +148,7 @@ def _section(checkpoint: Checkpoint, *keys: str) -> dict[str, Any]:
     for key in keys:
         part = part.get(key, {})
         if not isinstance(part, dict):
-            raise UserError(f"{checkpoint.source}: {key} in {OPEN_CLIP_CONFIG} is {part!r}", expected="an object")
+            raise UserError(
+                f"{checkpoint.source}: {key} in {OPEN_CLIP_CONFIG} is {part!r}", expected="an object"
+            )
     return part

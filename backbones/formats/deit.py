@@ -1,7 +1,14 @@
 """deit: files of facebookresearch/deit, with a distillation token or without (DeiT III is deit3)."""
 
 from backbones.reading.source import Checkpoint
-from backbones.translating.translation import HEAD, Translation, has_moco_table, is_official_vit, is_sincos, plain
+from backbones.translating.translation import (
+    HEAD,
+    Translation,
+    has_moco_table,
+    is_official_vit,
+    is_sincos,
+    plain,
+)
 
 DROP = {r"head\.": HEAD, r"head_dist\.": "classifier of the distillation token: every task trains its own"}
 WRAPPERS = ("model", "model_ema")
@@ -13,14 +20,19 @@ def fits(checkpoint: Checkpoint) -> bool:
     if not is_official_vit(keys, r"dist_token$", *DROP) or not {"cls_token", "pos_embed"} <= set(keys):
         return False
     published = checkpoint.wrapper == "model" and not checkpoint.extras and "head.weight" in keys
-    return is_marked(checkpoint) or (published and not is_sincos(keys["pos_embed"]) and not has_moco_table(keys))
+    return is_marked(checkpoint) or (
+        published and not is_sincos(keys["pos_embed"]) and not has_moco_table(keys)
+    )
 
 
 def is_marked(checkpoint: Checkpoint) -> bool:
     """A distillation token, or the training state that its main.py saves: scheduler, command line and a second set of weights."""
     if "dist_token" in checkpoint.tensors:
         return True
-    return checkpoint.wrapper in WRAPPERS and {"lr_scheduler", "args", *WRAPPERS} <= {*checkpoint.extras, checkpoint.wrapper}
+    return checkpoint.wrapper in WRAPPERS and {"lr_scheduler", "args", *WRAPPERS} <= {
+        *checkpoint.extras,
+        checkpoint.wrapper,
+    }
 
 
 def read(checkpoint: Checkpoint) -> Translation:
@@ -28,5 +40,7 @@ def read(checkpoint: Checkpoint) -> Translation:
     result = plain(checkpoint, "deit", DROP, rename={r"dist_token$": "reg_token"})
     if "reg_token" in result.weights:
         result.assumed["pretrain_method"] = "supervised, distilled"
-        result.notes.append("the distillation token is kept as a register; its authors average its classifier with the other")
+        result.notes.append(
+            "the distillation token is kept as a register; its authors average its classifier with the other"
+        )
     return result

@@ -9,7 +9,11 @@ from backbones.translating.structure import by_timm
 from backbones.translating.translation import HEAD, Translation, is_official_vit, plain
 
 DROP = {r"head\.": HEAD}
-HEADS = {512: 8, 1408: 16, 1664: 16}  # of deit_medium, deit_giant and deit_Giant; the others' are the standard
+HEADS = {
+    512: 8,
+    1408: 16,
+    1664: 16,
+}  # of deit_medium, deit_giant and deit_Giant; the others' are the standard
 
 
 def fits(checkpoint: Checkpoint) -> bool:
@@ -29,7 +33,9 @@ def read(checkpoint: Checkpoint) -> Translation:
     result = plain(checkpoint, "deit3", DROP, heads=HEADS)
     result.facts["options"] = {"no_embed_class": True, **result.facts.get("options", {})}
     if (table := checkpoint.tensors.get("pos_embed")) is not None and (side := _side(table)):
-        result.notes.append(f"its table of {side * side} rows is taken for {side} x {side} patches without the class token's row")
+        result.notes.append(
+            f"its table of {side * side} rows is taken for {side} x {side} patches without the class token's row"
+        )
     return result
 
 

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from backbones.families import family
 from backbones.reading.source import SPEC_KEY, Checkpoint
 from backbones.translating.structure import by_timm
-from backbones.translating.translation import Translation, has_last_norm, is_timm_vit, keep_names, require_plain
+from backbones.translating.translation import (
+    Translation,
+    has_last_norm,
+    is_timm_vit,
+    keep_names,
+    require_plain,
+)
 from mae_bench.errors import UserError
 from mae_bench.export import SPEC_FILE
 from mae_bench.files import write_atomic
@@ -33,7 +39,12 @@ def fits(checkpoint: Checkpoint) -> bool:
     keys = checkpoint.tensors
     if SPEC_FILE in checkpoint.beside or by_timm(checkpoint):
         return False
-    return is_timm_vit(keys) and not has_last_norm(keys) and "cls_token" not in keys and "neck.0.weight" not in keys
+    return (
+        is_timm_vit(keys)
+        and not has_last_norm(keys)
+        and "cls_token" not in keys
+        and "neck.0.weight" not in keys
+    )
 
 
 def read(checkpoint: Checkpoint) -> Translation:
@@ -73,23 +84,35 @@ def _embedding(weights: Mapping[str, torch.Tensor], source: str) -> tuple[int, i
     """Width, and height and width of a patch."""
     proj = weights["patch_embed.proj.weight"]
     if proj.ndim != 4:
-        raise UserError(f"{source}: patch_embed.proj.weight is {tuple(proj.shape)}", expected="(width, channels, height, width)")
+        raise UserError(
+            f"{source}: patch_embed.proj.weight is {tuple(proj.shape)}",
+            expected="(width, channels, height, width)",
+        )
     return proj.shape[0], proj.shape[2], proj.shape[3]
 
 
-def _told_by_tables(weights: Mapping[str, torch.Tensor], source: str) -> tuple[dict[str, Any], tuple[int, int], int]:
+def _told_by_tables(
+    weights: Mapping[str, torch.Tensor], source: str
+) -> tuple[dict[str, Any], tuple[int, int], int]:
     """Options of the windows, the global blocks' grid and the channels of a head.
 
     Tables have 2 side - 1 rows, side of the window or of the whole grid, and a column for each channel of a head. Tables of one
     length are those of one window as large as the grid, which is global attention.
     """
     shapes = {
-        name: tuple(tensor.shape) for name, tensor in weights.items() if re.match(r"blocks\.\d+\.attn\.rel_pos_[hw]$", name)
+        name: tuple(tensor.shape)
+        for name, tensor in weights.items()
+        if re.match(r"blocks\.\d+\.attn\.rel_pos_[hw]$", name)
     }
     grids = {int(name.split(".")[1]): _grid(name, shapes, source) for name in shapes if name.endswith("h")}
     grid, window = max(grids.values()), min(grids.values())
     head_dims = {shape[-1] for shape in shapes.values()}
-    if len(set(grids.values())) > 2 or (window != grid and window[0] != window[1]) or len(head_dims) > 1 or 0 in head_dims:
+    if (
+        len(set(grids.values())) > 2
+        or (window != grid and window[0] != window[1])
+        or len(head_dims) > 1
+        or 0 in head_dims
+    ):
         raise UserError(
             f"{source}: relative tables of grids {sorted(set(grids.values()))} and heads of {sorted(head_dims)} channels",
             expected="those of one square window and of the whole image, of heads of one size",
@@ -103,7 +126,8 @@ def _grid(name: str, shapes: Mapping[str, tuple[int, ...]], source: str) -> tupl
     down, across = shapes[name], shapes.get(name[:-1] + "w", ())
     if (len(down), len(across)) != (2, 2) or not (down[0] % 2 and across[0] % 2):
         raise UserError(
-            f"{source}: {name} is {down}, its partner {across}", expected="rel_pos_h and rel_pos_w of 2 side - 1 rows"
+            f"{source}: {name} is {down}, its partner {across}",
+            expected="rel_pos_h and rel_pos_w of 2 side - 1 rows",
         )
     return (down[0] + 1) // 2, (across[0] + 1) // 2
 
@@ -114,13 +138,19 @@ def _place_table(result: Translation, grid: tuple[int, int] | None, source: str)
     length = table.shape[1] if table.ndim == 3 else 0
     rows = next((rows for rows in (length, length - 1) if rows > 0 and round(rows**0.5) ** 2 == rows), 0)
     if not rows:
-        raise UserError(f"{source}: pos_embed is {tuple(table.shape)}", expected="(1, rows, width) for a square image")
+        raise UserError(
+            f"{source}: pos_embed is {tuple(table.shape)}", expected="(1, rows, width) for a square image"
+        )
     side = round(rows**0.5)
     done = [] if rows == length else ["the class token's row left out"]
     table = table[:, length - rows :].unflatten(1, (side, side))
     if grid and grid != (side, side):
-        done.append(f"resampled from {side} x {side} to {grid[0]} x {grid[1]} as in detectron2's forward (bicubic)")
-        moved = F.interpolate(table.permute(0, 3, 1, 2).float(), size=grid, mode="bicubic", align_corners=False)
+        done.append(
+            f"resampled from {side} x {side} to {grid[0]} x {grid[1]} as in detectron2's forward (bicubic)"
+        )
+        moved = F.interpolate(
+            table.permute(0, 3, 1, 2).float(), size=grid, mode="bicubic", align_corners=False
+        )
         table = moved.permute(0, 2, 3, 1).to(table.dtype)
     result.weights["pos_embed"] = table.contiguous()
     result.reshaped["pos_embed"] = "; ".join(["to (1, height, width, channels)", *done])
@@ -135,7 +165,8 @@ def _with_what_stands_beside(result: Translation, checkpoint: Checkpoint) -> Tra
         tensor = beside.get(name) if isinstance(beside, dict) else None
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shape:
             raise UserError(
-                f"{checkpoint.source}: {BESIDE} has no {name} of shape {shape}", expected="a file that mae-bench wrote"
+                f"{checkpoint.source}: {BESIDE} has no {name} of shape {shape}",
+                expected="a file that mae-bench wrote",
             )
         result.weights[name] = tensor
         result.new[name] = f"from {BESIDE!r}: detectron2's ViT has no place for it"
@@ -143,14 +174,18 @@ def _with_what_stands_beside(result: Translation, checkpoint: Checkpoint) -> Tra
     return result
 
 
-def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
+def write(
+    weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
+) -> None:
     """`{"model": ...}` for DetectionCheckpointer, named as in a detector, `train.init_checkpoint` of its configs.
 
     A plain ViT fits `ViT(pretrain_img_size=..., pretrain_use_cls_token=True)`; one that was read from a detector fits the same
     ViT again, with `pretrain_img_size` the image size and `pretrain_use_cls_token=False`.
     """
     if len(set(spec.img_size)) > 1 or len(set(spec.patch_size)) > 1:
-        raise UserError(f"images {spec.img_size}, patches {spec.patch_size}", expected="squares, for detectron2's ViT")
+        raise UserError(
+            f"images {spec.img_size}, patches {spec.patch_size}", expected="squares, for detectron2's ViT"
+        )
     model, content = dict(weights), {SPEC_KEY: spec.to_dict(), "provenance": provenance}
     if spec.arch == "sam" and not spec.options.get("neck_chans", 256):
         if "pos_embed" in model:

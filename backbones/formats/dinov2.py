@@ -17,7 +17,9 @@ INIT_VALUES = 1e-5  # of the layer scale, in the training's default config; only
 SWIGLU = {"mlp_layer": "swiglu_packed", "act_layer": "silu"}  # timm's block hands its act_layer on to the MLP
 MASK_TOKEN = "stands for masked patches in pretraining: no part of the backbone"
 PROJECTION = "projection head of the pretraining: no part of the backbone"
-CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")  # trainings may chunk the blocks for FSDP; the second number is the block's own
+CHUNK = re.compile(
+    r"^blocks\.\d+\.(\d+)\."
+)  # trainings may chunk the blocks for FSDP; the second number is the block's own
 NAMES = Naming(
     top={"register_tokens": "reg_token"},
     block={"mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"},
@@ -32,7 +34,9 @@ def fits(checkpoint: Checkpoint) -> bool:
     if not {"patch_embed.proj.weight", "pos_embed", "norm.weight"} <= set(keys):
         return False
     flat = "mask_token" in keys and keys["mask_token"].ndim == 2
-    gated = any(name.endswith("mlp.w12.weight") for name in keys) and "blocks.0.attn.q_bias" not in keys  # as EVA-02 has
+    gated = (
+        any(name.endswith("mlp.w12.weight") for name in keys) and "blocks.0.attn.q_bias" not in keys
+    )  # as EVA-02 has
     return flat or "register_tokens" in keys or gated
 
 
@@ -43,7 +47,9 @@ def read(checkpoint: Checkpoint) -> Translation:
     for name, tensor in checkpoint.tensors.items():
         ours = CHUNK.sub(r"blocks.\1.", name)
         if ours in plain:
-            raise UserError(f"{checkpoint.source}: {theirs[ours]} and {name} are one weight", expected="each weight once")
+            raise UserError(
+                f"{checkpoint.source}: {theirs[ours]} and {name} are one weight", expected="each weight once"
+            )
         plain[ours], theirs[ours] = tensor, name
     result = NAMES.read(plain, checkpoint.source)
     result.renamed = {theirs[name]: ours for name, ours in result.renamed.items()}
@@ -72,16 +78,28 @@ def describe(result: Translation, source: str) -> None:
     if "reg_token" in weights:
         _join_class_row(result, source)
         options["no_embed_class"] = True
-        result.assumed["pos_resample"] = "bicubic_antialias"  # as the models with registers do (dinov2/hub/backbones.py)
+        result.assumed["pos_resample"] = (
+            "bicubic_antialias"  # as the models with registers do (dinov2/hub/backbones.py)
+        )
     result.facts = {"options": options}
 
 
 def _join_class_row(result: Translation, source: str) -> None:
     token, table = result.weights.get("cls_token"), result.weights.get("pos_embed")
     registers = result.weights["reg_token"]
-    if token is None or table is None or not token.ndim == table.ndim == registers.ndim == 3 or token.shape[2] != table.shape[2]:
-        raise UserError(f"{source} has registers", expected="cls_token, pos_embed and registers of three axes and one width")
-    wide = torch.float32 if token.dtype in (torch.float16, torch.bfloat16) else token.dtype  # half precision would round the sum
+    if (
+        token is None
+        or table is None
+        or not token.ndim == table.ndim == registers.ndim == 3
+        or token.shape[2] != table.shape[2]
+    ):
+        raise UserError(
+            f"{source} has registers",
+            expected="cls_token, pos_embed and registers of three axes and one width",
+        )
+    wide = (
+        torch.float32 if token.dtype in (torch.float16, torch.bfloat16) else token.dtype
+    )  # half precision would round the sum
     result.weights |= {"cls_token": token.to(wide) + table[:, :1].to(wide), "pos_embed": table[:, 1:]}
     result.reshaped["cls_token"] = "its row of the position table added"
     result.reshaped["pos_embed"] = "without the class token's row, which the token has taken"

@@ -42,7 +42,11 @@ NAMES = Naming(
 def fits(checkpoint: Checkpoint) -> bool:
     """Names of a timm ViT without a position table, with rotary periods or storage tokens."""
     keys = set(checkpoint.tensors)
-    vit = {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight"} <= keys and "pos_embed" not in keys
+    vit = {
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "norm.weight",
+    } <= keys and "pos_embed" not in keys
     return vit and (PERIODS in keys or "storage_tokens" in keys)
 
 
@@ -65,11 +69,15 @@ def read(checkpoint: Checkpoint) -> Translation:
     if PERIODS in keys:
         result.facts["num_heads"] = _heads(keys[PERIODS], width(result.weights), source)
         if not torch.allclose(keys[PERIODS].float(), _periods(keys[PERIODS].numel()), rtol=1e-5):
-            result.notes.append("the file's rotary periods are rounded; the model's are of float32, as timm's and transformers'")
+            result.notes.append(
+                "the file's rotary periods are rounded; the model's are of float32, as timm's and transformers'"
+            )
     return result
 
 
-def options_of(weights: Mapping[str, torch.Tensor], base: float = BASE, init_values: float = INIT_VALUES) -> dict[str, Any]:
+def options_of(
+    weights: Mapping[str, torch.Tensor], base: float = BASE, init_values: float = INIT_VALUES
+) -> dict[str, Any]:
     """Keywords of timm's Eva that the names of the weights, in ours, tell; here and in transformers' layout.
 
     swiglu_align_to=1 keeps gate and value apart, at any width.
@@ -93,15 +101,21 @@ def standard_heads(weights: Mapping[str, torch.Tensor]) -> int:
 
 
 def _apply_bias_masks(result: Translation, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    for name in [name for name in result.weights if name.endswith("attn.qkv.bias") and f"{name}_mask" in tensors]:
+    for name in [
+        name for name in result.weights if name.endswith("attn.qkv.bias") and f"{name}_mask" in tensors
+    ]:
         bias, mask = result.weights.pop(name), tensors[f"{name}_mask"]
         if bias.ndim != 1 or bias.shape != mask.shape or len(bias) % 3:
             raise UserError(
-                f"{source}: {name} {tuple(bias.shape)} with a mask {tuple(mask.shape)}", expected="one of each channel"
+                f"{source}: {name} {tuple(bias.shape)} with a mask {tuple(mask.shape)}",
+                expected="one of each channel",
             )
         query, key, value = (bias.float() * mask.float()).to(bias.dtype).chunk(3)
         if key.any():  # so is NaN
-            raise UserError(f"{source}: {name}_mask leaves a bias of the key", expected="1 for query and value, 0 for the key")
+            raise UserError(
+                f"{source}: {name}_mask leaves a bias of the key",
+                expected="1 for query and value, 0 for the key",
+            )
         ours = name.removesuffix("qkv.bias")
         result.weights |= {f"{ours}q_bias": query.clone(), f"{ours}v_bias": value.clone()}
         result.renamed[name] = f"{ours}q_bias"
@@ -117,7 +131,9 @@ def _heads(periods: torch.Tensor, channels: int, source: str) -> int:
     """A head of 4 n channels has n periods, BASE ** (i / n), for each direction; UserError for others."""
     number = periods.numel()
     if periods.ndim != 1 or not number or channels % (4 * number):
-        raise UserError(f"{source}: {PERIODS} is {tuple(periods.shape)}", expected=f"a divisor of {channels} / 4")
+        raise UserError(
+            f"{source}: {PERIODS} is {tuple(periods.shape)}", expected=f"a divisor of {channels} / 4"
+        )
     if not torch.allclose(periods.float(), _periods(number), rtol=ROUNDED):
         raise UserError(
             f"{source}: its rotary periods go from {periods[0]:.4g} to {periods[-1]:.4g}",

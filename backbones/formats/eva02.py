@@ -16,7 +16,10 @@ SEQ_LEN = 16  # patches a side that the rotations count in whatever the grid is 
 FREQS = ("rope.freqs_cos", "rope.freqs_sin")
 BASE = 10000.0
 ROUNDED = 0.02  # of a cosine in float16 at positions up to 16
-SPLIT = {"attn.q_bias": "attn.q_proj.bias", "attn.v_bias": "attn.v_proj.bias"}  # where the projections are three
+SPLIT = {
+    "attn.q_bias": "attn.q_proj.bias",
+    "attn.v_bias": "attn.v_proj.bias",
+}  # where the projections are three
 GATED = {
     "attn.inner_attn_ln": "attn.norm",
     "mlp.ffn_ln": "mlp.norm",
@@ -36,7 +39,9 @@ DROP = {
 def fits(checkpoint: Checkpoint) -> bool:
     """SwiGLU in xFormers' or EVA's names, with a position table and biases of query and value."""
     keys = checkpoint.tensors
-    gated = "blocks.0.mlp.w3.weight" in keys and ("blocks.0.mlp.w1.weight" in keys or "blocks.0.mlp.w12.weight" in keys)
+    gated = "blocks.0.mlp.w3.weight" in keys and (
+        "blocks.0.mlp.w1.weight" in keys or "blocks.0.mlp.w12.weight" in keys
+    )
     return {"patch_embed.proj.weight", "pos_embed", "blocks.0.attn.q_bias"} <= set(keys) and gated
 
 
@@ -48,7 +53,8 @@ def read(checkpoint: Checkpoint) -> Translation:
     result = Naming(top={}, block=block, blocks=("blocks.{}.",), drop=DROP).read(tensors, source)
     result.facts = {
         "arch": "eva",
-        "options": eva_options(result.weights) | {"use_rot_pos_emb": True, "ref_feat_shape": [_seq_len(tensors, source)] * 2},
+        "options": eva_options(result.weights)
+        | {"use_rot_pos_emb": True, "ref_feat_shape": [_seq_len(tensors, source)] * 2},
         "pos_embed": "rope",
     }
     result.assumed = family("eva02") | {"norm_eps": 1e-6}
@@ -65,12 +71,19 @@ def _seq_len(tensors: Mapping[str, torch.Tensor], source: str) -> int:
     cosine, sine = (tensors[name].float() for name in FREQS)
     side = math.isqrt(cosine.shape[0]) if cosine.ndim == 2 else 0
     if side < 2 or side * side != cosine.shape[0] or cosine.shape != sine.shape or cosine.shape[1] % 4:
-        raise UserError(f"{source}: rotations of shape {tuple(cosine.shape)}", expected="one row a patch of a square grid")
+        raise UserError(
+            f"{source}: rotations of shape {tuple(cosine.shape)}", expected="one row a patch of a square grid"
+        )
     across = cosine.shape[1] // 2
     frequencies = BASE ** (-torch.arange(0, across, 2) / across)
     seq_len = round(math.atan2(sine[1, -1].item(), cosine[1, -1].item()) / frequencies[-1].item() * side)
     angles = (torch.arange(side) / side * seq_len)[:, None] * frequencies.repeat_interleave(2)
     expected = torch.cat([angles.repeat_interleave(side, 0), angles.repeat(side, 1)], dim=1)
-    if not torch.allclose(cosine, expected.cos(), atol=ROUNDED) or not torch.allclose(sine, expected.sin(), atol=ROUNDED):
-        raise UserError(f"{source}: its rotations are not those of its grid", expected=f"axial rotations of base {BASE:.0f}")
+    if not torch.allclose(cosine, expected.cos(), atol=ROUNDED) or not torch.allclose(
+        sine, expected.sin(), atol=ROUNDED
+    ):
+        raise UserError(
+            f"{source}: its rotations are not those of its grid",
+            expected=f"axial rotations of base {BASE:.0f}",
+        )
     return seq_len

@@ -100,12 +100,18 @@ def _take_outer_norm(result: Translation, checkpoint: Checkpoint) -> None:
             result.taken[name] = f"norm.{kind}"
 
 
-def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
+def write(
+    weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
+) -> None:
     """A folder that `BeitModel.from_pretrained` loads; its tensors' metadata carry spec and provenance.
 
     UserError for what is no BEiT, and for one without query's biases or a last norm, which BeitModel always has."""
     pooled = "fc_norm.weight" in weights
-    if spec.arch != "beit" or "blocks.0.attn.q_bias" not in weights or not (pooled or "norm.weight" in weights):
+    if (
+        spec.arch != "beit"
+        or "blocks.0.attn.q_bias" not in weights
+        or not (pooled or "norm.weight" in weights)
+    ):
         raise not_expressible(spec, "hf_beit", "a BEiT with biases and a last norm")
     config = config_of(spec, "BeitModel", "beit") | {
         "use_absolute_position_embeddings": "pos_embed" in weights,
@@ -116,5 +122,7 @@ def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, prove
     }
     del config["qkv_bias"]
     write_safetensors(out / "model.safetensors", NAMES.write(weights), spec, provenance)
-    write_json(out / PREPROCESSOR_FILE, dict(processor_of(spec)) | {"image_processor_type": "BeitImageProcessor"})
+    write_json(
+        out / PREPROCESSOR_FILE, dict(processor_of(spec)) | {"image_processor_type": "BeitImageProcessor"}
+    )
     write_json(out / CONFIG_FILE, config)

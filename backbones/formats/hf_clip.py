@@ -7,7 +7,10 @@ from backbones.translating.hugging_face import facts_of, model_type, silence
 from backbones.translating.naming import Naming
 from backbones.translating.translation import Translation
 
-DEFAULT_EPS, DEFAULT_HEADS = 1e-5, 12  # of CLIPVisionConfig: nested in another config it writes only what differs
+DEFAULT_EPS, DEFAULT_HEADS = (
+    1e-5,
+    12,
+)  # of CLIPVisionConfig: nested in another config it writes only what differs
 NAMES = Naming(
     top={
         "embeddings.class_embedding": "cls_token",
@@ -33,7 +36,11 @@ def fits(checkpoint: Checkpoint) -> bool:
     """The names of transformers' CLIP image tower (SigLIP has no class embedding)."""
     keys = checkpoint.tensors
     told = model_type(checkpoint)
-    return "embeddings.class_embedding" in keys and "pre_layrnorm.weight" in keys and told in (None, "clip", "clip_vision_model")
+    return (
+        "embeddings.class_embedding" in keys
+        and "pre_layrnorm.weight" in keys
+        and told in (None, "clip", "clip_vision_model")
+    )
 
 
 def read(checkpoint: Checkpoint) -> Translation:

@@ -17,7 +17,10 @@ from mae_bench.files import write_json
 from mae_bench.spec import BackboneSpec
 
 DEFAULT_EPS = 1e-6  # of Dinov2Config
-MODELS = {False: ("dinov2", "Dinov2Model"), True: ("dinov2_with_registers", "Dinov2WithRegistersModel")}  # by registers
+MODELS = {
+    False: ("dinov2", "Dinov2Model"),
+    True: ("dinov2_with_registers", "Dinov2WithRegistersModel"),
+}  # by registers
 NAMES_OF_BLOCK = {
     "norm1": "norm1",
     "attention.output.dense": "attn.proj",
@@ -53,7 +56,9 @@ def read(checkpoint: Checkpoint) -> Translation:
     result.outside = {name: HEAD for name in checkpoint.outside if name.startswith("classifier.")}
     describe(result, checkpoint.source)
     facts = facts_of(checkpoint, DEFAULT_EPS)
-    options = facts.pop("options", {}) | result.facts["options"]  # transformers gates by SiLU whatever hidden_act says
+    options = (
+        facts.pop("options", {}) | result.facts["options"]
+    )  # transformers gates by SiLU whatever hidden_act says
     if "init_values" in options and CONFIG_FILE in checkpoint.beside:
         value = checkpoint.beside[CONFIG_FILE].get("layerscale_value", 1.0)
         options["init_values"] = float(*numbers([value], "layerscale_value", checkpoint.source))
@@ -69,14 +74,18 @@ def _stack_halves(result: Translation, source: str) -> None:
         halves = [result.weights.pop(name) for name in (gate, value) if name in result.weights]
         if len(halves) != 2 or halves[0].shape != halves[1].shape or not halves[0].ndim:
             shapes = [tuple(half.shape) for half in halves]
-            raise UserError(f"{source}: {ours} would be made of {shapes}", expected="gate_proj and up_proj of one shape")
+            raise UserError(
+                f"{source}: {ours} would be made of {shapes}", expected="gate_proj and up_proj of one shape"
+            )
         result.weights[ours] = torch.cat(halves)
         result.reshaped[ours] = "gate and value stacked"
         moved |= {gate: ours, value: ours}
     result.renamed = {theirs: moved.get(ours, ours) for theirs, ours in result.renamed.items()}
 
 
-def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
+def write(
+    weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
+) -> None:
     """A folder that `AutoModel.from_pretrained` loads; its tensors' metadata carry spec and provenance.
 
     The mask token, which our models do not have, is zero, as transformers starts it.

@@ -48,7 +48,11 @@ def _naming(gated: bool, key_bias: bool) -> Naming:
 def fits(checkpoint: Checkpoint) -> bool:
     """transformers' names of a rotary ViT: a bare convolution for patches, registers and layer scales."""
     keys = checkpoint.tensors
-    return ANCHOR in keys and "embeddings.register_tokens" in keys and model_type(checkpoint) in (None, "dinov3_vit")
+    return (
+        ANCHOR in keys
+        and "embeddings.register_tokens" in keys
+        and model_type(checkpoint) in (None, "dinov3_vit")
+    )
 
 
 def read(checkpoint: Checkpoint) -> Translation:
@@ -70,14 +74,19 @@ def _facts(checkpoint: Checkpoint, weights: dict[str, torch.Tensor], gated: bool
     config = checkpoint.beside.get(CONFIG_FILE, {})
     activation = config.get("hidden_act", "gelu")
     if config and activation != (expected := "silu" if gated else "gelu"):
-        raise UserError(f"{checkpoint.source}: hidden_act {activation!r}", expected=f"{expected!r}, as in the published models")
+        raise UserError(
+            f"{checkpoint.source}: hidden_act {activation!r}",
+            expected=f"{expected!r}, as in the published models",
+        )
     base, init_values = config.get("rope_theta", BASE), config.get("layerscale_value", INIT_VALUES)
     stated = numbers([base, init_values], "rope_theta and layerscale_value", checkpoint.source)
     options = options_of(weights, *map(float, stated))
     return facts | {"arch": "eva", "pos_embed": "rope", "options": options}
 
 
-def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
+def write(
+    weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
+) -> None:
     """A folder that `AutoModel.from_pretrained` loads; its tensors' metadata carry spec and provenance.
 
     The mask token, which our models do not have, is zero, as transformers starts it.

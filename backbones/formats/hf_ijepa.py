@@ -18,7 +18,11 @@ NAMES = Naming(
 
 def fits(checkpoint: Checkpoint) -> bool:
     """The names of transformers' ViT without a class token."""
-    return is_plain(checkpoint) and "embeddings.cls_token" not in checkpoint.tensors and model_type(checkpoint) in (None, "ijepa")
+    return (
+        is_plain(checkpoint)
+        and "embeddings.cls_token" not in checkpoint.tensors
+        and model_type(checkpoint) in (None, "ijepa")
+    )
 
 
 def read(checkpoint: Checkpoint) -> Translation:

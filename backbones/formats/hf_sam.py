@@ -30,7 +30,9 @@ def fits(checkpoint: Checkpoint) -> bool:
 def read(checkpoint: Checkpoint) -> Translation:
     """Windows, heads and neck are told by shapes, which config.json must not contradict."""
     result = NAMES.read(checkpoint.tensors, checkpoint.source)
-    result.outside = dict.fromkeys(checkpoint.outside, "prompt encoder and mask decoder: no part of the image backbone")
+    result.outside = dict.fromkeys(
+        checkpoint.outside, "prompt encoder and mask decoder: no part of the image backbone"
+    )
     result.assumed = {"norm_eps": DEFAULT_EPS} | family("sam")
     shapes = windowed_facts(result, checkpoint.source, vision_config(checkpoint))
     told = facts_of(checkpoint, DEFAULT_EPS)

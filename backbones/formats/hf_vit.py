@@ -8,7 +8,16 @@ import torch
 
 from backbones.families import family
 from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
-from backbones.translating.hugging_face import VIT, config_of, facts_of, is_plain, model_type, processor_of, silence, vit_marks
+from backbones.translating.hugging_face import (
+    VIT,
+    config_of,
+    facts_of,
+    is_plain,
+    model_type,
+    processor_of,
+    silence,
+    vit_marks,
+)
 from backbones.translating.naming import Naming
 from backbones.translating.translation import HEAD, Translation, require_plain
 from backbones.writing import write_safetensors
@@ -19,7 +28,10 @@ DEFAULT_EPS = 1e-12  # of ViTConfig and DeiTConfig
 DISTILLATION = "embeddings.distillation_token"
 DECODER = "decoder of a masked-image pretraining: no part of the backbone"
 NAMES = Naming(
-    {**VIT.top, DISTILLATION: "reg_token"},  # the second prefix token: attended to like a register, with its row in the table
+    {
+        **VIT.top,
+        DISTILLATION: "reg_token",
+    },  # the second prefix token: attended to like a register, with its row in the table
     VIT.block,
     VIT.blocks,
     VIT.qkv,
@@ -42,14 +54,20 @@ def read(checkpoint: Checkpoint) -> Translation:
     """Query, key and value are stacked to qkv; pooler and classifiers are dropped; DeiT's distillation token is a register."""
     result = NAMES.read(checkpoint.tensors, checkpoint.source)
     result.outside = {name: HEAD for name in checkpoint.outside if "classifier." in name}
-    result.outside |= dict.fromkeys((name for name in checkpoint.outside if ".decoder." in f".{name}"), DECODER)
-    result.assumed = {"norm_eps": DEFAULT_EPS} | family("deit" if DISTILLATION in checkpoint.tensors else "hf_vit")
+    result.outside |= dict.fromkeys(
+        (name for name in checkpoint.outside if ".decoder." in f".{name}"), DECODER
+    )
+    result.assumed = {"norm_eps": DEFAULT_EPS} | family(
+        "deit" if DISTILLATION in checkpoint.tensors else "hf_vit"
+    )
     result.facts = facts_of(checkpoint, DEFAULT_EPS)
     result.notes = silence(checkpoint, "ViT", DEFAULT_EPS)
     return result
 
 
-def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
+def write(
+    weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
+) -> None:
     """A folder that `ViTModel.from_pretrained` loads (its pooler is new), with one register `DeiTModel.from_pretrained`; its
     tensors' metadata carry spec and provenance."""
     is_deit = "reg_token" in weights and spec.num_prefix_tokens == 2

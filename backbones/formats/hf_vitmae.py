@@ -6,7 +6,16 @@ from typing import Any
 import torch
 
 from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
-from backbones.translating.hugging_face import VIT, config_of, facts_of, is_plain, model_type, processor_of, silence, vit_marks
+from backbones.translating.hugging_face import (
+    VIT,
+    config_of,
+    facts_of,
+    is_plain,
+    model_type,
+    processor_of,
+    silence,
+    vit_marks,
+)
 from backbones.translating.translation import Translation, require_plain
 from backbones.writing import write_safetensors
 from mae_bench.files import write_json
@@ -27,7 +36,9 @@ def fits(checkpoint: Checkpoint) -> bool:
 def read(checkpoint: Checkpoint) -> Translation:
     """Query, key and value are stacked to qkv; the decoder is dropped; eps, heads, mean and std come from the JSON files."""
     result = VIT.read(checkpoint.tensors, checkpoint.source)
-    result.outside = dict.fromkeys((name for name in checkpoint.outside if ".decoder." in f".{name}"), DECODER)
+    result.outside = dict.fromkeys(
+        (name for name in checkpoint.outside if ".decoder." in f".{name}"), DECODER
+    )
     result.assumed = {"norm_eps": DEFAULT_EPS, "pretrain_method": "mae", "pretrain_data": "unknown"}
     result.facts = facts_of(checkpoint, DEFAULT_EPS)
     result.notes = silence(checkpoint, "ViTMAE", DEFAULT_EPS)
@@ -36,7 +47,9 @@ def read(checkpoint: Checkpoint) -> Translation:
     return result
 
 
-def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
+def write(
+    weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
+) -> None:
     """A folder that `ViTMAEModel.from_pretrained` loads; its tensors' metadata carry spec and provenance."""
     require_plain(spec, weights, "hf_vitmae", fc_norm=False)
     config = config_of(spec, "ViTMAEModel", "vit_mae")

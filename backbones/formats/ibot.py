@@ -11,7 +11,8 @@ def fits(checkpoint: Checkpoint) -> bool:
     """The student's mask embedding, or a backbone beside iBOT's head of two last layers; an extracted teacher has neither."""
     stem = checkpoint.prefix.removesuffix("backbone.")
     marked = "masked_embed" in checkpoint.tensors or (
-        stem != checkpoint.prefix and any(name.startswith(f"{stem}head.last_layer2.") for name in checkpoint.outside)
+        stem != checkpoint.prefix
+        and any(name.startswith(f"{stem}head.last_layer2.") for name in checkpoint.outside)
     )
     return marked and is_official_vit(checkpoint.tensors, *DROP)
 

@@ -27,7 +27,9 @@ def read(checkpoint: Checkpoint) -> Translation:
     described = checkpoint.extras.get("lightly_train")
     fed = described.get("normalize_args") if isinstance(described, dict) else None
     if isinstance(fed, dict):
-        result.facts |= {key: numbers(fed[key], key, checkpoint.source) for key in ("mean", "std") if key in fed}
+        result.facts |= {
+            key: numbers(fed[key], key, checkpoint.source) for key in ("mean", "std") if key in fed
+        }
     if method := next((method for key, method in METHODS.items() if key in checkpoint.outside), None):
         result.assumed["pretrain_method"] = method
     return result

@@ -21,7 +21,10 @@ def read(checkpoint: Checkpoint) -> Translation:
     """The names are ours already; the weights must be the ones that backbone.json describes."""
     described = checkpoint.beside.get(SPEC_FILE, {})
     if not isinstance(described.get("spec"), dict):
-        raise UserError(f"{checkpoint.source} has no {SPEC_FILE} with a spec beside it", expected="a folder that mae-bench wrote")
+        raise UserError(
+            f"{checkpoint.source} has no {SPEC_FILE} with a spec beside it",
+            expected="a folder that mae-bench wrote",
+        )
     if described.get("digest") != checkpoint.digest:
         raise UserError(
             f"{checkpoint.source} has SHA-256 {checkpoint.digest}",
@@ -33,6 +36,8 @@ def read(checkpoint: Checkpoint) -> Translation:
     return result
 
 
-def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
+def write(
+    weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
+) -> None:
     """A folder with weights, spec, provenance and digest."""
     write_export(out, weights, spec, provenance)

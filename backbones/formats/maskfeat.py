@@ -31,7 +31,9 @@ def read(checkpoint: Checkpoint) -> Translation:
             "the norm in front of the HOG predictions is taken as the final norm; its fine-tuning draws a new one"
         )
         return result
-    pooled = not re.search(r"\bUSE_MEAN_POOLING: false\b", str(checkpoint.extras.get("cfg", "")), re.IGNORECASE)
+    pooled = not re.search(
+        r"\bUSE_MEAN_POOLING: false\b", str(checkpoint.extras.get("cfg", "")), re.IGNORECASE
+    )
     result = plain(checkpoint, "maskfeat", DROP, rename={r"norm\.": "fc_norm."} if pooled else {})
     result.assumed |= {"global_pool": "avg" if pooled else "token", "pretrain_method": "maskfeat, fine-tuned"}
     return result

@@ -26,10 +26,16 @@ def read(checkpoint: Checkpoint) -> Translation:
     return read_open_mmlab(checkpoint, "mmseg")
 
 
-def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
+def write(
+    weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
+) -> None:
     """`{"state_dict": ...}` with bare names, for `backbone=dict(type="VisionTransformer", patch_bias=True, final_norm=True,
     init_cfg=dict(type="Pretrained", checkpoint=out))`."""
-    odd = {name for name, value in spec.options.items() if name not in CONFIG and (name, value) != ("act_layer", "gelu")}
+    odd = {
+        name
+        for name, value in spec.options.items()
+        if name not in CONFIG and (name, value) != ("act_layer", "gelu")
+    }
     if spec.arch != "vit" or odd or spec.num_prefix_tokens != 1 or "pos_embed" not in weights:
         raise not_expressible(spec, "mmseg", "a plain ViT with one class token and a position table")
     if "fc_norm.weight" in weights:
@@ -37,6 +43,9 @@ def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, prove
             "this backbone's last norm stands behind the average pooling (fc_norm); mmsegmentation's ViT has no place for it"
         )
     if len(set(spec.patch_size)) > 1 or not float(spec.mlp_ratio).is_integer():
-        raise UserError(f"patches {spec.patch_size}, mlp_ratio {spec.mlp_ratio}", expected="square patches, a whole mlp_ratio")
+        raise UserError(
+            f"patches {spec.patch_size}, mlp_ratio {spec.mlp_ratio}",
+            expected="square patches, a whole mlp_ratio",
+        )
     content = {"state_dict": VIT.write(weights), SPEC_KEY: spec.to_dict(), "provenance": provenance}
     write_atomic(out, lambda file: torch.save(content, file))

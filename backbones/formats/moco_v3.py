@@ -1,11 +1,21 @@
 """moco_v3: training and linear-probe files of facebookresearch/moco-v3, known by their encoders' names or position table."""
 
 from backbones.reading.source import Checkpoint
-from backbones.translating.translation import HEAD, PROJECTOR, Translation, has_moco_table, is_official_vit, plain
+from backbones.translating.translation import (
+    HEAD,
+    PROJECTOR,
+    Translation,
+    has_moco_table,
+    is_official_vit,
+    plain,
+)
 
 ENCODERS = ("base_encoder", "momentum_encoder")
 DROP = {r"head\.\d": PROJECTOR, r"head\.": HEAD}
-LARGER = {1024: 16, 1280: 16}  # heads of L and H, which the paper trains (arXiv 2104.02057) and vits.py does not build
+LARGER = {
+    1024: 16,
+    1280: 16,
+}  # heads of L and H, which the paper trains (arXiv 2104.02057) and vits.py does not build
 PREDICTOR = r"(?:module\.)?predictor\."
 
 

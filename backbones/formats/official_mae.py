@@ -7,7 +7,14 @@ import torch
 
 from backbones.formats import deit, moco_v3
 from backbones.reading.source import SPEC_KEY, Checkpoint
-from backbones.translating.translation import HEAD, Translation, is_official_vit, is_sincos, plain, require_plain
+from backbones.translating.translation import (
+    HEAD,
+    Translation,
+    is_official_vit,
+    is_sincos,
+    plain,
+    require_plain,
+)
 from mae_bench.files import write_atomic
 from mae_bench.spec import BackboneSpec
 
@@ -32,7 +39,11 @@ def is_marked(checkpoint: Checkpoint) -> bool:
     """Whether something tells MAE's file from anyone's ViT: its fixed position table, a head of its transfers, its arguments,
     the spec that `write` adds."""
     keys = checkpoint.tensors
-    if "head.0.running_mean" in keys or "fc_norm.weight" in keys or hasattr(checkpoint.extras.get("args"), "blr"):
+    if (
+        "head.0.running_mean" in keys
+        or "fc_norm.weight" in keys
+        or hasattr(checkpoint.extras.get("args"), "blr")
+    ):
         return True
     if checkpoint.stated_spec:
         return True
@@ -54,7 +65,9 @@ def fine_tuned(tensors: dict[str, torch.Tensor]) -> bool:
     return "head.weight" in tensors
 
 
-def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
+def write(
+    weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
+) -> None:
     """`{"model": weights, "spec": ..., "provenance": ...}`; the reference's scripts read `model` alone."""
     require_plain(spec, weights, "official_mae", fc_norm=True)
     content = {"model": weights, SPEC_KEY: spec.to_dict(), "provenance": provenance}

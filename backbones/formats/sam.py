@@ -13,7 +13,13 @@ NAMES = Naming(
     block={"mlp.lin1": "mlp.fc1", "mlp.lin2": "mlp.fc2"},
     blocks=("blocks.{}.",),
 )
-MARKS = {"patch_embed.proj.weight", "neck.0.weight", "blocks.0.attn.rel_pos_h", "blocks.0.attn.rel_pos_w", "pos_embed"}
+MARKS = {
+    "patch_embed.proj.weight",
+    "neck.0.weight",
+    "blocks.0.attn.rel_pos_h",
+    "blocks.0.attn.rel_pos_w",
+    "pos_embed",
+}
 OUTSIDE = {
     "prompt_encoder.": "prompt encoder: no part of the image backbone",
     "mask_decoder.": "mask decoder: no part of the image backbone",

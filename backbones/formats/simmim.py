@@ -17,10 +17,13 @@ def read(checkpoint: Checkpoint) -> Translation:
     """The encoder has timm's names for BEiT; UserError for a Swin Transformer."""
     if _is_swin(checkpoint):
         raise UserError(
-            f"{checkpoint.source} is a Swin Transformer", expected="a plain ViT: SimMIM's vit_base, not its swin models"
+            f"{checkpoint.source} is a Swin Transformer",
+            expected="a plain ViT: SimMIM's vit_base, not its swin models",
         )
     result = read_as("simmim", checkpoint)
-    result.outside = dict.fromkeys((name for name in checkpoint.outside if name.startswith("decoder.")), DECODER)
+    result.outside = dict.fromkeys(
+        (name for name in checkpoint.outside if name.startswith("decoder.")), DECODER
+    )
     return result
 
 

@@ -1,9 +1,22 @@
 """solo_learn: Lightning files of solo-learn's methods, with a momentum backbone or without."""
 
 from backbones.reading.source import Checkpoint
-from backbones.translating.translation import HEAD, PROJECTOR, Translation, has_moco_table, is_official_vit, is_sincos, plain
+from backbones.translating.translation import (
+    HEAD,
+    PROJECTOR,
+    Translation,
+    has_moco_table,
+    is_official_vit,
+    is_sincos,
+    plain,
+)
 
-PREFIXES = ("backbone.", "momentum_backbone.", "encoder.", "momentum_encoder.")  # the latter two are of its first versions
+PREFIXES = (
+    "backbone.",
+    "momentum_backbone.",
+    "encoder.",
+    "momentum_encoder.",
+)  # the latter two are of its first versions
 OUTSIDE = {
     r"(?:momentum_)?classifier\.": HEAD,
     r"(?:momentum_)?(?:projector|head)\.": PROJECTOR,
@@ -27,11 +40,23 @@ def read(checkpoint: Checkpoint) -> Translation:
     Its own ViTs for MAE and MoCo v3 have 12 heads from tiny to base (solo/backbones/vit/vit_mae.py, vit_mocov3.py).
     """
     table = checkpoint.tensors.get("pos_embed")
-    method = "mae" if table is not None and is_sincos(table) else "moco_v3" if has_moco_table(checkpoint.tensors) else None
+    method = (
+        "mae"
+        if table is not None and is_sincos(table)
+        else "moco_v3"
+        if has_moco_table(checkpoint.tensors)
+        else None
+    )
     if not method and any(name.startswith("head.last_layer.") for name in checkpoint.outside):
         method = "dino"
     fixed = method in ("mae", "moco_v3")
-    result = plain(checkpoint, "solo_learn", {r"head\.": HEAD}, outside=OUTSIDE, heads={192: 12, 384: 12} if fixed else {})
+    result = plain(
+        checkpoint,
+        "solo_learn",
+        {r"head\.": HEAD},
+        outside=OUTSIDE,
+        heads={192: 12, 384: 12} if fixed else {},
+    )
     if method:
         result.assumed["pretrain_method"] = method
     return result

@@ -33,9 +33,7 @@ FAMILIES = ("dino", "ibot", "moco_v3", "deit", "deit3", "ijepa", "maskfeat", "li
 OWN_WRAPPERS = ("", "state_dict", "state_dict_ema")  # of timm's releases and of its train.py
 TRUNK = "visual.trunk."  # before timm's names in OpenCLIP's files
 UNTOLD = "nothing in the file says how images are fed: mean and std of ImageNet are assumed; many of timm's ViTs want 0.5"
-POST_NORMS = (
-    f"arch=vit if norms stand before attention and MLP; if behind them (ResPostBlock), timm's {CONFIG_FILE} beside it tells"
-)
+POST_NORMS = f"arch=vit if norms stand before attention and MLP; if behind them (ResPostBlock), timm's {CONFIG_FILE} beside it tells"
 DROP = {r"head\.": HEAD, r"attn_pool\.": "attention pooling: a part of the classifier"}
 
 
@@ -53,7 +51,9 @@ def fits(checkpoint: Checkpoint) -> bool:
     if by_timm(checkpoint):
         return "patch_embed.proj.weight" in keys and any(key.startswith("blocks.0.norm") for key in keys)
     if is_beit(keys) or is_eva(keys) or is_rotary(keys):
-        return checkpoint.wrapper in OWN_WRAPPERS and any(key.startswith(("norm.", "fc_norm.")) for key in keys)
+        return checkpoint.wrapper in OWN_WRAPPERS and any(
+            key.startswith(("norm.", "fc_norm.")) for key in keys
+        )
     if not is_vit(keys) or any(format_named(name).fits(checkpoint) for name in FAMILIES):
         return False
     return checkpoint.wrapper not in WRAPPERS or not is_marked(checkpoint)
@@ -67,11 +67,17 @@ def read(checkpoint: Checkpoint) -> Translation:
     weights, config = result.weights, checkpoint.beside.get(CONFIG_FILE, {})
     pos_embed = weights.get("pos_embed")
     is_mae = pos_embed is not None and "head.weight" not in checkpoint.tensors and is_sincos(pos_embed)
-    result.assumed = {"norm_eps": 1e-6, "pretrain_method": "mae" if is_mae else "unknown", "pretrain_data": "unknown"}
+    result.assumed = {
+        "norm_eps": 1e-6,
+        "pretrain_method": "mae" if is_mae else "unknown",
+        "pretrain_data": "unknown",
+    }
     if "fc_norm.weight" in weights or "cls_token" not in weights:
         result.assumed["global_pool"] = "avg"
     result.facts = _fed(config, checkpoint.source)
-    if checkpoint.prefix.endswith(TRUNK):  # fed as CLIP, but SigLIP's towers, and those have a config that says so
+    if checkpoint.prefix.endswith(
+        TRUNK
+    ):  # fed as CLIP, but SigLIP's towers, and those have a config that says so
         result.assumed |= {key: value for key, value in family("clip").items() if key != "norm_eps"}
         result.facts |= clip.fed(checkpoint)
     if "architecture" in config:
@@ -88,7 +94,9 @@ def _fed(config: dict[str, Any], source: str) -> dict[str, Any]:
     cfg = config.get("pretrained_cfg") or {}
     if not isinstance(cfg, dict):
         raise UserError(f"{source}: pretrained_cfg is {cfg!r}", expected="an object")
-    facts: dict[str, Any] = {key: numbers(cfg[key], key, source) for key in ("mean", "std") if cfg.get(key) is not None}
+    facts: dict[str, Any] = {
+        key: numbers(cfg[key], key, source) for key in ("mean", "std") if cfg.get(key) is not None
+    }
     return facts | ({"interpolation": str(cfg["interpolation"])} if cfg.get("interpolation") else {})
 
 
@@ -110,7 +118,10 @@ def _shown(result: Translation, checkpoint: Checkpoint) -> None:
         result.assumed |= beit_facts(weights, checkpoint.source)
     elif is_eva(weights):
         result.assumed |= {"arch": "eva", "options": eva_options(weights)}
-        rotary = ("use_rot_pos_emb", "ref_feat_shape")  # the grid that rotations count in, null where it is the image's
+        rotary = (
+            "use_rot_pos_emb",
+            "ref_feat_shape",
+        )  # the grid that rotations count in, null where it is the image's
         result.needed = rotary if "swiglu_mlp" in result.assumed["options"] else (*rotary, "use_post_norm")
     else:
         result.assumed["options"] = vit_options(weights)
@@ -137,6 +148,8 @@ def _require_description(checkpoint: Checkpoint) -> None:
         )
 
 
-def write(weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
+def write(
+    weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
+) -> None:
     """A safetensors file that `timm.create_model(..., checkpoint_path=out)` loads; spec and provenance stand in its metadata."""
     write_safetensors(out, weights, spec, provenance)

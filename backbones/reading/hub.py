@@ -32,7 +32,11 @@ def fetch_repo(name: str) -> tuple[Path, str, list[str]]:
         if any(next(folder.glob(pattern), None) for pattern in patterns):
             break
     pinned = f"{repo}@{revision}"
-    return folder, pinned, [] if wanted == revision else [f"{wanted or 'main'} of {repo} is {revision}; hf:{pinned} pins it"]
+    return (
+        folder,
+        pinned,
+        [] if wanted == revision else [f"{wanted or 'main'} of {repo} is {revision}; hf:{pinned} pins it"],
+    )
 
 
 class _First(logging.Filter):

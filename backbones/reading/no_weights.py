@@ -5,7 +5,15 @@ from collections.abc import Sequence
 
 FIRST = 512  # bytes that are looked at
 POINTER = b"version https://git-lfs"
-PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"7z\xbc\xaf\x27\x1c", b"\x28\xb5\x2f\xfd", b"Rar!", b"PK\x05\x06")
+PACKED = (
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ\x00",
+    b"7z\xbc\xaf\x27\x1c",
+    b"\x28\xb5\x2f\xfd",
+    b"Rar!",
+    b"PK\x05\x06",
+)
 TAR, TAR_AT = b"ustar", 257
 FETCH = "fetch the file again and compare its SHA-256"
 UNPACK = "unpack it, and give the weight file that is inside"
@@ -20,7 +28,10 @@ def what_else(start: bytes) -> tuple[str, str]:
     if start.startswith(PACKED) or start[TAR_AT:].startswith(TAR):
         return "a packed archive", UNPACK
     if start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
-        return "a web page", "it may be a login page, or the page about the file: take the address of the raw file"
+        return (
+            "a web page",
+            "it may be a login page, or the page about the file: take the address of the raw file",
+        )
     if is_text(start):
         return "text or code", "give the file with the weights: .safetensors, .pth, .pt or .bin"
     return "neither safetensors nor a file of torch.save", FETCH
@@ -42,4 +53,7 @@ def zipped(names: Sequence[str]) -> tuple[str, str]:
             "an archive of numpy arrays, as JAX's weights are saved",
             "convert it with the library that it comes from, for example timm",
         )
-    return f"a zip archive of {', '.join(repr(name[:50]) for name in names[:3]) or 'nothing'}, not of torch.save", UNPACK
+    return (
+        f"a zip archive of {', '.join(repr(name[:50]) for name in names[:3]) or 'nothing'}, not of torch.save",
+        UNPACK,
+    )

@@ -55,7 +55,9 @@ def _fetched(entry: Official) -> Path:
     except UserError as error:
         options = f"--format {entry.format}" + (f" --weights {entry.weights}" if entry.weights else "")
         elsewhere = f"fetch it on another machine and give its path with {options}"
-        raise UserError(error.given, expected=error.expected, fix="; or ".join(filter(None, [error.fix, elsewhere]))) from error
+        raise UserError(
+            error.given, expected=error.expected, fix="; or ".join(filter(None, [error.fix, elsewhere]))
+        ) from error
 
 
 def fetch_official(name: str) -> tuple[Path, Official]:

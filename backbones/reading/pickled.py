@@ -33,7 +33,9 @@ UNUSUAL = {  # tensors that are no plain numbers: how they are built, and what t
 }
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
           "complex64", "complex128")  # fmt: skip
-UNKEPT = {name for name, (made, _) in ALLOWED.items() if made is NotBuilt}  # omegaconf's point at their parents, for example
+UNKEPT = {
+    name for name, (made, _) in ALLOWED.items() if made is NotBuilt
+}  # omegaconf's point at their parents, for example
 NAMES = {*ALLOWED, *STORAGES, *TENSORS, PARAMETER, *VALUES, *(f"torch.{name}" for name in DTYPES)}
 
 MAX_DEPTH = 100  # of containers in each other; honest files have about 10
@@ -145,13 +147,17 @@ class _Reader:
         return parts
 
     def extend(self, kind: str, parts: list[Any]) -> None:
-        if self.stack[-1].kind not in (kind, "object") or (self.stack[-1].kind == "object" and not self.strange):
+        if self.stack[-1].kind not in (kind, "object") or (
+            self.stack[-1].kind == "object" and not self.strange
+        ):
             raise Refused(f"a pickle that fills a {self.stack[-1].kind} as a {kind}")
         self.stack[-1].parts.extend(parts)
 
     def named(self, module: Any, name: Any) -> Node:
         """The Python 3 name of a class or function; a strange one is kept, so that all of them can be told."""
-        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name))
+        module, name = _compat_pickle.NAME_MAPPING.get(
+            (module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
+        )
         if (full := f"{module}.{name}") not in NAMES:
             self.strange[full[:200]] = None
         return Node("global", about=full)
@@ -161,8 +167,15 @@ class _Reader:
         if function.kind != "global" or args.kind != "tuple":
             raise Refused("a pickle that calls what is no function")
         name, parts = function.about, args.parts
-        self.pay(sum(COPIED * len(part.parts) if isinstance(part, Node) else 2 * sys.getsizeof(part) for part in parts))
-        if self.strange:  # refused in any case; the rest is looked through for the names of what else it wants
+        self.pay(
+            sum(
+                COPIED * len(part.parts) if isinstance(part, Node) else 2 * sys.getsizeof(part)
+                for part in parts
+            )
+        )
+        if (
+            self.strange
+        ):  # refused in any case; the rest is looked through for the names of what else it wants
             return Node("object", [args], name)
         if name in TENSORS:
             return _tensor(*parts)
@@ -195,7 +208,12 @@ class _Reader:
         _, kind, key, location, count, *view = said.parts
         if kind.about not in STORAGES:
             raise Refused("a pickle with numbers of an unknown type")
-        if not isinstance(key, str) or not isinstance(location, str) or location.startswith("meta") or not _is_count(count):
+        if (
+            not isinstance(key, str)
+            or not isinstance(location, str)
+            or location.startswith("meta")
+            or not _is_count(count)
+        ):
             raise Refused("a pickle whose numbers lie nowhere")
         nbytes = count * STORAGES[kind.about]
         self.claimed += nbytes if key not in self.storages else 0
@@ -203,7 +221,9 @@ class _Reader:
             raise Refused(f"a checkpoint that says two things of its stored numbers {key[:50]!r}")
         stands = self.records.get(key, 0) if self.records is not None else self.size
         if nbytes > stands or self.claimed > self.size:
-            raise Refused(f"a checkpoint that claims {nbytes} bytes for its stored numbers {key[:50]!r}, where it has {stands}")
+            raise Refused(
+                f"a checkpoint that claims {nbytes} bytes for its stored numbers {key[:50]!r}, where it has {stands}"
+            )
         return Node("storage", about=(nbytes, STORAGES[kind.about]))
 
 
@@ -230,7 +250,12 @@ def _check_keys(keys: Iterable[Any]) -> None:
     for key in keys:
         if isinstance(key, str) or (isinstance(key, int) and abs(key) < 1 << 60):
             continue
-        if isinstance(key, Node) and key.kind == "tuple" and len(key.parts) < 9 and all(isinstance(p, str) for p in key.parts):
+        if (
+            isinstance(key, Node)
+            and key.kind == "tuple"
+            and len(key.parts) < 9
+            and all(isinstance(p, str) for p in key.parts)
+        ):
             continue
         if not isinstance(key, bytes | None) and not (isinstance(key, Node) and key.kind == "global"):
             raise Refused("a pickle whose dictionaries have keys that are neither names nor numbers")
@@ -247,13 +272,17 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> No
     last = offset + sum((length - 1) * step for length, step in zip(shape, steps, strict=True))
     count = math.prod(shape)
     if count * element > nbytes or (count and (last + 1) * element > nbytes) or offset * element > nbytes:
-        raise Refused(f"a tensor of shape {tuple(shape)} and strides {tuple(steps)} over {nbytes} stored bytes")
+        raise Refused(
+            f"a tensor of shape {tuple(shape)} and strides {tuple(steps)} over {nbytes} stored bytes"
+        )
     if any(isinstance(part, Node) and part.parts for part in rest):
         raise Refused("a tensor with hooks or other things attached")
     return Node("tensor")
 
 
-def look_through(stream: IO[bytes], file_size: int, records: Mapping[str, int] | None = None) -> tuple[Any, dict[str, int]]:
+def look_through(
+    stream: IO[bytes], file_size: int, records: Mapping[str, int] | None = None
+) -> tuple[Any, dict[str, int]]:
     """Goes through one pickle of a file of `file_size` bytes; gives a description of its value, and its storages' bytes by key.
 
     records: bytes of each storage by its key, where the file says (zip archives). Refused (and nothing else) for names that are
@@ -265,7 +294,16 @@ def look_through(stream: IO[bytes], file_size: int, records: Mapping[str, int] |
     except Refused:
         _name_strange(reader)
         raise
-    except (ValueError, IndexError, KeyError, AttributeError, TypeError, OverflowError, MemoryError, EOFError) as error:
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+        EOFError,
+    ) as error:
         _name_strange(reader)
         raise Refused(f"a damaged checkpoint: {type(error).__name__}: {str(error)[:100]}") from error
     _name_strange(reader)
@@ -294,7 +332,10 @@ def _measure(root: Any, made: int) -> None:
         if done:
             open_nodes.discard(id(node))
             below = [sizes[id(child)] for child in children]
-            sizes[id(node)] = 1 + len(node.parts) + sum(count for count, _ in below), 1 + max((d for _, d in below), default=0)
+            sizes[id(node)] = (
+                1 + len(node.parts) + sum(count for count, _ in below),
+                1 + max((d for _, d in below), default=0),
+            )
             if sizes[id(node)][0] > 100_000 + 10 * made or sizes[id(node)][1] > MAX_DEPTH:
                 raise Refused("a pickle whose values repeat or nest without end")
             continue
@@ -312,7 +353,9 @@ def value_of(node: Any, made: dict[int, Any] | None = None) -> Any:
     """
     made = {} if made is None else made
     if isinstance(node, Node) and id(node) not in made:
-        made[id(node)] = _make(node, [value_of(part, made) for part in node.parts if node.about not in UNKEPT])
+        made[id(node)] = _make(
+            node, [value_of(part, made) for part in node.parts if node.about not in UNKEPT]
+        )
     return made[id(node)] if isinstance(node, Node) else node
 
 

@@ -29,10 +29,14 @@ MAX_ENTRIES = 20_000  # tensors and other members of a file
 MAX_HEADER = 2 << 20  # bytes of a safetensors header; a ViT-H's has about 100 KiB
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of torch's files from before its zip archives
 LEGACY_PICKLES = 5  # magic, version, system, content, keys of the storages
-_INTERNAL = re.compile(r"\[enforce fail at [^\]]*\][ .]*|\(Could this error message be improved.*")  # of torch's own messages
+_INTERNAL = re.compile(
+    r"\[enforce fail at [^\]]*\][ .]*|\(Could this error message be improved.*"
+)  # of torch's own messages
 
 
-State = tuple[int, int, int]  # of a file: its bytes, and in nanoseconds when it was written to and when anything of it changed
+State = tuple[
+    int, int, int
+]  # of a file: its bytes, and in nanoseconds when it was written to and when anything of it changed
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,9 @@ def check_unchanged(states: Mapping[Path, State]) -> None:
 
 
 def _changed(path: Path) -> UserError:
-    return UserError(f"{path} changed while it was read", expected="a file that is written wholly", fix="read it again")
+    return UserError(
+        f"{path} changed while it was read", expected="a file that is written wholly", fix="read it again"
+    )
 
 
 def _read(file: IO[bytes], path: Path, trust: bool) -> tuple[Any, dict[str, str], bool]:
@@ -150,18 +156,25 @@ def _read_pickle(file: IO[bytes], path: Path, is_zip: bool) -> Any:
             _check_zip(file, path)
         elif (bare := _check_legacy(file)) is not None:
             return bare
-        with torch.serialization.safe_globals([(made, name) for name, (made, _) in ALLOWED.items()]), warnings.catch_warnings():
+        with (
+            torch.serialization.safe_globals([(made, name) for name, (made, _) in ALLOWED.items()]),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             return torch.load(_named(file), map_location="cpu", weights_only=True, mmap=is_zip)
     except Refused as error:
         raise _refusal(path, error) from error
     except UserError:
         raise
-    except pickle.UnpicklingError as error:  # what torch says before its reason advises to switch the safety off
+    except (
+        pickle.UnpicklingError
+    ) as error:  # what torch says before its reason advises to switch the safety off
         reason = str(error).rpartition("WeightsUnpickler error:")[2]
         raise _broken(path, f"a pickle that cannot be read as data: {_first_line(reason)}") from error
     except Exception as error:  # a hostile or damaged pickle ends in any error type; all mean that this file holds no weights
-        raise _broken(path, f"a damaged checkpoint: {type(error).__name__}: {_first_line(str(error))}") from error
+        raise _broken(
+            path, f"a damaged checkpoint: {type(error).__name__}: {_first_line(str(error))}"
+        ) from error
 
 
 def _check_zip(file: IO[bytes], path: Path) -> None:
@@ -183,12 +196,21 @@ def _check_zip(file: IO[bytes], path: Path) -> None:
     packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     at = sorted((entry.header_offset, entry.file_size) for entry in entries)
     ends = [offset + length for offset, length in at]
-    if packed or any(end > start for end, start in zip(ends, [offset for offset, _ in at[1:]] + [size], strict=True)):
-        raise _broken(path, f"a zip archive that torch.save did not write (compressed or overlapping entries: {packed[:3]})")
+    if packed or any(
+        end > start for end, start in zip(ends, [offset for offset, _ in at[1:]] + [size], strict=True)
+    ):
+        raise _broken(
+            path,
+            f"a zip archive that torch.save did not write (compressed or overlapping entries: {packed[:3]})",
+        )
     if len(set(names)) < len(names):
         raise _broken(path, "a zip archive that torch.save did not write (two entries of one name)")
-    records = {name.removeprefix("data/"): length for name, length in inside.items() if name.startswith("data/")}
-    data = torch._C.PyTorchFileReader(_named(file)).get_record("data.pkl")  # by torch's own reader: what it will read
+    records = {
+        name.removeprefix("data/"): length for name, length in inside.items() if name.startswith("data/")
+    }
+    data = torch._C.PyTorchFileReader(_named(file)).get_record(
+        "data.pkl"
+    )  # by torch's own reader: what it will read
     look_through(io.BytesIO(data), size, records)
 
 
@@ -221,7 +243,9 @@ def _check_legacy(file: IO[bytes]) -> Any:
 def _refusal(path: Path, error: Refused) -> UserError:
     if not error.names:
         return _broken(path, str(error))
-    named = ", ".join(map(repr, error.names[:5])) + (f" and {len(error.names) - 5} more" if len(error.names) > 5 else "")
+    named = ", ".join(map(repr, error.names[:5])) + (
+        f" and {len(error.names) - 5} more" if len(error.names) > 5 else ""
+    )
     return NeedsTrust(
         f"{path} wants to build {named} while it is read; nothing of it was run",
         expected="tensors, containers, numbers, strings and the settings of known training scripts (backbones/reading/stand_ins.py)",
@@ -251,7 +275,10 @@ def check_tensors(tensors: dict[str, torch.Tensor], path: Path | str, file_size:
     total = 0
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise UserError(f"{path}: {name} is {tensor.layout} on {tensor.device}", expected="dense tensors, not quantised")
+            raise UserError(
+                f"{path}: {name} is {tensor.layout} on {tensor.device}",
+                expected="dense tensors, not quantised",
+            )
         size = tensor.numel() * tensor.element_size()
         total += size
         if size > tensor.untyped_storage().nbytes() or total > MAX_INFLATION * file_size:
@@ -263,7 +290,9 @@ def check_tensors(tensors: dict[str, torch.Tensor], path: Path | str, file_size:
 
 def check_values(tensors: dict[str, torch.Tensor], source: str) -> None:
     """Weights must be finite floating-point numbers of 16, 32 or 64 bits."""
-    if other := [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in FLOATS]:
+    if other := [
+        f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in FLOATS
+    ]:
         raise UserError(
             f"{source}: weights of unusual types: {', '.join(other[:5])}", expected="float32, float16, bfloat16 or float64",
             fix="export the weights unquantised",

@@ -14,7 +14,9 @@ INDEX_SUFFIX = ".index.json"  # model.safetensors.index.json, pytorch_model.bin.
 MAX_INDEX = 16 << 20  # bytes; an index has a line a tensor
 
 
-def read_shards(index: Path, sha256: str | None = None, trust: bool = False) -> tuple[WeightFile, dict[str, str]]:
+def read_shards(
+    index: Path, sha256: str | None = None, trust: bool = False
+) -> tuple[WeightFile, dict[str, str]]:
     """Every tensor of the shards that an index lists, and each shard's SHA-256 by name.
 
     The digest of the whole is the SHA-256 of what `sha256sum` prints for the shards in the order of their names; `sha256` pins
@@ -23,7 +25,9 @@ def read_shards(index: Path, sha256: str | None = None, trust: bool = False) -> 
     placed = _placed(index)
     shards = {name: read_file(index.parent / name, None, trust) for name in sorted(set(placed.values()))}
     digests = {name: shard.digest for name, shard in shards.items()}
-    digest = hashlib.sha256("".join(f"{each}  {name}\n" for name, each in digests.items()).encode()).hexdigest()
+    digest = hashlib.sha256(
+        "".join(f"{each}  {name}\n" for name, each in digests.items()).encode()
+    ).hexdigest()
     if sha256 and sha256.lower() != digest:
         raise UserError(
             f"the shards of {index} have together SHA-256 {digest}", expected=sha256,
@@ -34,14 +38,21 @@ def read_shards(index: Path, sha256: str | None = None, trust: bool = False) -> 
         _check(index, name, shard.content, {tensor for tensor, place in placed.items() if place == name})
         tensors |= shard.content
     states = {path: state for shard in shards.values() for path, state in shard.states.items()}
-    size, trusted = sum(shard.size for shard in shards.values()), any(shard.trusted for shard in shards.values())
+    size, trusted = (
+        sum(shard.size for shard in shards.values()),
+        any(shard.trusted for shard in shards.values()),
+    )
     return WeightFile(tensors, {}, digest, size, trusted, states), digests
 
 
 def _placed(index: Path) -> dict[str, str]:
     """Tensor -> name of its shard."""
     placed = read_json(index, MAX_INDEX).get("weight_map")
-    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+    if (
+        not isinstance(placed, dict)
+        or not placed
+        or not all(isinstance(name, str) for name in placed.values())
+    ):
         raise UserError(f"{index} has no weight_map", expected="an index that names a shard for each tensor")
     for name in placed.values():
         if name in ("", "..") or PurePosixPath(name).name != name or "\\" in name or "\0" in name:

@@ -61,10 +61,14 @@ class Checkpoint:
     beside: dict[str, dict[str, Any]] = field(default_factory=dict)
     stated_spec: dict[str, Any] = field(default_factory=dict)
     trusted: bool = False  # its pickle was run, in a subprocess without network (`backbones.reading.trust`)
-    files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 of each file that was read: the weights, then `beside`
+    files: dict[str, str] = field(
+        default_factory=dict
+    )  # name -> SHA-256 of each file that was read: the weights, then `beside`
     format: str | None = None  # that the source itself tells; else it is detected
     notes: list[str] = field(default_factory=list)  # what the reader of a report should know of the source
-    states: Mapping[Path, State] = field(default_factory=dict)  # of the weight files, when their digests were taken
+    states: Mapping[Path, State] = field(
+        default_factory=dict
+    )  # of the weight files, when their digests were taken
 
     @property
     def stored(self) -> dict[str, torch.Tensor]:
@@ -81,7 +85,9 @@ class Checkpoint:
         check_unchanged(self.states)
 
 
-def open_source(source: str | Path, sha256: str | None = None, weights: str | None = None, *, trust: bool = False) -> Checkpoint:
+def open_source(
+    source: str | Path, sha256: str | None = None, weights: str | None = None, *, trust: bool = False
+) -> Checkpoint:
     """The Checkpoint behind a SOURCE; UserError for one that is unknown, missing, damaged or not the one that `sha256` pins.
 
     weights: which set of weights, where the file holds several (teacher, student, model_ema ...). trust: unpickle in a subprocess
@@ -116,11 +122,15 @@ def open_source(source: str | Path, sha256: str | None = None, weights: str | No
     )
 
 
-def _open_path(source: str, path: Path, sha256: str | None, weights: str | None, trust: bool = False) -> Checkpoint:
+def _open_path(
+    source: str, path: Path, sha256: str | None, weights: str | None, trust: bool = False
+) -> Checkpoint:
     path = path / EXPORT if (path / EXPORT).is_dir() else path  # a cell's folder: the backbone that it made
     if not path.exists():
         raise UserError(
-            f"no weight file {path}", expected="a .safetensors, .pth, .pt or .bin file, or a folder of it", fix=near_path(path)
+            f"no weight file {path}",
+            expected="a .safetensors, .pth, .pt or .bin file, or a folder of it",
+            fix=near_path(path),
         )
     file = _weights_of(path) if path.is_dir() else path
     read, files = _read(file, sha256, trust)
@@ -130,10 +140,16 @@ def _open_path(source: str, path: Path, sha256: str | None, weights: str | None,
     names = (SPEC_FILE, CONFIG_FILE, PREPROCESSOR_FILE, OPEN_CLIP_CONFIG)
     beside = {name: read_json(file.parent / name) for name in names if (file.parent / name).is_file()}
     if file.name != WEIGHTS_FILE and not path.is_dir():
-        beside = {name: value for name, value in beside.items() if name != SPEC_FILE or value.get("digest") == digest}
+        beside = {
+            name: value
+            for name, value in beside.items()
+            if name != SPEC_FILE or value.get("digest") == digest
+        }
     stated = _stated(read.metadata.get(SPEC_KEY), part.extras.get(SPEC_KEY), file)
     tensors = {name: tensor.detach() for name, tensor in part.tensors.items()}
-    by_chance = () if path.is_dir() or file.name in WEIGHT_FILES else set(beside) - {SPEC_FILE}  # they may be of another file
+    by_chance = (
+        () if path.is_dir() or file.name in WEIGHT_FILES else set(beside) - {SPEC_FILE}
+    )  # they may be of another file
     notes = [f"{name} lies beside the file and is followed" for name in sorted(by_chance)]
     files |= {name: file_digest(file.parent / name) for name in beside}
     return Checkpoint(
@@ -174,11 +190,16 @@ def _stated(in_metadata: str | None, in_extras: Any, path: Path) -> dict[str, An
 def _open_timm(name: str, sha256: str | None) -> Checkpoint:
     """Weights and facts of a pretrained timm model, fetched by timm itself; the digest is of the weights as safetensors."""
     if not timm.is_model(name.split(".")[0]):
-        raise UserError(f"timm has no model {name!r}", fix=did_you_mean(name, timm.list_models(pretrained=True), cutoff=0.6))
+        raise UserError(
+            f"timm has no model {name!r}",
+            fix=did_you_mean(name, timm.list_models(pretrained=True), cutoff=0.6),
+        )
     try:
         with told_once():
             model = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # the hub's client, urllib and timm each have their own types; to the user all mean one thing
+    except (
+        Exception
+    ) as error:  # the hub's client, urllib and timm each have their own types; to the user all mean one thing
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise UserError(
             f"timm cannot provide the weights of {name!r}: {reason}",
@@ -187,7 +208,8 @@ def _open_timm(name: str, sha256: str | None) -> Checkpoint:
         ) from error
     if not isinstance(model, VIT_CLASSES):
         raise UserError(
-            f"timm:{name} is a {type(model).__name__}", expected=f"one of {', '.join(c.__name__ for c in VIT_CLASSES)}"
+            f"timm:{name} is a {type(model).__name__}",
+            expected=f"one of {', '.join(c.__name__ for c in VIT_CLASSES)}",
         )
     tensors = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
     data = save(tensors)

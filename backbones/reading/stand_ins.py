@@ -58,7 +58,9 @@ class StoredArray(Stored):
             case (_, tuple() as shape, StoredDtype() as dtype, False, bytes() as raw):
                 letter, torch_type = NUMBERS[dtype.name]
                 if len(raw) == math.prod(shape) * struct.calcsize(letter) > 0:
-                    with warnings.catch_warnings():  # of memory that must not be written to: one text may serve many arrays
+                    with (
+                        warnings.catch_warnings()
+                    ):  # of memory that must not be written to: one text may serve many arrays
                         warnings.simplefilter("ignore")
                         return torch.frombuffer(raw, dtype=torch_type).reshape(shape)
         raise ValueError("an array of numpy that holds no plain numbers")

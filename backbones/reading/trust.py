@@ -17,7 +17,9 @@ from backbones.reading.stand_ins import NotBuilt
 from mae_bench.errors import UserError
 
 TRUSTED = "read by running its pickle in a subprocess without network (--trust)"
-CONTENT = "content"  # where the subprocess describes what is no tensor, in the metadata of its safetensors file
+CONTENT = (
+    "content"  # where the subprocess describes what is no tensor, in the metadata of its safetensors file
+)
 PROGRAM = Path(__file__).with_name("unpickle_alone.py")
 NOT_ALONE = 97  # its exit code where the network cannot be taken away
 SECONDS, GRACE = 300, 30  # of the pickle, and beyond them for the program to end itself
@@ -35,7 +37,11 @@ def unpickled(file: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
     """
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
-    with tempfile.TemporaryFile() as made, tempfile.TemporaryFile() as words, tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryFile() as made,
+        tempfile.TemporaryFile() as words,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         fds = file.fileno(), made.fileno()
         try:
             code = subprocess.run(
@@ -54,7 +60,10 @@ def unpickled(file: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
 
 def _failed(path: Path, code: int, words: IO[bytes]) -> UserError:
     words.seek(max(0, words.seek(0, os.SEEK_END) - TOLD))
-    told = "".join(c if c.isprintable() else " " for c in words.read().decode(errors="replace").strip().split("\n")[-1][:300])
+    told = "".join(
+        c if c.isprintable() else " "
+        for c in words.read().decode(errors="replace").strip().split("\n")[-1][:300]
+    )
     if code == NOT_ALONE:
         return UserError(
             f"{path} was not unpickled: a subprocess without network is not possible here: {told}",
@@ -73,7 +82,9 @@ def rebuild(tensors: Mapping[str, torch.Tensor], content: str | None, path: Path
     try:
         return _value(json.loads(content or ""), tensors)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-        raise UserError(f"{path}: what its pickle made cannot be read: {error}", expected="a checkpoint") from error
+        raise UserError(
+            f"{path}: what its pickle made cannot be read: {error}", expected="a checkpoint"
+        ) from error
 
 
 def _value(told: list[Any], tensors: Mapping[str, torch.Tensor]) -> Any:

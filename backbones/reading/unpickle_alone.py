@@ -17,11 +17,16 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 NOT_ALONE = 97
-NAMESPACES = 0x10000000 | 0x40000000 | 0x20000000 | 0x08000000 | 0x00020000  # CLONE_NEW: USER, NET, PID, IPC, NS (mounts)
+NAMESPACES = (
+    0x10000000 | 0x40000000 | 0x20000000 | 0x08000000 | 0x00020000
+)  # CLONE_NEW: USER, NET, PID, IPC, NS (mounts)
 READ_ONLY, RECURSIVE, HERE, MOUNT_SETATTR = 1, 0x8000, -100, 442  # mount_setattr(2)
 NO_NEW_PRIVILEGES, SECCOMP, FILTER, PARENT_DEATH = 38, 22, 2, 1  # prctl(2)
 # Of each machine: its name for seccomp, the numbers of clone, and of socket, ptrace, unshare, process_vm_writev, io_uring_setup.
-FORBIDDEN = {"x86_64": (0xC000003E, 56, (41, 101, 272, 311, 425)), "aarch64": (0xC00000B7, 220, (198, 117, 97, 271, 425))}
+FORBIDDEN = {
+    "x86_64": (0xC000003E, 56, (41, 101, 272, 311, 425)),
+    "aarch64": (0xC00000B7, 220, (198, 117, 97, 271, 425)),
+}
 CLONE3, NEW_USER = 435, 0x10000000
 NOBODY = 65534
 SCRATCH, NO_SETUID_DEVICES_PROGRAMS = b"size=64m,nr_inodes=4096,mode=700", 2 | 4 | 8  # of tmpfs, mount(2)
@@ -37,13 +42,19 @@ def cut_off(size: int, seconds: int, folder: str) -> None:
     if sys.platform != "linux" or platform.machine() not in FORBIDDEN:
         raise OSError(f"{sys.platform} on {platform.machine()}")
     libc = ctypes.CDLL(None, use_errno=True)
-    ids = {"uid_map": f"{NOBODY} {os.geteuid()} 1", "setgroups": "deny", "gid_map": f"{NOBODY} {os.getegid()} 1"}
+    ids = {
+        "uid_map": f"{NOBODY} {os.geteuid()} 1",
+        "setgroups": "deny",
+        "gid_map": f"{NOBODY} {os.getegid()} 1",
+    }
     _check(libc.unshare(NAMESPACES), "unshare")
     for file, text in ids.items():  # without a name in the namespace it could not own a file in the folder
         with open(f"/proc/self/{file}", "w") as opened:
             opened.write(text)
     attributes = struct.pack("QQQQ", READ_ONLY, 0, 0, 0)
-    libc.syscall(MOUNT_SETATTR, HERE, b"/", RECURSIVE, attributes, len(attributes))  # before Linux 5.12 it stays writable
+    libc.syscall(
+        MOUNT_SETATTR, HERE, b"/", RECURSIVE, attributes, len(attributes)
+    )  # before Linux 5.12 it stays writable
     _check(libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", NO_SETUID_DEVICES_PROGRAMS, SCRATCH), "mount")
     for limit, most in {
         resource.RLIMIT_DATA: 4 * size + (4 << 30), resource.RLIMIT_FSIZE: 4 * size + (64 << 20), resource.RLIMIT_CPU: seconds,
@@ -52,7 +63,9 @@ def cut_off(size: int, seconds: int, folder: str) -> None:
         resource.setrlimit(limit, (most, most))
     _check(libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0), "no_new_privs")
     _forbid(libc, *FORBIDDEN[platform.machine()])
-    _check(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")  # else it could undo what is above
+    _check(
+        libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset"
+    )  # else it could undo what is above
 
 
 def _check(result: int, call: str) -> None:
@@ -70,7 +83,11 @@ def _forbid(libc: ctypes.CDLL, machine: int, clone: int, calls: tuple[int, ...])
     rules.append((at_least, len(calls) + 5, 0, 0x40000000))  # x86's third numbering
     rules += [(equal, len(calls) + 4 - i, 0, call) for i, call in enumerate(calls)]
     rules += [(equal, 5, 0, CLONE3), (equal, 0, 2, clone), (load, 0, 0, 16), (any_bit, 1, 0, NEW_USER)]
-    rules += [(answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x00050001), (answer, 0, 0, 0x00050026)]  # allow; EPERM; ENOSYS
+    rules += [
+        (answer, 0, 0, 0x7FFF0000),
+        (answer, 0, 0, 0x00050001),
+        (answer, 0, 0, 0x00050026),
+    ]  # allow; EPERM; ENOSYS
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
     program = struct.pack("HxxxxxxQ", len(rules), ctypes.addressof(code))
     _check(libc.prctl(SECCOMP, FILTER, program, 0, 0), "seccomp")
@@ -111,7 +128,9 @@ class Unpickler(pickle.Unpickler):
 def lenient() -> types.ModuleType:
     """A module as torch wants its `pickle_module`."""
     module = types.ModuleType("lenient")
-    module.__dict__.update(Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load())
+    module.__dict__.update(
+        Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load()
+    )
     return module
 
 
@@ -145,17 +164,30 @@ def describe(value: Any, tensors: dict[str, Any], depth: int = 0) -> list[Any]:
         value = value.state_dict()
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
         value = torch.from_numpy(value)
-    if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized and not value.is_meta:
+    if (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and not value.is_quantized
+        and not value.is_meta
+    ):
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().contiguous().clone()
         return ["tensor", name]
     if isinstance(value, Mapping):
-        keys = [(key if isinstance(key, str | int) else str(type(key)), inside) for key, inside in value.items()]
+        keys = [
+            (key if isinstance(key, str | int) else str(type(key)), inside) for key, inside in value.items()
+        ]
         return ["dict", [[key, describe(inside, tensors, depth + 1)] for key, inside in keys]]
     if isinstance(value, list | tuple):
-        return ["list" if isinstance(value, list) else "tuple", [describe(inside, tensors, depth + 1) for inside in value]]
+        return [
+            "list" if isinstance(value, list) else "tuple",
+            [describe(inside, tensors, depth + 1) for inside in value],
+        ]
     if type(value).__name__ == "Namespace":
-        return ["namespace", describe({str(key): inside for key, inside in vars(value).items()}, tensors, depth + 1)[1]]
+        return [
+            "namespace",
+            describe({str(key): inside for key, inside in vars(value).items()}, tensors, depth + 1)[1],
+        ]
     if isinstance(value, np.generic):
         value = value.item()
     plain = value is None or type(value) in (bool, int, float, str)

@@ -20,7 +20,9 @@ ANCHORS = (
     "conv1.weight",  # OpenAI's CLIP and OpenCLIP, beside a class embedding
 )
 CLIP_MARK = "class_embedding"
-INFIXES = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # torch.compile, FSDP, checkpointing
+INFIXES = re.compile(
+    r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)  # torch.compile, FSDP, checkpointing
 MAX_DEPTH = 3  # of dictionaries in a file
 MAX_SETS = 32  # of ViT weights in a dictionary
 MIXED = "to evaluate files that differ in it, a YAML list has `weights:` for each"
@@ -103,7 +105,9 @@ def _parts(content: Any, source: str) -> Iterator[Part]:
         tensors = _tensors(named, source)
         prefixes = sorted(set(_prefixes(tensors)))
         if len(prefixes) > MAX_SETS:
-            raise UserError(f"{source} holds {len(prefixes)} sets of ViT weights", expected=f"at most {MAX_SETS}")
+            raise UserError(
+                f"{source} holds {len(prefixes)} sets of ViT weights", expected=f"at most {MAX_SETS}"
+            )
         for prefix in prefixes:
             others = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
             inside = {name for name in tensors if name.startswith(prefix) and not name.startswith(others)}
@@ -127,7 +131,10 @@ def _tensors(named: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:
         if isinstance(value, torch.Tensor):
             plain = INFIXES.sub("", name)
             if plain in result:
-                raise UserError(f"{source} holds {plain[:SHOWN]} twice, wrapped and unwrapped", expected="each tensor once")
+                raise UserError(
+                    f"{source} holds {plain[:SHOWN]} twice, wrapped and unwrapped",
+                    expected="each tensor once",
+                )
             result[plain] = value
     return result
 
@@ -154,13 +161,23 @@ def _dictionaries(content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         named = {key: item for key, item in value.items() if isinstance(key, str)}
         if any(isinstance(item, torch.Tensor) for item in named.values()):
             yield wrapper, named
-        waiting += [(f"{wrapper}.{key}" if wrapper else key, item, depth + 1) for key, item in reversed(named.items())]
+        waiting += [
+            (f"{wrapper}.{key}" if wrapper else key, item, depth + 1) for key, item in reversed(named.items())
+        ]
 
 
 def _fallback(content: Any, source: str) -> Part:
     candidates = sorted(_dictionaries(content), key=lambda item: -len(item[1]))
     if not candidates:
-        names = sorted(str(key)[:SHOWN] for key in content)[:10] if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{source} holds {names or 'nothing'}", expected="named tensors", fix="save the model's state_dict")
+        names = (
+            sorted(str(key)[:SHOWN] for key in content)[:10]
+            if isinstance(content, dict)
+            else type(content).__name__
+        )
+        raise UserError(
+            f"{source} holds {names or 'nothing'}",
+            expected="named tensors",
+            fix="save the model's state_dict",
+        )
     wrapper, named = candidates[0]
     return Part(wrapper, "", _tensors(named, source), {}, {})

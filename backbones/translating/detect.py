@@ -55,7 +55,11 @@ WRITTEN: dict[str, tuple[str, ...]] = {  # the formats that `convert` writes: su
 def check_format(name: str) -> None:
     """UserError for a name that is no format's."""
     if name not in FORMATS:
-        raise UserError(f"unknown format {name!r}", expected=f"one of {', '.join(FORMATS)}", fix=did_you_mean(name, FORMATS))
+        raise UserError(
+            f"unknown format {name!r}",
+            expected=f"one of {', '.join(FORMATS)}",
+            fix=did_you_mean(name, FORMATS),
+        )
 
 
 def format_named(name: str) -> "Format":
@@ -81,5 +85,7 @@ def detect(checkpoint: "Checkpoint") -> str:
     raise UserError(
         f"{checkpoint.source} {why}: {found}{where}",
         expected=f"one of {', '.join(fit or FORMATS)}",
-        fix="say which with --format NAME" if fit else "if it is one of these under other names, rename its keys first",
+        fix="say which with --format NAME"
+        if fit
+        else "if it is one of these under other names, rename its keys first",
     )

@@ -43,13 +43,21 @@ def is_plain(checkpoint: Checkpoint) -> bool:
     """Whether the names are those that transformers' ViT, ViTMAE, DeiT and I-JEPA share (BEiT has more, DINOv2 others)."""
     keys = checkpoint.tensors
     more = any("lambda_" in name or "relative_position" in name for name in keys)
-    return ANCHOR in keys and any(name in keys for name in NORMS) and "embeddings.position_embeddings" in keys and not more
+    return (
+        ANCHOR in keys
+        and any(name in keys for name in NORMS)
+        and "embeddings.position_embeddings" in keys
+        and not more
+    )
 
 
 def vit_marks(checkpoint: Checkpoint) -> str | None:
     """What tells ViT's and ViTMAE's files apart without a config: "vit", "vit_mae" or None."""
     keys, outside = checkpoint.tensors, checkpoint.outside
-    if any(name.startswith(("pooler.", "embeddings.mask_token", "embeddings.distillation_token")) for name in keys):
+    if any(
+        name.startswith(("pooler.", "embeddings.mask_token", "embeddings.distillation_token"))
+        for name in keys
+    ):
         return "vit"
     if any("classifier." in name for name in outside):
         return "vit"
@@ -96,7 +104,9 @@ def facts_of(checkpoint: Checkpoint, default_eps: float, hidden_act: str = "gelu
     if "num_attention_heads" in config:
         facts["num_heads"] = config["num_attention_heads"]
     if not isinstance(facts["norm_eps"], int | float) or not isinstance(facts.get("num_heads", 1), int):
-        raise UserError(f"{source}: layer_norm_eps and num_attention_heads in {CONFIG_FILE}", expected="numbers")
+        raise UserError(
+            f"{source}: layer_norm_eps and num_attention_heads in {CONFIG_FILE}", expected="numbers"
+        )
     return facts | ({"options": options} if options else {})
 
 
@@ -106,7 +116,9 @@ def silence(checkpoint: Checkpoint, model: str, eps: float) -> list[str]:
         CONFIG_FILE: f"eps {eps} is the default of transformers' {model}",
         PREPROCESSOR_FILE: "mean, std and interpolation are its family's",
     }
-    return [f"no {name} beside the file: {what}" for name, what in notes.items() if name not in checkpoint.beside]
+    return [
+        f"no {name} beside the file: {what}" for name, what in notes.items() if name not in checkpoint.beside
+    ]
 
 
 def _fed(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -126,7 +138,8 @@ def config_of(spec: BackboneSpec, architecture: str, model_type: str) -> dict[st
     """config.json of a plain ViT; UserError for what is not square."""
     if len(set(spec.img_size)) > 1 or len(set(spec.patch_size)) > 1:
         raise UserError(
-            f"images {spec.img_size}, patches {spec.patch_size}", expected=f"squares for transformers' {architecture}"
+            f"images {spec.img_size}, patches {spec.patch_size}",
+            expected=f"squares for transformers' {architecture}",
         )
     return {
         "architectures": [architecture],

@@ -33,7 +33,10 @@ KINDS: dict[Any, tuple[tuple[type, ...], str]] = {  # of the fields, with what a
 
 
 def infer_spec(
-    translation: Translation, source: str, stated: Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None
+    translation: Translation,
+    source: str,
+    stated: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> BackboneSpec:
     """What the shapes say stands; beneath it the user's `overrides`, the file's facts, the spec that it carries, its family.
 
@@ -42,13 +45,19 @@ def infer_spec(
     try:
         return _infer(translation, source, stated or {}, overrides or {})
     except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise UserError(f"{source}: its description cannot be read: {error}", expected="the fields of a BackboneSpec") from error
+        raise UserError(
+            f"{source}: its description cannot be read: {error}", expected="the fields of a BackboneSpec"
+        ) from error
 
 
-def _infer(translation: Translation, source: str, stated: Mapping[str, Any], overrides: Mapping[str, Any]) -> BackboneSpec:
+def _infer(
+    translation: Translation, source: str, stated: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> BackboneSpec:
     layers = (translation.assumed, _tuples(stated), translation.facts, _checked(overrides))
     given = {key: value for layer in layers for key, value in layer.items()}
-    stated_or_assumed = layers[1] if "options" in stated else layers[0]  # a whole spec, or what holds for the family
+    stated_or_assumed = (
+        layers[1] if "options" in stated else layers[0]
+    )  # a whole spec, or what holds for the family
     parts = [layer.get("options", {}) for layer in (stated_or_assumed, *layers[2:])]
     given["options"] = {key: value for part in parts for key, value in dict(part).items()}
     needed = () if "options" in stated else translation.needed  # a spec leaves out what is timm's default
@@ -57,18 +66,28 @@ def _infer(translation: Translation, source: str, stated: Mapping[str, Any], ove
         raise UserError(
             f"{source}: nothing tells {' and '.join(lacking)}",
             expected=translation.hint
-            or (f"of layers, one of {', '.join(LAYERS)}" if any(name.endswith("_layer") for name in lacking) else ""),
+            or (
+                f"of layers, one of {', '.join(LAYERS)}"
+                if any(name.endswith("_layer") for name in lacking)
+                else ""
+            ),
             fix=" and ".join(GIVE.format(field) for field in asked),
         )
     shapes = shape_facts(translation.weights, source, given)
-    if wrong := {key: (given[key], value) for key, value in shapes.items() if key in given and given[key] != value}:
-        told = ", ".join(f"{key} {said!r} where the shapes say {found!r}" for key, (said, found) in wrong.items())
+    if wrong := {
+        key: (given[key], value) for key, value in shapes.items() if key in given and given[key] != value
+    }:
+        told = ", ".join(
+            f"{key} {said!r} where the shapes say {found!r}" for key, (said, found) in wrong.items()
+        )
         raise UserError(f"{source}: {told}", expected="a description that fits the weights")
     merged = {"arch": "vit", **given, **shapes}
     merged.setdefault("pos_embed", pos_embed_kind(translation.weights, merged))
     if "num_heads" not in merged:
         merged["num_heads"] = _standard_heads(merged["embed_dim"], source)
-        translation.notes.append(f"{merged['num_heads']} heads, as is standard for its width: nothing in the file says it")
+        translation.notes.append(
+            f"{merged['num_heads']} heads, as is standard for its width: nothing in the file says it"
+        )
     return BackboneSpec(**merged)
 
 
@@ -97,7 +116,9 @@ def _checked_value(key: str, value: Any) -> Any:
 
 
 def _tuples(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(item) if key in PAIRS and isinstance(item, list) else item for key, item in value.items()}
+    return {
+        key: tuple(item) if key in PAIRS and isinstance(item, list) else item for key, item in value.items()
+    }
 
 
 def _standard_heads(embed_dim: int, source: str) -> int:
@@ -119,11 +140,18 @@ def shape_facts(weights: Mapping[str, torch.Tensor], source: str, given: Mapping
             raise KeyError(HIDDEN[0])
         embed_dim, in_chans, *patch = proj.shape
     except (KeyError, ValueError) as error:
-        raise UserError(f"{source}: no usable {error}", expected="a ViT with a patch embedding and numbered blocks") from error
+        raise UserError(
+            f"{source}: no usable {error}", expected="a ViT with a patch embedding and numbered blocks"
+        ) from error
     if len(patch) != 2 or not all((*proj.shape, *fc1.shape)):
-        raise UserError(f"{source}: patch_embed.proj.weight is {tuple(proj.shape)}", expected="(width, channels, height, width)")
+        raise UserError(
+            f"{source}: patch_embed.proj.weight is {tuple(proj.shape)}",
+            expected="(width, channels, height, width)",
+        )
     if fc1.ndim != 2:
-        raise UserError(f"{source}: the first layer of its MLP (fc1) is {tuple(fc1.shape)}", expected="(hidden, width)")
+        raise UserError(
+            f"{source}: the first layer of its MLP (fc1) is {tuple(fc1.shape)}", expected="(hidden, width)"
+        )
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     prefix = int("cls_token" in weights) + registers
     in_table = 0 if given.get("options", {}).get("no_embed_class") else prefix
@@ -146,15 +174,24 @@ def shape_facts(weights: Mapping[str, torch.Tensor], source: str, given: Mapping
 def _check_size(size: Any, source: str) -> None:
     """Without a table the description alone tells the image size, and a rotary embedding is made for it."""
     if size is None:
-        raise UserError(f"{source}: no position table tells the image size", fix=GIVE.format("img_size=[H,W]"))
+        raise UserError(
+            f"{source}: no position table tells the image size", fix=GIVE.format("img_size=[H,W]")
+        )
     if len(size) != 2 or not all(isinstance(side, int) and 0 < side <= LARGEST for side in size):
-        raise UserError(f"{source}: images of {size}", expected=f"height and width, whole numbers to {LARGEST}")
+        raise UserError(
+            f"{source}: images of {size}", expected=f"height and width, whole numbers to {LARGEST}"
+        )
 
 
 def _halves(weights: Mapping[str, torch.Tensor], given: Mapping[str, Any]) -> int:
     """2 where fc1 of an Eva makes gate and value at once: timm's Eva counts one of them, its VisionTransformer both."""
     fc1, fc2 = (weights.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
-    packed = given.get("arch") == "eva" and fc1 is not None and fc2 is not None and fc1.shape[0] == 2 * fc2.shape[-1]
+    packed = (
+        given.get("arch") == "eva"
+        and fc1 is not None
+        and fc2 is not None
+        and fc1.shape[0] == 2 * fc2.shape[-1]
+    )
     return 2 if packed else 1
 
 
@@ -164,7 +201,9 @@ def _ratio(hidden: int, width: int) -> float:
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def _img_size(table: torch.Tensor, prefix: int, patch: tuple[int, ...], given: Any, source: str) -> tuple[int, int]:
+def _img_size(
+    table: torch.Tensor, prefix: int, patch: tuple[int, ...], given: Any, source: str
+) -> tuple[int, int]:
     """Image size of a table (1, prefix + L, D): the given one if it has L patches, else the square one. `prefix` counts the
     prefix tokens that have a row."""
     num_patches = table.shape[1] - prefix if table.ndim == 3 else 0

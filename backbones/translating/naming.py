@@ -35,13 +35,17 @@ class Naming:
         result = Translation()
         parts: dict[str, dict[int, torch.Tensor]] = {}
         for name, tensor in tensors.items():
-            if reason := next((reason for pattern, reason in self.drop.items() if re.match(pattern, name)), None):
+            if reason := next(
+                (reason for pattern, reason in self.drop.items() if re.match(pattern, name)), None
+            ):
                 result.dropped[name] = reason
                 continue
             ours, part = self.ours(name)
             result.renamed[name] = ours
             if ours in result.weights or part in parts.get(ours, ()):
-                raise UserError(f"{source}: {name} and another tensor are both {ours}", expected="each weight once")
+                raise UserError(
+                    f"{source}: {name} and another tensor are both {ours}", expected="each weight once"
+                )
             if part is None:
                 result.weights[ours] = tensor
             else:
@@ -66,7 +70,10 @@ class Naming:
 
     def write(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The reverse of `read`; UserError for a tensor that this layout has no name for."""
-        top, block = ({ours: theirs for theirs, ours in reversed(list(table.items()))} for table in (self.top, self.block))
+        top, block = (
+            {ours: theirs for theirs, ours in reversed(list(table.items()))}
+            for table in (self.top, self.block)
+        )
         result: dict[str, torch.Tensor] = {}
         for name, tensor in weights.items():
             place, table, inside = "", top, name
@@ -84,9 +91,13 @@ class Naming:
         return result
 
     def _stack(self, source: str, ours: str, found: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        shapes = {("query", "key", "value")[part]: tuple(tensor.shape) for part, tensor in sorted(found.items())}
+        shapes = {
+            ("query", "key", "value")[part]: tuple(tensor.shape) for part, tensor in sorted(found.items())
+        }
         if len(found) != 3 or len(set(shapes.values())) != 1 or () in shapes.values():
-            raise UserError(f"{source}: {ours} would be made of {shapes}", expected="query, key and value of one shape")
+            raise UserError(
+                f"{source}: {ours} would be made of {shapes}", expected="query, key and value of one shape"
+            )
         return torch.cat([found[part] for part in range(3)])
 
 

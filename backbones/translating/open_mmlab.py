@@ -57,7 +57,10 @@ OUTSIDE = {
 # Heads where the width alone does not tell: arch_zoo of mmpretrain's vision_transformer.py, beit.py and deit3.py.
 HEADS = {512: 8, 1408: 16, 1536: 24}
 ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "mmpretrain.QuickGELU": "quick_gelu"}
-NAMED_HEADS = {"mocov3-s": 12, "mocov3-small": 12}  # of arch names, where the width's are others (selfsup/mocov3.py)
+NAMED_HEADS = {
+    "mocov3-s": 12,
+    "mocov3-small": 12,
+}  # of arch names, where the width's are others (selfsup/mocov3.py)
 MAX_CONFIG = 1 << 20  # characters
 SMALL = (768, 8, 8)  # width, depth and heads of the arch "small" there, which is unlike everyone else's ViT-S
 
@@ -79,7 +82,9 @@ def read(checkpoint: Checkpoint, library: str) -> Translation:
     library: its entry in families.yaml. UserError for other names, and for a config that the model cannot follow.
     """
     if not is_vit(checkpoint.tensors):
-        raise UserError(f"{checkpoint.source} has no OpenMMLab names", expected="patch_embed.projection and layers.N.ffn")
+        raise UserError(
+            f"{checkpoint.source} has no OpenMMLab names", expected="patch_embed.projection and layers.N.ffn"
+        )
     result = VIT.read(checkpoint.tensors, checkpoint.source)
     for name in checkpoint.outside:
         if reason := next((reason for pattern, reason in OUTSIDE.items() if re.match(pattern, name)), None):
@@ -97,21 +102,32 @@ def read(checkpoint: Checkpoint, library: str) -> Translation:
         _drop_second_norm(result)
     config = config_of(checkpoint.extras)
     result.facts |= _described(config, checkpoint.source, result)
-    if "norm_pre.weight" in result.weights and not (_inside(config, "model", "backbone") or checkpoint.stated_spec):
-        result.needed = ("act_layer",)  # CLIP's towers have GELU or quick GELU (configs/clip), which only a config shows
+    if "norm_pre.weight" in result.weights and not (
+        _inside(config, "model", "backbone") or checkpoint.stated_spec
+    ):
+        result.needed = (
+            "act_layer",
+        )  # CLIP's towers have GELU or quick GELU (configs/clip), which only a config shows
     return result
 
 
 def _add_patch_bias(result: Translation) -> None:
     """mmsegmentation's ViT has no bias there unless its config says patch_bias; timm's has one unless a norm follows."""
     proj = result.weights.get("patch_embed.proj.weight")
-    if proj is not None and proj.ndim and not {"patch_embed.proj.bias", "norm_pre.weight"} & set(result.weights):
+    if (
+        proj is not None
+        and proj.ndim
+        and not {"patch_embed.proj.bias", "norm_pre.weight"} & set(result.weights)
+    ):
         result.weights["patch_embed.proj.bias"] = proj.new_zeros(len(proj))
         result.new["patch_embed.proj.bias"] = "zeros: the file's patch embedding has no bias"
 
 
 def _heads(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    channels, depth = width(weights), len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    channels, depth = (
+        width(weights),
+        len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+    )
     if (channels, depth) == SMALL[:2]:
         return {"num_heads": SMALL[2]}
     return {"num_heads": HEADS[channels]} if channels in HEADS else {}
@@ -130,12 +146,16 @@ def _split_bias(result: Translation, name: str, source: str) -> None:
     """timm's BEiT knows no bias of the keys, and needs none: it shifts all logits of a query alike."""
     bias = result.weights.pop(name)
     if bias.ndim != 1 or len(bias) % 3:
-        raise UserError(f"{source}: {name} is {tuple(bias.shape)}", expected="the biases of query, key and value")
+        raise UserError(
+            f"{source}: {name} is {tuple(bias.shape)}", expected="the biases of query, key and value"
+        )
     block = name.removesuffix("qkv.bias")
     result.weights[block + "q_bias"], _, result.weights[block + "v_bias"] = bias.chunk(3)
     theirs = next(theirs for theirs, ours in result.renamed.items() if ours == name)
     result.renamed[theirs] = block + "q_bias"
-    result.reshaped[block + "q_bias"] = "the query's third; the key's shifts a query's logits alike, which softmax takes out"
+    result.reshaped[block + "q_bias"] = (
+        "the query's third; the key's shifts a query's logits alike, which softmax takes out"
+    )
     result.new[block + "v_bias"] = f"the value's third of {theirs}"
 
 
@@ -154,7 +174,9 @@ def config_of(extras: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(text, str) or len(text) > MAX_CONFIG:
         return {}
     try:
-        lines = [(line.targets[0], line.value) for line in ast.parse(text).body if isinstance(line, ast.Assign)]
+        lines = [
+            (line.targets[0], line.value) for line in ast.parse(text).body if isinstance(line, ast.Assign)
+        ]
         return {name.id: _value(value) for name, value in lines if isinstance(name, ast.Name)}
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return {}
@@ -186,18 +208,31 @@ def _described(config: dict[str, Any], source: str, result: Translation) -> dict
         if isinstance(told, int) and not isinstance(told, bool):
             facts["num_heads"] = told
     if backbone.get("with_cls_token") is False and "cls_token" in result.weights:
-        raise UserError(f"{source}: its config leaves the class token out that the file has", expected="one that is used")
+        raise UserError(
+            f"{source}: its config leaves the class token out that the file has", expected="one that is used"
+        )
     if isinstance(eps := _inside(backbone, "norm_cfg").get("eps"), float):
         facts["norm_eps"] = eps
     for layers in (backbone, _inside(backbone, "layer_cfgs")):
         activation = _inside(layers, "act_cfg").get("type", "GELU")
         if activation not in ACTIVATIONS:
-            raise UserError(f"{source}: its config's activation is {activation!r}", expected=f"one of {', '.join(ACTIVATIONS)}")
+            raise UserError(
+                f"{source}: its config's activation is {activation!r}",
+                expected=f"one of {', '.join(ACTIVATIONS)}",
+            )
         if activation != "GELU":
             result.facts["options"]["act_layer"] = ACTIVATIONS[activation]
-    for place in (config.get("img_norm_cfg"), config.get("data_preprocessor"), _inside(config, "model").get("data_preprocessor")):
+    for place in (
+        config.get("img_norm_cfg"),
+        config.get("data_preprocessor"),
+        _inside(config, "model").get("data_preprocessor"),
+    ):
         if isinstance(place, dict):
-            facts |= {key: tuple(x / 255 for x in place[key]) for key in ("mean", "std") if _is_color(place.get(key))}
+            facts |= {
+                key: tuple(x / 255 for x in place[key])
+                for key in ("mean", "std")
+                if _is_color(place.get(key))
+            }
     if facts:
         result.notes.append(f"{', '.join(sorted(facts))}: as in the config inside the file")
     return facts
@@ -211,4 +246,8 @@ def _inside(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _is_color(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(x, int | float) and 0 < x <= 255 for x in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(x, int | float) and 0 < x <= 255 for x in value)
+    )

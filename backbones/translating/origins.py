@@ -10,13 +10,24 @@ from backbones.translating.infer import shape_facts
 from backbones.translating.translation import Translation
 from mae_bench.spec import BackboneSpec
 
-FEEDING = ("mean", "std", "interpolation", "global_pool", "norm_eps", "pos_resample")  # families.yaml has them, or its defaults
+FEEDING = (
+    "mean",
+    "std",
+    "interpolation",
+    "global_pool",
+    "norm_eps",
+    "pos_resample",
+)  # families.yaml has them, or its defaults
 GIVEN, FILE, TENSORS = "given", "stated by the file", "told by the tensors"
 UNNAMED = ("unknown", "none", "supervised")  # methods of many families
 
 
 def origins(
-    format: str, translation: Translation, checkpoint: Checkpoint, spec: BackboneSpec, overrides: Mapping[str, Any] | None = None
+    format: str,
+    translation: Translation,
+    checkpoint: Checkpoint,
+    spec: BackboneSpec,
+    overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """A phrase for each field of the spec, in the order in which `backbones.translating.infer` prefers them."""
     name = family_of(format, translation.assumed)
@@ -32,7 +43,10 @@ def origins(
         {"num_heads": f"standard for a width of {spec.embed_dim}"},
         {key: f"family {name}: {published_in(name)}" for key in FEEDING if name},
     )
-    return {f.name: next((of[f.name] for of in known if f.name in of), "assumed: the default") for f in fields(BackboneSpec)}
+    return {
+        f.name: next((of[f.name] for of in known if f.name in of), "assumed: the default")
+        for f in fields(BackboneSpec)
+    }
 
 
 def _of_family(name: str, assumed: Mapping[str, Any]) -> dict[str, str]:
@@ -50,7 +64,9 @@ def family_of(format: str, assumed: Mapping[str, Any]) -> str:
     if found := next((name for name in called if name in families()), ""):
         return found
     method = str(assumed.get("pretrain_method", "unknown")).partition(",")[0]
-    fitting = [name for name in families() if family(name).get("pretrain_method") == method and method not in UNNAMED]
+    fitting = [
+        name for name in families() if family(name).get("pretrain_method") == method and method not in UNNAMED
+    ]
     return fitting[0] if len(fitting) == 1 else ""
 
 
@@ -60,5 +76,8 @@ def published(name: str) -> dict[str, Any]:
         return {}
     stated = family(name)
     default = {f.name: f.default for f in fields(BackboneSpec)}
-    found = {key: stated.get(key, default[key]) for key in FEEDING} | {"family": name, "source": published_in(name)}
+    found = {key: stated.get(key, default[key]) for key in FEEDING} | {
+        "family": name,
+        "source": published_in(name),
+    }
     return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}

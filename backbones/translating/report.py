@@ -16,7 +16,9 @@ class ConversionReport:
     dropped: dict[str, str] = field(default_factory=dict)  # source key -> reason
     new: dict[str, str] = field(default_factory=dict)  # target key -> reason
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of every file that was read, by name
-    notes: list[str] = field(default_factory=list)  # what was assumed, and what a reader should know of these weights
+    notes: list[str] = field(
+        default_factory=list
+    )  # what was assumed, and what a reader should know of these weights
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -35,26 +35,37 @@ def resample(
     new = replace(spec, img_size=img_size or _rounded(spec.img_size, patch_size), patch_size=patch_size)
     if new.patch_size != spec.patch_size:
         if spec.arch not in ARCHS:
-            raise UserError(f"patches of {new.patch_size} for {spec.arch}", expected=f"{spec.patch_size}, which its name says")
+            raise UserError(
+                f"patches of {new.patch_size} for {spec.arch}",
+                expected=f"{spec.patch_size}, which its name says",
+            )
         _resample_filters(translation, new, patch_resample)
     if new.grid_size == spec.grid_size:
         return new
     try:
         changed = _resample_tables(translation, spec, new)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"a backbone of {spec.img_size} cannot be taken to {new.img_size}: {error}") from error
+        raise UserError(
+            f"a backbone of {spec.img_size} cannot be taken to {new.img_size}: {error}"
+        ) from error
     return replace(new, pos_embed="learned") if changed and spec.pos_embed == "sincos" else new
 
 
 def _rounded(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    height, width = (max(1, round(size / patch)) * patch for size, patch in zip(img_size, patch_size, strict=True))
+    height, width = (
+        max(1, round(size / patch)) * patch for size, patch in zip(img_size, patch_size, strict=True)
+    )
     return height, width
 
 
 def _resample_filters(translation: Translation, new: BackboneSpec, method: str) -> None:
     filters = translation.weights[FILTERS]
     translation.weights[FILTERS] = resize_filters(filters, new.patch_size, method)
-    _say(translation, FILTERS, f"{_sides(filters.shape[2:])} -> {_sides(new.patch_size)} pixels ({PATCH_RESAMPLE[method]})")
+    _say(
+        translation,
+        FILTERS,
+        f"{_sides(filters.shape[2:])} -> {_sides(new.patch_size)} pixels ({PATCH_RESAMPLE[method]})",
+    )
 
 
 def _resample_tables(translation: Translation, spec: BackboneSpec, new: BackboneSpec) -> bool:
@@ -78,7 +89,9 @@ def _resample_tables(translation: Translation, spec: BackboneSpec, new: Backbone
 
 def _is_global(name: str, options: dict[str, Any]) -> bool:
     """Whether a block of a windowed ViT looks at the whole image: the tables of the others are of their windows."""
-    return not options.get("window_size", 14) or int(name.split(".")[1]) in options.get("global_attn_indexes", ())
+    return not options.get("window_size", 14) or int(name.split(".")[1]) in options.get(
+        "global_attn_indexes", ()
+    )
 
 
 def _say(translation: Translation, name: str, what: str) -> None:

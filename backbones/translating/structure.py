@@ -11,7 +11,9 @@ from mae_bench.errors import UserError
 Weights = Mapping[str, torch.Tensor]
 INIT_VALUES = 1e-5  # of layer scales: they are there, and the file fills them; any number but 0 builds them
 INDEX = r"(.*\.)?relative_position_index$"
-INDEX_REASON = "which pair of patches has which row of the bias table: follows from the grid, timm computes it"
+INDEX_REASON = (
+    "which pair of patches has which row of the bias table: follows from the grid, timm computes it"
+)
 TABLE = "relative_position_bias_table"
 
 
@@ -95,14 +97,19 @@ def beit_facts(weights: Weights, source: str) -> dict[str, Any]:
     facts: dict[str, Any] = {"arch": "beit", "options": options}
     table, proj = relative_table(weights), weights["patch_embed.proj.weight"]
     if table is not None and table.ndim != 2:
-        raise UserError(f"{source}: a relative bias table of shape {tuple(table.shape)}", expected="(rows, heads)")
+        raise UserError(
+            f"{source}: a relative bias table of shape {tuple(table.shape)}", expected="(rows, heads)"
+        )
     if table is None or proj.ndim != 4:
         return facts
     facts |= {"num_heads": table.shape[1], "pos_embed": "relative"}
     side = (round(max(table.shape[0] - 3, 0) ** 0.5) + 1) // 2
     if (2 * side - 1) ** 2 + 3 == table.shape[0]:
         return facts | {"img_size": (side * proj.shape[2], side * proj.shape[3])}
-    raise UserError(f"{source}: a relative bias table of {table.shape[0]} rows", expected="(2n - 1)^2 + 3 rows, of n x n patches")
+    raise UserError(
+        f"{source}: a relative bias table of {table.shape[0]} rows",
+        expected="(2n - 1)^2 + 3 rows, of n x n patches",
+    )
 
 
 def eva_options(weights: Weights) -> dict[str, Any]:
@@ -118,7 +125,9 @@ def eva_options(weights: Weights) -> dict[str, Any]:
         options["scale_mlp"] = True
     if "blocks.0.mlp.fc1_g.weight" in weights:
         options["swiglu_mlp"] = True
-        options |= {} if "scale_mlp" in options else {"swiglu_align_to": 1}  # timm splits the halves where this is set
+        options |= (
+            {} if "scale_mlp" in options else {"swiglu_align_to": 1}
+        )  # timm splits the halves where this is set
     elif is_gated(weights):
         options["swiglu_mlp"] = True
     if "blocks.0.gamma_1" in weights:
@@ -136,7 +145,9 @@ def _class_token(weights: Weights) -> dict[str, Any]:
 def is_gated(weights: Weights) -> bool:
     """Whether fc1 makes gate and value at once: twice the channels that fc2 takes."""
     fc1, fc2 = weights.get("blocks.0.mlp.fc1.weight"), weights.get("blocks.0.mlp.fc2.weight")
-    return fc1 is not None and fc2 is not None and fc1.ndim == fc2.ndim == 2 and fc1.shape[0] == 2 * fc2.shape[1]
+    return (
+        fc1 is not None and fc2 is not None and fc1.ndim == fc2.ndim == 2 and fc1.shape[0] == 2 * fc2.shape[1]
+    )
 
 
 def _class_rows(weights: Weights) -> dict[str, Any]:
@@ -147,7 +158,9 @@ def _class_rows(weights: Weights) -> dict[str, Any]:
         return {}
     table = weights.get("pos_embed")
     registers = weights.get("reg_token")
-    prefix = int("cls_token" in weights) + (registers.shape[1] if registers is not None and registers.ndim == 3 else 0)
+    prefix = int("cls_token" in weights) + (
+        registers.shape[1] if registers is not None and registers.ndim == 3 else 0
+    )
     if table is None or table.ndim != 3 or not prefix or _is_square(table.shape[1] - prefix):
         return {}
     return {"no_embed_class": True} if _is_square(table.shape[1]) else {}

@@ -45,7 +45,9 @@ def facts_by_name(name: str, args: Mapping[str, Any], weights: Weights, source: 
     layout = stored_pooling(weights)
     as_published = _build(name, args, _depth(weights), source)
     pool = {"global_pool": as_published.global_pool} if as_published.global_pool in ("token", "avg") else {}
-    model = _build(name, {**args, "global_pool": layout}, _depth(weights), source)  # without attention pooling
+    model = _build(
+        name, {**args, "global_pool": layout}, _depth(weights), source
+    )  # without attention pooling
     facts = _facts(model) | pool
     spec = infer_spec(Translation(weights=dict(weights), facts={"pos_embed": "learned", **facts}), source)
     with torch.device("meta"):
@@ -53,7 +55,9 @@ def facts_by_name(name: str, args: Mapping[str, Any], weights: Weights, source: 
     if not differences(model, ours):
         return facts
     if args or isinstance(model, Beit | VisionTransformerSAM):
-        raise UserError(f"{source}: {name} with {dict(args)}", expected="a ViT that is built of parts known here")
+        raise UserError(
+            f"{source}: {name} with {dict(args)}", expected="a ViT that is built of parts known here"
+        )
     return {key: value for key, value in facts.items() if key != "options"} | {"arch": name}
 
 
@@ -62,9 +66,13 @@ def _build(name: str, args: Mapping[str, Any], depth: int, source: str) -> Any:
     if not timm.is_model(name):
         raise UserError(f"{source}: the architecture {name!r}", expected="one that the installed timm knows")
     if unknown := sorted(set(args) - ARGS):
-        raise UserError(f"{source}: model_args sets {', '.join(unknown)}", expected=f"some of {', '.join(sorted(ARGS))}")
+        raise UserError(
+            f"{source}: model_args sets {', '.join(unknown)}", expected=f"some of {', '.join(sorted(ARGS))}"
+        )
     if args.get("depth", depth) != depth:  # before anything of a made-up depth is built
-        raise UserError(f"{source}: model_args says depth {args['depth']!r}", expected=f"{depth}, as the weights have")
+        raise UserError(
+            f"{source}: model_args says depth {args['depth']!r}", expected=f"{depth}, as the weights have"
+        )
     try:
         with torch.device("meta"):
             model: Any = timm.create_model(name, **{**args, "num_classes": 0})
@@ -87,12 +95,16 @@ def _facts(model: Any) -> dict[str, Any]:
     block, patch = model.blocks[0], model.patch_embed.patch_size
     facts: dict[str, Any] = {
         # SigLIP's 384 pixels hold 27 patches of 14, which are 378
-        "img_size": tuple(side * pixels for side, pixels in zip(model.patch_embed.grid_size, patch, strict=True)),
+        "img_size": tuple(
+            side * pixels for side, pixels in zip(model.patch_embed.grid_size, patch, strict=True)
+        ),
         "patch_size": tuple(patch),
         "in_chans": model.patch_embed.proj.in_channels,
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
-        "num_heads": next(module.num_heads for module in model.blocks.modules() if hasattr(module, "num_heads")),
+        "num_heads": next(
+            module.num_heads for module in model.blocks.modules() if hasattr(module, "num_heads")
+        ),
         "num_prefix_tokens": getattr(model, "num_prefix_tokens", 0),
         "norm_eps": getattr(getattr(block, "norm1", None), "eps", 1e-6),
     }
@@ -165,13 +177,18 @@ def _activation(block: Any) -> dict[str, Any]:
 def differences(theirs: nn.Module, ours: nn.Module) -> list[str]:
     """Names of the modules in which two models differ: by class, by a number or word that they keep, by a tensor's shape."""
     mine, his = (
-        {name: module for name, module in model.named_modules() if not (name.startswith("head") or type(module) is nn.Identity)}
+        {
+            name: module
+            for name, module in model.named_modules()
+            if not (name.startswith("head") or type(module) is nn.Identity)
+        }
         for model in (ours, theirs)
     )
     found = sorted(set(mine) ^ set(his))
     for name in his:
         if name in mine and (
-            _kept(his[name]) != _kept(mine[name], his[name]) or (name and _kind(his[name]) != _kind(mine[name]))
+            _kept(his[name]) != _kept(mine[name], his[name])
+            or (name and _kind(his[name]) != _kind(mine[name]))
         ):
             found.append(name or "(the model itself)")
     return found
@@ -189,7 +206,10 @@ def _kept(module: nn.Module, other: nn.Module | None = None) -> dict[str, Any]:
     plain = {
         key: tuple(value) if isinstance(value, list | tuple) else value
         for key, value in vars(module).items()
-        if not key.startswith("_") and key not in NOT_FEATURES and (other is None or hasattr(other, key)) and _is_plain(value)
+        if not key.startswith("_")
+        and key not in NOT_FEATURES
+        and (other is None or hasattr(other, key))
+        and _is_plain(value)
     }
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return plain | {key: tuple(tensor.shape) for key, tensor in tensors}

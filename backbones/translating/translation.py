@@ -57,7 +57,9 @@ class Format(Protocol):
     def read(self, checkpoint: Checkpoint) -> Translation:
         """Our names; a key that the format does not know keeps its name, and the model's keys decide."""
 
-    def write(self, weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]) -> None:
+    def write(
+        self, weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
+    ) -> None:
         """The reverse of `read`; UserError for a backbone that the format cannot express. Formats without it are only read."""
 
 
@@ -71,9 +73,14 @@ def keep_names(
         if reason := next((reason for pattern, reason in drop.items() if re.match(pattern, name)), None):
             result.dropped[name] = reason
             continue
-        ours = next((re.sub(pattern, to, name) for pattern, to in (rename or {}).items() if re.match(pattern, name)), name)
+        ours = next(
+            (re.sub(pattern, to, name) for pattern, to in (rename or {}).items() if re.match(pattern, name)),
+            name,
+        )
         if ours in result.weights:
-            raise UserError(f"{name} and another tensor would both be {ours}", expected="one tensor for every weight")
+            raise UserError(
+                f"{name} and another tensor would both be {ours}", expected="one tensor for every weight"
+            )
         result.weights[ours], result.renamed[name] = tensor, ours
     return result
 
@@ -99,15 +106,22 @@ def plain(
 
     drop, outside: pattern -> reason for keys of the ViT and for keys beside it. heads: width -> heads of the family's own sizes.
     """
-    result = keep_names(checkpoint.tensors, drop, {r"(blocks\.\d+)\.gamma_([12])$": r"\1.ls\2.gamma", **(rename or {})})
+    result = keep_names(
+        checkpoint.tensors, drop, {r"(blocks\.\d+)\.gamma_([12])$": r"\1.ls\2.gamma", **(rename or {})}
+    )
     result.outside = {
-        key: reason for key in checkpoint.outside for pattern, reason in (outside or {}).items() if re.match(pattern, key)
+        key: reason
+        for key in checkpoint.outside
+        for pattern, reason in (outside or {}).items()
+        if re.match(pattern, key)
     }
     result.assumed = family(name)
     if num_heads := (heads or {}).get(width(checkpoint.tensors)):
         result.assumed["num_heads"] = num_heads
     if "blocks.0.ls1.gamma" in result.weights:
-        result.facts["options"] = {"init_values": 1.0}  # that there are layer scales; their values are in the file
+        result.facts["options"] = {
+            "init_values": 1.0
+        }  # that there are layer scales; their values are in the file
     return result
 
 
@@ -137,7 +151,9 @@ def is_official_vit(tensors: Mapping[str, torch.Tensor], *others: str) -> bool:
     return is_timm_vit(tensors) and all(re.match("|".join((OFFICIAL, *others)), name) for name in tensors)
 
 
-def is_sincos(table: torch.Tensor, num_prefix_tokens: int = 1, grid_size: tuple[int, int] | None = None) -> bool:
+def is_sincos(
+    table: torch.Tensor, num_prefix_tokens: int = 1, grid_size: tuple[int, int] | None = None
+) -> bool:
     """Whether a table (1, prefix + L, D) is MAE's fixed one, to the precision in which it is stored.
 
     Without `grid_size` the grid is taken for square."""
@@ -148,7 +164,9 @@ def is_sincos(table: torch.Tensor, num_prefix_tokens: int = 1, grid_size: tuple[
     if table.shape[1] != grid[0] * grid[1] + num_prefix_tokens or table.shape[2] % 4:
         return False
     tolerance = max(1e-5, torch.finfo(table.dtype).eps) if table.dtype.is_floating_point else 0
-    return torch.allclose(table.float(), sincos_2d(table.shape[2], grid, num_prefix_tokens), rtol=0, atol=tolerance)
+    return torch.allclose(
+        table.float(), sincos_2d(table.shape[2], grid, num_prefix_tokens), rtol=0, atol=tolerance
+    )
 
 
 def has_moco_table(tensors: Mapping[str, torch.Tensor]) -> bool:
@@ -162,7 +180,9 @@ def has_moco_table(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 def numbers(value: Any, what: str, source: str) -> tuple[Any, ...]:
     """A JSON list of numbers as a tuple; UserError for other things, and for what is no size, mean or base: infinities."""
-    if not isinstance(value, list | tuple) or not all(isinstance(item, int | float) and abs(item) < HUGE for item in value):
+    if not isinstance(value, list | tuple) or not all(
+        isinstance(item, int | float) and abs(item) < HUGE for item in value
+    ):
         raise UserError(f"{source}: {what} is {str(value)[:80]}", expected="a list of numbers")
     return tuple(value)
 

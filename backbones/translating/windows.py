@@ -12,7 +12,9 @@ from mae_bench.errors import UserError
 Side = tuple[int, int]
 
 
-def windowed_facts(result: Translation, source: str, stated: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def windowed_facts(
+    result: Translation, source: str, stated: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Fields of the BackboneSpec of a translated encoder with relative positions in every block.
 
     stated: what a SamVisionConfig of transformers says. UserError for tables that fit neither the image nor a window, and for
@@ -24,17 +26,33 @@ def windowed_facts(result: Translation, source: str, stated: Mapping[str, Any] |
         patch = result.weights["patch_embed.proj.weight"].shape[2:]
         seeing_all = _seeing_all(grid, sides, stated.get("global_attn_indexes"))
     except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{source}: no usable {error}", expected="position tables as SAM's image encoder has them") from error
+        raise UserError(
+            f"{source}: no usable {error}", expected="position tables as SAM's image encoder has them"
+        ) from error
     windows = {side for i, side in enumerate(sides) if i not in seeing_all}
     if len(windows) > 1 or any(high != wide for high, wide in windows):
-        raise UserError(f"{source}: relative positions for windows of {sorted(windows)}", expected="square windows of one size")
+        raise UserError(
+            f"{source}: relative positions for windows of {sorted(windows)}",
+            expected="square windows of one size",
+        )
     found: dict[str, Any] = {"num_attention_heads": heads, "global_attn_indexes": seeing_all}
     found |= {"window_size": windows.pop()[0]} if windows else {}
     if wrong := {key: stated[key] for key, value in found.items() if stated.get(key, value) != value}:
-        raise UserError(f"{source}: {wrong} where the tables say {found}", expected="a description that fits the weights")
-    options = {"use_rel_pos": True, "window_size": found.get("window_size", 0), "global_attn_indexes": seeing_all}
+        raise UserError(
+            f"{source}: {wrong} where the tables say {found}", expected="a description that fits the weights"
+        )
+    options = {
+        "use_rel_pos": True,
+        "window_size": found.get("window_size", 0),
+        "global_attn_indexes": seeing_all,
+    }
     img_size = tuple(side * pixels for side, pixels in zip(grid, patch, strict=True))
-    return {"arch": "sam", "img_size": img_size, "num_heads": heads, "options": {**options, "neck_chans": neck_chans}}
+    return {
+        "arch": "sam",
+        "img_size": img_size,
+        "num_heads": heads,
+        "options": {**options, "neck_chans": neck_chans},
+    }
 
 
 def _measured(weights: Mapping[str, torch.Tensor]) -> tuple[Side, list[Side], int, int]:

@@ -20,7 +20,9 @@ def chart(column: Column, cells: dict[str, Cell], baseline: str) -> str:
     for i, (row, cell) in enumerate(cells.items()):
         marks.append(_bar(row, cell, column, row == baseline, (low, high), TOP + ROW * i))
         marks.append(_reference(cells.get(baseline, Cell()), (low, high), TOP + ROW * i))
-    label = f"{column_name(column)}: " + ", ".join(f"{row} {score(cell, column)}" for row, cell in cells.items())
+    label = f"{column_name(column)}: " + ", ".join(
+        f"{row} {score(cell, column)}" for row, cell in cells.items()
+    )
     place = escape(f"{column.dataset} {column.split}, {column_metric(column)}")
     return (
         f"<figure><figcaption><strong>{escape(column_name(column))}</strong><br>{place}</figcaption>"
@@ -51,9 +53,13 @@ def _bar(row: str, cell: Cell, column: Column, is_baseline: bool, limits: tuple[
     if cell.mean is not None:
         start, end = sorted((_x(0, *limits), _x(cell.mean, *limits)))
         kind = "plain" if is_baseline else "bar"
-        parts.append(f'<rect class="{kind}" x="{start}" y="{y + 18}" width="{round(end - start, 1)}" height="{BAR}" rx="2"/>')
+        parts.append(
+            f'<rect class="{kind}" x="{start}" y="{y + 18}" width="{round(end - start, 1)}" height="{BAR}" rx="2"/>'
+        )
     centre = y + 18 + BAR / 2
-    parts += [f'<circle class="seed" cx="{_x(value, *limits)}" cy="{centre}" r="2.5"/>' for value in cell.values]
+    parts += [
+        f'<circle class="seed" cx="{_x(value, *limits)}" cy="{centre}" r="2.5"/>' for value in cell.values
+    ]
     return "".join(parts)
 
 

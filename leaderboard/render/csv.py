@@ -6,8 +6,31 @@ import io
 from leaderboard.table import Cell, Column, Comparison, Difference
 
 FIELDS = (
-    *("backbone", "task", "protocol", "variant", "dataset", "split", "metric", "unit", "direction", "n", "mean", "std"),
-    *("difference", "low", "high", "status", "seconds", "reason", "published", "published_in", "published_differs"),
+    *(
+        "backbone",
+        "task",
+        "protocol",
+        "variant",
+        "dataset",
+        "split",
+        "metric",
+        "unit",
+        "direction",
+        "n",
+        "mean",
+        "std",
+    ),
+    *(
+        "difference",
+        "low",
+        "high",
+        "status",
+        "seconds",
+        "reason",
+        "published",
+        "published_in",
+        "published_differs",
+    ),
 )
 
 

@@ -64,7 +64,11 @@ def render_html(comparison: Comparison, runs: Runs, published: list[PublishedRow
 
 def _extent(runs: Runs) -> str:
     dates = sorted(run.record.finished[:10] for run in runs.records if run.record.finished)
-    span = f", measured {escape(dates[0])}" + (f" to {escape(dates[-1])}" if dates[0] != dates[-1] else "") if dates else ""
+    span = (
+        f", measured {escape(dates[0])}" + (f" to {escape(dates[-1])}" if dates[0] != dates[-1] else "")
+        if dates
+        else ""
+    )
     return f"{len(runs.records)} records{span}."
 
 
@@ -73,7 +77,9 @@ def _section(heading: str, content: str, kind: str = "") -> str:
 
 
 def _list(heading: str, lines: list[str], kind: str = "") -> str:
-    return _section(heading, f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else "", kind)
+    return _section(
+        heading, f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else "", kind
+    )
 
 
 def _table(name: str, caption: str, head: str, body: str, kind: str) -> str:
@@ -95,7 +101,11 @@ def _main(comparison: Comparison) -> str:
 
 
 def _header(column: Column) -> str:
-    parts = (column_name(column).split(" ", 1)[1], f"{column.dataset} {column.split}".strip(), column_metric(column))
+    parts = (
+        column_name(column).split(" ", 1)[1],
+        f"{column.dataset} {column.split}".strip(),
+        column_metric(column),
+    )
     small = "".join(f"<small>{escape(part)}</small>" for part in parts if part)
     return f'<th scope="col">{escape(column.task)}{small}</th>'
 
@@ -155,7 +165,9 @@ def _heads(headers: list[tuple[str, ...]]) -> str:
 
 def _lines(lines: list[list[str]]) -> str:
     """Rows of texts; what is missing stays last when the table is sorted."""
-    return "".join(f'<tr><th scope="row">{escape(row)}</th>{"".join(map(_text, texts))}</tr>' for row, *texts in lines)
+    return "".join(
+        f'<tr><th scope="row">{escape(row)}</th>{"".join(map(_text, texts))}</tr>' for row, *texts in lines
+    )
 
 
 def _text(text: str) -> str:
@@ -186,9 +198,15 @@ def _metrics(comparison: Comparison) -> str:
     for place, column in enumerate(comparison.columns):
         if headers := metrics.headers(comparison, place):
             name = f"{column_name(column)}, {column.dataset} {column.split}"
-            caption = " ".join(["Mean and sample deviation over the seeds.", *metrics.sentences(comparison, place)])
-            table = _table(name, escape(caption), _heads(headers), _lines(metrics.lines(comparison, place)), "costs")
-            folds.append(f"<details><summary>{escape(name)}: {len(headers) - 1} metrics</summary>{table}</details>")
+            caption = " ".join(
+                ["Mean and sample deviation over the seeds.", *metrics.sentences(comparison, place)]
+            )
+            table = _table(
+                name, escape(caption), _heads(headers), _lines(metrics.lines(comparison, place)), "costs"
+            )
+            folds.append(
+                f"<details><summary>{escape(name)}: {len(headers) - 1} metrics</summary>{table}</details>"
+            )
     return _section(metrics.HEADING, "".join(folds))
 
 
@@ -205,7 +223,18 @@ def _charts(comparison: Comparison) -> str:
 def _costs(comparison: Comparison) -> str:
     totals = "".join(map(_total, comparison.totals))
     head = "".join(f'<th scope="col">{name}</th>' for name in ("backbone", "pretraining", "transfer"))
-    names = ("backbone", "job", "runs", "training", "features", "evaluation", "img/s", "parameters", "GMACs", "peak MiB")
+    names = (
+        "backbone",
+        "job",
+        "runs",
+        "training",
+        "features",
+        "evaluation",
+        "img/s",
+        "parameters",
+        "GMACs",
+        "peak MiB",
+    )
     heads = "".join(f'<th scope="col"{" class=text" if name == "job" else ""}>{name}</th>' for name in names)
     return _section(
         "Cost",
@@ -215,12 +244,17 @@ def _costs(comparison: Comparison) -> str:
 
 
 def _total(total: Total) -> str:
-    cells = "".join(_number(value, duration(value)) for value in (total.seconds_pretrain, total.seconds_transfer))
+    cells = "".join(
+        _number(value, duration(value)) for value in (total.seconds_pretrain, total.seconds_transfer)
+    )
     return f'<tr><th scope="row">{escape(total.backbone)}</th>{cells}</tr>'
 
 
 def _cost(cost: Cost) -> str:
-    times = "".join(_number(value, duration(value)) for value in (cost.seconds_train, cost.seconds_features, cost.seconds_eval))
+    times = "".join(
+        _number(value, duration(value))
+        for value in (cost.seconds_train, cost.seconds_features, cost.seconds_eval)
+    )
     numbers = (cost.images_per_second, cost.params, cost.gmacs, cost.peak_memory_mib)
     return (
         f'<tr><th scope="row">{escape(cost.backbone)}</th><td class="text">{escape(f"{cost.task} {cost.protocol}")}</td>'
@@ -233,9 +267,13 @@ def _number(value: float | None, text: str) -> str:
 
 
 def _published(rows: list[PublishedRow]) -> str:
-    folds = "".join(_quoted_task(task, members) for (_, task), members in grouped(rows, lambda row: task_order(row.task)))
+    folds = "".join(
+        _quoted_task(task, members) for (_, task), members in grouped(rows, lambda row: task_order(row.task))
+    )
     titles = sorted({(row.source, row.title, row.url) for row in rows})
-    items = (f'<li>{escape(name)}: <a href="{escape(url)}">{escape(title)}</a></li>' for name, title, url in titles)
+    items = (
+        f'<li>{escape(name)}: <a href="{escape(url)}">{escape(title)}</a></li>' for name, title, url in titles
+    )
     return _section(HEADING, f"{folds}<h3>Sources</h3><ul>{''.join(items)}</ul>" if rows else "")
 
 

@@ -17,4 +17,7 @@ def json_value(comparison: Comparison, published: list[PublishedRow], title: str
 
 
 def render_json(comparison: Comparison, published: list[PublishedRow], title: str) -> str:
-    return json.dumps(json_value(comparison, published, title), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return (
+        json.dumps(json_value(comparison, published, title), indent=2, ensure_ascii=False, allow_nan=False)
+        + "\n"
+    )

@@ -6,7 +6,13 @@ from html import escape
 from leaderboard.curve import Curve, headers, lines
 from leaderboard.table import Measured
 
-WIDTH, LEFT, RIGHT, TOP, HEIGHT = 440, 34, 112, 10, 210  # the plot lies between the margins; HEIGHT is the plot's alone
+WIDTH, LEFT, RIGHT, TOP, HEIGHT = (
+    440,
+    34,
+    112,
+    10,
+    210,
+)  # the plot lies between the margins; HEIGHT is the plot's alone
 LABEL = 15  # from one name to the next
 LONGEST = 16  # letters of a name
 COLOURS = 6  # of page.css, .line0 ...
@@ -23,13 +29,22 @@ def line_chart(curve: Curve, baseline: str = "") -> str:
     def y(value: float) -> float:
         return round(TOP + (high - value) / (high - low) * height, 1)
 
-    parts = [_axes(curve, xs, [(low + i * step, y(low + i * step)) for i in range(round((high - low) / step) + 1)], height)]
+    parts = [
+        _axes(
+            curve,
+            xs,
+            [(low + i * step, y(low + i * step)) for i in range(round((high - low) / step) + 1)],
+            height,
+        )
+    ]
     ends = _apart({row: y(list(own.values())[-1].mean) for row, own in curve.points.items()}, TOP + height)
     for i, (row, own) in enumerate(curve.points.items()):
         shift = (i - (len(rows) - 1) / 2) * min(DODGE, WIDEST / len(rows))
         spots = [(round(xs[count] + shift, 1), y(value.mean), value) for count, value in own.items()]
         kind = "plainline" if row == baseline else f"line{others.index(row) % COLOURS}"
-        whiskers = [(x, y(value.mean - value.std), y(value.mean + value.std)) for x, _, value in spots if value.std]
+        whiskers = [
+            (x, y(value.mean - value.std), y(value.mean + value.std)) for x, _, value in spots if value.std
+        ]
         parts.append(_line(row, kind, i, [(x, top) for x, top, _ in spots], whiskers, ends[row]))
     label = f"{curve.name}, {curve.place}. {_spoken(curve)}"
     from_zero = "" if low == 0 else "<br>The vertical axis does not start at 0."
@@ -77,14 +92,20 @@ def _axes(curve: Curve, xs: dict[float, float], ticks: list[tuple[float, float]]
         for value, y in ticks
     )
     numbers = "".join(
-        f'<text class="tick" x="{round(x, 1)}" y="{bottom + 16}" text-anchor="middle">{count:g}</text>' for count, x in xs.items()
+        f'<text class="tick" x="{round(x, 1)}" y="{bottom + 16}" text-anchor="middle">{count:g}</text>'
+        for count, x in xs.items()
     )
     middle = (LEFT + right) / 2
     return f'{grid}{numbers}<text class="tick" x="{middle}" y="{bottom + 34}" text-anchor="middle">tuned blocks</text>'
 
 
 def _line(
-    row: str, kind: str, shape: int, spots: list[tuple[float, float]], whiskers: list[tuple[float, float, float]], name_at: float
+    row: str,
+    kind: str,
+    shape: int,
+    spots: list[tuple[float, float]],
+    whiskers: list[tuple[float, float, float]],
+    name_at: float,
 ) -> str:
     path = " ".join(f"{x},{y}" for x, y in spots)
     end_x, end_y = spots[-1]

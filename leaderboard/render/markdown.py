@@ -35,7 +35,13 @@ def _main(comparison: Comparison) -> str:
         for column in comparison.columns
     ]
     rows = [
-        [_escape(row), *(_cell(cell, column) for cell, column in zip(comparison.cells[row], comparison.columns, strict=True))]
+        [
+            _escape(row),
+            *(
+                _cell(cell, column)
+                for cell, column in zip(comparison.cells[row], comparison.columns, strict=True)
+            ),
+        ]
         for row in comparison.rows
     ]
     return _table(["backbone", *headers], rows)
@@ -83,7 +89,18 @@ def _costs(comparison: Comparison) -> str:
         [_escape(total.backbone), duration(total.seconds_pretrain), duration(total.seconds_transfer)]
         for total in comparison.totals
     ]
-    headers = ["backbone", "job", "runs", "training", "features", "evaluation", "img/s", "parameters", "GMACs", "peak MiB"]
+    headers = [
+        "backbone",
+        "job",
+        "runs",
+        "training",
+        "features",
+        "evaluation",
+        "img/s",
+        "parameters",
+        "GMACs",
+        "peak MiB",
+    ]
     return "\n\n".join(
         [
             "## Cost",

@@ -14,7 +14,8 @@ def provenance(runs: Runs) -> str:
     """One fold a protocol and data set, one inside it a record."""
     groups = grouped(runs.records, lambda run: _place(run.record))
     return "".join(
-        _fold(" ".join((key[0][1], *key[1:])), "".join(_record(runs, run) for run in members)) for key, members in groups
+        _fold(" ".join((key[0][1], *key[1:])), "".join(_record(runs, run) for run in members))
+        for key, members in groups
     )
 
 
@@ -42,10 +43,16 @@ def _record(runs: Runs, run: Run) -> str:
         "notes": "\n".join(map(str, record.notes)),
         "file": runs.name(run.path),
     }
-    shown = "".join(f"<dt>{escape(name)}</dt><dd>{_lines(str(value))}</dd>" for name, value in facts.items() if value != "")
+    shown = "".join(
+        f"<dt>{escape(name)}</dt><dd>{_lines(str(value))}</dd>"
+        for name, value in facts.items()
+        if value != ""
+    )
     config = escape(json.dumps(record.config, indent=2, ensure_ascii=False, default=str))
     summary = f"{record.backbone}, seed {record.seed}: {record.main_metric} {record.score.value:.6g} {record.score.unit}"
-    return _fold(summary, f"<dl>{shown}</dl>" + _fold("resolved config", f"<pre>{config}</pre>", escaped=True))
+    return _fold(
+        summary, f"<dl>{shown}</dl>" + _fold("resolved config", f"<pre>{config}</pre>", escaped=True)
+    )
 
 
 def _lines(text: str) -> str:
@@ -53,7 +60,9 @@ def _lines(text: str) -> str:
 
 
 def _times(record: ResultRecord) -> str:
-    return ", ".join(duration(record.cost.get(name)) for name in ("seconds_train", "seconds_features", "seconds_eval"))
+    return ", ".join(
+        duration(record.cost.get(name)) for name in ("seconds_train", "seconds_features", "seconds_eval")
+    )
 
 
 def _pairs(values: dict[str, Any]) -> str:

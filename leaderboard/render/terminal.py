@@ -43,14 +43,18 @@ def _table(comparison: Comparison, start: int) -> Table:
 def _header(column: Column) -> Text:
     place = f"{column.dataset} {column.split}".strip()
     metric = column_metric(column).replace(", ", "\n")
-    return Text("\n".join(line for line in (column.task, column_name(column).split(" ", 1)[1], place, metric) if line))
+    return Text(
+        "\n".join(line for line in (column.task, column_name(column).split(" ", 1)[1], place, metric) if line)
+    )
 
 
 def _cell(cell: Cell, column: Column) -> Text:
     text = Text(score(cell, column), style="bold" if cell.is_best else "")
     if cell.difference:
         style = STYLES[judgement(cell.difference)] if cell.difference.is_clear else "dim"
-        text.append("\n" + difference(cell.difference, column).replace(" ", "\n", 1), style=f"not bold {style}")
+        text.append(
+            "\n" + difference(cell.difference, column).replace(" ", "\n", 1), style=f"not bold {style}"
+        )
     return text
 
 
@@ -62,19 +66,25 @@ def _ablation(comparison: Comparison) -> Iterator[RenderableType]:
     table = Table(title=ablation.HEADING, title_justify="left", box=HORIZONTALS, header_style="bold")
     for i, parts in enumerate(headers):
         widest = min(28, max(len(line[0]) for line in lines)) if i == 0 else None
-        table.add_column(Text("\n".join(parts)), justify="right" if i else "left", overflow="fold", min_width=widest)
+        table.add_column(
+            Text("\n".join(parts)), justify="right" if i else "left", overflow="fold", min_width=widest
+        )
     for line in lines:
         table.add_row(*map(Text, line))
     yield from (table, Text())
 
 
 def _costs(comparison: Comparison) -> Table:
-    table = Table(title="Cost (all seeds together)", title_justify="left", box=HORIZONTALS, header_style="bold")
+    table = Table(
+        title="Cost (all seeds together)", title_justify="left", box=HORIZONTALS, header_style="bold"
+    )
     table.add_column("backbone", overflow="fold")
     for name in ("pretraining", "transfer"):
         table.add_column(name, justify="right")
     for total in comparison.totals:
-        table.add_row(Text(total.backbone), duration(total.seconds_pretrain), duration(total.seconds_transfer))
+        table.add_row(
+            Text(total.backbone), duration(total.seconds_pretrain), duration(total.seconds_transfer)
+        )
     return table
 
 

@@ -24,6 +24,10 @@ def pack_set(
     sources = {split: open_images(source, split, refresh=True) for split in splits}
     if not sources:
         raise UserError(
-            f"{source} holds no images", expected="a set of images in any form", fix="mae-bench data check images PATH"
+            f"{source} holds no images",
+            expected="a set of images in any form",
+            fix="mae-bench data check images PATH",
         )
-    return pack_sources(sources, Path(out), how, name=set_name(source), num_workers=num_workers, progress=progress)
+    return pack_sources(
+        sources, Path(out), how, name=set_name(source), num_workers=num_workers, progress=progress
+    )

@@ -90,7 +90,9 @@ def prepare_imagenet(
 def _check_counts(made: Prepared, check: bool) -> None:
     found = {"train": made.train, "val": made.val, "classes": made.classes}
     if check and found != COUNTS:
-        raise UserError(f"{made.root} holds {found}", expected=str(COUNTS), fix=f"remove {made.root} and prepare it again")
+        raise UserError(
+            f"{made.root} holds {found}", expected=str(COUNTS), fix=f"remove {made.root} and prepare it again"
+        )
 
 
 def _sources(source: Path, labels: list[str] | dict[str, str]) -> dict[str, ImageSource]:
@@ -99,10 +101,17 @@ def _sources(source: Path, labels: list[str] | dict[str, str]) -> dict[str, Imag
     with tarfile.open(source / TRAIN, "r:") as outer:
         for member in _classes_of(outer, source / TRAIN):
             with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
-                images = [(Path(image.name).name, image) for image in inner if _is_plain_image(image, source / TRAIN)]
+                images = [
+                    (Path(image.name).name, image)
+                    for image in inner
+                    if _is_plain_image(image, source / TRAIN)
+                ]
                 need_end(inner)
             wnid = Path(member.name).stem
-            train |= {f"{wnid}/{name}": (member.offset_data + image.offset_data, image.size) for name, image in images}
+            train |= {
+                f"{wnid}/{name}": (member.offset_data + image.offset_data, image.size)
+                for name, image in images
+            }
     with tarfile.open(source / VAL, "r:") as file:
         val: Places = {
             f"{wnid}/{Path(member.name).name}": (member.offset_data, member.size)
@@ -116,7 +125,9 @@ def _in_archive(places: Places, archive: Path) -> ImageSource:
     names = sorted(places, key=sort_key)
     targets, classes = by_folder(names)
     starts, sizes = [places[name][0] for name in names], [places[name][1] for name in names]
-    index = build_index(names, sizes, targets, classes, files=[str(archive.absolute())], shard=[0] * len(names), starts=starts)
+    index = build_index(
+        names, sizes, targets, classes, files=[str(archive.absolute())], shard=[0] * len(names), starts=starts
+    )
     return IndexedImages(index, "/")
 
 
@@ -130,7 +141,9 @@ def _readable(out: Path) -> Iterator[None]:
     except OSError as error:
         full = is_full(error)
         raise UserError(
-            f"{out} cannot be made: {error}", expected="about 155 GB of room" * full, fix="make room; the same command goes on"
+            f"{out} cannot be made: {error}",
+            expected="about 155 GB of room" * full,
+            fix="make room; the same command goes on",
         ) from error
 
 
@@ -188,12 +201,16 @@ def _member(file: tarfile.TarFile, ending: str, path: Path) -> bytes:
 def _listed(path: Path) -> dict[str, str]:
     """Name of a validation image (without its ending) -> WNID, from a text or a CSV with both in each line."""
     found: dict[str, str] = {}
-    for row in csv.reader(re.sub(r"[ \t]+", ",", line) for line in path.read_text(encoding="utf-8").splitlines()):
+    for row in csv.reader(
+        re.sub(r"[ \t]+", ",", line) for line in path.read_text(encoding="utf-8").splitlines()
+    ):
         wnid = next((cell for cell in row if WNID.fullmatch(cell)), None)
         if row and wnid and row[0] != wnid:
             found[Path(row[0]).stem] = wnid
     if not found:
-        raise UserError(f"{path} names no classes", expected="ILSVRC2012_val_00000001.JPEG n01751748, an image a line")
+        raise UserError(
+            f"{path} names no classes", expected="ILSVRC2012_val_00000001.JPEG n01751748, an image a line"
+        )
     return found
 
 
@@ -218,26 +235,34 @@ def _make_train(archive: Path, folder: Path, progress: Progress | None) -> None:
 def _classes_of(outer: tarfile.TarFile, archive: Path) -> list[tarfile.TarInfo]:
     members = [member for member in outer if member.isreg()]
     need_end(outer)
-    if strange := next((member.name for member in members if not WNID.fullmatch(Path(member.name).stem)), None):
+    if strange := next(
+        (member.name for member in members if not WNID.fullmatch(Path(member.name).stem)), None
+    ):
         raise UserError(f"{archive} has a member {strange}", expected="a tar a class, such as n01440764.tar")
     return members
 
 
-def _labelled(file: tarfile.TarFile, labels: list[str] | dict[str, str], archive: Path) -> list[tuple[tarfile.TarInfo, str]]:
+def _labelled(
+    file: tarfile.TarFile, labels: list[str] | dict[str, str], archive: Path
+) -> list[tuple[tarfile.TarInfo, str]]:
     """The validation images in the order of their names, with their WNIDs."""
     members = sorted((member for member in file if member.isreg()), key=lambda member: Path(member.name).name)
     need_end(file)
     stems = [Path(member.name).stem for member in members]
     if isinstance(labels, list):
         if len(labels) != len(members):
-            raise UserError(f"{archive} has {len(members)} images", expected=f"{len(labels)}, as the devkit has labels")
+            raise UserError(
+                f"{archive} has {len(members)} images", expected=f"{len(labels)}, as the devkit has labels"
+            )
         labels = dict(zip(stems, labels, strict=True))
     if unknown := next((stem for stem in stems if stem not in labels), None):
         raise UserError(f"no class is given for {unknown}", expected="one for every validation image")
     return [(member, labels[stem]) for member, stem in zip(members, stems, strict=True)]
 
 
-def _make_val(archive: Path, folder: Path, labels: list[str] | dict[str, str], progress: Progress | None) -> None:
+def _make_val(
+    archive: Path, folder: Path, labels: list[str] | dict[str, str], progress: Progress | None
+) -> None:
     """One flat tar, whose images go to the folders of their classes; `val` appears when it is whole."""
     if folder.is_dir():
         return
@@ -256,7 +281,9 @@ def _is_plain_image(member: tarfile.TarInfo, archive: Path) -> bool:
     name = Path(member.name).name
     if member.isreg() and member.name.removeprefix("./") == name and is_image(name):
         return True
-    raise UserError(f"{archive} has a member {member.name!r}", expected="images alone, without folders or links")
+    raise UserError(
+        f"{archive} has a member {member.name!r}", expected="images alone, without folders or links"
+    )
 
 
 def _extract(file: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, archive: Path) -> None:
@@ -276,7 +303,9 @@ def _extract(file: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, archi
 def _count(out: Path) -> Prepared:
     counts = {
         split: {
-            folder.name: sum(1 for _ in folder.iterdir()) for folder in (out / split).iterdir() if WNID.fullmatch(folder.name)
+            folder.name: sum(1 for _ in folder.iterdir())
+            for folder in (out / split).iterdir()
+            if WNID.fullmatch(folder.name)
         }
         for split in ("train", "val")
     }

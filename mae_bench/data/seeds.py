@@ -17,7 +17,9 @@ def seed_of(*parts: int) -> int:
 def seed_everything(seed: int) -> None:
     """Seeds torch, numpy and random: augmentations draw from all three."""
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():  # torch.manual_seed would queue a call, with a stack trace, for the day CUDA starts
+    if (
+        torch.cuda.is_initialized()
+    ):  # torch.manual_seed would queue a call, with a stack trace, for the day CUDA starts
         torch.cuda.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

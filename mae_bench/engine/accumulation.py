@@ -21,7 +21,11 @@ class Accumulation:
         """`global batch 4096 = 8 devices x 64 images x 8 accumulated`."""
         images, count = self.num_images, len(self.sizes)
         equal = min(self.sizes) == max(self.sizes)
-        each = f"{self.sizes[0]} images x {count} accumulated" if equal else f"({' + '.join(map(str, self.sizes))}) images"
+        each = (
+            f"{self.sizes[0]} images x {count} accumulated"
+            if equal
+            else f"({' + '.join(map(str, self.sizes))}) images"
+        )
         return f"global batch {self.world_size * images} = {self.world_size} device{'s' * (self.world_size > 1)} x {each}"
 
     @property
@@ -44,7 +48,11 @@ def accumulation(
     """
     unit = world_size * multiple_of
     if global_batch_size % unit:
-        nearest = [size for size in (global_batch_size // unit * unit, (global_batch_size // unit + 1) * unit) if size]
+        nearest = [
+            size
+            for size in (global_batch_size // unit * unit, (global_batch_size // unit + 1) * unit)
+            if size
+        ]
         pairs = f", each taking a multiple of {multiple_of}" if multiple_of > 1 else ""
         raise UserError(
             f"global_batch_size {global_batch_size} on {world_size} device{'s' * (world_size > 1)}{pairs}",

@@ -61,7 +61,9 @@ class Checkpoints:
     def _publish(self, part: Path, step: int, values: dict[str, Any]) -> None:
         write_json(part / VALUES_FILE, values)
         name = f"step-{step:08d}"
-        shutil.rmtree(self.folder / name, ignore_errors=True)  # a state of this step that was passed over, or never listed
+        shutil.rmtree(
+            self.folder / name, ignore_errors=True
+        )  # a state of this step that was passed over, or never listed
         os.rename(part, self.folder / name)
         _sync(self.folder)
         entry = {"step": step, "folder": name, "bytes": _sizes(self.folder / name)}
@@ -142,7 +144,11 @@ def _read(path: Path, targets: Callable[[Shapes], Tensors]) -> str:
     try:
         reader = DataReader(path)
         saved = reader.read_metadata().state_dict_metadata
-        shapes = {name: (m.size, m.properties.dtype) for name, m in saved.items() if isinstance(m, TensorStorageMetadata)}
+        shapes = {
+            name: (m.size, m.properties.dtype)
+            for name, m in saved.items()
+            if isinstance(m, TensorStorageMetadata)
+        }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(dict(targets(shapes)), storage_reader=reader)
@@ -164,7 +170,9 @@ def _damage(path: Path, sizes: dict[str, int]) -> str:
 
 
 def _told(error: BaseException) -> str:
-    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    causes = (
+        [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    )
     return "; ".join(sorted({f"{type(cause).__name__}: {cause}" for cause in causes}))
 
 
@@ -201,7 +209,9 @@ def _read_index(folder: Path) -> list[dict[str, Any]]:
         return list(json.loads(path.read_text(encoding="utf-8"))["checkpoints"])
     except (ValueError, KeyError, TypeError):
         found = sorted(folder.glob("step-*"))
-        return [{"step": int(p.name.removeprefix("step-")), "folder": p.name, "bytes": _sizes(p)} for p in found]
+        return [
+            {"step": int(p.name.removeprefix("step-")), "folder": p.name, "bytes": _sizes(p)} for p in found
+        ]
 
 
 def _sizes(folder: Path) -> dict[str, int]:

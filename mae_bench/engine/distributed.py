@@ -13,7 +13,9 @@ import torch.distributed as dist
 from mae_bench.errors import UserError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-PATIENCE = timedelta(hours=12)  # with one that still fetches or unpacks its machine's images; of one that dies the launcher hears
+PATIENCE = timedelta(
+    hours=12
+)  # with one that still fetches or unpacks its machine's images; of one that dies the launcher hears
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ def process_group(device: str) -> Iterator[World]:
         yield World()
         return
     if absent := [name for name in VARIABLES if name not in os.environ]:
-        raise UserError(f"WORLD_SIZE is set, but {', '.join(absent)} is not", expected="the variables that torchrun sets")
+        raise UserError(
+            f"WORLD_SIZE is set, but {', '.join(absent)} is not", expected="the variables that torchrun sets"
+        )
     cuda = device == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

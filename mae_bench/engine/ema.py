@@ -20,7 +20,9 @@ class Ema:
         current = model.state_dict()
         names = [name for name, tensor in self.weights.items() if tensor.is_floating_point()]
         torch._foreach_lerp_(
-            [self.weights[name] for name in names], [current[name] for name in names], 1 - self.decay if step else 1.0
+            [self.weights[name] for name in names],
+            [current[name] for name in names],
+            1 - self.decay if step else 1.0,
         )
         for name in self.weights.keys() - names:
             self.weights[name].copy_(current[name])

@@ -42,7 +42,9 @@ class Meters:
     flops_per_image: of the forward and backward pass of one image, for MFU; without them it stays unknown.
     """
 
-    def __init__(self, device: torch.device, amp_dtype: str, images_per_step: int, flops_per_image: float | None = None):
+    def __init__(
+        self, device: torch.device, amp_dtype: str, images_per_step: int, flops_per_image: float | None = None
+    ):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         peak = peak_flops(name, amp_dtype)
         self._device, self._images_per_step = device, images_per_step
@@ -85,12 +87,21 @@ class Meters:
         waited = sum(_seconds_between(*wait) for wait in self._waits)
         now = time.monotonic()
         steps, seconds = self._steps, max(now - self._began, 1e-9)
-        self.steps, self.seconds, self.wait_seconds = self.steps + steps, self.seconds + seconds, self.wait_seconds + waited
+        self.steps, self.seconds, self.wait_seconds = (
+            self.steps + steps,
+            self.seconds + seconds,
+            self.wait_seconds + waited,
+        )
         self._began, self._steps = now, 0
         self._waits.clear()
         rate = steps * self._images_per_step / seconds
         mfu = {"mfu": rate * self._flops_share} if self._flops_share else {}
-        return {"images_per_second": rate, "data_wait": waited / seconds, **mfu, "peak_memory_mib": self.peak_memory_mib}
+        return {
+            "images_per_second": rate,
+            "data_wait": waited / seconds,
+            **mfu,
+            "peak_memory_mib": self.peak_memory_mib,
+        }
 
     @property
     def images_per_second(self) -> float:
@@ -118,7 +129,11 @@ class Meters:
 
     def resume(self, state: dict[str, float]) -> None:
         """Takes up what `state` gave."""
-        self.steps, self.seconds, self.wait_seconds = int(state["steps"]), state["seconds"], state["wait_seconds"]
+        self.steps, self.seconds, self.wait_seconds = (
+            int(state["steps"]),
+            state["seconds"],
+            state["wait_seconds"],
+        )
 
 
 def _seconds_between(begin: Any, end: Any) -> float:

@@ -44,11 +44,15 @@ def adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -
 
 
 def make_adamw(
-    config: TrainConfig, no_decay: Callable[[str, nn.Parameter], bool], lr_scale: Callable[[str], float] = lambda name: 1.0
+    config: TrainConfig,
+    no_decay: Callable[[str, nn.Parameter], bool],
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> Callable[[nn.Module], torch.optim.AdamW]:
     """What makes the optimizer of a model once its weights are where they stay."""
     return lambda model: adamw(
-        param_groups(model.named_parameters(), config.weight_decay, no_decay, lr_scale), config.base_lr, config.betas
+        param_groups(model.named_parameters(), config.weight_decay, no_decay, lr_scale),
+        config.base_lr,
+        config.betas,
     )
 
 

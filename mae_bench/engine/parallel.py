@@ -26,7 +26,9 @@ class Parallel:
     other_weights: whether `whole` will be asked for others than the model's own (an average of them).
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, other_weights: bool = False):
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, device: torch.device, other_weights: bool = False
+    ):
         compiles = config.compile if config.compile is not None else device.type == "cuda"
         sharded = world().size > 1 and config.parallel == "fsdp"
         self._shape = _without_weights(model) if sharded or other_weights else None
@@ -70,8 +72,15 @@ class Parallel:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The Transformer blocks: the members of every list that is called `blocks` or `..._blocks`."""
-    lists = [child for parent in model.modules() for name, child in parent.named_children() if name.endswith("blocks")]
-    return [block for blocks in lists if isinstance(blocks, nn.ModuleList | nn.Sequential) for block in blocks]
+    lists = [
+        child
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if name.endswith("blocks")
+    ]
+    return [
+        block for blocks in lists if isinstance(blocks, nn.ModuleList | nn.Sequential) for block in blocks
+    ]
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -92,7 +101,9 @@ def broadcast(tensor: torch.Tensor) -> None:
 
 def _without_weights(model: nn.Module) -> nn.Module:
     """A copy whose parameters are shapes alone, but whose buffers are real: some are in no state_dict."""
-    memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    memo = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
+    }
     return copy.deepcopy(model, memo)  # type: ignore[arg-type]
 
 

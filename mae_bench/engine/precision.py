@@ -25,7 +25,10 @@ def deterministic(enabled: bool) -> Iterator[None]:
         yield
         return
     cudnn, variable = torch.backends.cudnn, "CUBLAS_WORKSPACE_CONFIG"
-    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     flags, workspace = (cudnn.deterministic, cudnn.benchmark), os.environ.get(variable)
     os.environ[variable] = workspace or ":4096:8"  # one of the two values with which cuBLAS repeats
     torch.use_deterministic_algorithms(True)

@@ -72,7 +72,9 @@ class Wandb:
         import wandb
 
         run_id = _remembered(job.dir / "wandb_run.txt", uuid.uuid4().hex)
-        self._run = wandb.init(project=PROJECT, name=job.name, id=run_id, resume="allow", dir=str(job.dir), config=job.config)
+        self._run = wandb.init(
+            project=PROJECT, name=job.name, id=run_id, resume="allow", dir=str(job.dir), config=job.config
+        )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Sends the values."""
@@ -111,7 +113,9 @@ def require_trackers(names: Sequence[str]) -> None:
     """NotInstalled, with the command, for a tracker that is asked for and cannot be imported."""
     for name in names:
         if not _is_installed(name):
-            raise NotInstalled(f"trackers={list(names)}, but {name} is not installed", fix=f"pip install {name}")
+            raise NotInstalled(
+                f"trackers={list(names)}, but {name} is not installed", fix=f"pip install {name}"
+            )
 
 
 def _is_installed(name: str) -> bool:

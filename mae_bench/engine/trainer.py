@@ -75,7 +75,9 @@ class Trainer:
         require_trackers(config.trackers)
         self.job, self.config, self.progress, self.bad_images = job, config, progress, bad_images
         self.device = torch.device(job.device)
-        self.accumulation = accumulation(config.global_batch_size, world().size, config.device_batch_size, multiple_of)
+        self.accumulation = accumulation(
+            config.global_batch_size, world().size, config.device_batch_size, multiple_of
+        )
         self.steps_per_epoch, self.total_steps = steps_per_epoch, math.ceil(config.epochs * steps_per_epoch)
         self.lr = absolute_lr(config.base_lr, config.global_batch_size)
         self.parallel = Parallel(model, config, self.device, other_weights=ema_decay is not None)
@@ -140,12 +142,20 @@ class Trainer:
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, before the groups' scales."""
         c = self.config
-        return cosine_lr(step / self.steps_per_epoch, lr=self.lr, min_lr=c.min_lr, warmup_epochs=c.warmup_epochs, epochs=c.epochs)
+        return cosine_lr(
+            step / self.steps_per_epoch,
+            lr=self.lr,
+            min_lr=c.min_lr,
+            warmup_epochs=c.warmup_epochs,
+            epochs=c.epochs,
+        )
 
     # One step
 
     def _train_step(self, stream: Iterator[Batch], loss_of: BatchLoss) -> None:
-        seed_everything(seed_of(self.job.seed, self.step, -2 - world().rank))  # each process drops other paths
+        seed_everything(
+            seed_of(self.job.seed, self.step, -2 - world().rank)
+        )  # each process drops other paths
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_at(self.step) * group.get("lr_scale", 1.0)
         try:
@@ -178,7 +188,9 @@ class Trainer:
     def _update(self) -> dict[str, torch.Tensor]:
         """One step of the optimizer; returns the gradient's norm where it is clipped."""
         told = {}
-        self.scaler.unscale_(self.optimizer)  # not left to the fused kernel: that cannot tell an overflow in another's shard
+        self.scaler.unscale_(
+            self.optimizer
+        )  # not left to the fused kernel: that cannot tell an overflow in another's shard
         if self.config.clip_grad is not None:
             parameters = [p for p in self.model.parameters() if p.grad is not None]
             norm = whole_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
@@ -251,7 +263,9 @@ class Trainer:
 
     def _record(self, step: int, held: dict[str, torch.Tensor], meters: dict[str, float]) -> None:
         """One line of the log, one point of each curve."""
-        norm = held["grad_norm"].item() if "grad_norm" in held else math.nan  # infinite where float16 overflows: no step is done
+        norm = (
+            held["grad_norm"].item() if "grad_norm" in held else math.nan
+        )  # infinite where float16 overflows: no step is done
         values = {
             "epoch": round(step / self.steps_per_epoch, 4),
             "loss": self.final_loss,
@@ -267,7 +281,11 @@ class Trainer:
             f"{what} (epoch {self.step / self.steps_per_epoch:.2f})",
             expected="finite numbers",
             fix=f"lower base_lr (now {self.config.base_lr}), set clip_grad, or use amp_dtype=float32; "
-            + (f"{self.job.dir} keeps the state of step {self._saved}" if self._saved else "nothing had been saved yet"),
+            + (
+                f"{self.job.dir} keeps the state of step {self._saved}"
+                if self._saved
+                else "nothing had been saved yet"
+            ),
         )
 
     def _count_bad(self, images: Iterable[tuple[str, str]]) -> None:
@@ -299,7 +317,9 @@ class Trainer:
             "ema": self.ema.weights if self.ema else {},
             "optimizer": optimizer_tensors(self.model, self.optimizer),
         }
-        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+        return {
+            f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()
+        }
 
     def _save(self) -> None:
         finite = torch.stack([local_tensor(p).isfinite().all() for p in self.model.parameters()]).all()
@@ -337,16 +357,26 @@ class Trainer:
 
     def _targets(self, saved: Shapes) -> Tensors:
         """The tensors that a saved state is read into; UserError if it is that of another architecture."""
-        here = {name: tensor.shape for name, tensor in self._tensors().items() if not name.startswith("optimizer.")}
+        here = {
+            name: tensor.shape
+            for name, tensor in self._tensors().items()
+            if not name.startswith("optimizer.")
+        }
         there = {name: shape for name, (shape, _) in saved.items() if not name.startswith("optimizer.")}
         if here != there:
             raise _another_architecture(self.job.dir, here, there)
-        optimizer = {name.removeprefix("optimizer."): shape for name, shape in saved.items() if name.startswith("optimizer.")}
+        optimizer = {
+            name.removeprefix("optimizer."): shape
+            for name, shape in saved.items()
+            if name.startswith("optimizer.")
+        }
         allocate_optimizer_tensors(self.model, self.optimizer, optimizer)
         return self._tensors()
 
 
-def _another_architecture(folder: Path, here: dict[str, torch.Size], there: dict[str, torch.Size]) -> UserError:
+def _another_architecture(
+    folder: Path, here: dict[str, torch.Size], there: dict[str, torch.Size]
+) -> UserError:
     names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     shown = [f"{name} was {_shape(there.get(name))} and is {_shape(here.get(name))}" for name in names[:3]]
     more = f"; and {len(names) - 3} more" if len(names) > 3 else ""

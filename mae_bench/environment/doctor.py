@@ -14,13 +14,27 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mae_bench.environment.provenance import CORE, DETECTRON2, git_hash, gpu_names, hardware, version_of, versions
+from mae_bench.environment.provenance import (
+    CORE,
+    DETECTRON2,
+    git_hash,
+    gpu_names,
+    hardware,
+    version_of,
+    versions,
+)
 from mae_bench.registry import EXTRAS
 
 PYTHONS = ((3, 11), (3, 12))
 PARTS = ("backbones", "tasks", "leaderboard")  # installed together with mae_bench
-IMPORTED = ("torch", "torchvision", "timm")  # compiled or built on what is: only an import shows that they work
-ONE_DETECTRON2 = "python -m pip uninstall sal-detectron2   (then install the other again: both write to one folder)"
+IMPORTED = (
+    "torch",
+    "torchvision",
+    "timm",
+)  # compiled or built on what is: only an import shows that they work
+ONE_DETECTRON2 = (
+    "python -m pip uninstall sal-detectron2   (then install the other again: both write to one folder)"
+)
 LIBRARY = "install the system's library that is named (Debian, Ubuntu: apt-get install libgl1 libglib2.0-0)"
 SETUP = "make setup   (in a source checkout; elsewhere: python -m pip install mae_bench)"
 
@@ -43,9 +57,13 @@ def examine() -> dict[str, Any]:
 def core_problems() -> list[str]:
     """What is missing from the core or does not import."""
     found = [f"{name} is not installed" for name in CORE if not version_of(name)]
-    found += [f"the package {name} of mae_bench is not installed" for name in PARTS if find_spec(name) is None]
+    found += [
+        f"the package {name} of mae_bench is not installed" for name in PARTS if find_spec(name) is None
+    ]
     if sys.version_info[:2] not in PYTHONS:
-        found.append(f"Python {sys.version_info.major}.{sys.version_info.minor}: mae_bench needs 3.11 or 3.12")
+        found.append(
+            f"Python {sys.version_info.major}.{sys.version_info.minor}: mae_bench needs 3.11 or 3.12"
+        )
     for name in IMPORTED:
         try:
             import_module(name)
@@ -70,7 +88,13 @@ def _extra(name: str) -> dict[str, Any]:
     broken = [] if missing else [reason for module in extra.compiled if (reason := import_error(module))]
     command = extra.command if missing else LIBRARY if broken else ""
     installed = not missing and not broken
-    return {"serves": extra.serves, "installed": installed, "missing": missing, "broken": broken, "command": command}
+    return {
+        "serves": extra.serves,
+        "installed": installed,
+        "missing": missing,
+        "broken": broken,
+        "command": command,
+    }
 
 
 def import_error(module: str) -> str:
@@ -93,7 +117,11 @@ def detectron2() -> dict[str, Any]:
         return {"installed": False}
     folder = Path(spec.submodule_search_locations[0])
     name = next((name for name in DETECTRON2 if version_of(name)), "")
-    routes = {"sal-detectron2": "wheel that needs no compiler", "detectron2": "build of the upstream repository", "": "unknown"}
+    routes = {
+        "sal-detectron2": "wheel that needs no compiler",
+        "detectron2": "build of the upstream repository",
+        "": "unknown",
+    }
     loadable = any((folder / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
     return {
         "installed": True,

@@ -12,11 +12,23 @@ from typing import Any
 
 CORE = ("mae_bench", "torch", "torchvision", "timm", "numpy", "pillow", "pandas", "safetensors", "fvcore", "omegaconf",
         "pydantic", "rich", "typer", "tensorboard", "simplejpeg")  # fmt: skip
-DETECTRON2 = ("sal-detectron2", "detectron2")  # the wheel that needs no compiler; a build of the upstream repository
+DETECTRON2 = (
+    "sal-detectron2",
+    "detectron2",
+)  # the wheel that needs no compiler; a build of the upstream repository
 OPTIONAL = (*DETECTRON2, "pycocotools", "shapely", "onedl-mmsegmentation", "onedl-mmengine", "onedl-mmcv",
             "opencv-python-headless", "pyarrow")  # fmt: skip
-OPTIONAL_ORIGINALS = ("mmsegmentation", "mmengine", "mmcv", "mmcv-lite")  # what the onedl distributions stand in for
-GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # where a driver for NVIDIA, Windows (WSL) or AMD shows itself
+OPTIONAL_ORIGINALS = (
+    "mmsegmentation",
+    "mmengine",
+    "mmcv",
+    "mmcv-lite",
+)  # what the onedl distributions stand in for
+GPU_NODES = (
+    "/dev/nvidiactl",
+    "/dev/dxg",
+    "/dev/kfd",
+)  # where a driver for NVIDIA, Windows (WSL) or AMD shows itself
 
 
 def version_of(distribution: str) -> str:
@@ -45,7 +57,9 @@ def git_hash(file: str | Path = __file__) -> str:
 def _git(folder: Path, *arguments: str) -> str | None:
     """What git prints; None where git is missing or refuses."""
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -22,7 +22,11 @@ class AnySizeVisionTransformer(VisionTransformer):
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         """x (N, h, w, D), or (N, L, D) without `dynamic_img_size` -> (N, prefix + L, D)."""
-        return _tokens(self, x) if self.dynamic_img_size and self.pos_embed is not None else super()._pos_embed(x)
+        return (
+            _tokens(self, x)
+            if self.dynamic_img_size and self.pos_embed is not None
+            else super()._pos_embed(x)
+        )
 
 
 class AnySizeEva(Eva):
@@ -56,7 +60,9 @@ def _index(grid: Grid, device: torch.device) -> torch.Tensor:
 def _bias(module: Any) -> torch.Tensor:
     """(heads, 1 + L, 1 + L) at the grid of the images that are looked at."""
     table = resize_bias_table(module.relative_position_bias_table, module.window_size, module.grid)
-    return table[_index(module.grid, table.device)].permute(2, 0, 1).contiguous()  # as attention kernels want it
+    return (
+        table[_index(module.grid, table.device)].permute(2, 0, 1).contiguous()
+    )  # as attention kernels want it
 
 
 class AnySizeAttention(Attention):
@@ -93,7 +99,9 @@ class AnySizeBeit(Beit):
         self.patch_embed.strict_img_size = not dynamic_img_size
         for module in self.modules():  # the same weights under a class that knows other grids
             if type(module) in (Attention, RelativePositionBias):
-                module.__class__ = AnySizeAttention if isinstance(module, Attention) else AnySizeRelativePositionBias
+                module.__class__ = (
+                    AnySizeAttention if isinstance(module, Attention) else AnySizeRelativePositionBias
+                )
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """x (N, C, H, W) -> (N, 1 + L, D), after the final norm."""
@@ -114,8 +122,12 @@ class AnySizeBeit(Beit):
         as tokens (N, L, D) by `output_fmt` "NLC"; with `return_prefix_tokens` each in a pair with the class token (N, 1, D)."""
         grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         wanted = range(len(self.blocks))[-indices:] if isinstance(indices, int) else indices
-        taken = [self.norm(x) if norm else x for index, x in enumerate(self._after_blocks(x)) if index in wanted]
-        patches = [x[:, 1:] if output_fmt == "NLC" else x[:, 1:].transpose(1, 2).unflatten(2, grid) for x in taken]
+        taken = [
+            self.norm(x) if norm else x for index, x in enumerate(self._after_blocks(x)) if index in wanted
+        ]
+        patches = [
+            x[:, 1:] if output_fmt == "NLC" else x[:, 1:].transpose(1, 2).unflatten(2, grid) for x in taken
+        ]
         return list(zip(patches, [x[:, :1] for x in taken], strict=True)) if return_prefix_tokens else patches
 
     def _after_blocks(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -128,5 +140,9 @@ class AnySizeBeit(Beit):
             x = x + resize_table(self.pos_embed, self.patch_embed.grid_size, grid, self.pos_resample)
         x, shared = self.pos_drop(x), None if self.rel_pos_bias is None else self.rel_pos_bias()
         for block in self.blocks:
-            x = checkpoint(block, x, shared) if self.grad_checkpointing else block(x, shared_rel_pos_bias=shared)
+            x = (
+                checkpoint(block, x, shared)
+                if self.grad_checkpointing
+                else block(x, shared_rel_pos_bias=shared)
+            )
             yield x

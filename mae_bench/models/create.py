@@ -14,15 +14,27 @@ from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
 
 ENCODERS: dict[str, dict[str, int]] = {
-    "mae_vit_tiny_patch16": {"embed_dim": 192, "depth": 12, "num_heads": 3, "patch": 16},  # DeiT's Ti and S, arXiv 2012.12877
+    "mae_vit_tiny_patch16": {
+        "embed_dim": 192,
+        "depth": 12,
+        "num_heads": 3,
+        "patch": 16,
+    },  # DeiT's Ti and S, arXiv 2012.12877
     "mae_vit_small_patch16": {"embed_dim": 384, "depth": 12, "num_heads": 6, "patch": 16},
-    "mae_vit_base_patch16": {"embed_dim": 768, "depth": 12, "num_heads": 12, "patch": 16},  # facebookresearch/mae models_mae.py
+    "mae_vit_base_patch16": {
+        "embed_dim": 768,
+        "depth": 12,
+        "num_heads": 12,
+        "patch": 16,
+    },  # facebookresearch/mae models_mae.py
     "mae_vit_large_patch16": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "patch": 16},
     "mae_vit_huge_patch14": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch": 14},
 }
 IMG_SIZE = 224
 Size = int | tuple[int, int]
-_DECODER = re.compile(r"(.+)_dec(\d+)d(\d+)b")  # the reference's spelling of a decoder: dec512d8b is 512 wide and 8 blocks deep
+_DECODER = re.compile(
+    r"(.+)_dec(\d+)d(\d+)b"
+)  # the reference's spelling of a decoder: dec512d8b is 512 wide and 8 blocks deep
 
 
 def create_mae(
@@ -84,11 +96,21 @@ def _of_timm(name: str) -> dict[str, Any]:
         model: Any = timm.create_model(arch, pretrained=False, num_classes=0)
         if type(model) is not VisionTransformer:
             raise _not_ours(arch, f"it is a {type(model).__name__}")
-        if model.cls_token is None or model.num_prefix_tokens != 1 or model.pos_embed is None or model.no_embed_class:
-            raise _not_ours(arch, f"it has {model.num_prefix_tokens} prefix tokens, or no position for its class token")
+        if (
+            model.cls_token is None
+            or model.num_prefix_tokens != 1
+            or model.pos_embed is None
+            or model.no_embed_class
+        ):
+            raise _not_ours(
+                arch, f"it has {model.num_prefix_tokens} prefix tokens, or no position for its class token"
+            )
         block: Any = model.blocks[0]
         if type(block) is not Block or type(block.mlp) is not Mlp:
-            raise _not_ours(arch, f"its blocks are {type(block).__name__} with {type(getattr(block, 'mlp', None)).__name__}")
+            raise _not_ours(
+                arch,
+                f"its blocks are {type(block).__name__} with {type(getattr(block, 'mlp', None)).__name__}",
+            )
         mlp: Any = block.mlp
         shape = {
             "arch": "vit",
@@ -111,7 +133,10 @@ def _same(arch: str, theirs: str, ours: str) -> None:
     if theirs != ours:
         found = [line.strip() for line in theirs.splitlines()]
         known = [line.strip() for line in ours.splitlines()]
-        raise _not_ours(arch, f"its {next((line for line in found if line not in known), found[0])} is not in MAE's encoder")
+        raise _not_ours(
+            arch,
+            f"its {next((line for line in found if line not in known), found[0])} is not in MAE's encoder",
+        )
 
 
 def _not_ours(arch: str, why: str) -> UserError:

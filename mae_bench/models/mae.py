@@ -58,22 +58,37 @@ class MAE(nn.Module):
             "activation_checkpointing": activation_checkpointing,
         }  # fmt: skip
         _check(spec, decoder_embed_dim, decoder_depth, decoder_num_heads)
-        self.spec, self.norm_pix_loss, self.loss_on, self.mask_sampling = spec, norm_pix_loss, loss_on, mask_sampling
-        self.encoder_mask_tokens, self.activation_checkpointing = encoder_mask_tokens, activation_checkpointing
-        encoder: Any = build_vit(spec)  # Any: timm's parts are typed as what they might be, not as what they are here
+        self.spec, self.norm_pix_loss, self.loss_on, self.mask_sampling = (
+            spec,
+            norm_pix_loss,
+            loss_on,
+            mask_sampling,
+        )
+        self.encoder_mask_tokens, self.activation_checkpointing = (
+            encoder_mask_tokens,
+            activation_checkpointing,
+        )
+        encoder: Any = build_vit(
+            spec
+        )  # Any: timm's parts are typed as what they might be, not as what they are here
         encoder.pos_embed.requires_grad_(False)
         self.encoder = encoder
-        self.target = build_target(target, spec, norm_pix_loss=norm_pix_loss, num_pca=num_pca, num_tokens=num_tokens)
+        self.target = build_target(
+            target, spec, norm_pix_loss=norm_pix_loss, num_pca=num_pca, num_tokens=num_tokens
+        )
         self._build_decoder(decoder_embed_dim, decoder_depth, decoder_num_heads)
 
     def _build_decoder(self, width: int, depth: int, num_heads: int) -> None:
         spec = self.spec
         norm: Any = partial(nn.LayerNorm, eps=spec.norm_eps)
         self.decoder_embed = nn.Linear(spec.embed_dim, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.embed_dim if self.encoder_mask_tokens else width))
+        self.mask_token = nn.Parameter(
+            torch.zeros(1, 1, spec.embed_dim if self.encoder_mask_tokens else width)
+        )
         self.decoder_pos_embed = nn.Parameter(sincos_2d(width, spec.grid_size), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
-            DecoderBlock(width, num_heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm, mlp_layer=Mlp) for _ in range(depth)
+            DecoderBlock(width, num_heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm, mlp_layer=Mlp)
+            for _ in range(depth)
         )
         self.decoder_norm = norm(width)
         self.decoder_pred = nn.Linear(width, self.target.dim)
@@ -164,7 +179,9 @@ class MAE(nn.Module):
         """
         self._check_input(imgs, noise)
         if noise is None:
-            noise = sample_noise(self.mask_sampling, len(imgs), self.spec.grid_size, mask_ratio, None, imgs.device)
+            noise = sample_noise(
+                self.mask_sampling, len(imgs), self.spec.grid_size, mask_ratio, None, imgs.device
+            )
         masking = build_masking(noise, mask_ratio)
         patches = self.split_patches(imgs)
         pred = self.forward_decoder(self.forward_encoder(patches, masking), masking)
@@ -181,9 +198,15 @@ class MAE(nn.Module):
                 fix="resize the images, or build the model with their in_chans and img_size",
             )  # fmt: skip
         if not imgs.is_floating_point():
-            raise UserError(f"images of {imgs.dtype}", expected="floats", fix="normalise pixels by the spec's mean and std")
+            raise UserError(
+                f"images of {imgs.dtype}",
+                expected="floats",
+                fix="normalise pixels by the spec's mean and std",
+            )
         if noise is not None and noise.shape != (imgs.shape[0], self.spec.num_patches):
-            raise UserError(f"noise of shape {tuple(noise.shape)}", expected=f"{(imgs.shape[0], self.spec.num_patches)}")
+            raise UserError(
+                f"noise of shape {tuple(noise.shape)}", expected=f"{(imgs.shape[0], self.spec.num_patches)}"
+            )
 
 
 def _check(spec: BackboneSpec, decoder_embed_dim: int, decoder_depth: int, decoder_num_heads: int) -> None:
@@ -215,7 +238,9 @@ class DecoderBlock(Block):
         n, t, width = x.shape
         y = self.norm1(x)
         if first == 0:
-            query, key, value = attn.qkv(y).chunk(3, dim=-1)  # their gradients are put together in one copy, where timm needs two
+            query, key, value = attn.qkv(y).chunk(
+                3, dim=-1
+            )  # their gradients are put together in one copy, where timm needs two
         else:
             weight, bias = attn.qkv.weight, attn.qkv.bias
             query = F.linear(y[:, first:], weight[:width], bias[:width])

@@ -9,7 +9,9 @@ import torch
 from mae_bench.errors import UserError
 
 Sampling = Literal["random", "block", "grid"]
-BLOCK_ROUNDS = 64  # blocks drawn an image; what is then still missing, at ratios near 1, is removed patch by patch
+BLOCK_ROUNDS = (
+    64  # blocks drawn an image; what is then still missing, at ratios near 1, is removed patch by patch
+)
 BLOCK_ASPECT = 0.3  # of the narrowest block, height over width; the widest has its inverse (arXiv 2106.08254, Algorithm 1)
 BLOCK_PATCHES = 16  # of the smallest block, for BEiT's grid of 14 x 14; a smaller grid has smaller ones
 
@@ -66,7 +68,9 @@ def count_kept(num_patches: int, mask_ratio: float) -> int:
         raise UserError(
             f"mask_ratio {mask_ratio} keeps {len_keep} of {num_patches} patches",
             expected="at least one patch kept and one removed",
-            fix=f"use a mask_ratio above 0 and at most {most}" if most else "make the images larger or the patches smaller",
+            fix=f"use a mask_ratio above 0 and at most {most}"
+            if most
+            else "make the images larger or the patches smaller",
         )
     return len_keep
 
@@ -102,7 +106,9 @@ def sample_noise(
 
 def _grid_phase(grid_size: tuple[int, int]) -> torch.Tensor:
     """(L,) of 0 to 3: when a patch is kept, by its place among 2 x 2; the first two are diagonal."""
-    down, across = torch.meshgrid(torch.arange(grid_size[0]) % 2, torch.arange(grid_size[1]) % 2, indexing="ij")
+    down, across = torch.meshgrid(
+        torch.arange(grid_size[0]) % 2, torch.arange(grid_size[1]) % 2, indexing="ij"
+    )
     return torch.tensor([[0, 2], [3, 1]])[down, across].flatten()
 
 
@@ -124,7 +130,9 @@ def _removal_round(draws: torch.Tensor, grid_size: tuple[int, int], num_masked: 
     return removed_in
 
 
-def _rectangles(draws: torch.Tensor, low: torch.Tensor, high: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+def _rectangles(
+    draws: torch.Tensor, low: torch.Tensor, high: torch.Tensor, grid_size: tuple[int, int]
+) -> torch.Tensor:
     """draws (N, 4): size uniform in low to high (N,), aspect log-uniform, place uniform -> (N, L), True inside."""
     size = low + draws[:, 0] * (high - low)
     aspect = torch.exp((1 - 2 * draws[:, 1]) * math.log(BLOCK_ASPECT))

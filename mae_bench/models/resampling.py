@@ -51,7 +51,9 @@ def resize_bias_table(table: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor
     down = _spread(height, new_height, table.device, table.dtype)
     across = _spread(width, new_width, table.device, table.dtype)
     maps = table[: height * width].unflatten(0, (height, width))
-    return torch.cat([torch.einsum("yh,xw,hwn->yxn", down, across, maps).flatten(0, 1), table[height * width :]])
+    return torch.cat(
+        [torch.einsum("yh,xw,hwn->yxn", down, across, maps).flatten(0, 1), table[height * width :]]
+    )
 
 
 def resize_distances(table: torch.Tensor, length: int) -> torch.Tensor:

@@ -27,7 +27,9 @@ class Target(nn.Module):
         super().__init__()
         self.spec, self.dim = spec, dim
 
-    def forward(self, imgs: torch.Tensor, patches: torch.Tensor, targets: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, imgs: torch.Tensor, patches: torch.Tensor, targets: torch.Tensor | None, ids: torch.Tensor
+    ) -> torch.Tensor:
         """imgs (N, C, H, W), the same as patches (N, L, C p p), targets (N, L) -> what stands in the patches ids (N, M)."""
         raise NotImplementedError
 
@@ -38,7 +40,8 @@ class Target(nn.Module):
     def to_pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """pred (N, L, dim) and the image's own patches (N, L, p p C) -> pixels (N, L, p p C); UserError if not a picture."""
         raise UserError(
-            f"a model that predicts {type(self).__name__} has no picture to draw", expected="one that predicts pixels or PCA"
+            f"a model that predicts {type(self).__name__} has no picture to draw",
+            expected="one that predicts pixels or PCA",
         )
 
 
@@ -51,18 +54,24 @@ class Pixels(Target):
         super().__init__(spec, patch_values(spec))
         self.norm = norm
 
-    def forward(self, imgs: torch.Tensor, patches: torch.Tensor, targets: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, imgs: torch.Tensor, patches: torch.Tensor, targets: torch.Tensor | None, ids: torch.Tensor
+    ) -> torch.Tensor:
         """(N, M, p p C)"""
         target = channel_last(gather_tokens(patches, ids), self.spec.in_chans).float()
         if self.norm:
-            target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + NORM_EPS).sqrt()
+            target = (target - target.mean(dim=-1, keepdim=True)) / (
+                target.var(dim=-1, keepdim=True) + NORM_EPS
+            ).sqrt()
         return target
 
     def to_pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Normalised predictions are given the patch's own mean and deviation back, which the model never saw."""
         if not self.norm:
             return pred
-        return pred * (patches.var(dim=-1, keepdim=True) + NORM_EPS).sqrt() + patches.mean(dim=-1, keepdim=True)
+        return pred * (patches.var(dim=-1, keepdim=True) + NORM_EPS).sqrt() + patches.mean(
+            dim=-1, keepdim=True
+        )
 
 
 class PCA(Target):
@@ -89,7 +98,9 @@ class PCA(Target):
         for own, fitted in zip((self.mean, self.basis), fit_pca(patches, self.dim), strict=True):
             own.copy_(fitted)
 
-    def forward(self, imgs: torch.Tensor, patches: torch.Tensor, targets: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, imgs: torch.Tensor, patches: torch.Tensor, targets: torch.Tensor | None, ids: torch.Tensor
+    ) -> torch.Tensor:
         """(N, M, num)"""
         pixels = channel_last(gather_tokens(patches, ids), self.spec.in_chans).float()
         with torch.autocast(imgs.device.type, enabled=False):
@@ -115,7 +126,9 @@ class HOG(Target):
         self.cell_size = (p, q)
         super().__init__(spec, patch_values(spec) // (p * q) * self.bins)
 
-    def forward(self, imgs: torch.Tensor, patches: torch.Tensor, targets: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, imgs: torch.Tensor, patches: torch.Tensor, targets: torch.Tensor | None, ids: torch.Tensor
+    ) -> torch.Tensor:
         """(N, M, dim): a cell after the other, in it a channel after the other, in it the bins."""
         return gather_tokens(self.histograms(imgs.float()), ids)
 
@@ -127,7 +140,9 @@ class HOG(Target):
         length = torch.hypot(down, across)
         (h, w), (p, q), (n, c) = self.spec.grid_size, self.cell_size, imgs.shape[:2]
         a, b = self.spec.patch_size[0] // p, self.spec.patch_size[1] // q
-        in_cells = [((bins == i) * length).reshape(n, c, h, a, p, w, b, q).sum(dim=(4, 7)) for i in range(self.bins)]
+        in_cells = [
+            ((bins == i) * length).reshape(n, c, h, a, p, w, b, q).sum(dim=(4, 7)) for i in range(self.bins)
+        ]
         histograms = F.normalize(torch.stack(in_cells, dim=-1), dim=-1)  # (N, C, h, a, w, b, bins)
         return histograms.permute(0, 2, 4, 3, 5, 1, 6).reshape(n, h * w, self.dim)
 
@@ -138,11 +153,15 @@ class Tokens(Target):
     def __init__(self, spec: BackboneSpec, num: int):
         super().__init__(spec, num)
 
-    def forward(self, imgs: torch.Tensor, patches: torch.Tensor, targets: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, imgs: torch.Tensor, patches: torch.Tensor, targets: torch.Tensor | None, ids: torch.Tensor
+    ) -> torch.Tensor:
         """(N, M)"""
         if targets is None or targets.shape != patches.shape[:2]:
             given = "none" if targets is None else f"shape {tuple(targets.shape)}"
-            raise UserError(f"the target 'tokens' with targets of {given}", expected=f"ids {tuple(patches.shape[:2])}")
+            raise UserError(
+                f"the target 'tokens' with targets of {given}", expected=f"ids {tuple(patches.shape[:2])}"
+            )
         return targets.gather(1, ids)
 
     def loss(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -168,7 +187,9 @@ def fit_pca(patches: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor
     Of each direction and its opposite the one is taken whose largest component is positive.
     """
     if len(patches) <= num:
-        raise UserError(f"{len(patches)} patches for {num} PCA coefficients", expected="more patches than coefficients")
+        raise UserError(
+            f"{len(patches)} patches for {num} PCA coefficients", expected="more patches than coefficients"
+        )
     values = patches.double()
     mean = values.mean(dim=0)
     basis = torch.linalg.eigh((values - mean).T @ (values - mean)).eigenvectors.T.flip(0)[:num]
@@ -186,7 +207,9 @@ def _sobel(imgs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def build_target(name: TargetName, spec: BackboneSpec, *, norm_pix_loss: bool, num_pca: int, num_tokens: int) -> Target:
+def build_target(
+    name: TargetName, spec: BackboneSpec, *, norm_pix_loss: bool, num_pca: int, num_tokens: int
+) -> Target:
     """The target of that name; norm_pix_loss is for pixels, num_pca and num_tokens for theirs."""
     if name == "pixels":
         return Pixels(spec, norm_pix_loss)

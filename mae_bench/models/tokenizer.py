@@ -42,7 +42,9 @@ class Tokenizer(nn.Module):
 
         For a grid of 14 x 14 these are 112 pixels, as in BEiT (arXiv 2106.08254) and MAE's Table 1d.
         """
-        with torch.autocast(imgs.device.type, enabled=False):  # the targets of mixed precision are those of full precision
+        with torch.autocast(
+            imgs.device.type, enabled=False
+        ):  # the targets of mixed precision are those of full precision
             return self._ids(imgs, grid_size)
 
     def _ids(self, imgs: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
@@ -74,7 +76,12 @@ class ResidualBlock(nn.Module):
         self.gain = gain
         self.id_path = Conv(width_in, width, 1) if width_in != width else nn.Identity()
         inside = width // 4
-        convs = (Conv(width_in, inside, 3), Conv(inside, inside, 3), Conv(inside, inside, 3), Conv(inside, width, 1))
+        convs = (
+            Conv(width_in, inside, 3),
+            Conv(inside, inside, 3),
+            Conv(inside, inside, 3),
+            Conv(inside, width, 1),
+        )
         self.res_path = nn.ModuleDict({f"conv_{i}": conv for i, conv in enumerate(convs, 1)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -120,12 +127,24 @@ def _read(path: Path) -> Mapping[str, torch.Tensor]:
     with path.open("rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"
     try:
-        content: Any = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        content: Any = (
+            load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+    ) as error:
         raise _wrong(path, str(error).strip().split("\n")[0]) from error
     for key in WRAPPERS:
         content = content.get(key, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(tensor, torch.Tensor) for tensor in content.values()
+    ):
         raise _wrong(path, f"holds a {type(content).__name__} that is no set of tensors")
     return content
 

@@ -73,7 +73,12 @@ def build_vit(
     }
     if spec.arch not in ARCHS:
         return create_model(
-            spec.arch, pretrained=False, in_chans=spec.in_chans, dynamic_img_size=dynamic_img_size, **args, **_checked(spec)
+            spec.arch,
+            pretrained=False,
+            in_chans=spec.in_chans,
+            dynamic_img_size=dynamic_img_size,
+            **args,
+            **_checked(spec),
         )
     if spec.arch != "sam":
         args |= {"dynamic_img_size": dynamic_img_size}
@@ -122,7 +127,9 @@ def _checked(spec: BackboneSpec) -> dict[str, Any]:
             f"the architecture {spec.arch} has no option {' and no option '.join(unknown)}",
             expected=f"only {', '.join(known) or 'none'}",
         )
-    return {key: _layer(key, value) if key.endswith("_layer") else value for key, value in spec.options.items()}
+    return {
+        key: _layer(key, value) if key.endswith("_layer") else value for key, value in spec.options.items()
+    }
 
 
 def _layer(key: str, name: Any) -> Callable[..., nn.Module]:

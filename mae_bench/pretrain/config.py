@@ -35,7 +35,9 @@ class ModelConfig(Config):
             raise ValueError(error.given) from error
         return self
 
-    def spec(self, *, pretrain_method: str, pretrain_data: str, global_pool: Literal["token", "avg"] = "token") -> BackboneSpec:
+    def spec(
+        self, *, pretrain_method: str, pretrain_data: str, global_pool: Literal["token", "avg"] = "token"
+    ) -> BackboneSpec:
         """The BackboneSpec of a ViT of this shape with a sine-cosine table."""
         return BackboneSpec(
             arch="vit",
@@ -63,27 +65,39 @@ class PretrainConfig(TrainConfig):
     target: Literal["pixels", "pca", "hog", "tokens"] = "pixels"
     norm_pix_loss: bool = Field(True, description="pixels, normalised a patch; for the target 'pixels'")
     num_pca: PositiveInt = Field(96, description="PCA coefficients that the target 'pca' keeps (Table 1d)")
-    tokenizer: str | None = Field(None, description="checkpoint of the discrete tokenizer, for the target 'tokens'")
+    tokenizer: str | None = Field(
+        None, description="checkpoint of the discrete tokenizer, for the target 'tokens'"
+    )
     loss_on: Literal["masked", "all"] = "masked"
     augment: Literal["none", "crop", "resized_crop"] = Field(
         "resized_crop", description="Table 1e; none is a centre crop, no flip"
     )
-    color_jitter: float = Field(0.0, ge=0, description="strength of brightness, contrast, saturation and hue (Table 1e)")
+    color_jitter: float = Field(
+        0.0, ge=0, description="strength of brightness, contrast, saturation and hue (Table 1e)"
+    )
     crop_scale: tuple[float, float] = (0.2, 1.0)
     decode: Literal["fast", "exact"] = Field(
         "fast", description="exact is Pillow's pixels bit for bit; fast is within 0.05 of 255"
     )
     crop_on: Literal["cpu", "device"] = Field("cpu", description="where crops are resampled and flipped")
     betas: tuple[float, float] = (0.9, 0.95)
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="export averaged weights; the paper does not")
-    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass: less memory, more time")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="export averaged weights; the paper does not"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute each block in the backward pass: less memory, more time"
+    )
     num_reconstructions: int = Field(8, ge=1, description="validation images drawn")
-    reconstruct_epochs: float | None = Field(None, gt=0, description="draw them every so many epochs too, not at the end alone")
+    reconstruct_epochs: float | None = Field(
+        None, gt=0, description="draw them every so many epochs too, not at the end alone"
+    )
 
     @model_validator(mode="after")
     def _decoder_divides(self) -> "PretrainConfig":
         if self.decoder_embed_dim % self.decoder_num_heads:
-            raise ValueError(f"decoder_embed_dim is not divisible by decoder_num_heads {self.decoder_num_heads}")
+            raise ValueError(
+                f"decoder_embed_dim is not divisible by decoder_num_heads {self.decoder_num_heads}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -94,7 +108,10 @@ class PretrainConfig(TrainConfig):
             raise ValueError(
                 f"crop_scale {list(self.crop_scale)}: the least and the largest share of the area, such as [0.2, 1.0]"
             )
-        if self.target == "pca" and self.num_pca > self.model.patch_size[0] * self.model.patch_size[1] * self.model.in_chans:
+        if (
+            self.target == "pca"
+            and self.num_pca > self.model.patch_size[0] * self.model.patch_size[1] * self.model.in_chans
+        ):
             raise ValueError(f"num_pca {self.num_pca} is more than the values of a patch")
         return self
 

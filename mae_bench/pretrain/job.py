@@ -27,7 +27,14 @@ from mae_bench.models.targets import PCA
 from mae_bench.models.tokenizer import Tokenizer, load_tokenizer
 from mae_bench.models.vit import build_vit
 from mae_bench.pretrain.config import PretrainConfig, RandomConfig
-from mae_bench.pretrain.reconstruct import EVAL_BATCH, MAE_FILE, draw_reconstructions, evaluation_loss, first_readable, save_mae
+from mae_bench.pretrain.reconstruct import (
+    EVAL_BATCH,
+    MAE_FILE,
+    draw_reconstructions,
+    evaluation_loss,
+    first_readable,
+    save_mae,
+)
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
@@ -60,7 +67,9 @@ def run(config: PretrainConfig, job: Job, progress: Progress) -> Outcome:
     """
     data = open_data(config)
     spec = config.model.spec(pretrain_method="mae", pretrain_data=data.report.name)
-    count_kept(spec.num_patches, config.mask_ratio)  # a ratio that keeps nothing is told before anything is loaded
+    count_kept(
+        spec.num_patches, config.mask_ratio
+    )  # a ratio that keeps nothing is told before anything is loaded
     loss = PretrainLoss(config, spec, job)
     trainer = train(config, job, spec, data, loss, progress)
 
@@ -81,7 +90,10 @@ def run(config: PretrainConfig, job: Job, progress: Progress) -> Outcome:
         backbone_spec=spec.to_dict(),
         backbone_digest=digest,
         cost=_cost(trainer, model, spec),
-        notes=[str(trainer.accumulation), *(note for note in (data.bad_train.note(), data.bad_val.note()) if note)],
+        notes=[
+            str(trainer.accumulation),
+            *(note for note in (data.bad_train.note(), data.bad_val.note()) if note),
+        ],
         artefacts={**drawn, "mae": MAE_FILE},
     )
 
@@ -95,7 +107,9 @@ def open_data(config: PretrainConfig) -> Data:
     return Data(report, train, val, *bad)
 
 
-def train(config: PretrainConfig, job: Job, spec: BackboneSpec, data: Data, loss: "PretrainLoss", progress: Progress) -> Trainer:
+def train(
+    config: PretrainConfig, job: Job, spec: BackboneSpec, data: Data, loss: "PretrainLoss", progress: Progress
+) -> Trainer:
     """Runs what is left of the pretraining; the trainer that it returns holds the weights, the times and the meters."""
     device = torch.device(job.device)
     order = TrainingOrder(len(data.train), config.global_batch_size, job.seed, world().rank, world().size)
@@ -118,7 +132,10 @@ def train(config: PretrainConfig, job: Job, spec: BackboneSpec, data: Data, loss
     if config.reconstruct_epochs and model.can_reconstruct:
         trainer.every_epochs(config.reconstruct_epochs, Reconstructions(config, job, data.held_out))
     order = replace(order, sizes=trainer.accumulation.sizes)
-    trainer.fit(lambda start, stop: training_batches(data.train, transform, order, start, stop, config.num_workers), loss)
+    trainer.fit(
+        lambda start, stop: training_batches(data.train, transform, order, start, stop, config.num_workers),
+        loss,
+    )
     return trainer
 
 
@@ -154,21 +171,29 @@ def transform_of(config: PretrainConfig, spec: BackboneSpec) -> PretrainTransfor
     )
 
 
-def fit_targets(model: MAE, target: PCA, images: ImageSource, transform: PretrainTransform, seed: int) -> None:
+def fit_targets(
+    model: MAE, target: PCA, images: ImageSource, transform: PretrainTransform, seed: int
+) -> None:
     """Fits the PCA to patches of training images as the model will see them: the same on every process and at every resume."""
     chosen = epoch_order(len(images), seed, 0)[:NUM_PCA_IMAGES].tolist()
-    batch = Images(images, transform, seed, replace_bad=True).__getitems__([(0, index, 0) for index in chosen])
+    batch = Images(images, transform, seed, replace_bad=True).__getitems__(
+        [(0, index, 0) for index in chosen]
+    )
     if isinstance(batch, UserError):
         raise batch
     target.fit(
-        model.patchify(normalize(_cropped(batch, model.spec, torch.device("cpu")), model.spec.mean, model.spec.std)).flatten(0, 1)
+        model.patchify(
+            normalize(_cropped(batch, model.spec, torch.device("cpu")), model.spec.mean, model.spec.std)
+        ).flatten(0, 1)
     )
 
 
 def _cropped(batch: Batch, spec: BackboneSpec, device: torch.device) -> torch.Tensor:
     """The batch's images on the device, (N, C, *img_size), not normalised."""
     imgs = batch.imgs.to(device, non_blocking=True)
-    return imgs if batch.crops is None else resample_batch(imgs, batch.crops, spec.img_size, spec.interpolation)
+    return (
+        imgs if batch.crops is None else resample_batch(imgs, batch.crops, spec.img_size, spec.interpolation)
+    )
 
 
 class PretrainLoss:
@@ -191,7 +216,9 @@ class PretrainLoss:
         imgs = _cropped(batch, self.spec, self.device)
         targets = self.tokenizer(imgs, self.spec.grid_size) if self.tokenizer else None
         noise = self._noise_of(step)[batch.start : batch.start + len(imgs)].to(self.device, non_blocking=True)
-        loss: torch.Tensor = model(normalize(imgs, self.spec.mean, self.spec.std), self.config.mask_ratio, noise, targets)[0]
+        loss: torch.Tensor = model(
+            normalize(imgs, self.spec.mean, self.spec.std), self.config.mask_ratio, noise, targets
+        )[0]
         return loss
 
     def _noise_of(self, step: int) -> torch.Tensor:
@@ -199,8 +226,12 @@ class PretrainLoss:
         if self._noise[0] != step:
             generator = torch.Generator().manual_seed(seed_of(self.seed, step))
             c = self.config
-            noise = sample_noise(c.mask_sampling, c.global_batch_size, self.spec.grid_size, c.mask_ratio, generator)
-            pinned = self.device.type == "cuda"  # else the copy to the GPU would wait for all that it still has to do
+            noise = sample_noise(
+                c.mask_sampling, c.global_batch_size, self.spec.grid_size, c.mask_ratio, generator
+            )
+            pinned = (
+                self.device.type == "cuda"
+            )  # else the copy to the GPU would wait for all that it still has to do
             self._noise = step, noise.pin_memory() if pinned else noise
         return self._noise[1]
 
@@ -220,7 +251,10 @@ class Reconstructions:
     def draw(self, model: MAE, out: Path) -> None:
         """One picture of as many images as the config says."""
         draw_reconstructions(
-            model, first_readable(self.images, self.config.num_reconstructions, model.spec), self.config.mask_ratio, out
+            model,
+            first_readable(self.images, self.config.num_reconstructions, model.spec),
+            self.config.mask_ratio,
+            out,
         )
 
 
@@ -238,7 +272,12 @@ def _export(config: PretrainConfig, job: Job, data: Data, model: MAE) -> str:
 
 
 def _evaluate(
-    config: PretrainConfig, data: Data, model: MAE, trainer: Trainer, tokenizer: Tokenizer | None, progress: Progress
+    config: PretrainConfig,
+    data: Data,
+    model: MAE,
+    trainer: Trainer,
+    tokenizer: Tokenizer | None,
+    progress: Progress,
 ) -> tuple[dict[str, Metric], int]:
     """The losses, and how many images are behind the first of them."""
     unit = "nats" if config.target == "tokens" else "mse"
@@ -279,7 +318,9 @@ def run_random(config: RandomConfig, job: Job, progress: Progress) -> Outcome:
     seed_everything(seed_of(job.seed, 0, -3))
     spec = config.model.spec(pretrain_method="none", pretrain_data="none", global_pool=config.global_pool)
     model = build_vit(spec)
-    digest = write_export(job.dir / EXPORT, model.state_dict(), spec, {"config": job.config, "seed": job.seed})
+    digest = write_export(
+        job.dir / EXPORT, model.state_dict(), spec, {"config": job.config, "seed": job.seed}
+    )
     return Outcome(
         task="pretrain",
         dataset="none",

@@ -32,8 +32,15 @@ GREY = 0.5  # of a removed patch
 def save_mae(model: MAE, folder: Path) -> None:
     """Writes encoder and decoder with the reference's key names; what else is needed to rebuild it stands in the file's
     metadata."""
-    weights = {name.removeprefix("encoder."): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"format": "pt", "spec": json.dumps(model.spec.to_dict()), "decoder": json.dumps(model.options)}
+    weights = {
+        name.removeprefix("encoder."): tensor.detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    metadata = {
+        "format": "pt",
+        "spec": json.dumps(model.spec.to_dict()),
+        "decoder": json.dumps(model.options),
+    }
     write_atomic(folder / MAE_FILE, lambda file: file.write(save(weights, metadata=metadata)))
 
 
@@ -48,7 +55,8 @@ def reconstruct(
     """
     if not model.can_reconstruct:
         raise UserError(
-            f"a model that predicts {model.options['target']} has no picture to draw", expected="one that predicts pixels or pca"
+            f"a model that predicts {model.options['target']} has no picture to draw",
+            expected="one that predicts pixels or pca",
         )
     model.eval()
     device = model.mask_token.device
@@ -82,7 +90,9 @@ def draw_reconstructions(model: MAE, imgs: torch.Tensor, mask_ratio: float, out:
 
 def centre_crop(spec: BackboneSpec) -> PretrainTransform:
     """How images are shown to a model outside of training: the centre, by Pillow's pixels."""
-    return PretrainTransform(spec.img_size, "none", interpolation=spec.interpolation, decode="exact", in_chans=spec.in_chans)
+    return PretrainTransform(
+        spec.img_size, "none", interpolation=spec.interpolation, decode="exact", in_chans=spec.in_chans
+    )
 
 
 def write_png(out: Path, grid: torch.Tensor, gap: int = 4) -> None:
@@ -92,16 +102,18 @@ def write_png(out: Path, grid: torch.Tensor, gap: int = 4) -> None:
     canvas = torch.ones(c, rows * (h + gap) - gap, columns * (w + gap) - gap)
     for row in range(rows):
         for column in range(columns):
-            canvas[:, row * (h + gap) : row * (h + gap) + h, column * (w + gap) : column * (w + gap) + w] = grid[
-                row, column
-            ].cpu()
+            canvas[:, row * (h + gap) : row * (h + gap) + h, column * (w + gap) : column * (w + gap) + w] = (
+                grid[row, column].cpu()
+            )
     pixels = (canvas * 255).round().to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
     image = Image.fromarray(pixels)
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     write_atomic(out, lambda file: image.save(file, format="PNG"))
 
 
-def reconstruct_files(model: MAE, paths: Sequence[str | Path], out: str | Path, mask_ratio: float = 0.75, seed: int = 0) -> None:
+def reconstruct_files(
+    model: MAE, paths: Sequence[str | Path], out: str | Path, mask_ratio: float = 0.75, seed: int = 0
+) -> None:
     """Draws the reconstructions of image files; an unreadable image raises UserError."""
     if Path(out).suffix.lower() != ".png":
         raise UserError(f"--out {out}", expected="a name that ends with .png: the picture is a PNG")
@@ -129,7 +141,9 @@ def first_readable(images: ImageSource, count: int, spec: BackboneSpec) -> torch
         with suppress(BadImage, OSError):
             found.append(transform(read_pixels(images, place, spec.in_chans, fast=False), 0))
     if not found:
-        raise UserError("no image can be drawn: none decodes", expected="images that decode and have the model's channels")
+        raise UserError(
+            "no image can be drawn: none decodes", expected="images that decode and have the model's channels"
+        )
     return torch.stack(found)
 
 
@@ -156,7 +170,9 @@ def evaluation_loss(
     here = world()
     progress.stage("evaluate", len(images))
     total, count = 0.0, 0
-    for batch in evaluation_batches(images, centre_crop(model.spec), batch_size, num_workers, here.rank, here.size):
+    for batch in evaluation_batches(
+        images, centre_crop(model.spec), batch_size, num_workers, here.rank, here.size
+    ):
         for name, reason in batch.bad:
             bad_images.add(name, reason)
         if not len(batch.targets):
@@ -179,4 +195,6 @@ def evaluation_loss(
 def _noise(model: MAE, indices: Sequence[int], mask_ratio: float, seed: int) -> torch.Tensor:
     """(N, L), a row an image index."""
     generators = (torch.Generator().manual_seed(seed_of(seed, index, -4)) for index in indices)
-    return torch.cat([sample_noise(model.mask_sampling, 1, model.spec.grid_size, mask_ratio, g) for g in generators])
+    return torch.cat(
+        [sample_noise(model.mask_sampling, 1, model.spec.grid_size, mask_ratio, g) for g in generators]
+    )

@@ -32,7 +32,9 @@ def main() -> int:
     progress = Progress(folder / EVENTS_FILE)
     progress.stop_on_signals()
     try:
-        make_demo_data(Path(expand_variables(order["root"])), build(DemoConfig, order["config"], "demo_data"), progress)
+        make_demo_data(
+            Path(expand_variables(order["root"])), build(DemoConfig, order["config"], "demo_data"), progress
+        )
     except Interrupted:
         return INTERRUPTED
     except UserError as error:

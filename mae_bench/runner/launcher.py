@@ -13,7 +13,15 @@ from typing import Any
 
 from mae_bench.environment.provenance import visible_gpus
 from mae_bench.errors import Interrupted, UserError
-from mae_bench.runner.processes import GRACE_SECONDS, POLL_SECONDS, Ranks, Worker, free_port, rank_variables, stop_all
+from mae_bench.runner.processes import (
+    GRACE_SECONDS,
+    POLL_SECONDS,
+    Ranks,
+    Worker,
+    free_port,
+    rank_variables,
+    stop_all,
+)
 from mae_bench.runner.worker import INTERRUPTED
 
 JOIN_SECONDS = 1800.0  # that the processes have to find one another: nodes boot at different times
@@ -33,7 +41,9 @@ def adopt_slurm(variables: MutableMapping[str, str]) -> None:
     names = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "localhost")
     port = 20000 + (int(variables.get("SLURM_JOB_ID", "0")) * 7 + int(variables["SLURM_STEP_ID"])) % 10000
     address = variables.get("MASTER_ADDR", first_host(names))
-    found = rank_variables(int(variables["SLURM_PROCID"]), size, int(variables["SLURM_LOCALID"]), address, port)
+    found = rank_variables(
+        int(variables["SLURM_PROCID"]), size, int(variables["SLURM_LOCALID"]), address, port
+    )
     variables.update(found | {name: variables[name] for name in ("MASTER_PORT",) if name in variables})
 
 
@@ -89,13 +99,18 @@ class Company:
             number = 1
             while self._wait_for(f"order/{number}", stop):
                 order = json.loads(self.store.get(f"order/{number}"))
-                self.store.set(f"code/{number}/{self.rank}", str(self._obey(number, self._worker_of(number, order), stop)))
+                self.store.set(
+                    f"code/{number}/{self.rank}",
+                    str(self._obey(number, self._worker_of(number, order), stop)),
+                )
                 number += 1
             self.store.add("left", 1)
         except RuntimeError as error:  # the store's own, whose process is gone
             if self._orphaned():
                 raise Interrupted from error
-            raise UserError("rank 0 has ended without a word", fix="look at what it printed; the same command goes on") from error
+            raise UserError(
+                "rank 0 has ended without a word", fix="look at what it printed; the same command goes on"
+            ) from error
         if stop:
             raise Interrupted
 

@@ -37,7 +37,10 @@ class Tail:
     done: float = 0.0
     total: float = 0.0
     values: dict[str, Any] = field(default_factory=dict)
-    first: tuple[float, float] = (0.0, 0.0)  # time and steps done at the stage's first step: a resumed stage does not begin at 0
+    first: tuple[float, float] = (
+        0.0,
+        0.0,
+    )  # time and steps done at the stage's first step: a resumed stage does not begin at 0
 
     def poll(self) -> list[str]:
         """Reads the new events; returns the notes among them."""
@@ -106,7 +109,9 @@ class View:
         """A worker starts in `folder`, or several that work together; imgs_per_step: of a step of its training, 0 if unknown."""
         path = folder / EVENTS_FILE
         name += f" · {processes} processes" if processes > 1 else ""
-        self._tails[folder] = Tail(name, path, path.stat().st_size if path.is_file() else 0, imgs_per_step=imgs_per_step)
+        self._tails[folder] = Tail(
+            name, path, path.stat().st_size if path.is_file() else 0, imgs_per_step=imgs_per_step
+        )
         self._print(f"[dim]start[/]  {escape(name)}", passing=True)
 
     def end(self, folder: Path, name: str = "", result: ResultRecord | Failure | None = None) -> None:
@@ -162,17 +167,27 @@ class LiveView(View):
             grid.add_row(*row(tail))
         failed = f", [bold red]{self._failed} failed[/]" if self._failed else ""
         counted = f"{self._ended} of {self._total} cells{failed}, " if self._total else ""
-        return Group(grid, Text.from_markup(f"[dim]{counted}{clock(time.monotonic() - self._began)} so far[/]"))
+        return Group(
+            grid, Text.from_markup(f"[dim]{counted}{clock(time.monotonic() - self._began)} so far[/]")
+        )
 
 
 def row(tail: Tail) -> list[RenderableType]:
     """One running worker: name, stage, bar, count, values, elapsed, left."""
     bar = ProgressBar(total=tail.total or None, completed=tail.done, width=20, pulse=not tail.total)
     count = f"{tail.done:g}/{tail.total:g}" if tail.total else ""
-    values = " ".join(f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in tail.shown.items())
+    values = " ".join(
+        f"{name} {f'{value:.4g}' if isinstance(value, float) else value}"
+        for name, value in tail.shown.items()
+    )
     left = f"{clock(tail.seconds_left)} left" if tail.seconds_left is not None else ""
     texts = (count, values, clock(time.time() - tail.began), left)
-    return [Text(tail.name, style="bold", no_wrap=True), Text(tail.stage), bar, *(Text(text, style="dim") for text in texts)]
+    return [
+        Text(tail.name, style="bold", no_wrap=True),
+        Text(tail.stage),
+        bar,
+        *(Text(text, style="dim") for text in texts),
+    ]
 
 
 def outcome(result: ResultRecord | Failure) -> str:
@@ -185,7 +200,9 @@ def outcome(result: ResultRecord | Failure) -> str:
 def detail(result: ResultRecord | Failure) -> str:
     """The score, or the reason and what to do next, as markup."""
     if isinstance(result, Failure):
-        return f"\n       {escape(result.reason)}" + (f"\n       Next: {escape(result.fix)}" if result.fix else "")
+        return f"\n       {escape(result.reason)}" + (
+            f"\n       Next: {escape(result.fix)}" if result.fix else ""
+        )
     unit = "" if result.score.unit == "%" else f" {result.score.unit}"
     return f"  {escape(result.main_metric)} [bold]{result.score.value:.5g}[/]{' %' if not unit else escape(unit)}"
 

@@ -32,7 +32,9 @@ def plan_of(suite: SuiteConfig) -> dict[str, Any]:
     planned = []
     for cell in cells:
         result = cell.result()
-        planned.append(as_dict(cell, result) | _prospect(cell, result, problems) | _devices(cell, result, processes))
+        planned.append(
+            as_dict(cell, result) | _prospect(cell, result, problems) | _devices(cell, result, processes)
+        )
     return {"suite": suite.name, "out": suite.out, "cells": planned}
 
 
@@ -50,13 +52,17 @@ def _devices(cell: Cell, result: ResultRecord | Failure | None, processes: int) 
     from mae_bench.engine.accumulation import accumulation
 
     try:
-        batch = str(accumulation(cell.config["global_batch_size"], processes, cell.config["device_batch_size"]))
+        batch = str(
+            accumulation(cell.config["global_batch_size"], processes, cell.config["device_batch_size"])
+        )
     except UserError as error:
         return {"processes": processes, "state": "would fail", "reason": error.given, "fix": error.fix}
     return {"processes": processes, "batch": batch}
 
 
-def _prospect(cell: Cell, result: ResultRecord | Failure | None, problems: dict[Place, Any]) -> dict[str, Any]:
+def _prospect(
+    cell: Cell, result: ResultRecord | Failure | None, problems: dict[Place, Any]
+) -> dict[str, Any]:
     """What stands in the way of a cell that has no record."""
     if isinstance(result, ResultRecord):
         return {}
@@ -65,19 +71,29 @@ def _prospect(cell: Cell, result: ResultRecord | Failure | None, problems: dict[
     if problem := problems.get(place):
         return {"state": "would fail", "reason": problem.given, "fix": problem.fix}
     if chosen.extra and (missing := EXTRAS[chosen.extra].missing()):
-        return {"state": "not installed", "reason": f"{', '.join(missing)} missing", "fix": EXTRAS[chosen.extra].command}
+        return {
+            "state": "not installed",
+            "reason": f"{', '.join(missing)} missing",
+            "fix": EXTRAS[chosen.extra].command,
+        }
     return {} if result else _finished_otherwise(cell)
 
 
 def _finished_otherwise(cell: Cell) -> dict[str, str]:
     """What sets a cell that is left apart from the last finished one of the same name; nothing where there is none."""
-    finished = [folder for folder in cell.dir.parent.glob(f"{cell.task}-s{cell.seed}-*") if (folder / RECORD_FILE).is_file()]
+    finished = [
+        folder
+        for folder in cell.dir.parent.glob(f"{cell.task}-s{cell.seed}-*")
+        if (folder / RECORD_FILE).is_file()
+    ]
     others = [folder for folder in finished if folder != cell.dir and (folder / CELL_FILE).is_file()]
     if not others:
         return {}
     last = max(others, key=lambda folder: (folder / RECORD_FILE).stat().st_mtime)
     config = json.loads((last / CELL_FILE).read_text(encoding="utf-8"))["cell"]["config"]
-    changes = [change for change in _changes(config, cell.config) if change.split(": ")[0] not in NOT_THE_METHOD]
+    changes = [
+        change for change in _changes(config, cell.config) if change.split(": ")[0] not in NOT_THE_METHOD
+    ]
     more = [f"{len(changes) - MOST_CHANGES} more"] if len(changes) > MOST_CHANGES else []
     why = (
         ", ".join(changes[:MOST_CHANGES] + more)
@@ -107,14 +123,21 @@ def as_dict(cell: Cell, result: ResultRecord | Failure | None) -> dict[str, Any]
     if isinstance(result, Failure):
         return value | {"state": result.status, "reason": result.reason, "fix": result.fix}
     if result:
-        return value | {"state": "done", "metric": result.main_metric, "score": result.score.value, "unit": result.score.unit}
+        return value | {
+            "state": "done",
+            "metric": result.main_metric,
+            "score": result.score.value,
+            "unit": result.score.unit,
+        }
     return value
 
 
 def counts(cells: list[dict[str, Any]]) -> str:
     """For example "15 cells: 12 done, 3 left"."""
     counted = Counter(cell["state"] for cell in cells)
-    return f"{len(cells)} cells: " + ", ".join(f"{counted[state]} {state}" for state in STYLES if counted[state])
+    return f"{len(cells)} cells: " + ", ".join(
+        f"{counted[state]} {state}" for state in STYLES if counted[state]
+    )
 
 
 def render(plan: dict[str, Any]) -> RenderableType:

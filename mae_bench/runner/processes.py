@@ -35,7 +35,9 @@ class Process(Protocol):
 class Worker:
     """A worker process in a process group of its own; all that it prints goes to log.txt in its folder."""
 
-    def __init__(self, module: str, folder: Path, threads: int, visible: str | None, rank: dict[str, str] | None = None):
+    def __init__(
+        self, module: str, folder: Path, threads: int, visible: str | None, rank: dict[str, str] | None = None
+    ):
         with open(folder / LOG_FILE, "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, str(folder)],  # -P: a folder `tasks` where the user stands is not ours
@@ -86,7 +88,9 @@ class Ranks:
                 self.ask_to_stop()  # the signal may have reached this one alone
             self._deadline = time.monotonic() + (GRACE_SECONDS if self._code == INTERRUPTED else FALL_SECONDS)
         elif codes[0] == 0:
-            self._deadline = time.monotonic() + GRACE_SECONDS  # the record is written: nothing is left to do for the others
+            self._deadline = (
+                time.monotonic() + GRACE_SECONDS
+            )  # the record is written: nothing is left to do for the others
 
     def ask_to_stop(self) -> None:
         """All of them: they agree on the step after which they save."""
@@ -119,7 +123,13 @@ def start_ranks(module: str, folder: Path, threads: int, visible: Sequence[str],
 
 def rank_variables(rank: int, size: int, local_rank: int, address: str, port: int) -> dict[str, str]:
     """The variables of torchrun that `mae_bench.engine.distributed.process_group` reads."""
-    values = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "MASTER_ADDR": address, "MASTER_PORT": port}
+    values = {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": local_rank,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
     return {name: str(value) for name, value in values.items()}
 
 
@@ -137,7 +147,11 @@ def stop_all(processes: Iterable[Process], stop: list[int]) -> None:
     for process in processes:
         process.ask_to_stop()
     deadline = time.monotonic() + GRACE_SECONDS
-    while sum(process.poll() is None for process in processes) and time.monotonic() < deadline and len(stop) == asked:
+    while (
+        sum(process.poll() is None for process in processes)
+        and time.monotonic() < deadline
+        and len(stop) == asked
+    ):
         time.sleep(POLL_SECONDS)
     for process in processes:
         process.kill()

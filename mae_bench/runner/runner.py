@@ -66,7 +66,9 @@ def room_of(suite: SuiteConfig, launched: int = 1) -> Room:
     if launched > 1 and gpus:
         check_gpus()
     if launched > 1 and suite.processes not in ("auto", launched):
-        raise UserError(f"processes={suite.processes}, but a launcher started {launched}", fix="leave processes away")
+        raise UserError(
+            f"processes={suite.processes}, but a launcher started {launched}", fix="leave processes away"
+        )
     if gpus and launched == 1 and processes > len(gpus):
         raise UserError(f"processes={processes}, but torch sees {len(gpus)} GPUs here", expected="one GPU a process",
                         fix=f"processes={len(gpus)}, or start it by torchrun on several machines")  # fmt: skip
@@ -94,7 +96,9 @@ def check_data(suite: SuiteConfig) -> tuple[dict[Place, str], dict[Place, UserEr
     return digests, errors
 
 
-def run_suite(suite: SuiteConfig, view: View, command: str, company: Company | None = None) -> list[tuple[Cell, Result]]:
+def run_suite(
+    suite: SuiteConfig, view: View, command: str, company: Company | None = None
+) -> list[tuple[Cell, Result]]:
     """Makes the data if it is the suite's own, checks all data, then runs every cell that is not finished.
 
     company: the processes that a launcher started, of which this is rank 0; they run the cells of distributed kinds.
@@ -123,7 +127,9 @@ def locked(out: Path) -> Iterator[None]:
         file = open(out / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as the lock is held
     except OSError as error:
         raise UserError(
-            f"{out} cannot be written: {error}", expected="a folder to write to", fix="give another: --out DIR"
+            f"{out} cannot be written: {error}",
+            expected="a folder to write to",
+            fix="give another: --out DIR",
         ) from error
     with file:
         try:
@@ -172,7 +178,10 @@ def make_data(suite: SuiteConfig, view: View, stop: list[int]) -> None:
     if stop or worker.poll() == INTERRUPTED:
         raise Interrupted
     if worker.poll() != 0:
-        raise UserError(f"the demo's data cannot be made: {last_lines(folder)}", fix=f"{folder / LOG_FILE} has the whole log")
+        raise UserError(
+            f"the demo's data cannot be made: {last_lines(folder)}",
+            fix=f"{folder / LOG_FILE} has the whole log",
+        )
 
 
 def last_lines(folder: Path, count: int = LOG_LINES) -> str:
@@ -192,7 +201,9 @@ class Runner:
     ):  # fmt: skip
         self.cells, self.room, self.threads, self.command, self.view = cells, room, threads, command, view
         finished = {cell.dir: cell.result() for cell in cells}
-        self.results: dict[Path, Result] = {folder: r for folder, r in finished.items() if isinstance(r, ResultRecord)}
+        self.results: dict[Path, Result] = {
+            folder: r for folder, r in finished.items() if isinstance(r, ResultRecord)
+        }
         self._waiting = [cell for cell in cells if cell.dir not in self.results]
         self._running: dict[Process, tuple[Cell, list[Slot]]] = {}
         self._free = list(room.slots)
@@ -214,7 +225,9 @@ class Runner:
                 self.view.say(f"stopping: {len(self._running)} workers save their state")
             stop_all(self._running, stop)
             for cell, _ in self._running.values():
-                (cell.dir / FAILURE_FILE).unlink(missing_ok=True)  # of a rank that the stop of another surprised
+                (cell.dir / FAILURE_FILE).unlink(
+                    missing_ok=True
+                )  # of a rank that the stop of another surprised
 
     def _start_ready(self) -> None:
         for cell in list(self._waiting):
@@ -292,9 +305,13 @@ def result_of(cell: Cell, code: int) -> Result:
 def death_of(cell: Cell, code: int) -> Failure:
     """The failure of a worker that ended without a word."""
     if code == INTERRUPTED:
-        return cell.failure("another process asked it to stop", "run the same command again: it goes on from its saved state")
+        return cell.failure(
+            "another process asked it to stop", "run the same command again: it goes on from its saved state"
+        )
     if code >= 0:
-        return cell.failure(f"its worker ended with exit code {code}: {last_lines(cell.dir)}", f"see {cell.dir / LOG_FILE}")
+        return cell.failure(
+            f"its worker ended with exit code {code}: {last_lines(cell.dir)}", f"see {cell.dir / LOG_FILE}"
+        )
     name = signal.Signals(-code).name
     cause = ", most often because the system ran out of memory" if -code == signal.SIGKILL else ""
     said = f"; its last words: {last_lines(cell.dir)}" if last_lines(cell.dir) else ""

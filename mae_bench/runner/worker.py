@@ -19,7 +19,15 @@ from mae_bench.errors import Interrupted, NotInstalled, UserError
 from mae_bench.files import is_full, json_digest, write_json
 from mae_bench.job import EXPORT, STATES, Job, Outcome
 from mae_bench.progress import EVENTS_FILE, Progress
-from mae_bench.record import FAILURE_FILE, NOT_THE_METHOD, RECORD_FILE, Failure, ResultRecord, write_failure, write_record
+from mae_bench.record import (
+    FAILURE_FILE,
+    NOT_THE_METHOD,
+    RECORD_FILE,
+    Failure,
+    ResultRecord,
+    write_failure,
+    write_record,
+)
 from mae_bench.registry import Kind, load_object
 from mae_bench.suite.cell import CELL_FILE, LOG_FILE, Cell
 
@@ -82,7 +90,9 @@ def work_together(order: Order, progress: Progress) -> None:
         if code := ended(order, lambda: work(order, progress)):
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)  # the others may wait for this one inside a step, and leaving the group would wait for them
+            os._exit(
+                code
+            )  # the others may wait for this one inside a step, and leaving the group would wait for them
 
 
 def ended(order: Order, act: Callable[[], None]) -> int:
@@ -97,7 +107,10 @@ def ended(order: Order, act: Callable[[], None]) -> int:
             _fail(order.cell, failure_of(order.cell, mistake))
         else:
             traceback.print_exc()
-            _fail(order.cell, order.cell.failure(_described(error), f"its traceback is in {order.cell.dir / LOG_FILE}"))
+            _fail(
+                order.cell,
+                order.cell.failure(_described(error), f"its traceback is in {order.cell.dir / LOG_FILE}"),
+            )
         return 1
     return 0
 
@@ -110,7 +123,9 @@ def _mistake(error: Exception, folder: Path) -> UserError | None:
             expected=f"room in {folder}",
             fix="free some and run the same command again: it goes on from the last state",
         )
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, known by name: a failure must not wait for torch
+    if (
+        type(error).__name__ == "OutOfMemoryError"
+    ):  # torch's, known by name: a failure must not wait for torch
         return UserError(
             f"the device's memory is full: {str(error).partition('. ')[0]}",
             expected="room for the model and a batch",
@@ -120,7 +135,9 @@ def _mistake(error: Exception, folder: Path) -> UserError | None:
 
 
 def _described(error: Exception) -> str:
-    where = f" (rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']})" if "WORLD_SIZE" in os.environ else ""
+    where = (
+        f" (rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']})" if "WORLD_SIZE" in os.environ else ""
+    )
     return f"{type(error).__name__}: {error}{where}"
 
 
@@ -194,17 +211,23 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
     outcome: Outcome = run(config, job, progress)
     parts: dict[str, Any] = {name: getattr(outcome, name) for name in Outcome.__dataclass_fields__}
     if cell.upstream and outcome.conversion_report:
-        parts["conversion_report"] = outcome.conversion_report | {"source": f"run:{cell.backbone}"}  # no path of this machine
+        parts["conversion_report"] = outcome.conversion_report | {
+            "source": f"run:{cell.backbone}"
+        }  # no path of this machine
     return ResultRecord(
         **parts,
         backbone=cell.backbone,
         protocol=cell.config.get("protocol", cell.kind),
         seed=cell.seed,
         config=cell.config,
-        config_digest=json_digest({key: value for key, value in cell.config.items() if key not in NOT_THE_METHOD}),
+        config_digest=json_digest(
+            {key: value for key, value in cell.config.items() if key not in NOT_THE_METHOD}
+        ),
         versions=versions(),
         git_hash=code,
-        hardware=hardware() | {"threads": order.threads} | ({"processes": order.processes} if order.processes > 1 else {}),
+        hardware=hardware()
+        | {"threads": order.threads}
+        | ({"processes": order.processes} if order.processes > 1 else {}),
         command=order.command,
         started=started,
         finished=now(),
@@ -214,7 +237,11 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
 def environment(threads: int, visible: str | None) -> dict[str, str]:
     """The environment of a worker: threads, the GPUs that it sees ("": none, None: as here), no launcher's ranks."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-    kept = {name: value for name, value in os.environ.items() if name not in RANKS and not name.startswith("TORCHELASTIC_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in RANKS and not name.startswith("TORCHELASTIC_")
+    }
     gpus = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     return kept | dict.fromkeys(names, str(threads)) | gpus | {"PYTHONUNBUFFERED": "1"}
 

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mae_bench.record import FAILURE_FILE, RECORD_FILE, Failure, RecordError, ResultRecord, read_failure, read_record
+from mae_bench.record import (
+    FAILURE_FILE,
+    RECORD_FILE,
+    Failure,
+    RecordError,
+    ResultRecord,
+    read_failure,
+    read_record,
+)
 
 CELL_FILE = "cell.json"  # what the runner asks of the worker
 LOG_FILE = "log.txt"  # what the worker printed

@@ -65,7 +65,9 @@ class SuiteConfig(Config):
         return self.baseline or next(iter(self.backbones))
 
 
-def load_suite(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), out: str | Path | None = None) -> SuiteConfig:
+def load_suite(
+    source: str | Path | dict[str, Any], overrides: Sequence[str] = (), out: str | Path | None = None
+) -> SuiteConfig:
     """Reads a suite (a file, or its content) and validates it with every job in it; the jobs' configs come back complete.
 
     The default `out` is runs/NAME. UserError names the key, what was given and the nearest known name.
@@ -79,12 +81,18 @@ def load_suite(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
         _fill_data(job, data)
     suite = build(SuiteConfig, raw, name)
     if suite.baseline and suite.baseline not in suite.backbones:
-        raise UserError(f"baseline {suite.baseline!r} is none of the backbones", expected=f"one of {', '.join(suite.backbones)}")
+        raise UserError(
+            f"baseline {suite.baseline!r} is none of the backbones",
+            expected=f"one of {', '.join(suite.backbones)}",
+        )
     jobs = {place: complete_job(place, job) for place, job in _jobs(suite.model_dump())}
     for place, job in jobs.items():
         _check_group(place, job)
     return suite.model_copy(
-        update={group: {name: jobs[f"{group}.{name}"] for name in getattr(suite, group)} for group in ("backbones", "tasks")}
+        update={
+            group: {name: jobs[f"{group}.{name}"] for name in getattr(suite, group)}
+            for group in ("backbones", "tasks")
+        }
     )
 
 
@@ -106,9 +114,14 @@ def _jobs(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_data_keys(data: Any) -> None:
-    known = ["root", *sorted({key for kind in KINDS.values() if kind.layout for key in _data_keys(kind.layout)})]
+    known = [
+        "root",
+        *sorted({key for kind in KINDS.values() if kind.layout for key in _data_keys(kind.layout)}),
+    ]
     if not isinstance(data, dict):
-        raise UserError(f"data={data}", expected=f"keys below data: {', '.join(known)}", fix=f"data.root={data}")
+        raise UserError(
+            f"data={data}", expected=f"keys below data: {', '.join(known)}", fix=f"data.root={data}"
+        )
     if unknown := [key for key in data if key not in known]:
         near = difflib.get_close_matches(str(unknown[0]), known, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown key 'data.{unknown[0]}'; the nearest known key is 'data.{near}'")
@@ -118,7 +131,10 @@ def _fill_data(job: Any, data: dict[str, Any]) -> None:
     name = job.get("kind") if isinstance(job, dict) else None
     layout = KINDS[name].layout if isinstance(name, str) and name in KINDS else ""
     if layout and job.get("data", "???") == "???":
-        root, keys = data.get("root"), (job["set"],) if job.get("set") in _data_keys(layout) else _data_keys(layout)
+        root, keys = (
+            data.get("root"),
+            (job["set"],) if job.get("set") in _data_keys(layout) else _data_keys(layout),
+        )
         named = [data[key] for key in keys if data.get(key)]
         folder = named[0] if named else f"{root}/{keys[-1]}" if root and root != "???" else None
         if folder in (None, "???"):
@@ -137,7 +153,9 @@ def complete_job(place: str, job: dict[str, Any]) -> dict[str, Any]:
     """The job's config with every default filled in, as JSON; UserError names what is wrong with it, and its place."""
     if "kind" not in job:
         raise UserError(
-            f"{place} has no kind", expected=f"one of {', '.join(KINDS)}", fix="if an override was meant, look at its spelling"
+            f"{place} has no kind",
+            expected=f"one of {', '.join(KINDS)}",
+            fix="if an override was meant, look at its spelling",
         )
     chosen = kind(job["kind"])
     value = {"data": "???"} | job if chosen.layout else job
@@ -148,13 +166,18 @@ def complete_job(place: str, job: dict[str, Any]) -> dict[str, Any]:
 def _check_group(place: str, job: dict[str, Any]) -> None:
     if kind(job["kind"]).emits_backbone != place.startswith("backbones."):
         verb = "makes a backbone" if kind(job["kind"]).emits_backbone else "transfers one"
-        raise UserError(f"{place} is of kind {job['kind']!r}, which {verb}", expected="makers in backbones:, transfers in tasks:")
+        raise UserError(
+            f"{place} is of kind {job['kind']!r}, which {verb}",
+            expected="makers in backbones:, transfers in tasks:",
+        )
 
 
 def places(suite: SuiteConfig) -> list[Place]:
     """The data that the suite reads, each once."""
     found: list[Any] = [
-        (kind(job["kind"]).layout, job["data"]) for _, job in _jobs(suite.model_dump()) if kind(job["kind"]).layout
+        (kind(job["kind"]).layout, job["data"])
+        for _, job in _jobs(suite.model_dump())
+        if kind(job["kind"]).layout
     ]
     return list(dict.fromkeys(found))
 
@@ -162,7 +185,8 @@ def places(suite: SuiteConfig) -> list[Place]:
 def expand(suite: SuiteConfig, digests: Mapping[Place, str]) -> list[Cell]:
     """One cell a backbone, then one a backbone, task and seed. Cells of data without a digest get keys that change with it."""
     makers = {
-        name: _cell(suite, digests, name, BACKBONE, job, suite.backbone_seed, None) for name, job in suite.backbones.items()
+        name: _cell(suite, digests, name, BACKBONE, job, suite.backbone_seed, None)
+        for name, job in suite.backbones.items()
     }
     transfers = [
         _cell(suite, digests, name, task, job, seed, maker)
@@ -174,7 +198,13 @@ def expand(suite: SuiteConfig, digests: Mapping[Place, str]) -> list[Cell]:
 
 
 def _cell(
-    suite: SuiteConfig, digests: Mapping[Place, str], name: str, task: str, job: dict[str, Any], seed: int, maker: Cell | None
+    suite: SuiteConfig,
+    digests: Mapping[Place, str],
+    name: str,
+    task: str,
+    job: dict[str, Any],
+    seed: int,
+    maker: Cell | None,
 ) -> Cell:
     chosen = kind(job["kind"])
     place: Any = (chosen.layout, job.get("data"))

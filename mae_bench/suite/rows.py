@@ -51,10 +51,13 @@ def _rows(checkpoint: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for place, row in enumerate(_list_in(Path(checkpoint)), 1):
         described = {"source": row} if isinstance(row, str) else row
         if not isinstance(described, dict) or not isinstance(described.get("source"), str):
-            raise UserError(f"{checkpoint}: row {place} is {row!r}", expected=f"a source, or a mapping of {ROW}")
+            raise UserError(
+                f"{checkpoint}: row {place} is {row!r}", expected=f"a source, or a mapping of {ROW}"
+            )
         if not isinstance(described.get("name", ""), str) or "/" in described.get("name", ""):
             raise UserError(
-                f"{checkpoint}: row {place} is called {described['name']!r}", expected="a name that a folder can have"
+                f"{checkpoint}: row {place} is called {described['name']!r}",
+                expected="a name that a folder can have",
             )
         sources = _sources(described["source"])
         if len(sources) > 1:
@@ -70,7 +73,10 @@ def _list_in(path: Path) -> list[Any]:
     except Exception as error:  # the YAML reader has many error types; each is the file's author's mistake
         raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path} holds a {type(rows).__name__} of {len(rows or [])}", expected=f"a list of checkpoints: {ROW}")
+        raise UserError(
+            f"{path} holds a {type(rows).__name__} of {len(rows or [])}",
+            expected=f"a list of checkpoints: {ROW}",
+        )
     return rows
 
 
@@ -88,7 +94,11 @@ def _sources(given: str) -> list[str]:
 def _free_name(source: str, taken: set[str], number: int) -> str:
     scheme, colon, rest = source.rpartition(":")
     path = Path(rest)
-    parts = [part.stem for part in (path, *path.parents) if part.name not in GENERAL and not part.name.startswith("backbone-s")]
+    parts = [
+        part.stem
+        for part in (path, *path.parents)
+        if part.name not in GENERAL and not part.name.startswith("backbone-s")
+    ]
     own = next(iter(parts), "checkpoint")
     if colon and scheme not in PATHS:  # REPO@REVISION, or a name with tags
         own = path.name.partition("@")[0].replace(".", "_")

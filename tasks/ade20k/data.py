@@ -46,7 +46,14 @@ class ADE20KLayout(BaseSegDataset):
     """
 
     def __init__(
-        self, data_root: str, split: str, classes: list[str], bad_images: str, max_bad_images: float, seed: int, **kwargs: Any
+        self,
+        data_root: str,
+        split: str,
+        classes: list[str],
+        bad_images: str,
+        max_bad_images: float,
+        seed: int,
+        **kwargs: Any,
     ):
         self.seed, self.bad_file, self.max_bad_images = seed, Path(bad_images), max_bad_images
         super().__init__(
@@ -56,7 +63,9 @@ class ADE20KLayout(BaseSegDataset):
 
     def load_data_list(self) -> list[dict[str, Any]]:
         images, folder = super().load_data_list(), Path(self.data_prefix["img_path"])
-        if strange := sorted(path.name for path in folder.iterdir() if is_image(path.name) and path.suffix != self.img_suffix):
+        if strange := sorted(
+            path.name for path in folder.iterdir() if is_image(path.name) and path.suffix != self.img_suffix
+        ):
             raise UserError(f"{len(strange)} images in {folder} are not {self.img_suffix}: {strange[0]}",
                             expected="JPEG files named so, as in ADE20K", fix="convert or rename them")  # fmt: skip
         self.bad = SharedBadImages(self.bad_file, self.max_bad_images, len(images))
@@ -78,7 +87,9 @@ class ADE20KLayout(BaseSegDataset):
         except READ_ERRORS:
             if not self._name_unreadable(self.get_data_info(idx)):
                 raise
-            if get_worker_info() is None:  # an error of a loader process would come with its traceback; the hook finds those
+            if (
+                get_worker_info() is None
+            ):  # an error of a loader process would come with its traceback; the hook finds those
                 self.bad.check()
             return None
 

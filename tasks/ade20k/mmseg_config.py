@@ -11,7 +11,10 @@ from tasks.ade20k.config import UPerNetConfig
 
 IGNORE_INDEX = 255
 WARMUP_FACTOR = 1e-6  # of the lr at iteration 0, as in BEiT's and MAE's segmentation configs
-NORM = {"type": "BN", "requires_grad": True}  # one process has the whole batch: BN is what SyncBN is over several
+NORM = {
+    "type": "BN",
+    "requires_grad": True,
+}  # one process has the whole batch: BN is what SyncBN is over several
 LOG_INTERVAL = 50
 IMPORTS = ["backbones.adapters.mmseg", "tasks.ade20k.data", "tasks.ade20k.metrics"]
 
@@ -49,8 +52,17 @@ def mmseg_config(config: UPerNetConfig, job: Job, spec: BackboneSpec, classes: l
 
 def _model(config: UPerNetConfig, source: str, spec: BackboneSpec, num_classes: int) -> Part:
     loss = {"type": "CrossEntropyLoss", "use_sigmoid": False}
-    head = {"dropout_ratio": config.dropout, "num_classes": num_classes, "norm_cfg": NORM, "align_corners": False}
-    window = {"crop_size": (config.crop_size,) * 2, "stride": (config.test_stride,) * 2} if config.test_mode == "slide" else {}
+    head = {
+        "dropout_ratio": config.dropout,
+        "num_classes": num_classes,
+        "norm_cfg": NORM,
+        "align_corners": False,
+    }
+    window = (
+        {"crop_size": (config.crop_size,) * 2, "stride": (config.test_stride,) * 2}
+        if config.test_mode == "slide"
+        else {}
+    )
     model = {
         "type": "EncoderDecoder", "data_preprocessor": preprocessor(spec, config.crop_size), "neck": neck(spec, NORM),
         "backbone": {
@@ -103,7 +115,13 @@ def _val_pipeline(config: UPerNetConfig) -> list[Part]:
 
 
 def _optim_wrapper(config: UPerNetConfig) -> Part:
-    adamw = {"type": "AdamW", "lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
+    adamw = {
+        "type": "AdamW",
+        "lr": config.lr,
+        "betas": config.betas,
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }
     return {
         "type": "OptimWrapper" if config.amp_dtype == "float32" else "BFloat16OptimWrapper", "constructor": "MAEBenchLayerDecay",
         "optimizer": adamw, "paramwise_cfg": {"layer_decay": config.layer_decay},
@@ -111,8 +129,17 @@ def _optim_wrapper(config: UPerNetConfig) -> Part:
 
 
 def _param_scheduler(config: UPerNetConfig) -> list[Part]:
-    warmup = config.warmup_iterations if config.warmup_iterations > 1 else 0  # a LinearLR of one step would never leave its start
+    warmup = (
+        config.warmup_iterations if config.warmup_iterations > 1 else 0
+    )  # a LinearLR of one step would never leave its start
     end = config.iterations
     rise = {"type": "LinearLR", "start_factor": WARMUP_FACTOR, "by_epoch": False, "begin": 0, "end": warmup}
-    fall = {"type": "PolyLR", "power": config.poly_power, "eta_min": 0.0, "by_epoch": False, "begin": warmup, "end": end}
+    fall = {
+        "type": "PolyLR",
+        "power": config.poly_power,
+        "eta_min": 0.0,
+        "by_epoch": False,
+        "begin": warmup,
+        "end": end,
+    }
     return [rise, fall] if warmup else [fall]

@@ -27,7 +27,9 @@ LOG_FILE = "mmseg.log"
 class JobRunner(Runner):
     """mmengine's Runner on the job's device, with its log in the job's folder and not on the terminal."""
 
-    def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
+    def build_logger(
+        self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any
+    ) -> MMLogger:
         logger = super().build_logger(log_level, str(Path(self.work_dir).parent / LOG_FILE), **kwargs)
         logger.handlers = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
         return logger
@@ -50,7 +52,9 @@ def build_runner(parts: dict[str, Any], checkpoint: Path) -> tuple[JobRunner, fl
     The checkpoint is tried as data only, because mmengine would turn to unpickling; one that cannot be read is a UserError.
     """
     cfg = Config(parts, format_python_code=False)  # formatting costs half a second at each checkpoint
-    cfg.experiment_name = f"mae_bench-{time.time_ns()}"  # mmengine's loggers, hubs and scopes are global and known by it
+    cfg.experiment_name = (
+        f"mae_bench-{time.time_ns()}"  # mmengine's loggers, hubs and scopes are global and known by it
+    )
     if not checkpoint.exists():
         return JobRunner.from_cfg(cfg), 0.0
     try:
@@ -81,13 +85,17 @@ class JobHook(Hook):
         self.saved = self.counted = time.monotonic()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        seed_everything(seed_of(self.seed, STEP, batch_idx))  # drop path and dropout follow from the iteration, whoever loaded it
+        seed_everything(
+            seed_of(self.seed, STEP, batch_idx)
+        )  # drop path and dropout follow from the iteration, whoever loaded it
         self.lr = max(runner.optim_wrapper.get_lr()["lr"])  # the heads'
         for name, reason in list(self.bad.check().names.items())[self.num_bad :]:
             self.progress.note(f"{name} does not decode and is skipped: {reason}")
             self.num_bad += 1
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
         done, loss = batch_idx + 1, float(outputs["loss"].detach())
         if not math.isfinite(loss):
             raise self._not_finite(runner, f"loss {loss}", done)
@@ -101,7 +109,9 @@ class JobHook(Hook):
             self._save(runner, done)
             raise
 
-    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+    def after_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
         self.progress.step(batch_idx + 1)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -125,7 +135,11 @@ class JobHook(Hook):
         self.saved = time.monotonic()
 
     def _not_finite(self, runner: Runner, what: str, done: int) -> UserError:
-        kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint was saved yet"
+        kept = (
+            f"the last good checkpoint is {self.checkpoint}"
+            if self.checkpoint.exists()
+            else "no checkpoint was saved yet"
+        )
         return UserError(
             f"training stopped at iteration {done} of {runner.max_iters}: {what}", expected="finite numbers",
             fix=f"lower lr or raise warmup_iterations; {kept}",

@@ -59,7 +59,9 @@ def run(config: UPerNetConfig, job: Job, progress: Progress) -> Outcome:
     )  # fmt: skip
 
 
-def _train(config: UPerNetConfig, job: Job, progress: Progress, parts: dict[str, Any]) -> tuple[JobRunner, Seconds]:
+def _train(
+    config: UPerNetConfig, job: Job, progress: Progress, parts: dict[str, Any]
+) -> tuple[JobRunner, Seconds]:
     checkpoint = job.dir / CHECKPOINT_FILE
     bad_file(job, "validation").unlink(missing_ok=True)  # it is looked through anew
     if not checkpoint.exists():

@@ -29,7 +29,13 @@ from mae_bench.files import json_digest
 from tasks.coco.config import MaskRCNNConfig
 
 Sample = dict[str, Any]
-READ_ERRORS = (OSError, SyntaxError, EOFError, Image.DecompressionBombError, SizeMismatchError)  # SyntaxError: a broken PNG
+READ_ERRORS = (
+    OSError,
+    SyntaxError,
+    EOFError,
+    Image.DecompressionBombError,
+    SizeMismatchError,
+)  # SyntaxError: a broken PNG
 STEP, SAMPLE = 0, 1  # seed_of's streams: randomness of the model's step, of a sample's augmentation
 
 
@@ -51,7 +57,9 @@ def register(root: Path, digest: str) -> CocoNames:
     train, val = (f"coco_{key}_{split}" for split in ("train", "val"))
     for name, split in ((train, "train2017"), (val, "val2017")):
         if name not in DatasetCatalog.list():
-            register_coco_instances(name, {}, str(root / "annotations" / f"instances_{split}.json"), str(root / split))
+            register_coco_instances(
+                name, {}, str(root / "annotations" / f"instances_{split}.json"), str(root / split)
+            )
         DatasetCatalog.get(name)  # fills the metadata
     ids, val_ids = (MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id for name in (train, val))
     if ids != val_ids:
@@ -116,7 +124,9 @@ class GoodImages:
             for sample in batch:
                 if "bad_image" in sample:
                     self.bad.add(sample["bad_image"], sample["reason"])
-            if self.seed is not None:  # drop path and proposal sampling follow from the step, whoever loaded it
+            if (
+                self.seed is not None
+            ):  # drop path and proposal sampling follow from the step, whoever loaded it
                 seed_everything(seed_of(self.seed, STEP, step))
             if good := [sample for sample in batch if "bad_image" not in sample]:
                 yield good
@@ -148,7 +158,9 @@ def val_loader(config: MaskRCNNConfig, name: str, bad: BadImages) -> GoodImages:
     """Every image of the split once, its longer side scaled to img_size."""
     dicts = get_detection_dataset_dicts(name, filter_empty=False)
     mapper = DatasetMapper(
-        is_train=False, image_format="RGB", augmentations=[T.ResizeShortestEdge(config.img_size, max_size=config.img_size)]
+        is_train=False,
+        image_format="RGB",
+        augmentations=[T.ResizeShortestEdge(config.img_size, max_size=config.img_size)],
     )
     loader = build_detection_test_loader(
         dicts, mapper=NameBadImages(mapper), batch_size=config.eval_batch_size, num_workers=config.num_workers
@@ -158,5 +170,14 @@ def val_loader(config: MaskRCNNConfig, name: str, bad: BadImages) -> GoodImages:
 
 def _mask_format(dicts: list[Sample]) -> str:
     """Polygons where all objects have them (cheaper), else bitmaps; crowds are not trained on."""
-    objects = (annotation for image in dicts for annotation in image["annotations"] if not annotation.get("iscrowd", 0))
-    return "bitmask" if any(isinstance(annotation.get("segmentation"), dict) for annotation in objects) else "polygon"
+    objects = (
+        annotation
+        for image in dicts
+        for annotation in image["annotations"]
+        if not annotation.get("iscrowd", 0)
+    )
+    return (
+        "bitmask"
+        if any(isinstance(annotation.get("segmentation"), dict) for annotation in objects)
+        else "polygon"
+    )

@@ -15,12 +15,16 @@ from tasks.coco.metrics import SUFFIXES, translate
 DETECTIONS_FILE = "coco_instances_results.json"  # COCOEvaluator's name for it
 
 
-def evaluate(model: nn.Module, loader: GoodImages, name: str, folder: Path, progress: Progress) -> tuple[dict[str, Metric], int]:
+def evaluate(
+    model: nn.Module, loader: GoodImages, name: str, folder: Path, progress: Progress
+) -> tuple[dict[str, Metric], int]:
     """Metrics in percent and the number of detections, which are left in folder/DETECTIONS_FILE.
 
     An image that the loader skipped counts as an image without detections.
     """
-    evaluator = COCOEvaluator(name, tasks=tuple(SUFFIXES), distributed=False, output_dir=str(folder), use_fast_impl=False)
+    evaluator = COCOEvaluator(
+        name, tasks=tuple(SUFFIXES), distributed=False, output_dir=str(folder), use_fast_impl=False
+    )
     progress.stage("evaluate", len(loader))
     done = iter(range(1, len(loader) + 1))
     callbacks = {"after_inference": lambda: progress.step(next(done))}

@@ -14,7 +14,12 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
-from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers, MaskRCNNConvUpsampleHead, StandardROIHeads
+from detectron2.modeling.roi_heads import (
+    FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
+    MaskRCNNConvUpsampleHead,
+    StandardROIHeads,
+)
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
@@ -29,7 +34,9 @@ SCHEDULE_PARTS = 10**6  # fvcore wants whole milestones; the schedule is a funct
 WARMUP_FACTOR = 0.001  # of the lr at iteration 0, as in detectron2's ViTDet configs
 
 
-def lazy_config(config: MaskRCNNConfig, spec: BackboneSpec, source: str | Path, num_classes: int) -> DictConfig:
+def lazy_config(
+    config: MaskRCNNConfig, spec: BackboneSpec, source: str | Path, num_classes: int
+) -> DictConfig:
     """{"model", "optimizer", "lr_multiplier"} as LazyCalls; `build` adds the model to the optimizer's."""
     return OmegaConf.create({
         "model": _model(config, spec, str(source), num_classes),
@@ -50,7 +57,9 @@ def dump(setup: DictConfig, folder: Path) -> None:
     LazyConfig.save(setup, str(folder / "detectron2.yaml"))
 
 
-def adamw(model: Any, lr: float, betas: tuple[float, float], weight_decay: float, layer_decay: float) -> torch.optim.AdamW:
+def adamw(
+    model: Any, lr: float, betas: tuple[float, float], weight_decay: float, layer_decay: float
+) -> torch.optim.AdamW:
     """AdamW over detectron2's parameter groups: lr decayed by layer; no weight decay for norms, position table, prefix tokens."""
     params = get_default_optimizer_params(
         model, base_lr=lr, weight_decay_norm=0.0, lr_factor_func=lr_scale(model.backbone.net.spec, layer_decay),

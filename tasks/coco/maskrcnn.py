@@ -67,4 +67,8 @@ def _notes(bad: dict[str, BadImages], num_detections: int) -> list[str]:
     notes = [f"{split}: {images.note()}" for split, images in bad.items() if images.count]
     if bad[SPLITS[1]].count:
         notes.append(f"unread images of {SPLITS[1]} count as images without detections")
-    return notes if num_detections else [*notes, "nothing was detected above score_threshold: the AP is 0 by definition"]
+    return (
+        notes
+        if num_detections
+        else [*notes, "nothing was detected above score_threshold: the AP is 0 by definition"]
+    )

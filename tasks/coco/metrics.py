@@ -7,7 +7,14 @@ from mae_bench.record import Metric
 
 MAIN_METRIC = "AP_box"
 SUFFIXES = {"bbox": "box", "segm": "mask"}  # detectron2's task -> ours
-NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # over IoU 0.5:0.95, at 0.5, at 0.75, by area below 32^2, to 96^2, above
+NAMES = (
+    "AP",
+    "AP50",
+    "AP75",
+    "APs",
+    "APm",
+    "APl",
+)  # over IoU 0.5:0.95, at 0.5, at 0.75, by area below 32^2, to 96^2, above
 
 
 def translate(results: Mapping[str, Mapping[str, float]], num_detections: int) -> dict[str, Metric]:

@@ -40,14 +40,20 @@ class Checkpointer(DetectionCheckpointer):
         data = {**{key: part.state_dict() for key, part in parts.items()}, **extra}
         write_atomic(Path(self.save_dir) / f"{name}.pth", lambda file: torch.save(data, file))
         self.tag_last_checkpoint(f"{name}.pth")
-        for old in sorted(Path(self.save_dir).glob("model_*.pth"))[:-KEPT_CHECKPOINTS]:  # by iteration; model_final comes last
+        for old in sorted(Path(self.save_dir).glob("model_*.pth"))[
+            :-KEPT_CHECKPOINTS
+        ]:  # by iteration; model_final comes last
             old.unlink()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        if wrong := [*incompatible.missing_keys, *incompatible.unexpected_keys, *incompatible.incorrect_shapes]:
+        if wrong := [
+            *incompatible.missing_keys,
+            *incompatible.unexpected_keys,
+            *incompatible.incorrect_shapes,
+        ]:
             raise UserError(
                 f"{self.get_checkpoint_file()} does not fit the model: {wrong[:3]}", expected="a checkpoint of this very config",
                 fix=f"remove {self.save_dir} to train anew",
@@ -156,12 +162,20 @@ def clear_checkpoints(folder: Path) -> None:
     shutil.rmtree(folder / CHECKPOINTS)
 
 
-def _trainer(model: nn.Module, optimizer: torch.optim.Optimizer, config: MaskRCNNConfig, job: Job) -> SimpleTrainer:
+def _trainer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: MaskRCNNConfig, job: Job
+) -> SimpleTrainer:
     if config.amp_dtype == "float32":
         return SimpleTrainer(model, None, optimizer)
     if job.device == "cpu":
         return AutocastTrainer(model, None, optimizer)
-    return AMPTrainer(model, None, optimizer, grad_scaler=torch.amp.GradScaler("cuda", enabled=False), precision=torch.bfloat16)
+    return AMPTrainer(
+        model,
+        None,
+        optimizer,
+        grad_scaler=torch.amp.GradScaler("cuda", enabled=False),
+        precision=torch.bfloat16,
+    )
 
 
 def _last_good(checkpointer: Checkpointer) -> str:

@@ -30,7 +30,13 @@ from tasks.imagenet.config import ClassifyConfig, EvalConfig, ImageConfig, Poole
 from tasks.imagenet.data import Data
 from tasks.imagenet.evaluate import Feed, predict_images, watch_epochs
 
-MLP_HALF = ("norm2", "mlp", "ls2", "gamma_2", "drop_path2")  # of timm's blocks; gamma_2 is a parameter of BEiT's and EVA's
+MLP_HALF = (
+    "norm2",
+    "mlp",
+    "ls2",
+    "gamma_2",
+    "drop_path2",
+)  # of timm's blocks; gamma_2 is a parameter of BEiT's and EVA's
 BatchStream = Callable[[int, int], Iterator[Batch]]
 
 
@@ -41,7 +47,9 @@ class Classifier(nn.Module):
     backbone keeps its own, in front of the pooling (`norm`) or, in fine-tuned files, behind it (`fc_norm`).
     """
 
-    def __init__(self, vit: ViT, spec: BackboneSpec, num_classes: int, pool: Literal["token", "avg"], *, fc_norm: bool):
+    def __init__(
+        self, vit: ViT, spec: BackboneSpec, num_classes: int, pool: Literal["token", "avg"], *, fc_norm: bool
+    ):
         super().__init__()
         self.vit: Any = vit
         self._frozen: list[nn.Module] = []
@@ -89,7 +97,9 @@ class Classifier(nn.Module):
         return logits_of(self.head, self.features(imgs), self.training)
 
 
-def logits_of(head: Callable[[torch.Tensor], torch.Tensor], features: torch.Tensor, training: bool) -> torch.Tensor:
+def logits_of(
+    head: Callable[[torch.Tensor], torch.Tensor], features: torch.Tensor, training: bool
+) -> torch.Tensor:
     """The head's logits; in evaluation in float32, whatever the precision before it: in bfloat16 many images have two first
     classes."""
     if training:
@@ -102,7 +112,9 @@ def size_of(config: ImageConfig, spec: BackboneSpec) -> tuple[int, int]:
     """The image size of the protocol; one that the patch does not divide raises UserError."""
     size = config.img_size or spec.img_size
     if any(side % patch for side, patch in zip(size, spec.patch_size, strict=True)):
-        raise UserError(f"img_size {size} with a patch of {spec.patch_size}", expected="sides that the patch divides")
+        raise UserError(
+            f"img_size {size} with a patch of {spec.patch_size}", expected="sides that the patch divides"
+        )
     return size
 
 
@@ -125,7 +137,9 @@ def require_pool(pool: str, spec: BackboneSpec) -> None:
         )
 
 
-def load_at_size(config: ImageConfig, source: str, drop_path_rate: float = 0.0) -> tuple[ViT, BackboneSpec, ConversionReport]:
+def load_at_size(
+    config: ImageConfig, source: str, drop_path_rate: float = 0.0
+) -> tuple[ViT, BackboneSpec, ConversionReport]:
     """The backbone behind a SOURCE, its position table resampled to the protocol's image size."""
     checkpoint = open_source(source)
     vit, spec, report = load_backbone(checkpoint, drop_path_rate=drop_path_rate)
@@ -143,7 +157,11 @@ def order_of(config: EvalConfig, data: Data, seed: int) -> TrainingOrder:
 
 
 def stream(
-    images: ImageSource, config: EvalConfig, order: TrainingOrder, spec: BackboneSpec, auto_augment: str | None
+    images: ImageSource,
+    config: EvalConfig,
+    order: TrainingOrder,
+    spec: BackboneSpec,
+    auto_augment: str | None,
 ) -> BatchStream:
     """A function (start, stop) -> the augmented training batches of those steps."""
     transform = train_transform(
@@ -161,9 +179,19 @@ class MixedLoss:
 
     def __init__(self, config: ClassifyConfig, spec: BackboneSpec, num_classes: int, device: torch.device):
         self.config, self.spec, self.device = config, spec, device
-        mixup = partial(Mixup, config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes)
+        mixup = partial(
+            Mixup,
+            config.mixup,
+            config.cutmix,
+            label_smoothing=config.label_smoothing,
+            num_classes=num_classes,
+        )
         self.mixup = mixup() if config.mixes else None
-        self.erase = RandomErasing(config.random_erasing, mode="pixel", device=device.type) if config.random_erasing else None
+        self.erase = (
+            RandomErasing(config.random_erasing, mode="pixel", device=device.type)
+            if config.random_erasing
+            else None
+        )
         self.soft = SoftTargetCrossEntropy()
 
     def __call__(self, model: nn.Module, batch: Batch, step: int) -> torch.Tensor:

@@ -38,22 +38,30 @@ class ImageConfig(JobConfig):
     """What every protocol on the ImageNet layout shares. img_size None: the size that the backbone was trained at."""
 
     img_size: tuple[int, int] | None = None
-    crop_pct: float = Field(0.875, gt=0, le=1, description="evaluation resizes the short side to img_size / crop_pct")
+    crop_pct: float = Field(
+        0.875, gt=0, le=1, description="evaluation resizes the short side to img_size / crop_pct"
+    )
     eval_batch_size: int = Field(256, gt=0)
     amp_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
-    expect: Literal["imagenet-1k", "inat-2017", "inat-2018", "inat-2019", "places205", "places365"] | None = Field(
-        None, description="the data set that the numbers are for: another list of classes or number of images is refused"
+    expect: Literal["imagenet-1k", "inat-2017", "inat-2018", "inat-2019", "places205", "places365"] | None = (
+        Field(
+            None,
+            description="the data set that the numbers are for: another list of classes or number of images is refused",
+        )
     )
     overlap: Literal["note", "refuse"] = Field(
-        "note", description="what becomes of a set whose splits share images, byte for byte: it is told in the record, or refused"
+        "note",
+        description="what becomes of a set whose splits share images, byte for byte: it is told in the record, or refused",
     )
 
 
 class PooledConfig(ImageConfig):
     """What protocols that pool a backbone's tokens themselves share."""
 
-    global_pool: Literal["token", "avg", "own"] = Field("avg", description="own: as the checkpoint's authors pool, by its spec")
+    global_pool: Literal["token", "avg", "own"] = Field(
+        "avg", description="own: as the checkpoint's authors pool, by its spec"
+    )
 
 
 class EvalConfig(TrainConfig, PooledConfig):
@@ -61,7 +69,9 @@ class EvalConfig(TrainConfig, PooledConfig):
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
     eval_epochs: float | None = Field(
-        None, gt=0, description="epochs between two evaluations while training, of which the best is told; none: at the end alone"
+        None,
+        gt=0,
+        description="epochs between two evaluations while training, of which the best is told; none: at the end alone",
     )
 
 
@@ -102,7 +112,9 @@ class SupervisedConfig(ClassifyConfig):
     @model_validator(mode="after")
     def _has_one_size(self) -> "SupervisedConfig":
         if self.img_size not in (None, self.model.img_size):
-            raise ValueError(f"img_size {self.img_size} with model.img_size {self.model.img_size}: set the model's alone")
+            raise ValueError(
+                f"img_size {self.img_size} with model.img_size {self.model.img_size}: set the model's alone"
+            )
         return self
 
 
@@ -126,7 +138,9 @@ class PartialFinetuneConfig(FinetuneConfig):
     kind: Literal["partial_finetune"]  # type: ignore[assignment]
     blocks: list[Annotated[float, Field(ge=0)]] = Field([0, 0.5, 1, 2, 4, 6, 12, 18, 24], min_length=1)
     score: float = Field(1, description="the one of `blocks` that is the score")
-    linear: dict[str, Any] = Field({}, description="fields of linear_probe for 0 blocks, over those that both have")
+    linear: dict[str, Any] = Field(
+        {}, description="fields of linear_probe for 0 blocks, over those that both have"
+    )
 
     @model_validator(mode="after")
     def _counts_blocks(self) -> "PartialFinetuneConfig":
@@ -140,7 +154,9 @@ class PartialFinetuneConfig(FinetuneConfig):
 
     def probe(self) -> "LinearProbeConfig":
         """The config of 0 blocks."""
-        shared = {name: getattr(self, name) for name in LinearProbeConfig.model_fields if name in SHARED_WITH_PROBE}
+        shared = {
+            name: getattr(self, name) for name in LinearProbeConfig.model_fields if name in SHARED_WITH_PROBE
+        }
         return LinearProbeConfig(**(shared | self.linear | {"kind": "linear_probe"}))
 
 
@@ -154,22 +170,35 @@ class LinearProbeConfig(EvalConfig):
     kind: Literal["linear_probe"]
     weight_decay: float = Field(0.0, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
-    lrs: list[Annotated[float, Field(gt=0)]] = Field([], description="base_lr of each head; none: base_lr alone")
+    lrs: list[Annotated[float, Field(gt=0)]] = Field(
+        [], description="base_lr of each head; none: base_lr alone"
+    )
     pools: list[Pool] = Field([], description="none: global_pool alone")
-    layers: list[Annotated[int, Field(gt=0)]] = Field([1], min_length=1, description="how many last blocks are joined")
-    holdout: float = Field(0.0, ge=0, lt=1, description="share of each class's training images that heads are chosen on")
+    layers: list[Annotated[int, Field(gt=0)]] = Field(
+        [1], min_length=1, description="how many last blocks are joined"
+    )
+    holdout: float = Field(
+        0.0, ge=0, lt=1, description="share of each class's training images that heads are chosen on"
+    )
     features: Literal["augmented", "cached"] = Field(
-        "augmented", description="each image anew in each epoch, cropped at random; or once, cropped in the centre"
+        "augmented",
+        description="each image anew in each epoch, cropped at random; or once, cropped in the centre",
     )
 
     @model_validator(mode="after")
     def _chooses_fairly(self) -> "LinearProbeConfig":
         if self.num_heads > 1 and not self.holdout:
-            raise ValueError(f"{self.num_heads} heads to choose from: set holdout (0.02), a share of train; val is not chosen on")
+            raise ValueError(
+                f"{self.num_heads} heads to choose from: set holdout (0.02), a share of train; val is not chosen on"
+            )
         if self.device_batch_size == 1:
-            raise ValueError("device_batch_size 1: a BatchNorm stands before the heads, and one image has no variance")
+            raise ValueError(
+                "device_batch_size 1: a BatchNorm stands before the heads, and one image has no variance"
+            )
         if self.num_heads > 1 and self.clip_grad:
-            raise ValueError(f"clip_grad with {self.num_heads} heads: the norm is that of all, and each is trained as if alone")
+            raise ValueError(
+                f"clip_grad with {self.num_heads} heads: the norm is that of all, and each is trained as if alone"
+            )
         if self.num_heads > 1 and self.eval_epochs:
             raise ValueError(f"eval_epochs with {self.num_heads} heads: the head is chosen at the end")
         return self
@@ -187,7 +216,9 @@ class KnnConfig(PooledConfig):
     ks: list[Annotated[int, Field(gt=0)]] = Field([10, 20, 100, 200], min_length=1)
     k: int = Field(20, description="the one of `ks` that is the score, as DINO's")
     temperature: float = Field(0.07, gt=0)
-    chunk: int = Field(65536, gt=0, description="training features at a time: memory is eval_batch_size x chunk")
+    chunk: int = Field(
+        65536, gt=0, description="training features at a time: memory is eval_batch_size x chunk"
+    )
 
     @model_validator(mode="after")
     def _scores_one_of_them(self) -> "KnnConfig":
@@ -201,11 +232,15 @@ class FewShotConfig(PooledConfig):
 
     kind: Literal["few_shot"]
     shots: list[Annotated[int, Field(gt=0)]] = Field([1, 2, 5, 10], description="images a class")
-    shares: list[Annotated[float, Field(gt=0, le=1)]] = Field([0.01, 0.1], description="of each class's images, at least one")
+    shares: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        [0.01, 0.1], description="of each class's images, at least one"
+    )
     draws: int = Field(5, ge=2)
     score: str = Field("1%", description="the one that is the score: 5shot, 1% ...")
     weight_decays: list[Annotated[float, Field(gt=0)]] = Field(
-        [1e-4, 1e-3, 1e-2, 1e-1, 1.0], min_length=1, description="chosen on training images that were not drawn"
+        [1e-4, 1e-3, 1e-2, 1e-1, 1.0],
+        min_length=1,
+        description="chosen on training images that were not drawn",
     )
 
 
@@ -213,7 +248,9 @@ class EvalOnlyConfig(ImageConfig):
     """A classifier as it is, on the validation images; `data` needs no train split."""
 
     kind: Literal["eval_only"]
-    real: str | None = Field(None, description="ReaL's labels (real.json, arXiv 2006.07159): top1_real is told too")
+    real: str | None = Field(
+        None, description="ReaL's labels (real.json, arXiv 2006.07159): top1_real is told too"
+    )
 
 
 class RobustnessConfig(ImageConfig):

@@ -44,7 +44,11 @@ class Data:
 
     @property
     def notes(self) -> list[str]:
-        return [note for note in (*self.report.notes, *self.told, self.bad_train.note(), self.bad_val.note()) if note]
+        return [
+            note
+            for note in (*self.report.notes, *self.told, self.bad_train.note(), self.bad_val.note())
+            if note
+        ]
 
 
 def open_data(config: ImageConfig) -> Data:
@@ -57,7 +61,9 @@ def open_data(config: ImageConfig) -> Data:
     told = [doubt(report), overlap_of(report, train, val)]
     if told[1] and config.overlap == "refuse":
         raise UserError(
-            told[1], expected="splits that share no image", fix="remove them from one split, or set tasks.NAME.overlap=note"
+            told[1],
+            expected="splits that share no image",
+            fix="remove them from one split, or set tasks.NAME.overlap=note",
         )
     bad_train, bad_val = (BadImages(config.max_bad_images, len(images)) for images in (train, val))
     return Data(report, train, val, bad_train, bad_val, told)
@@ -95,7 +101,11 @@ def require_imagenet(report: LayoutReport, splits: tuple[str, ...] = ("train", "
     """UserError unless classes, their order and the splits' sizes are those of ImageNet-1k; it names the difference."""
     fix = f"give the folder of ImageNet-1k, or {ANOTHER_SET}"
     if difference := class_difference(report.classes):
-        raise UserError(f"{report.root} {difference}", expected="the 1000 classes of ImageNet-1k by their WordNet ids", fix=fix)
+        raise UserError(
+            f"{report.root} {difference}",
+            expected="the 1000 classes of ImageNet-1k by their WordNet ids",
+            fix=fix,
+        )
     if report.splits != (sizes := {split: IMAGENET_SIZES[split] for split in splits}):
         raise UserError(f"{report.root} has {report.splits} images", expected=f"{sizes}", fix=fix)
 
@@ -107,7 +117,10 @@ def class_difference(classes: tuple[str, ...]) -> str:
     known = imagenet_classes()
     absent, strange = sorted(set(known) - set(classes)), sorted(set(classes) - set(known))
     if not absent and not strange:
-        first = next((i for i, (ours, theirs) in enumerate(zip(classes, known, strict=False)) if ours != theirs), len(known))
+        first = next(
+            (i for i, (ours, theirs) in enumerate(zip(classes, known, strict=False)) if ours != theirs),
+            len(known),
+        )
         return f"numbers the classes of ImageNet-1k differently, from label {first} ({classes[first]}) on"
     return (
         f"has {len(classes)} classes: {len(absent)} of ImageNet-1k are absent ({', '.join(absent[:3]) or 'none'}), "
@@ -123,7 +136,11 @@ def doubt(report: LayoutReport) -> str:
         return ""
     if all(name.isdecimal() for name in classes):
         moved = next(((i, name) for i, name in enumerate(classes) if i != int(name)), None)
-        return f"the class folders are numbers and sorted as text: label {moved[0]} is class {moved[1]}" if moved else ""
+        return (
+            f"the class folders are numbers and sorted as text: label {moved[0]} is class {moved[1]}"
+            if moved
+            else ""
+        )
     if 2 * sum(map(bool, map(WORDNET_ID.fullmatch, classes))) < len(classes):
         return ""
     if difference := class_difference(classes):

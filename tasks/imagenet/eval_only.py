@@ -62,7 +62,19 @@ class Loaded:
     ) -> Outcome:
         """The Outcome on a set of images."""
         params = num_params(self.model)
-        return outcome_of(metrics, counted, data, config, self.spec, self.report, job, seconds, params, main_metric, notes=notes)
+        return outcome_of(
+            metrics,
+            counted,
+            data,
+            config,
+            self.spec,
+            self.report,
+            job,
+            seconds,
+            params,
+            main_metric,
+            notes=notes,
+        )
 
 
 def load_classifier(config: ImageConfig, job: Job) -> Loaded:
@@ -71,7 +83,8 @@ def load_classifier(config: ImageConfig, job: Job) -> Loaded:
     vit, spec, report = load_at_size(config, job.backbone)
     if head.in_features != vit.num_features:
         raise UserError(
-            f"a head for {head.in_features} features on a backbone of {vit.num_features}", expected="pooled features of one width"
+            f"a head for {head.in_features} features on a backbone of {vit.num_features}",
+            expected="pooled features of one width",
         )
     model = Classifier(vit, spec, head.out_features, spec.global_pool, fc_norm=False)
     model.head = head
@@ -84,7 +97,10 @@ def run(config: EvalOnlyConfig, job: Job, progress: Progress) -> Outcome:
     if config.expect:
         require_set(config.expect, data, ("val",))
     if config.real and (difference := class_difference(data.classes)):
-        raise UserError(f"real={config.real} and {config.data} {difference}", expected="ImageNet-1k: ReaL counts its classes")
+        raise UserError(
+            f"real={config.real} and {config.data} {difference}",
+            expected="ImageNet-1k: ReaL counts its classes",
+        )
     loaded = load_classifier(config, job)
     if loaded.num_classes != len(data.classes):
         raise UserError(
@@ -102,15 +118,21 @@ def run(config: EvalOnlyConfig, job: Job, progress: Progress) -> Outcome:
     images = open_images(config.data, "val")
     bad = BadImages(config.max_bad_images, len(images))
     began = time.monotonic()
-    found = predict_images(loaded.model, images, bad, Feed(config, loaded.spec, torch.device(job.device)), progress)
+    found = predict_images(
+        loaded.model, images, bad, Feed(config, loaded.spec, torch.device(job.device)), progress
+    )
     if world().is_main:
         found.save(job.dir / PREDICTIONS_FILE)
     metrics = found.metrics()
     if config.real:
         names = [images.name(int(i)) for i in found.indices]
-        metrics["top1_real"] = Metric(real_accuracy(found, names, read_real(Path(expand_variables(config.real)))))
+        metrics["top1_real"] = Metric(
+            real_accuracy(found, names, read_real(Path(expand_variables(config.real))))
+        )
     notes = [note for note in [*data.notes, doubt(data), loaded.doubt, bad.note()] if note]
-    return loaded.outcome(metrics, "top1", data, len(found.targets), job, config, time.monotonic() - began, notes)
+    return loaded.outcome(
+        metrics, "top1", data, len(found.targets), job, config, time.monotonic() - began, notes
+    )
 
 
 def read_real(path: Path) -> list[list[int]]:
@@ -118,9 +140,13 @@ def read_real(path: Path) -> list[list[int]]:
     try:
         labels = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}", expected="real.json of google-research/reassessed-imagenet") from error
+        raise UserError(
+            f"{path} cannot be read: {error}", expected="real.json of google-research/reassessed-imagenet"
+        ) from error
     if not isinstance(labels, list) or not all(isinstance(item, list) for item in labels):
-        raise UserError(f"{path} holds a {type(labels).__name__}", expected="a list of lists of class numbers")
+        raise UserError(
+            f"{path} holds a {type(labels).__name__}", expected="a list of lists of class numbers"
+        )
     return labels
 
 
@@ -139,11 +165,15 @@ def real_accuracy(found: Predictions, names: list[str], labels: list[list[int]])
         if number and (accepted := _labels_of(labels, int(number[1])))
     ]
     if not hits:
-        raise UserError("none of the images has a label of ReaL", expected="the images of ImageNet's validation set")
+        raise UserError(
+            "none of the images has a label of ReaL", expected="the images of ImageNet's validation set"
+        )
     return 100 * float(np.mean(hits))
 
 
 def _labels_of(labels: list[list[int]], number: int) -> list[int]:
     if not 1 <= number <= len(labels):
-        raise UserError(f"image number {number} with {len(labels)} entries of ReaL", expected="an entry an image")
+        raise UserError(
+            f"image number {number} with {len(labels)} entries of ReaL", expected="an entry an image"
+        )
     return labels[number - 1]

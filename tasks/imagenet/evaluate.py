@@ -30,7 +30,9 @@ from mae_bench.spec import BackboneSpec
 from tasks.imagenet.config import EvalConfig, ImageConfig
 from tasks.imagenet.data import Data
 
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # indices (N,), targets (N,), what a model takes (N, ...)
+Inputs = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor
+]  # indices (N,), targets (N,), what a model takes (N, ...)
 PREDICTIONS_FILE = "predictions.npz"
 EPOCHS_FILE = "epochs.json"
 TOP = 5  # classes kept of every prediction
@@ -57,7 +59,11 @@ class Predictions:
             "top1": Metric(100 * int(hits[:, 0].sum()) / count),
             "top5": Metric(100 * int(hits.any(axis=1).sum()) / count),
         }
-        return found if self.loss is None else found | {"loss": Metric(float(self.loss.mean(dtype=float)), "nats", "lower")}
+        return (
+            found
+            if self.loss is None
+            else found | {"loss": Metric(float(self.loss.mean(dtype=float)), "nats", "lower")}
+        )
 
     def save(self, path: Path) -> None:
         """As a compressed .npz of these arrays. Two models are compared image by image by the indices of their files, which mean
@@ -83,7 +89,9 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
     """The predictions of several batches in the order of the indices: so sums are the same in whatever batches they came."""
     order = np.argsort(np.concatenate([part.indices for part in parts]), kind="stable")
     names = [name for name, array in vars(parts[0]).items() if array is not None]
-    return Predictions(**{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in names})
+    return Predictions(
+        **{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in names}
+    )
 
 
 def gathered(parts: Sequence[Predictions], total: int) -> Predictions:
@@ -100,7 +108,9 @@ def fits_memory(what: str, fix: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(f"the device's memory does not hold {what}", expected="a batch that fits", fix=fix) from error
+        raise UserError(
+            f"the device's memory does not hold {what}", expected="a batch that fits", fix=fix
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -127,8 +137,15 @@ class Feed:
     def run(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         """The model's output in float32; UserError where the device's memory does not hold the batch."""
         size = len(inputs)
-        fix = f"set eval_batch_size={size // 2}: the scores stay" if size > 1 else "use a device with more memory"
-        with fits_memory(f"an evaluation of {size} images at once", fix), autocast(self.device, self.config.amp_dtype):
+        fix = (
+            f"set eval_batch_size={size // 2}: the scores stay"
+            if size > 1
+            else "use a device with more memory"
+        )
+        with (
+            fits_memory(f"an evaluation of {size} images at once", fix),
+            autocast(self.device, self.config.amp_dtype),
+        ):
             return model(inputs).float()
 
 
@@ -156,7 +173,9 @@ def predict(
     return found
 
 
-def predict_images(model: nn.Module, images: ImageSource, bad: BadImages, feed: Feed, progress: Progress) -> Predictions:
+def predict_images(
+    model: nn.Module, images: ImageSource, bad: BadImages, feed: Feed, progress: Progress
+) -> Predictions:
     """The predictions of every image that decodes, each once over all processes."""
     model.eval()
     found = predict(lambda imgs: feed.run(model, imgs), feed.batches(images, bad), len(images), progress)
@@ -174,20 +193,28 @@ def evaluate(
     model: nn.Module, data: Data, config: ImageConfig, spec: BackboneSpec, job: Job, progress: Progress
 ) -> tuple[dict[str, Metric], int]:
     """Metrics of the validation set and how many images there were; the predictions are kept in the job's folder."""
-    found = predict_images(model, data.val, data.bad_val, Feed(config, spec, torch.device(job.device)), progress)
+    found = predict_images(
+        model, data.val, data.bad_val, Feed(config, spec, torch.device(job.device)), progress
+    )
     if world().is_main:
         found.save(job.dir / PREDICTIONS_FILE)
     return found.metrics(), len(found.targets)
 
 
 def watch_epochs(
-    trainer: Trainer, period: float | None, metrics_of: Callable[[nn.Module], dict[str, Metric]], job: Job, progress: Progress
+    trainer: Trainer,
+    period: float | None,
+    metrics_of: Callable[[nn.Module], dict[str, Metric]],
+    job: Job,
+    progress: Progress,
 ) -> None:
     """Evaluates every `period` epochs while training and keeps the list in the job's folder; a resumed run goes on with it.
 
     What stands there of later steps, or of a run that began anew, is dropped."""
     if world().is_main:
-        _write_epochs(job, [known for known in epochs_of(job) if known["step"] <= trainer.step] if period else [])
+        _write_epochs(
+            job, [known for known in epochs_of(job) if known["step"] <= trainer.step] if period else []
+        )
     if period is None:
         return
 
@@ -239,7 +266,9 @@ def score(
     began = time.monotonic()
     metrics, num_samples = evaluate(model, data, config, spec, job, progress)
     seconds, params = time.monotonic() - began, num_params(model)
-    outcome = outcome_of(metrics, num_samples, data.report, config, spec, report, job, seconds, params, notes=data.notes)
+    outcome = outcome_of(
+        metrics, num_samples, data.report, config, spec, report, job, seconds, params, notes=data.notes
+    )
     return trained_outcome(outcome, trainer, job)
 
 
@@ -247,7 +276,9 @@ def trained_outcome(outcome: Outcome, trainer: Trainer, job: Job) -> Outcome:
     """An outcome with what its training cost and the best of its epochs."""
     best, notes = best_epoch(job, trainer.step / trainer.steps_per_epoch, outcome.metrics["top1"].value)
     cost = {"seconds_train": trainer.seconds, "images_per_second": trainer.images_per_second}
-    return replace(outcome, metrics=outcome.metrics | best, notes=[*notes, *outcome.notes], cost=outcome.cost | cost)
+    return replace(
+        outcome, metrics=outcome.metrics | best, notes=[*notes, *outcome.notes], cost=outcome.cost | cost
+    )
 
 
 def outcome_of(

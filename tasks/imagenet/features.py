@@ -57,9 +57,13 @@ class FrozenFeatures(nn.Module):
         for each in sets:
             require_pool(each.pool, spec)
         if (most := max(each.layers for each in sets)) > spec.depth:
-            fix = f"set tasks.NAME.layers={sorted({min(each.layers, spec.depth) for each in sets})}".replace(", ", ",")
+            fix = f"set tasks.NAME.layers={sorted({min(each.layers, spec.depth) for each in sets})}".replace(
+                ", ", ","
+            )
             raise UserError(
-                f"the last {most} blocks of a backbone of depth {spec.depth}", expected="no more layers than blocks", fix=fix
+                f"the last {most} blocks of a backbone of depth {spec.depth}",
+                expected="no more layers than blocks",
+                fix=fix,
             )
         if spec.arch == "sam" and most > 1:
             given = "several layers of a backbone with windowed attention"
@@ -84,7 +88,9 @@ class FrozenFeatures(nn.Module):
             "token": [prefix[:, 0] for prefix, _ in layers] if self.num_prefix_tokens else [],
             "avg": [patches.mean(dim=1) for _, patches in layers],
         }
-        parts = [self.vit.fc_norm(vector) for each in self.sets for vector in pooled[each.pool][-each.layers :]]
+        parts = [
+            self.vit.fc_norm(vector) for each in self.sets for vector in pooled[each.pool][-each.layers :]
+        ]
         return torch.cat(parts, dim=1)
 
     def _layers(self, imgs: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -95,7 +101,10 @@ class FrozenFeatures(nn.Module):
             return [(tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :])]
         options = {"norm": True, "output_fmt": "NLC", "intermediates_only": True}
         if not self.num_prefix_tokens:
-            return [(patches[:, :0], patches) for patches in self.vit.forward_intermediates(imgs, indices=count, **options)]
+            return [
+                (patches[:, :0], patches)
+                for patches in self.vit.forward_intermediates(imgs, indices=count, **options)
+            ]
         found = self.vit.forward_intermediates(imgs, indices=count, return_prefix_tokens=True, **options)
         return [(prefix, patches) for patches, prefix in found]
 
@@ -119,14 +128,21 @@ class SplitFeatures:
         values = np.concatenate([values[rows] for values in self.values], axis=1)
         return torch.from_numpy(values).to(device), targets.to(device)
 
-    def chunks(self, rows: np.ndarray, size: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def chunks(
+        self, rows: np.ndarray, size: int, device: torch.device
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(values (n, width), targets (n,)) on the device, at most `size` rows at a time."""
         for begin in range(0, len(rows), size):
             yield self.whole(rows[begin : begin + size], device)
 
 
 def cached_features(
-    model: FrozenFeatures, data: Data, config: PooledConfig, spec: BackboneSpec, device: torch.device, progress: Progress
+    model: FrozenFeatures,
+    data: Data,
+    config: PooledConfig,
+    spec: BackboneSpec,
+    device: torch.device,
+    progress: Progress,
 ) -> dict[str, SplitFeatures]:
     """Features of "train" and "val" under the evaluation crop, from the cache or made now by all processes together.
 
@@ -158,18 +174,28 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
+        digest.update(
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b""
+        )
     return digest.hexdigest()
 
 
 def _split(
-    folder: Path, model: FrozenFeatures, images: ImageSource, bad: BadImages, feed: Feed, progress: Progress, stage: str
+    folder: Path,
+    model: FrozenFeatures,
+    images: ImageSource,
+    bad: BadImages,
+    feed: Feed,
+    progress: Progress,
+    stage: str,
 ) -> SplitFeatures:
     places = {each: folder / each.name for each in model.sets}
     widths = dict(zip(model.sets, model.widths, strict=True))
     with ExitStack() as stack:
         if world().is_main:
-            for each in sorted(places, key=lambda each: each.name):  # in one order, or two cells could wait for each other
+            for each in sorted(
+                places, key=lambda each: each.name
+            ):  # in one order, or two cells could wait for each other
                 places[each].mkdir(parents=True, exist_ok=True)
                 stack.enter_context(alone(places[each] / DONE))
                 _reserve(places[each], len(images), widths[each])
@@ -283,7 +309,11 @@ class FrozenTask:
     main_metric: str
 
     def outcome(
-        self, metrics: dict[str, Metric], num_samples: int, seconds_eval: float, artefacts: dict[str, str] | None = None
+        self,
+        metrics: dict[str, Metric],
+        num_samples: int,
+        seconds_eval: float,
+        artefacts: dict[str, str] | None = None,
     ) -> Outcome:
         """The Outcome on the validation images."""
         found = outcome_of(
@@ -316,4 +346,6 @@ def frozen_task(config: PooledConfig, job: Job, progress: Progress, main_metric:
     model = FrozenFeatures(vit, spec, [feature_set(config, spec)]).to(device)
     began = time.monotonic()
     features = cached_features(model, data, config, spec, device, progress)
-    return FrozenTask(config, job, data, spec, report, device, model, features, time.monotonic() - began, main_metric)
+    return FrozenTask(
+        config, job, data, spec, report, device, model, features, time.monotonic() - began, main_metric
+    )

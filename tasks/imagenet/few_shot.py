@@ -57,7 +57,9 @@ def run(config: FewShotConfig, job: Job, progress: Progress) -> Outcome:
         write_json(job.dir / DRAWS_FILE, by_name)
         first.save(job.dir / PREDICTIONS_FILE)
     metrics = {f"top1_{name}": Metric(fmean(values)) for name, values in by_name.items()}
-    metrics |= {f"top1_{name}_margin": Metric(mean_margin(values), "%", "lower") for name, values in by_name.items()}
+    metrics |= {
+        f"top1_{name}_margin": Metric(mean_margin(values), "%", "lower") for name, values in by_name.items()
+    }
     outcome = task.outcome(metrics, len(val.rows()), time.monotonic() - began, {"draws": DRAWS_FILE})
     return replace(outcome, notes=[*_too_few(config, train), *outcome.notes])
 
@@ -66,11 +68,19 @@ def _too_few(config: FewShotConfig, train: SplitFeatures) -> list[str]:
     """A note where classes have fewer images than were to be drawn."""
     counts = np.bincount(train.targets[train.rows()])
     short = {shots: int((counts < shots).sum()) for shots in config.shots if (counts < shots).any()}
-    return [f"{number} classes have fewer than {shots} images: all of theirs are drawn" for shots, number in short.items()]
+    return [
+        f"{number} classes have fewer than {shots} images: all of theirs are drawn"
+        for shots, number in short.items()
+    ]
 
 
 def predictions_of_draw(
-    config: FewShotConfig, train: SplitFeatures, val: SplitFeatures, amount: int | float, seed: int, device: torch.device
+    config: FewShotConfig,
+    train: SplitFeatures,
+    val: SplitFeatures,
+    amount: int | float,
+    seed: int,
+    device: torch.device,
 ) -> Predictions:
     """What the classifier of one draw says of val; its weight decay is chosen on training images that were not drawn."""
     rows = train.rows()
@@ -87,25 +97,35 @@ def predictions_of_draw(
     best, chosen = -1.0, None
     with fits_memory(f"{len(drawn)} labelled images", "leave the largest of shares away"):
         for classify in classifiers(config, *train.whole(drawn, device), int(train.targets.max()) + 1):
-            accuracy = _predictions(classify, train, judges, config.eval_batch_size, device).metrics()["top1"].value
+            accuracy = (
+                _predictions(classify, train, judges, config.eval_batch_size, device).metrics()["top1"].value
+            )
             if accuracy > best:
                 best, chosen = accuracy, classify
         assert chosen is not None
         return _predictions(chosen, val, val.rows(), config.eval_batch_size, device)
 
 
-def classifiers(config: FewShotConfig, features: torch.Tensor, targets: torch.Tensor, num_classes: int) -> Iterator[Classify]:
+def classifiers(
+    config: FewShotConfig, features: torch.Tensor, targets: torch.Tensor, num_classes: int
+) -> Iterator[Classify]:
     """One for each weight decay, on standardised features: (n, D) and (n,) -> functions (N, D) -> logits (N, K)."""
     mean, std = features.mean(dim=0), features.std(dim=0, correction=0) + EPS
-    for weight in decay_path((features - mean) / std, targets, num_classes, sorted(config.weight_decays, reverse=True)):
+    for weight in decay_path(
+        (features - mean) / std, targets, num_classes, sorted(config.weight_decays, reverse=True)
+    ):
         yield partial(_logits, weight, mean, std)
 
 
-def _logits(weight: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def _logits(
+    weight: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
     return F.linear((values - mean) / std, weight[:, :-1], weight[:, -1])
 
 
-def _predictions(classify: Classify, split: SplitFeatures, rows: np.ndarray, size: int, device: torch.device) -> Predictions:
+def _predictions(
+    classify: Classify, split: SplitFeatures, rows: np.ndarray, size: int, device: torch.device
+) -> Predictions:
     batches = zip(torch.from_numpy(rows).split(size), split.chunks(rows, size, device), strict=True)
     return joined([said(classify(values), indices, targets) for indices, (values, targets) in batches])
 
@@ -121,13 +141,19 @@ def decay_path(
     for decay in decays:
         weight = weight.detach().clone().requires_grad_(True)
         optimizer = torch.optim.LBFGS(
-            [weight], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe", tolerance_grad=1e-5, tolerance_change=0
+            [weight],
+            max_iter=MAX_ITERATIONS,
+            line_search_fn="strong_wolfe",
+            tolerance_grad=1e-5,
+            tolerance_change=0,
         )
 
         def loss() -> torch.Tensor:
             optimizer.zero_grad()  # noqa: B023 - called before the next round
             matrix, bias = weight[:, :-1], weight[:, -1]  # noqa: B023
-            value = F.cross_entropy(F.linear(features, matrix, bias), targets) + decay / 2 * matrix.square().sum()  # noqa: B023
+            value = (
+                F.cross_entropy(F.linear(features, matrix, bias), targets) + decay / 2 * matrix.square().sum()
+            )  # noqa: B023
             value.backward()
             return value
 

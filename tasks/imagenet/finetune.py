@@ -28,13 +28,17 @@ def run(config: FinetuneConfig, job: Job, progress: Progress) -> Outcome:
     return fine_tune(config, job, progress)
 
 
-def fine_tune(config: FinetuneConfig, job: Job, progress: Progress, last_blocks: float | None = None) -> Outcome:
+def fine_tune(
+    config: FinetuneConfig, job: Job, progress: Progress, last_blocks: float | None = None
+) -> Outcome:
     """Fine-tunes the head and the `last_blocks` (see Classifier.freeze; None: every weight) and scores the last epoch."""
     data = open_data(config)
     device = torch.device(job.device)
     seed_everything(seed_of(job.seed, 0, -5))
     vit, spec, report = load_at_size(config, job.backbone, config.drop_path)
-    model = Classifier(vit, spec, data.num_classes, config.global_pool, fc_norm=config.global_pool == "avg").to(device)
+    model = Classifier(
+        vit, spec, data.num_classes, config.global_pool, fc_norm=config.global_pool == "avg"
+    ).to(device)
     model.requires_grad_(True)  # the position table too: MAE freezes it in pretraining only
     if last_blocks is not None:
         model.freeze(last_blocks)
@@ -47,13 +51,19 @@ def fine_tune(config: FinetuneConfig, job: Job, progress: Progress, last_blocks:
     trainer = train_classifier(config, job, progress, data, model, spec, optimizer)
     trained: Any = trainer.full_model()
     if config.export_classifier and world().is_main:
-        write_classifier(job.dir / CLASSIFIER, trained, replace(spec, global_pool=config.global_pool), data, job)
+        write_classifier(
+            job.dir / CLASSIFIER, trained, replace(spec, global_pool=config.global_pool), data, job
+        )
     return score(trained, trainer, data, config, spec, report, job, progress)
 
 
 def write_classifier(folder: Path, model: Classifier, spec: BackboneSpec, data: Data, job: Job) -> None:
     """The fine-tuned backbone as an export, with its head beside it."""
-    weights = model.vit.state_dict() | {f"fc_norm.{name}": tensor for name, tensor in model.fc_norm.state_dict().items()}
+    weights = model.vit.state_dict() | {
+        f"fc_norm.{name}": tensor for name, tensor in model.fc_norm.state_dict().items()
+    }
     tuned = replace(spec, pretrain_method=f"{spec.pretrain_method}, fine-tuned")
-    write_export(folder, weights, tuned, {"config": job.config, "seed": job.seed, "data_digest": data.report.digest})
+    write_export(
+        folder, weights, tuned, {"config": job.config, "seed": job.seed, "data_digest": data.report.digest}
+    )
     write_head(folder, model.head, list(data.report.classes), tuned)

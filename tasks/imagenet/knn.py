@@ -33,7 +33,12 @@ def run(config: KnnConfig, job: Job, progress: Progress) -> Outcome:
 
 
 def predictions_by_k(
-    config: KnnConfig, train: SplitFeatures, val: SplitFeatures, num_classes: int, device: torch.device, progress: Progress
+    config: KnnConfig,
+    train: SplitFeatures,
+    val: SplitFeatures,
+    num_classes: int,
+    device: torch.device,
+    progress: Progress,
 ) -> dict[int, Predictions]:
     """What the neighbours of every validation image say, for every k; each process looks for those of its share."""
     known, most = train.rows(), max(config.ks)
@@ -58,12 +63,16 @@ def predictions_by_k(
     found = {}
     for k in config.ks:
         top, margin = vote(near[:, :k], labels[:, :k], num_classes, config.temperature)
-        mine = Predictions(rows, targets.cpu().numpy(), top.cpu().numpy().astype(np.int32), margin.cpu().numpy())
+        mine = Predictions(
+            rows, targets.cpu().numpy(), top.cpu().numpy().astype(np.int32), margin.cpu().numpy()
+        )
         found[k] = gathered([mine], len(val.known))
     return found
 
 
-def nearest(queries: torch.Tensor, train: Iterable[Chunk], k: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest(
+    queries: torch.Tensor, train: Iterable[Chunk], k: int, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine similarity (N, k) of the k nearest training images, falling, and their labels (N, k).
 
     queries (N, D); train: chunks of features (n, D) and labels (n,), which are read once. Never more similarities are held than

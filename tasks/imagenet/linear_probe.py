@@ -29,7 +29,16 @@ from mae_bench.spec import BackboneSpec
 from tasks.imagenet.classify import BatchStream, load_at_size, logits_of, stream
 from tasks.imagenet.config import LinearProbeConfig
 from tasks.imagenet.data import Data, open_data
-from tasks.imagenet.evaluate import PREDICTIONS_FILE, Feed, Inputs, outcome_of, predict, share_bad, trained_outcome, watch_epochs
+from tasks.imagenet.evaluate import (
+    PREDICTIONS_FILE,
+    Feed,
+    Inputs,
+    outcome_of,
+    predict,
+    share_bad,
+    trained_outcome,
+    watch_epochs,
+)
 from tasks.imagenet.features import FeatureSet, FrozenFeatures, SplitFeatures, cached_features, feature_set
 from tasks.imagenet.lars import MOST, Lars
 
@@ -64,12 +73,18 @@ class Probe(nn.Module):
     alone, drawn from the seed and the width, so that a head is the same whatever stands beside it.
     """
 
-    def __init__(self, heads: list[Head], sets: list[FeatureSet], widths: list[int], num_classes: int, seed: int):
+    def __init__(
+        self, heads: list[Head], sets: list[FeatureSet], widths: list[int], num_classes: int, seed: int
+    ):
         super().__init__()
-        self._extract: list[FrozenFeatures] = []  # in a list: no part of the module, so no train() and no state
+        self._extract: list[
+            FrozenFeatures
+        ] = []  # in a list: no part of the module, so no train() and no state
         self._widths = widths
         self._places = [sets.index(head.features) for head in heads]
-        self.norms = nn.ModuleList(nn.BatchNorm1d(width, affine=False, eps=BATCH_NORM_EPS) for width in widths)
+        self.norms = nn.ModuleList(
+            nn.BatchNorm1d(width, affine=False, eps=BATCH_NORM_EPS) for width in widths
+        )
         self.heads = nn.ModuleList(_linear(widths[place], num_classes, seed) for place in self._places)
 
     def on(self, extract: FrozenFeatures) -> "Probe":
@@ -83,18 +98,26 @@ class Probe(nn.Module):
         return logits_of(self._logits, features, self.training)
 
     def _logits(self, features: torch.Tensor) -> torch.Tensor:
-        parts = [norm(part) for norm, part in zip(self.norms, features.split(self._widths, dim=1), strict=True)]
-        return torch.stack([head(parts[place]) for head, place in zip(self.heads, self._places, strict=True)], dim=1)
+        parts = [
+            norm(part) for norm, part in zip(self.norms, features.split(self._widths, dim=1), strict=True)
+        ]
+        return torch.stack(
+            [head(parts[place]) for head, place in zip(self.heads, self._places, strict=True)], dim=1
+        )
 
     def diverged(self) -> list[int]:
         """The heads that Lars let stand still."""
-        return [place for place, head in enumerate(self.heads) if not head.get_parameter("weight").norm() < MOST]
+        return [
+            place for place, head in enumerate(self.heads) if not head.get_parameter("weight").norm() < MOST
+        ]
 
 
 def _linear(width: int, num_classes: int, seed: int) -> nn.Linear:
     head = nn.Linear(width, num_classes)
     with torch.no_grad():
-        nn.init.trunc_normal_(head.weight, std=HEAD_STD, generator=torch.Generator().manual_seed(seed_of(seed, 0, -5)))
+        nn.init.trunc_normal_(
+            head.weight, std=HEAD_STD, generator=torch.Generator().manual_seed(seed_of(seed, 0, -5))
+        )
         head.bias.zero_()
     return head
 
@@ -123,7 +146,13 @@ class ImageInputs:
 class FeatureInputs:
     """Cached features for the probe: the same in every epoch."""
 
-    def __init__(self, config: LinearProbeConfig, features: dict[str, SplitFeatures], spec: BackboneSpec, device: torch.device):
+    def __init__(
+        self,
+        config: LinearProbeConfig,
+        features: dict[str, SplitFeatures],
+        spec: BackboneSpec,
+        device: torch.device,
+    ):
         self.config, self.features, self.device = config, features, device
         self.feed = Feed(config, spec, device)
 
@@ -133,7 +162,9 @@ class FeatureInputs:
         def batches(start: int, stop: int) -> Iterator[Batch]:
             for items in order.batches(start, stop):
                 chosen = rows[[index for _, index, _ in items]]
-                yield Batch(*train.whole(chosen, torch.device("cpu")), torch.from_numpy(chosen), start=items[0][2])
+                yield Batch(
+                    *train.whole(chosen, torch.device("cpu")), torch.from_numpy(chosen), start=items[0][2]
+                )
 
         return batches
 
@@ -171,7 +202,11 @@ def run(config: LinearProbeConfig, job: Job, progress: Progress) -> Outcome:
     else:
         inputs, usable = ImageInputs(config, data, spec, device), np.arange(len(data.train))
         probe.on(extract)
-    held_out = usable[drawn_a_class(data.train.targets[usable], config.holdout, seed=0)] if config.holdout else usable[:0]
+    held_out = (
+        usable[drawn_a_class(data.train.targets[usable], config.holdout, seed=0)]
+        if config.holdout
+        else usable[:0]
+    )
     rows = np.setdiff1d(usable, held_out)
     trainer = train_heads(config, job, progress, data, probe, heads, inputs, rows)
     trained = trainer.full_model().eval()
@@ -182,7 +217,11 @@ def run(config: LinearProbeConfig, job: Job, progress: Progress) -> Outcome:
     if world().is_main:
         found.save(job.dir / PREDICTIONS_FILE)
     seconds, notes = time.monotonic() - began, [*told, *data.notes]
-    metrics, count, params = found.metrics(), len(found.targets), num_params(vit) + num_params(probe.heads[place])
+    metrics, count, params = (
+        found.metrics(),
+        len(found.targets),
+        num_params(vit) + num_params(probe.heads[place]),
+    )
     outcome = outcome_of(metrics, count, data.report, config, spec, report, job, seconds, params, notes=notes)
     outcome = replace(outcome, artefacts=outcome.artefacts | {"heads": HEADS_FILE}, cost=outcome.cost | cost)
     return trained_outcome(outcome, trainer, job)
@@ -237,7 +276,12 @@ def lars(model: nn.Module, config: LinearProbeConfig, heads: list[Head]) -> Lars
 
 
 def choose(
-    probe: Any, heads: list[Head], inputs: ImageInputs | FeatureInputs, rows: np.ndarray, job: Job, progress: Progress
+    probe: Any,
+    heads: list[Head],
+    inputs: ImageInputs | FeatureInputs,
+    rows: np.ndarray,
+    job: Job,
+    progress: Progress,
 ) -> tuple[int, list[str]]:
     """The head with the best top1 on the held-out training images (of equals the one of the smallest loss), and notes on it and
     on the heads that diverged; UserError where all did.
@@ -256,7 +300,9 @@ def choose(
     place = max(left, key=lambda i: (found[i][0], -found[i][1])) if found else 0
     if world().is_main:
         told = [_told(heads[i], *result, i in lost) for i, result in enumerate(found)]
-        write_json(job.dir / HEADS_FILE, {"chosen": heads[place].name, "held_out_images": len(rows), "heads": told})
+        write_json(
+            job.dir / HEADS_FILE, {"chosen": heads[place].name, "held_out_images": len(rows), "heads": told}
+        )
     if len(heads) == 1:
         return 0, []
     on = f"on {len(rows)} images held out of train ({found[place][0]:.2f} %)"
@@ -267,11 +313,20 @@ def choose(
 
 def _told(head: Head, top1: float, loss: float, diverged: bool) -> dict[str, Any]:
     """A head's line in `heads.json`."""
-    return {"head": head.name, "top1": top1, "loss": loss if math.isfinite(loss) else None, "diverged": diverged}
+    return {
+        "head": head.name,
+        "top1": top1,
+        "loss": loss if math.isfinite(loss) else None,
+        "diverged": diverged,
+    }
 
 
 def on_held_out(
-    probe: nn.Module, num_heads: int, inputs: ImageInputs | FeatureInputs, rows: np.ndarray, progress: Progress
+    probe: nn.Module,
+    num_heads: int,
+    inputs: ImageInputs | FeatureInputs,
+    rows: np.ndarray,
+    progress: Progress,
 ) -> list[tuple[float, float]]:
     """top1 in percent and mean loss in nats of every head, over all processes."""
     progress.stage("choose a head", len(rows))
@@ -280,12 +335,19 @@ def on_held_out(
     for _, targets, batch in inputs.held_out(rows):
         logits = inputs.feed.run(probe, batch).cpu()
         hits += (logits.argmax(dim=2) == targets[:, None]).sum(dim=0)
-        losses += F.cross_entropy(logits.transpose(1, 2), targets[:, None].expand(-1, num_heads), reduction="none").sum(dim=0)
+        losses += F.cross_entropy(
+            logits.transpose(1, 2), targets[:, None].expand(-1, num_heads), reduction="none"
+        ).sum(dim=0)
         count += len(targets)
         progress.step(count * world().size)
     *sums, total = sum_over_ranks([*hits.tolist(), *losses.tolist(), float(count)])
-    return [(100 * hit / total, loss / total) for hit, loss in zip(sums[:num_heads], sums[num_heads:], strict=True)]
+    return [
+        (100 * hit / total, loss / total)
+        for hit, loss in zip(sums[:num_heads], sums[num_heads:], strict=True)
+    ]
 
 
-def _one_head(inputs: ImageInputs | FeatureInputs, probe: nn.Module, place: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def _one_head(
+    inputs: ImageInputs | FeatureInputs, probe: nn.Module, place: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda batch: inputs.feed.run(probe, batch)[:, place]

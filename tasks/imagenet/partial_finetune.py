@@ -29,7 +29,9 @@ def run(config: PartialFinetuneConfig, job: Job, progress: Progress) -> Outcome:
     depth = translate(open_source(job.backbone))[2].depth
     counts = sorted({count for count in config.blocks if count <= depth})
     if config.score not in counts:
-        raise UserError(f"score {config.score:g} with a backbone of {depth} blocks", expected=f"one of {counts}")
+        raise UserError(
+            f"score {config.score:g} with a backbone of {depth} blocks", expected=f"one of {counts}"
+        )
     found = {}
     for number, count in enumerate(counts, 1):
         progress.note(f"{count:g} of {depth} blocks, {number} of {len(counts)}")
@@ -57,11 +59,19 @@ def _trained(config: PartialFinetuneConfig, job: Job, progress: Progress, count:
     part = replace(job, dir=job.dir / folder_of(count))
     part.dir.mkdir(exist_ok=True)
     path = part.dir / OUTCOME_FILE
-    finished = gather_over_ranks(path.read_text(encoding="utf-8") if world().is_main and path.is_file() else "")[0]
+    finished = gather_over_ranks(
+        path.read_text(encoding="utf-8") if world().is_main and path.is_file() else ""
+    )[0]
     if finished:
         value = json.loads(finished)
-        return Outcome(**value | {"metrics": {name: Metric(**metric) for name, metric in value["metrics"].items()}})
-    outcome = fine_tune(config, part, progress, count) if count else linear_probe.run(config.probe(), part, progress)
+        return Outcome(
+            **value | {"metrics": {name: Metric(**metric) for name, metric in value["metrics"].items()}}
+        )
+    outcome = (
+        fine_tune(config, part, progress, count)
+        if count
+        else linear_probe.run(config.probe(), part, progress)
+    )
     if world().is_main:
         write_json(path, asdict(outcome))
         shutil.rmtree(part.dir / STATES, ignore_errors=True)

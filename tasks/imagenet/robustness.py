@@ -25,7 +25,10 @@ from tasks.imagenet.data import imagenet_classes
 from tasks.imagenet.eval_only import load_classifier
 from tasks.imagenet.evaluate import PREDICTIONS_FILE, Feed, predict_images
 
-SUBSETS = {"imagenet-a": "imagenet_a_synsets.txt", "imagenet-r": "imagenet_r_synsets.txt"}  # of 200 classes; the others have all
+SUBSETS = {
+    "imagenet-a": "imagenet_a_synsets.txt",
+    "imagenet-r": "imagenet_r_synsets.txt",
+}  # of 200 classes; the others have all
 SEVERITIES = 5
 CORRUPTIONS_FILE = "corruptions.json"
 # Mean error of AlexNet over the five severities, of ImageNet-C's fifteen corruptions (arXiv 1903.12261; hendrycks/robustness).
@@ -71,7 +74,11 @@ def run(config: RobustnessConfig, job: Job, progress: Progress) -> Outcome:
         count += len(predictions.targets)
         if world().is_main:
             predictions.save(job.dir / (PREDICTIONS_FILE if name == "." else f"predictions-{number}.npz"))
-    metrics = found["."] if "." in found else corruption_metrics({name: each["top1"].value for name, each in found.items()})
+    metrics = (
+        found["."]
+        if "." in found
+        else corruption_metrics({name: each["top1"].value for name, each in found.items()})
+    )
     if world().is_main and "." not in found:
         write_json(job.dir / CORRUPTIONS_FILE, {name: each["top1"].value for name, each in found.items()})
     main = "mCE" if config.set == "imagenet-c" else "top1"
@@ -121,8 +128,13 @@ def corruption_metrics(top1: dict[str, float]) -> dict[str, Metric]:
     absent = [name for name in ALEXNET_ERROR if len(errors.get(name, [])) != SEVERITIES]
     if absent:
         raise UserError(
-            f"ImageNet-C without all severities of {', '.join(absent)}", expected="15 corruptions with 5 severities each"
+            f"ImageNet-C without all severities of {', '.join(absent)}",
+            expected="15 corruptions with 5 severities each",
         )
     ratios = {name: fmean(errors[name]) / ALEXNET_ERROR[name] for name in ALEXNET_ERROR}
-    mean_top1 = float(np.mean([top1[f"{name}/{severity}"] for name in ALEXNET_ERROR for severity in range(1, SEVERITIES + 1)]))
+    mean_top1 = float(
+        np.mean(
+            [top1[f"{name}/{severity}"] for name in ALEXNET_ERROR for severity in range(1, SEVERITIES + 1)]
+        )
+    )
     return {"mCE": Metric(fmean(ratios.values()), "%", "lower"), "top1": Metric(mean_top1)}

@@ -27,7 +27,9 @@ def run(config: SupervisedConfig, job: Job, progress: Progress) -> Outcome:
     data = open_data(config)
     device = torch.device(job.device)
     seed_everything(seed_of(job.seed, 0, -3))
-    spec = config.model.spec(pretrain_method="supervised", pretrain_data=data.report.name, global_pool=config.global_pool)
+    spec = config.model.spec(
+        pretrain_method="supervised", pretrain_data=data.report.name, global_pool=config.global_pool
+    )
     size_of(config, spec)
     require_pool(config.global_pool, spec)
     vit = build_vit(spec, global_pool="token", drop_path_rate=config.drop_path)
@@ -36,7 +38,9 @@ def run(config: SupervisedConfig, job: Job, progress: Progress) -> Outcome:
     trainer = train_classifier(config, job, progress, data, model, spec, optimizer)
     best: Any = trainer.full_model()
     provenance = {"config": job.config, "seed": job.seed, "data_digest": data.report.digest}
-    written = write_export(job.dir / EXPORT, best.vit.state_dict(), spec, provenance) if world().is_main else ""
+    written = (
+        write_export(job.dir / EXPORT, best.vit.state_dict(), spec, provenance) if world().is_main else ""
+    )
     digest = gather_over_ranks(written)[0]
     report = ConversionReport(source="trained here", format="mae_bench", digest=digest)
     outcome = score(best, trainer, data, config, spec, report, job, progress)

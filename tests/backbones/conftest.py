@@ -41,7 +41,9 @@ def files(toys, tmp_path_factory) -> dict[str, tuple[Path, str]]:
     save_file(toys["classifier"], folder / "timm.safetensors")
     torch.save(toys["encoder"], folder / "timm.bin")
     torch.save({"state_dict": toys["classifier"], "epoch": 3, "arch": "vit"}, folder / "timm.pth")
-    in_timm = {f"timm{suffix}": (folder / f"timm{suffix}", "timm") for suffix in (".safetensors", ".bin", ".pth")}
+    in_timm = {
+        f"timm{suffix}": (folder / f"timm{suffix}", "timm") for suffix in (".safetensors", ".bin", ".pth")
+    }
     return {**official, **in_timm, "hf": (write_hf(folder / "hf", toys["encoder"]), "hf_vitmae")}
 
 
@@ -59,14 +61,23 @@ def write_hf(folder: Path, encoder: dict[str, torch.Tensor]) -> Path:
     }
     for i in range(DEPTH):
         for kind in ("weight", "bias"):
-            for part, tensor in zip(("query", "key", "value"), encoder[f"blocks.{i}.attn.qkv.{kind}"].split(WIDTH), strict=True):
+            for part, tensor in zip(
+                ("query", "key", "value"), encoder[f"blocks.{i}.attn.qkv.{kind}"].split(WIDTH), strict=True
+            ):
                 theirs[f"vit.encoder.layer.{i}.attention.attention.{part}.{kind}"] = tensor.clone()
-            theirs[f"vit.encoder.layer.{i}.attention.output.dense.{kind}"] = encoder[f"blocks.{i}.attn.proj.{kind}"]
+            theirs[f"vit.encoder.layer.{i}.attention.output.dense.{kind}"] = encoder[
+                f"blocks.{i}.attn.proj.{kind}"
+            ]
             theirs[f"vit.encoder.layer.{i}.intermediate.dense.{kind}"] = encoder[f"blocks.{i}.mlp.fc1.{kind}"]
             theirs[f"vit.encoder.layer.{i}.output.dense.{kind}"] = encoder[f"blocks.{i}.mlp.fc2.{kind}"]
             theirs[f"vit.encoder.layer.{i}.layernorm_before.{kind}"] = encoder[f"blocks.{i}.norm1.{kind}"]
             theirs[f"vit.encoder.layer.{i}.layernorm_after.{kind}"] = encoder[f"blocks.{i}.norm2.{kind}"]
     save_file(theirs, folder / "model.safetensors")
-    config = {"model_type": "vit_mae", "num_attention_heads": HEADS, "layer_norm_eps": 1e-12, "image_size": SIZE}
+    config = {
+        "model_type": "vit_mae",
+        "num_attention_heads": HEADS,
+        "layer_norm_eps": 1e-12,
+        "image_size": SIZE,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder

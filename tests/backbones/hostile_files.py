@@ -12,16 +12,31 @@ from pathlib import Path
 
 MANY = 120_000
 COPIES = 9  # so few that their number alone does not show
-MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2) + pickle.dumps({}, protocol=2)
-GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}  # the entry of a tensor in a header of safetensors
+MAGIC = (
+    pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+    + pickle.dumps(1001, protocol=2)
+    + pickle.dumps({}, protocol=2)
+)
+GOOD = {
+    "dtype": "F32",
+    "shape": [4],
+    "data_offsets": [0, 16],
+}  # the entry of a tensor in a header of safetensors
 NO_STORAGES = pickle.dumps([], protocol=2)
 
 
-def archive(data: bytes, records: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
+def archive(
+    data: bytes, records: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED
+) -> bytes:
     """torch.save's zip archive around a pickle."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", compression) as target:
-        for name, content in {"data.pkl": data, "byteorder": b"little", "version": b"3\n", **(records or {})}.items():
+        for name, content in {
+            "data.pkl": data,
+            "byteorder": b"little",
+            "version": b"3\n",
+            **(records or {}),
+        }.items():
             target.writestr(f"archive/{name}", content)
     return out.getvalue()
 
@@ -80,7 +95,9 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     yield "doubled tuples as a key", whole(b"}", b")", *(b"q\x00h\x00\x86" for _ in range(90)), b"Ns")
     yield (
         "doubled dictionaries",
-        in_dictionary(b"}" + b"".join(b"q\x00}" + text("a") + b"h\x00s" + text("b") + b"h\x00s" for _ in range(60))),
+        in_dictionary(
+            b"}" + b"".join(b"q\x00}" + text("a") + b"h\x00s" + text("b") + b"h\x00s" for _ in range(60))
+        ),
     )
     yield "a list in itself", in_dictionary(b"]q\x00h\x00a")
     yield "a list that doubles itself", in_dictionary(b"]q\x00Na" + b"(h\x00h\x00e" * 40)
@@ -100,11 +117,22 @@ def bombs() -> Iterator[tuple[str, bytes]]:
         "a state given again and again",
         in_dictionary(b"(" + state + (name("argparse.Namespace") + b")\x81h\x00b") * COPIES + b"t"),
     )
-    for copied in ("collections.OrderedDict", "collections.Counter", "yacs.config.CfgNode", "addict.addict.Dict"):
-        yield f"copies of {copied}", in_dictionary(b"(" + state + (name(copied) + b"h\x00\x85R") * COPIES + b"t")
+    for copied in (
+        "collections.OrderedDict",
+        "collections.Counter",
+        "yacs.config.CfgNode",
+        "addict.addict.Dict",
+    ):
+        yield (
+            f"copies of {copied}",
+            in_dictionary(b"(" + state + (name(copied) + b"h\x00\x85R") * COPIES + b"t"),
+        )
     rows = b"](" + b"".join(map(number, range(200_000))) + b"eq\x00"
     for copied in ("torch.Size", "builtins.set"):
-        yield f"copies in {copied}", in_dictionary(b"(" + rows + (name(copied) + b"h\x00\x85R") * COPIES + b"t")
+        yield (
+            f"copies in {copied}",
+            in_dictionary(b"(" + rows + (name(copied) + b"h\x00\x85R") * COPIES + b"t"),
+        )
     for sized in ("bytearray", "list", "int", "getattr", "dict"):
         yield f"{sized} of a size", in_dictionary(name(f"__builtin__.{sized}") + number(1 << 40) + b"\x85R")
     for sized in (
@@ -116,12 +144,21 @@ def bombs() -> Iterator[tuple[str, bytes]]:
         "collections.Counter",
     ):
         yield f"{sized} of a size", in_dictionary(name(sized) + number(1 << 40) + b"\x85R")
-    yield "numbers that collide", whole(b"}(", *(number(i * ((1 << 61) - 1)) + b"N" for i in range(1, 20_000)), b"u")
+    yield (
+        "numbers that collide",
+        whole(b"}(", *(number(i * ((1 << 61) - 1)) + b"N" for i in range(1, 20_000)), b"u"),
+    )
     for core in ("core", "_core"):
         shape = number(1 << 40) + b"\x85"
         yield (
             f"an array of numpy.{core}",
-            in_dictionary(name(f"numpy.{core}.multiarray._reconstruct") + name("numpy.ndarray") + shape + text("b") + b"\x87R"),
+            in_dictionary(
+                name(f"numpy.{core}.multiarray._reconstruct")
+                + name("numpy.ndarray")
+                + shape
+                + text("b")
+                + b"\x87R"
+            ),
         )
     kind = (
         name("numpy.dtype")
@@ -132,13 +169,30 @@ def bombs() -> Iterator[tuple[str, bytes]]:
         + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     )
     state = (
-        b"(K\x01" + number(100_000) + b"\x85" + kind + b"\x89" + b"B" + struct.pack("<I", 400_000) + bytes(400_000) + b"tq\x00"
+        b"(K\x01"
+        + number(100_000)
+        + b"\x85"
+        + kind
+        + b"\x89"
+        + b"B"
+        + struct.pack("<I", 400_000)
+        + bytes(400_000)
+        + b"tq\x00"
     )
-    empty = name("numpy.core.multiarray._reconstruct") + name("numpy.ndarray") + b"K\x00\x85" + text("b") + b"\x87R"
+    empty = (
+        name("numpy.core.multiarray._reconstruct")
+        + name("numpy.ndarray")
+        + b"K\x00\x85"
+        + text("b")
+        + b"\x87R"
+    )
     yield "one text of many arrays of numpy", in_dictionary(b"(" + state + (empty + b"h\x00b") * 2000 + b"t")
     dtype = name("numpy.dtype") + text("V1099511627776") + b"\x89\x88\x87R"
     yield "a type of numpy", in_dictionary(dtype)
-    yield "a number of numpy", in_dictionary(name("numpy.core.multiarray.scalar") + dtype + text("") + b"\x86R")
+    yield (
+        "a number of numpy",
+        in_dictionary(name("numpy.core.multiarray.scalar") + dtype + text("") + b"\x86R"),
+    )
     yield "a long instruction", whole(b"\x8b", struct.pack("<i", MANY), bytes(MANY), b"N\x86")
     yield "a text longer than the file", whole(b"X", struct.pack("<I", 0xFFFFFFFF), b"a")
     yield "a longer text longer than the file", whole(b"\x8d", struct.pack("<Q", 1 << 60), b"a")
@@ -185,8 +239,14 @@ def zips() -> Iterator[tuple[str, bytes]]:
     more = entry * 5000
     struct.pack_into("<HHI", end, 8, 5004, 5004, struct.unpack_from("<I", end, 12)[0] + len(more))
     yield "overlapping entries", whole_file[:start] + more + whole_file[start:-22] + bytes(end)
-    yield "a large entry", whole_file.replace(struct.pack("<II", 16, 16), struct.pack("<II", 1 << 30, 1 << 30))
-    yield "an entry out of the file", whole_file[:-22] + whole_file[-22:-6] + struct.pack("<I", 1 << 30) + bytes(2)
+    yield (
+        "a large entry",
+        whole_file.replace(struct.pack("<II", 16, 16), struct.pack("<II", 1 << 30, 1 << 30)),
+    )
+    yield (
+        "an entry out of the file",
+        whole_file[:-22] + whole_file[-22:-6] + struct.pack("<I", 1 << 30) + bytes(2),
+    )
     yield "behind something", b"PK\x03\x04" + bytes(1000) + whole_file
     yield "no end", whole_file[:-22]
     yield "two of one name", _renamed(whole_file, b"archive/version", b"archive/data.pk")
@@ -209,7 +269,10 @@ def lying_headers() -> Iterator[tuple[str, bytes]]:
     yield "longer than the file", safetensors({"w": GOOD}, length=100_000)
     yield "too short", safetensors({"w": GOOD}, length=5)
     yield "huge", safetensors(b"{" + b" " * (20 << 20) + b"}", b"")
-    yield "many names", safetensors({f"w{i}": GOOD | {"shape": [0], "data_offsets": [0, 0]} for i in range(15_000)}, b"")
+    yield (
+        "many names",
+        safetensors({f"w{i}": GOOD | {"shape": [0], "data_offsets": [0, 0]} for i in range(15_000)}, b""),
+    )
     yield "overlapping", safetensors({"w": GOOD, "v": GOOD})
     yield "beyond the file", safetensors({"w": GOOD | {"shape": [8], "data_offsets": [0, 32]}})
     yield "backwards", safetensors({"w": GOOD | {"data_offsets": [16, 0]}})
@@ -217,10 +280,16 @@ def lying_headers() -> Iterator[tuple[str, bytes]]:
     yield "a hole", safetensors({"w": GOOD | {"shape": [2], "data_offsets": [8, 16]}})
     yield "another shape", safetensors({"w": GOOD | {"shape": [5]}})
     yield "an overflowing shape", safetensors({"w": GOOD | {"shape": [1 << 32, 1 << 32, 0]}})
-    yield "nothing of a huge shape", safetensors({"w": GOOD | {"shape": [0, 1 << 62], "data_offsets": [0, 0]}}, b"")
+    yield (
+        "nothing of a huge shape",
+        safetensors({"w": GOOD | {"shape": [0, 1 << 62], "data_offsets": [0, 0]}}, b""),
+    )
     yield "an unknown type", safetensors({"w": GOOD | {"dtype": "F33"}})
     yield "a number for a type", safetensors({"w": GOOD | {"dtype": 7}})
-    yield "a name twice", safetensors(b'{"w":' + json.dumps(GOOD).encode() + b',"w":' + json.dumps(GOOD).encode() + b"}")
+    yield (
+        "a name twice",
+        safetensors(b'{"w":' + json.dumps(GOOD).encode() + b',"w":' + json.dumps(GOOD).encode() + b"}"),
+    )
     yield "metadata of numbers", safetensors({"__metadata__": {"a": 1}, "w": GOOD})
     yield "metadata of lists", safetensors({"__metadata__": [1], "w": GOOD})
     yield "deep", safetensors(b'{"w":' + b"[" * MANY + b"]" * MANY + b"}")
@@ -235,7 +304,9 @@ def families() -> dict[str, dict[str, bytes]]:
         "honest": honest(),
         "bombs in a zip archive": {what: archive(data, stored) for what, data in bombs()},
         "bombs in torch's old format": {what: MAGIC + data + NO_STORAGES for what, data in bombs()},
-        "bombs in a bare pickle": {what: data for what, data in bombs() if "numpy" in what or "doubled" in what},
+        "bombs in a bare pickle": {
+            what: data for what, data in bombs() if "numpy" in what or "doubled" in what
+        },
         "claims in a zip archive": {what: archive(in_dictionary(data), stored) for what, data in claims()},
         "claims in torch's old format": {what: old(data) for what, data in claims()},
         "zip archives": dict(zips()),
@@ -251,7 +322,10 @@ def old(value: bytes) -> bytes:
 def honest() -> dict[str, bytes]:
     """The same bricks in good order: else what is refused above could be refused for a slip of the builders."""
     values = tensor((2, 2), (2, 1)), tensor((1, 3), (0, 1), 1), tensor((0,), (1,)), tensor((), ())
-    files = {f"{i} in a zip archive": archive(in_dictionary(value), {"data/0": bytes(16)}) for i, value in enumerate(values)}
+    files = {
+        f"{i} in a zip archive": archive(in_dictionary(value), {"data/0": bytes(16)})
+        for i, value in enumerate(values)
+    }
     files |= {f"{i} in torch's old format": old(value) for i, value in enumerate(values)}
     return files | {"safetensors": safetensors({"w": GOOD})}
 

@@ -16,7 +16,15 @@ from backbones.translating.detect import FORMATS, WRITTEN, format_named
 from mae_bench.errors import UserError
 from mae_bench.spec import BackboneSpec
 
-PLAIN = {"mae_bench", "official_mae", "timm", "hf_vitmae", "hf_vit", "mmseg", "detectron2"}  # formats that hold a plain ViT
+PLAIN = {
+    "mae_bench",
+    "official_mae",
+    "timm",
+    "hf_vitmae",
+    "hf_vit",
+    "mmseg",
+    "detectron2",
+}  # formats that hold a plain ViT
 HELD = {  # a toy of each kind of backbone -> the formats that have a place for all of it
     "official_mae/full": PLAIN,
     "official_mae/fine": {"mae_bench", "official_mae", "timm"},  # its last norm stands behind the pooling
@@ -40,7 +48,9 @@ def kinds(tmp_path_factory) -> dict[str, tuple[Path, dict[str, Any]]]:
     """The toy files that HELD names, with the keywords that they need."""
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for format in {kind.split("/")[0] for kind in HELD}:
-        written = import_module(f"tests.backbones.formats.toys_{format}").write(tmp_path_factory.mktemp(format))
+        written = import_module(f"tests.backbones.formats.toys_{format}").write(
+            tmp_path_factory.mktemp(format)
+        )
         found |= {f"{format}/{name}": toy for name, toy in written.items()}
     return found
 
@@ -192,12 +202,16 @@ class TestTransformers:
 
     def test_they_load_what_we_write(self, tmp_path: Path, transformers, files):
         convert(files["encoder"][0], tmp_path / "hf", "hf_vitmae")
-        theirs, info = transformers.ViTMAEModel.from_pretrained(tmp_path / "hf", mask_ratio=0.0, output_loading_info=True)
+        theirs, info = transformers.ViTMAEModel.from_pretrained(
+            tmp_path / "hf", mask_ratio=0.0, output_loading_info=True
+        )
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         ours, spec, _ = load_backbone(files["encoder"][0])
         imgs = torch.randn(2, 3, 32, 32)
         with torch.no_grad():
-            torch.testing.assert_close(self.features(theirs, imgs), ours.eval().forward_features(imgs), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                self.features(theirs, imgs), ours.eval().forward_features(imgs), rtol=1e-5, atol=1e-5
+            )
         processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
         assert tuple(processor.image_mean) == spec.mean
         theirs.save_pretrained(tmp_path / "again")

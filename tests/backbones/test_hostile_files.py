@@ -51,7 +51,13 @@ REASONS = {
 def ends(tmp_path_factory) -> list[tuple[str, str, int, str, int]]:
     """Family, name, bytes of the file, how reading it ended, bytes that it took."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-W", "ignore", hostile_files.__file__, str(tmp_path_factory.mktemp("hostile"))]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        hostile_files.__file__,
+        str(tmp_path_factory.mktemp("hostile")),
+    ]
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     told = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True, timeout=600).stdout
     return [tuple(json.loads(line)) for line in told.splitlines()]

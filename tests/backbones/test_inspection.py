@@ -39,7 +39,9 @@ def test_every_layout_is_described_in_json(files, name):
 
 
 def test_what_is_in_the_file(files, toys):
-    parameters = {name: inspect_checkpoint(files[name][0])["parameters"] for name in ("encoder", "full", "fine", "hf")}
+    parameters = {
+        name: inspect_checkpoint(files[name][0])["parameters"] for name in ("encoder", "full", "fine", "hf")
+    }
     assert set(parameters["encoder"]) == {"backbone"}
     assert parameters["encoder"]["backbone"] == sum(tensor.numel() for tensor in toys["encoder"].values())
     assert set(parameters["full"]) == {"backbone", "decoder", "mask token"}
@@ -58,11 +60,27 @@ def test_what_is_in_the_file(files, toys):
     [
         (
             "decoder",
-            ["decoder_blocks.0.norm1.weight", "decoder.decoder_norm.bias", "mask_decoder.transformer.layers.0.mlp.lin1.weight"],
+            [
+                "decoder_blocks.0.norm1.weight",
+                "decoder.decoder_norm.bias",
+                "mask_decoder.transformer.layers.0.mlp.lin1.weight",
+            ],
         ),
         ("mask token", ["mask_token", "teacher.backbone.mask_token"]),
-        ("head", ["head.weight", "teacher.head.mlp.0.bias", "cls_classifier.bias", "lm_head.weight", "module.fc.weight"]),
-        ("text tower", ["transformer.resblocks.0.ln_1.weight", "text_model.final_layer_norm.bias", "text_projection"]),
+        (
+            "head",
+            [
+                "head.weight",
+                "teacher.head.mlp.0.bias",
+                "cls_classifier.bias",
+                "lm_head.weight",
+                "module.fc.weight",
+            ],
+        ),
+        (
+            "text tower",
+            ["transformer.resblocks.0.ln_1.weight", "text_model.final_layer_norm.bias", "text_projection"],
+        ),
         ("other", ["logit_scale", "pooler.dense.weight"]),
     ],
 )
@@ -73,7 +91,9 @@ def test_what_is_left_out_is_called_by_its_name(part, keys):
 def test_every_file_has_its_digest(files):
     folder, _ = files["hf"]
     told = inspect_checkpoint(folder)
-    assert told["files"] == {name: file_digest(folder / name) for name in ("model.safetensors", "config.json")}
+    assert told["files"] == {
+        name: file_digest(folder / name) for name in ("model.safetensors", "config.json")
+    }
     assert told["report"]["files"] == told["files"]
     text = shown(render(told))
     assert all(digest in text for digest in told["files"].values())
@@ -102,12 +122,18 @@ def test_the_place_of_published_fields_is_told_once(files):
     assert sum(place in origin for origin in told["origins"].values()) > 1
     text = shown(render(told))
     assert (text.count(place), text.count(f"[1] {place}")) == (1, 1)
-    assert text.count("family official_mae [1]") == sum(place in origin for origin in told["origins"].values())
+    assert text.count("family official_mae [1]") == sum(
+        place in origin for origin in told["origins"].values()
+    )
 
 
 def test_published_values_name_their_place(files):
     told = inspect_checkpoint(files["encoder"][0])["published"]
-    assert (told["family"], told["mean"], told["global_pool"]) == ("official_mae", [0.485, 0.456, 0.406], "token")
+    assert (told["family"], told["mean"], told["global_pool"]) == (
+        "official_mae",
+        [0.485, 0.456, 0.406],
+        "token",
+    )
     assert "published for official_mae: facebookresearch/mae" in shown(render_published(told))
     assert "No published values" in shown(render_published({}))
 

@@ -23,14 +23,23 @@ def job_of(tmp_path, **config) -> tuple[CheckpointConfig, Job]:
 
 def test_the_export_is_the_checkpoint(tmp_path, files):
     path = files["full"][0]
-    config, job = job_of(tmp_path, source=str(path), sha256=file_digest(path), spec={"pretrain_data": "ImageNet-1K"})
+    config, job = job_of(
+        tmp_path, source=str(path), sha256=file_digest(path), spec={"pretrain_data": "ImageNet-1K"}
+    )
     outcome = run(config, job, Progress())
     model, spec, report = load_backbone(f"run:{job.dir}")
     expected = load_backbone(path)[0].state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    assert (outcome.backbone_digest, outcome.conversion_report["digest"]) == (report.digest, file_digest(path))
+    assert (outcome.backbone_digest, outcome.conversion_report["digest"]) == (
+        report.digest,
+        file_digest(path),
+    )
     assert outcome.backbone_spec == spec.to_dict()
-    assert (spec.pretrain_method, spec.pretrain_data, outcome.dataset) == ("mae", "ImageNet-1K", "ImageNet-1K")
+    assert (spec.pretrain_method, spec.pretrain_data, outcome.dataset) == (
+        "mae",
+        "ImageNet-1K",
+        "ImageNet-1K",
+    )
     assert set(outcome.metrics) == {"params"}
     assert outcome.metrics["params"].value == sum(p.numel() for p in model.parameters())
 

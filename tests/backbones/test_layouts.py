@@ -32,9 +32,20 @@ def test_every_key_of_the_published_sizes_finds_its_place(layouts, size):
     checkpoint = Checkpoint("released.pth", "0" * 64, hollow({**encoder, **decoder}), wrapper="model")
     name, translation, spec = translate(checkpoint)
     assert name == "official_mae"
-    assert (spec.embed_dim, spec.depth, spec.num_heads, spec.img_size, spec.mlp_ratio) == (width, depth, heads, (224, 224), 4.0)
+    assert (spec.embed_dim, spec.depth, spec.num_heads, spec.img_size, spec.mlp_ratio) == (
+        width,
+        depth,
+        heads,
+        (224, 224),
+        4.0,
+    )
     assert set(translation.dropped) == set(decoder)
     with torch.device("meta"):
-        check_fit(build_vit(spec, global_pool=stored_pooling(translation.weights)), translation.weights, "released.pth", name)
+        check_fit(
+            build_vit(spec, global_pool=stored_pooling(translation.weights)),
+            translation.weights,
+            "released.pth",
+            name,
+        )
     assert sum(tensor.numel() for tensor in translation.weights.values()) == params
     assert sum(tensor.numel() for tensor in checkpoint.tensors.values()) == params + decoder_params

@@ -34,7 +34,13 @@ def test_every_layout_gives_the_published_features(files, toys, imgs, name):
     with torch.no_grad():
         torch.testing.assert_close(model.eval().forward_features(imgs), expected, rtol=1e-5, atol=1e-5)
     assert report.format == format
-    assert (spec.embed_dim, spec.depth, spec.num_heads, spec.patch_size, spec.img_size) == (192, 2, 3, (8, 8), (32, 32))
+    assert (spec.embed_dim, spec.depth, spec.num_heads, spec.patch_size, spec.img_size) == (
+        192,
+        2,
+        3,
+        (8, 8),
+        (32, 32),
+    )
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -47,7 +53,9 @@ def test_the_report_explains_every_key(files, name):
     assert filled == set(model.state_dict())
     assert not set(report.renamed) & set(report.dropped)
     weight_file = path / "model.safetensors" if path.is_dir() else path
-    content = timm.models.load_state_dict(str(weight_file), use_ema=False) if name.startswith("timm") else None
+    content = (
+        timm.models.load_state_dict(str(weight_file), use_ema=False) if name.startswith("timm") else None
+    )
     assert content is None or stored == set(content)
     assert report.digest == file_digest(weight_file)
     assert all(report.dropped.values())
@@ -62,7 +70,9 @@ def test_facts_that_differ_by_layout(files):
     methods = {name: spec.pretrain_method for name, spec in specs.items()}
     assert methods["full"] == methods["probe"] == methods["hf"] == "mae"
     assert methods["fine"] == "mae, fine-tuned"
-    assert methods["timm.pth"] == "unknown"  # it has a classifier: trained with labels, by whom the file does not say
+    assert (
+        methods["timm.pth"] == "unknown"
+    )  # it has a classifier: trained with labels, by whom the file does not say
 
 
 def test_an_export_and_a_run_folder_are_one(tmp_path, files, imgs):
@@ -74,13 +84,18 @@ def test_an_export_and_a_run_folder_are_one(tmp_path, files, imgs):
         assert same_spec == spec
         assert (report.format, report.digest) == ("mae_bench", digest)
         assert torch.equal(again.forward_features(imgs), model.forward_features(imgs))
-    save_file({name: tensor * 2 for name, tensor in model.state_dict().items()}, tmp_path / "cell/export/backbone.safetensors")
+    save_file(
+        {name: tensor * 2 for name, tensor in model.state_dict().items()},
+        tmp_path / "cell/export/backbone.safetensors",
+    )
     with pytest.raises(UserError, match="not the ones described"):
         load_backbone(tmp_path / "cell/export")
 
 
 def test_our_pretraining_file_with_its_decoder_is_one_of_the_official_layout(tmp_path, imgs):
-    spec = BackboneSpec("vit", (32, 32), (8, 8), 3, 48, 2, 4, mean=(0.5,) * 3, pos_embed="sincos", pretrain_method="mae")
+    spec = BackboneSpec(
+        "vit", (32, 32), (8, 8), 3, 48, 2, 4, mean=(0.5,) * 3, pos_embed="sincos", pretrain_method="mae"
+    )
     mae = MAE(spec, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2).eval()
     save_mae(mae, tmp_path)
     model, same_spec, report = load_backbone(tmp_path / "mae.safetensors")
@@ -93,7 +108,9 @@ def test_a_folder_of_timms_hub_says_how_to_feed_it(tmp_path):
     save_file(timm.create_model("test_vit2", num_classes=7).state_dict(), tmp_path / "model.safetensors")
 
     def describe(**config):
-        (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit2", "pretrained_cfg": cfg} | config))
+        (tmp_path / "config.json").write_text(
+            json.dumps({"architecture": "test_vit2", "pretrained_cfg": cfg} | config)
+        )
         return load_backbone(tmp_path)[1]
 
     spec = describe()
@@ -106,7 +123,9 @@ def test_a_folder_of_timms_hub_says_how_to_feed_it(tmp_path):
         load_backbone(tmp_path)
 
 
-@pytest.mark.parametrize("stated", [{"depth": 9}, {"nonsense": 1}, {"img_size": "big"}, {"mean": 3}, {"patch_size": [8]}])
+@pytest.mark.parametrize(
+    "stated", [{"depth": 9}, {"nonsense": 1}, {"img_size": "big"}, {"mean": 3}, {"patch_size": [8]}]
+)
 def test_a_spec_that_contradicts_its_weights_is_refused(tmp_path, encoder, stated):
     torch.save({"model": encoder, "spec": stated}, tmp_path / "x.pth")
     with pytest.raises(UserError):
@@ -132,7 +151,9 @@ def test_a_class_token_that_is_not_there_pools_nothing(tmp_path, encoder):
     told = {"options": {"act_layer": "gelu"}}
     with pytest.raises(UserError, match="without a class token\nExpected: global_pool avg"):
         load_backbone(tmp_path / "x.safetensors", global_pool="token", overrides=told)
-    assert load_backbone(tmp_path / "x.safetensors", global_pool="avg", overrides=told)[0].global_pool == "avg"
+    assert (
+        load_backbone(tmp_path / "x.safetensors", global_pool="avg", overrides=told)[0].global_pool == "avg"
+    )
 
 
 def test_drop_path_and_dynamic_size_reach_the_model(files):
@@ -164,7 +185,9 @@ def test_whatever_is_unexplained_is_refused(tmp_path, encoder, change, told):
 
 @pytest.mark.parametrize(("mine", "other"), [("a.", "b."), ("module.backbone.", "module.")])
 def test_half_of_the_blocks_under_another_prefix_is_no_shorter_model(tmp_path, encoder, mine, other):
-    moved = {(other if name.startswith("blocks.1.") else mine) + name: tensor for name, tensor in encoder.items()}
+    moved = {
+        (other if name.startswith("blocks.1.") else mine) + name: tensor for name, tensor in encoder.items()
+    }
     save_file(moved, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=f"ends with block 0, and {other}blocks goes on"):
         load_backbone(tmp_path / "x.safetensors")
@@ -172,25 +195,34 @@ def test_half_of_the_blocks_under_another_prefix_is_no_shorter_model(tmp_path, e
 
 def test_another_models_blocks_beside_the_vit_are_no_part_of_it(tmp_path, encoder):
     others = {f"text.blocks.{i}.attn.qkv.bias": torch.zeros(6) for i in range(4)}
-    save_file({f"image.{name}": tensor for name, tensor in encoder.items()} | others, tmp_path / "x.safetensors")
+    save_file(
+        {f"image.{name}": tensor for name, tensor in encoder.items()} | others, tmp_path / "x.safetensors"
+    )
     _, spec, report = load_backbone(tmp_path / "x.safetensors")
     assert spec.depth == 2
     assert set(others) <= set(report.dropped)
 
 
 def test_a_description_that_lies_beside_a_file_by_chance_is_told(tmp_path, encoder):
-    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": 32, "patch_size": 8, "depth": 2}}
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "model_args": {"img_size": 32, "patch_size": 8, "depth": 2},
+    }
     config["pretrained_cfg"] = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for name in ("another.safetensors", "model.safetensors"):
         save_file(encoder, tmp_path / name)
         _, spec, report = load_backbone(tmp_path / name)
         assert spec.mean == (0.5, 0.5, 0.5)
-        assert ("config.json lies beside the file and is followed" in report.notes) == (name == "another.safetensors")
+        assert ("config.json lies beside the file and is followed" in report.notes) == (
+            name == "another.safetensors"
+        )
 
 
 def test_an_ambiguous_file_asks_for_its_format(tmp_path, encoder):
-    encoder["pos_embed"] = torch.randn(1, 17, 192)  # wrapped like the reference's and DeiT's files, marked as neither
+    encoder["pos_embed"] = torch.randn(
+        1, 17, 192
+    )  # wrapped like the reference's and DeiT's files, marked as neither
     torch.save({"model": encoder}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="official_mae and timm") as error:
         load_backbone(tmp_path / "x.pth")
@@ -212,7 +244,9 @@ def test_a_format_that_the_file_itself_does_not_say_is_noted(files):
 
 def test_what_does_not_fill_the_model_says_which_model_and_what_to_do(tmp_path, encoder):
     save_file(encoder | {"blocks.0.surplus": torch.zeros(3)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=r"does not fill the model that it describes \(vit, width 192, depth 2\): unexp") as error:
+    with pytest.raises(
+        UserError, match=r"does not fill the model that it describes \(vit, width 192, depth 2\): unexp"
+    ) as error:
         load_backbone(tmp_path / "x.safetensors")
     assert "save the state_dict without them; if it is of another family, --format" in error.value.fix
     del encoder["norm.bias"]
@@ -223,7 +257,8 @@ def test_what_does_not_fill_the_model_says_which_model_and_what_to_do(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("options", "told"), [({"foo": 1}, "vit has no option foo\n"), ({"a": 1, "b": 2}, "no option a and no option b\n")]
+    ("options", "told"),
+    [({"foo": 1}, "vit has no option foo\n"), ({"a": 1, "b": 2}, "no option a and no option b\n")],
 )
 def test_unknown_options_are_named(files, options, told):
     with pytest.raises(UserError, match=told):
@@ -239,9 +274,13 @@ def test_an_unknown_file_lists_what_was_found(tmp_path):
 def test_heads_are_never_guessed(tmp_path, layouts):
     shapes = layouts[0](32, 1, 16, 8)
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="give num_heads=N to inspect or convert, backbones.NAME.spec.num_heads=N to evaluate"):
+    with pytest.raises(
+        UserError, match="give num_heads=N to inspect or convert, backbones.NAME.spec.num_heads=N to evaluate"
+    ):
         load_backbone(tmp_path / "x.safetensors")
-    model, spec, _ = load_backbone(tmp_path / "x.safetensors", overrides={"num_heads": 4, "pretrain_data": "mine"})
+    model, spec, _ = load_backbone(
+        tmp_path / "x.safetensors", overrides={"num_heads": 4, "pretrain_data": "mine"}
+    )
     block: Any = model.blocks[0]
     assert (spec.num_heads, block.attn.num_heads, spec.pretrain_data) == (4, 4, "mine")
     with pytest.raises(UserError, match="no depht"):
@@ -261,12 +300,18 @@ def test_heads_by_the_width_alone_are_told(tmp_path, encoder):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"mean": 0.5}, r"mean=0\.5 is given\nExpected: a number for each channel, for example 'mean=\[0\.5,0\.5,0\.5\]'"),
+        (
+            {"mean": 0.5},
+            r"mean=0\.5 is given\nExpected: a number for each channel, for example 'mean=\[0\.5,0\.5,0\.5\]'",
+        ),
         ({"std": ["a", "b", "c"]}, r"std=.* is given\nExpected: a number for each channel"),
         ({"num_heads": "six"}, "num_heads=six is given\nExpected: a whole number"),
         ({"global_pool": "max"}, "global_pool=max is given\nExpected: one of token, avg"),
         ({"options": 3}, "options=3 is given"),
-        ({"img_size": "large"}, r"img_size 'large'\nExpected: a positive number of pixels, or \(height, width\)"),
+        (
+            {"img_size": "large"},
+            r"img_size 'large'\nExpected: a positive number of pixels, or \(height, width\)",
+        ),
     ],
 )
 def test_a_wrong_field_is_the_arguments_fault(files, given, told):
@@ -325,7 +370,9 @@ class TestTimmByName:
         monkeypatch.setattr(timm, "create_model", create)
         return real
 
-    @pytest.mark.parametrize(("name", "arch"), [("test_vit", "vit"), ("test_vit3", "vit"), ("test_vit4", "test_vit4")])
+    @pytest.mark.parametrize(
+        ("name", "arch"), [("test_vit", "vit"), ("test_vit3", "vit"), ("test_vit4", "test_vit4")]
+    )
     def test_features_are_timms(self, monkeypatch, name, arch):
         real = self.create(monkeypatch)
         model, spec, report = load_backbone(f"timm:{name}")

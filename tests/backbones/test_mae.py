@@ -19,7 +19,9 @@ from mae_bench.models.mae import MAE
 from mae_bench.pretrain.reconstruct import reconstruct, save_mae
 from mae_bench.spec import BackboneSpec
 
-SPEC = BackboneSpec("vit", (32, 16), (8, 8), 3, 48, 2, 4, mean=(0.4,) * 3, pos_embed="sincos", pretrain_method="mae")
+SPEC = BackboneSpec(
+    "vit", (32, 16), (8, 8), 3, 48, 2, 4, mean=(0.4,) * 3, pos_embed="sincos", pretrain_method="mae"
+)
 SMALL: dict[str, Any] = {"decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2}
 
 
@@ -71,7 +73,9 @@ def test_transformers_older_names_of_the_decoder(tmp_path, theirs):
     """Files that are on the hub say decoder_layers; version 5 writes decoder_encoder.layer."""
     theirs.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    older = {name.replace("decoder_encoder.layer.", "decoder_layers."): tensor for name, tensor in weights.items()}
+    older = {
+        name.replace("decoder_encoder.layer.", "decoder_layers."): tensor for name, tensor in weights.items()
+    }
     (tmp_path / "older").mkdir()
     (tmp_path / "older" / "config.json").write_text((tmp_path / "config.json").read_text())
     save_file(older, tmp_path / "older" / "model.safetensors")
@@ -91,7 +95,9 @@ def test_a_folder_in_shards(tmp_path, theirs):
 def test_a_state_dict_of_transformers_memory(tmp_path, theirs, prefix):
     """Version 5 names its layers otherwise in memory than in files; without a config nothing tells heads, eps and loss."""
     theirs.save_pretrained(tmp_path / "folder")
-    torch.save({prefix + name: tensor for name, tensor in theirs.state_dict().items()}, tmp_path / "memory.pth")
+    torch.save(
+        {prefix + name: tensor for name, tensor in theirs.state_dict().items()}, tmp_path / "memory.pth"
+    )
     said = {"num_heads": 4, "norm_eps": 1e-12}
     model = load_mae(tmp_path / "memory.pth", norm_pix_loss=True, decoder_num_heads=2, overrides=said)
     folder = load_mae(tmp_path / "folder", norm_pix_loss=True)
@@ -107,7 +113,10 @@ def test_a_training_state_with_an_average_of_the_weights_asks_for_one(tmp_path, 
         load_mae(tmp_path / "x.pth")
     for weights, factor in (("model", 1), ("model_ema", 2)):
         found = load_mae(tmp_path / "x.pth", weights=weights).state_dict()
-        for ours, name in (("encoder.blocks.1.mlp.fc1.weight", "blocks.1.mlp.fc1.weight"), ("decoder_norm.bias",) * 2):
+        for ours, name in (
+            ("encoder.blocks.1.mlp.fc1.weight", "blocks.1.mlp.fc1.weight"),
+            ("decoder_norm.bias",) * 2,
+        ):
             assert torch.equal(found[ours], toys["full"][name] * factor)
 
 
@@ -119,14 +128,22 @@ def reference_forward(w, imgs, noise, mask_ratio, heads, decoder_heads, norm_pix
         return F.layer_norm(z, z.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
 
     def block(x, name, num_heads):
-        q, k, v = F.linear(norm(x, f"{name}.norm1"), w[f"{name}.attn.qkv.weight"], w[f"{name}.attn.qkv.bias"]).chunk(3, -1)
+        q, k, v = F.linear(
+            norm(x, f"{name}.norm1"), w[f"{name}.attn.qkv.weight"], w[f"{name}.attn.qkv.bias"]
+        ).chunk(3, -1)
         q, k, v = (z.unflatten(-1, (num_heads, -1)).transpose(1, 2) for z in (q, k, v))
         y = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1) @ v
-        x = x + F.linear(y.transpose(1, 2).flatten(2), w[f"{name}.attn.proj.weight"], w[f"{name}.attn.proj.bias"])
+        x = x + F.linear(
+            y.transpose(1, 2).flatten(2), w[f"{name}.attn.proj.weight"], w[f"{name}.attn.proj.bias"]
+        )
         y = F.gelu(F.linear(norm(x, f"{name}.norm2"), w[f"{name}.mlp.fc1.weight"], w[f"{name}.mlp.fc1.bias"]))
         return x + F.linear(y, w[f"{name}.mlp.fc2.weight"], w[f"{name}.mlp.fc2.bias"])
 
-    x = F.conv2d(imgs, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=p).flatten(2).transpose(1, 2)
+    x = (
+        F.conv2d(imgs, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=p)
+        .flatten(2)
+        .transpose(1, 2)
+    )
     x = x + w["pos_embed"][:, 1:]
     order = noise.argsort(1)
     keep = int(x.shape[1] * (1 - mask_ratio))
@@ -144,7 +161,9 @@ def reference_forward(w, imgs, noise, mask_ratio, heads, decoder_heads, norm_pix
     pred = F.linear(norm(x, "decoder_norm"), w["decoder_pred.weight"], w["decoder_pred.bias"])[:, 1:]
     target = F.unfold(imgs, p, stride=p).transpose(1, 2).unflatten(-1, (3, p * p)).transpose(2, 3).flatten(2)
     if norm_pix_loss:
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True, unbiased=True) + 1e-6) ** 0.5
+        target = (target - target.mean(-1, keepdim=True)) / (
+            target.var(-1, keepdim=True, unbiased=True) + 1e-6
+        ) ** 0.5
     mask = torch.ones_like(noise)
     for i in range(n):
         mask[i, order[i, :keep]] = 0
@@ -165,7 +184,9 @@ def test_equals_the_reference(tmp_path, toys, file, norm_pix_loss):
     imgs, noise = drawn((32, 32), 16)
     with torch.no_grad():
         loss, pred, mask = model(imgs, 0.75, noise)
-        want_loss, want_pred, want_mask = reference_forward(toys["full"], imgs, noise, 0.75, 3, 16, norm_pix_loss)
+        want_loss, want_pred, want_mask = reference_forward(
+            toys["full"], imgs, noise, 0.75, 3, 16, norm_pix_loss
+        )
     assert loss.item() == pytest.approx(want_loss.item(), rel=1e-5)
     torch.testing.assert_close(pred, want_pred, rtol=1e-4, atol=1e-5)
     assert torch.equal(mask, want_mask)
@@ -241,7 +262,13 @@ def test_another_image_size_resamples_both_tables(tmp_path, toys, theirs):
 def test_a_file_without_a_decoder_says_so(tmp_path, files):
     mae = MAE(SPEC, **SMALL)
     write_export(tmp_path / "export", mae.encoder.state_dict(), SPEC, {})
-    sources = [files["encoder"][0], files["fine"][0], files["timm.safetensors"][0], tmp_path / "export", tmp_path]
+    sources = [
+        files["encoder"][0],
+        files["fine"][0],
+        files["timm.safetensors"][0],
+        tmp_path / "export",
+        tmp_path,
+    ]
     for source in sources:
         with pytest.raises(UserError, match="no decoder"):
             load_mae(source)
@@ -256,14 +283,20 @@ def test_damaged_files_are_refused(tmp_path, toys, theirs):
             load_mae(tmp_path / "x.pth")
 
     full = toys["full"]
-    refuse({name: t for name, t in full.items() if name != "decoder_norm.weight"}, "missing: decoder_norm.weight")
+    refuse(
+        {name: t for name, t in full.items() if name != "decoder_norm.weight"}, "missing: decoder_norm.weight"
+    )
     refuse({name: t for name, t in full.items() if name != "decoder_embed.weight"}, "no decoder")
     refuse(full | {"decoder_extra": torch.zeros(2)}, "unexpected: decoder_extra")
     refuse(full | {"decoder_pred.bias": torch.full((192,), math.nan)}, "NaN")
     refuse(full | {"decoder_pred.bias": torch.zeros(3)}, "another shape")
     save_mae(MAE(SPEC, **SMALL), tmp_path)
     weights = load_file(tmp_path / "mae.safetensors")
-    save_file(weights, tmp_path / "mae.safetensors", {"decoder": json.dumps({"colours": 3}), "spec": json.dumps(SPEC.to_dict())})
+    save_file(
+        weights,
+        tmp_path / "mae.safetensors",
+        {"decoder": json.dumps({"colours": 3}), "spec": json.dumps(SPEC.to_dict())},
+    )
     with pytest.raises(UserError, match="description"):
         load_mae(tmp_path)
     save_file(weights, tmp_path / "mae.safetensors", {"decoder": "{", "spec": "{"})
@@ -274,7 +307,9 @@ def test_damaged_files_are_refused(tmp_path, toys, theirs):
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_a_perfect_prediction_is_drawn_as_the_image(norm_pix_loss, monkeypatch):
     model = MAE(SPEC, **SMALL, norm_pix_loss=norm_pix_loss)
-    pixels = torch.randint(0, 256, (2, 3, 32, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        0, 256, (2, 3, 32, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
     def perfect(imgs, mask_ratio, noise):
         ids = torch.arange(SPEC.num_patches).expand(2, -1)
@@ -287,4 +322,9 @@ def test_a_perfect_prediction_is_drawn_as_the_image(norm_pix_loss, monkeypatch):
 
 def test_what_is_no_picture_is_not_drawn():
     with pytest.raises(UserError, match="no picture"):
-        reconstruct(MAE(SPEC, **SMALL, target="hog"), torch.zeros(1, 3, 32, 16, dtype=torch.uint8), 0.75, torch.rand(1, 8))
+        reconstruct(
+            MAE(SPEC, **SMALL, target="hog"),
+            torch.zeros(1, 3, 32, 16, dtype=torch.uint8),
+            0.75,
+            torch.rand(1, 8),
+        )

@@ -133,12 +133,20 @@ def test_a_value_that_is_not_finite_is_no_parity(imgs):
     ],
 )
 def test_every_architecture_is_compared(imgs, arch, options):
-    spec = BackboneSpec(arch, (32, 32), (8, 8), 3, 48, 3, 4, options=options, num_prefix_tokens=int(arch != "sam"))
+    spec = BackboneSpec(
+        arch, (32, 32), (8, 8), 3, 48, 3, 4, options=options, num_prefix_tokens=int(arch != "sam")
+    )
     theirs = vit(spec)
     assert compare(vit(spec), theirs, imgs).equal
     with torch.no_grad():
         theirs.blocks[1].mlp.fc2.bias[0] += 1
-    assert [layer.absolute > 0 for layer in compare(vit(spec), theirs, imgs).layers] == [False, False, True, True, True]
+    assert [layer.absolute > 0 for layer in compare(vit(spec), theirs, imgs).layers] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("form", PASSED_ON.values(), ids=PASSED_ON.keys())
@@ -173,7 +181,10 @@ def test_final_tokens_as_far_as_they_are_given(imgs, output, compared):
             "no ModuleList or Sequential of 3 blocks; it has .*of 4",
         ),
         (lambda: vit(BackboneSpec("vit", (32, 32), (8, 8), 3, 96, 3, 4)), r"other shapes.*\(2, 17, 96\)"),
-        (lambda: vit(BackboneSpec("vit", (16, 16), (8, 8), 3, 48, 3, 4)), "their forward fails.*AssertionError"),
+        (
+            lambda: vit(BackboneSpec("vit", (16, 16), (8, 8), 3, 48, 3, 4)),
+            "their forward fails.*AssertionError",
+        ),
         (lambda: nn.Conv2d(3, 3, 1), "it has none"),
     ],
 )
@@ -252,7 +263,9 @@ def test_images_of_a_folder_are_normalised(tmp_path):
         Image.new("RGB", (40, 40), (255, 0, 0)).save(tmp_path / f"{number}.png")
     imgs = some_images(SPEC, tmp_path, 2, 0)
     assert imgs.shape == (2, 3, 32, 32)
-    assert imgs[0, :, 5, 5].tolist() == pytest.approx([(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225], rel=1e-4)
+    assert imgs[0, :, 5, 5].tolist() == pytest.approx(
+        [(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225], rel=1e-4
+    )
     assert torch.equal(some_images(SPEC, None, 2, 3), some_images(SPEC, None, 2, 3))
     assert not torch.equal(some_images(SPEC, None, 2, 3), some_images(SPEC, None, 2, 4))
 

@@ -34,8 +34,12 @@ class Synthetic(nn.Module):
 
     def forward_features(self, imgs):
         red, green = imgs[:, 0].mean((1, 2)), imgs[:, 1].mean((1, 2))
-        seen = torch.stack([red.clamp(min=0) * 8, torch.zeros_like(red), green * 0.1, torch.ones_like(red)], dim=1)
-        blind = torch.stack([torch.zeros_like(red), torch.zeros_like(red), green, torch.ones_like(red)], dim=1)
+        seen = torch.stack(
+            [red.clamp(min=0) * 8, torch.zeros_like(red), green * 0.1, torch.ones_like(red)], dim=1
+        )
+        blind = torch.stack(
+            [torch.zeros_like(red), torch.zeros_like(red), green, torch.ones_like(red)], dim=1
+        )
         first, others = (seen, blind) if self.tells == "token" else (blind, seen)
         return torch.stack([first, *[others] * 4], dim=1)
 
@@ -47,7 +51,9 @@ def classes(tmp_path_factory):
     for number in range(60):
         place = folder / "train" / "abc"[number % 3]
         place.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), (LEVELS[number % 3], int(draw.integers(0, 256)), 0)).save(place / f"{number}.png")
+        Image.new("RGB", (16, 16), (LEVELS[number % 3], int(draw.integers(0, 256)), 0)).save(
+            place / f"{number}.png"
+        )
     return folder
 
 
@@ -104,7 +110,9 @@ def test_the_norm_is_tried_with_and_without(classes):
 
 
 def test_without_classes_crops_find_each_other(textures):
-    spec = BackboneSpec("vit", (16, 16), (8, 8), 3, 4, 1, 1, num_prefix_tokens=1, mean=(0.1,) * 3, std=(1.0,) * 3)
+    spec = BackboneSpec(
+        "vit", (16, 16), (8, 8), 3, 4, 1, 1, num_prefix_tokens=1, mean=(0.1,) * 3, std=(1.0,) * 3
+    )
 
     class Colour(Synthetic):
         """The average has the colour, the class token nothing."""
@@ -155,10 +163,13 @@ def test_a_sample_is_of_the_validation_split_and_skips_bad_images(tmp_path, clas
 
 
 @pytest.mark.parametrize(
-    ("channels", "count", "told"), [(3, FEWEST - 1, f"at least {FEWEST}"), (4, FEWEST, "takes 4 channels"), (3, 0, "no images")]
+    ("channels", "count", "told"),
+    [(3, FEWEST - 1, f"at least {FEWEST}"), (4, FEWEST, "takes 4 channels"), (3, 0, "no images")],
 )
 def test_what_cannot_be_probed_says_why(tmp_path, channels, count, told):
-    spec = BackboneSpec("vit", (16, 16), (8, 8), channels, 192, 1, 3, mean=(0.5,) * channels, std=(0.5,) * channels)
+    spec = BackboneSpec(
+        "vit", (16, 16), (8, 8), channels, 192, 1, 3, mean=(0.5,) * channels, std=(0.5,) * channels
+    )
     save_file(build_vit(spec).state_dict(), tmp_path / "x.safetensors")
     (tmp_path / "images").mkdir()
     for number in range(count):

@@ -38,9 +38,13 @@ class Server(http.server.ThreadingHTTPServer):
 
     def hold(self, repo: str, files: dict[str, bytes]) -> None:
         """A model of the hub, whose main is COMMIT."""
-        tree = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files.items()]
+        tree = [
+            {"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files.items()
+        ]
         for revision in ("main", COMMIT):
-            self.files[f"/api/models/{repo}/revision/{revision}"] = json.dumps({"id": repo, "sha": COMMIT}).encode()
+            self.files[f"/api/models/{repo}/revision/{revision}"] = json.dumps(
+                {"id": repo, "sha": COMMIT}
+            ).encode()
         self.files[f"/api/models/{repo}/tree/{COMMIT}"] = json.dumps(tree).encode()
         self.files |= {f"/{repo}/resolve/{COMMIT}/{name}": data for name, data in files.items()}
 
@@ -60,7 +64,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("Content-Type", "application/json" if path.startswith("/api/") else "application/octet-stream")
+        self.send_header(
+            "Content-Type", "application/json" if path.startswith("/api/") else "application/octet-stream"
+        )
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
@@ -80,7 +86,9 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     monkeypatch.setenv("MAE_BENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     server = Server()
-    at_server = partial(huggingface_hub.snapshot_download, endpoint=server.url, cache_dir=tmp_path / "hub", token=False)
+    at_server = partial(
+        huggingface_hub.snapshot_download, endpoint=server.url, cache_dir=tmp_path / "hub", token=False
+    )
     monkeypatch.setattr(hub, "snapshot_download", at_server)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
@@ -143,7 +151,9 @@ class TestOfficial:
         for name, entry in table().items():
             with pytest.raises(UserError, match=f"give official:{name}$"):
                 open_source(entry.url)
-        with pytest.raises(UserError, match=r"https://example.org/x.pth is an address(?s:.*)download it and give its path"):
+        with pytest.raises(
+            UserError, match=r"https://example.org/x.pth is an address(?s:.*)download it and give its path"
+        ):
             open_source("https://example.org/x.pth")
 
 
@@ -153,9 +163,13 @@ def test_every_official_entry_is_usable():
         kind, _, published = entry.checksum.partition(":")
         assert entry.url.startswith("https://"), name
         assert entry.source, name
-        assert not entry.checksum or (kind in ("md5", "sha256") and len(published) >= 6 and int(published, 16)), name
+        assert not entry.checksum or (
+            kind in ("md5", "sha256") and len(published) >= 6 and int(published, 16)
+        ), name
     assert len({entry.url for entry in table().values()}) == len(table())
-    assert table()["mae_vit_base"].url == "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth"
+    assert (
+        table()["mae_vit_base"].url == "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth"
+    )
 
 
 class TestHub:
@@ -163,13 +177,20 @@ class TestHub:
 
     def test_brings_weights_and_description_and_pins_the_commit(self, server, toys):
         safe = save(toys["encoder"])
-        files = {"config.json": self.config, "model.safetensors": safe, "pytorch_model.bin": b"pickle", "README.md": b"read me"}
+        files = {
+            "config.json": self.config,
+            "model.safetensors": safe,
+            "pytorch_model.bin": b"pickle",
+            "README.md": b"read me",
+        }
         server.hold("owner/vit", files)
         model, _, report = load_backbone("hf:owner/vit@main")
         assert server.asked() == {"config.json", "model.safetensors"}
         assert report.source == f"hf:owner/vit@{COMMIT}"
         assert any(note.startswith(f"main of owner/vit is {COMMIT}") for note in report.notes)
-        assert report.files == {name: hashlib.sha256(files[name]).hexdigest() for name in ("model.safetensors", "config.json")}
+        assert report.files == {
+            name: hashlib.sha256(files[name]).hexdigest() for name in ("model.safetensors", "config.json")
+        }
         assert torch.equal(model.state_dict()["norm.weight"], toys["encoder"]["norm.weight"])
 
     def test_a_commit_is_no_moving_revision(self, server, toys):
@@ -177,7 +198,9 @@ class TestHub:
         assert not open_source(f"hf:owner/vit@{COMMIT}").notes
         assert open_source("hf:owner/vit").notes
 
-    @pytest.mark.parametrize("name", ["pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+    @pytest.mark.parametrize(
+        "name", ["pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    )
     def test_other_names_of_weights(self, server, toys, tmp_path, name):
         torch.save(toys["encoder"], tmp_path / "x.bin")
         content = save(toys["encoder"]) if name.endswith("safetensors") else (tmp_path / "x.bin").read_bytes()
@@ -236,7 +259,10 @@ class TestShards:
         assert checkpoint.size == sum(path.stat().st_size for path in shards)
         printed = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
         assert checkpoint.digest == hashlib.sha256(printed.encode()).hexdigest()
-        assert open_source(next(folder.glob("*.index.json")), sha256=checkpoint.digest.upper()).digest == checkpoint.digest
+        assert (
+            open_source(next(folder.glob("*.index.json")), sha256=checkpoint.digest.upper()).digest
+            == checkpoint.digest
+        )
         with pytest.raises(UserError, match="together SHA-256"):
             open_source(folder, sha256="0" * 64)
 
@@ -246,7 +272,9 @@ class TestShards:
         with pytest.raises(UserError, match="model-00002-of-00003.safetensors, which is missing"):
             open_source(folder)
 
-    @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", "a\0b"])
+    @pytest.mark.parametrize(
+        "name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", "a\0b"]
+    )
     def test_shards_stay_in_their_folder(self, toys, tmp_path, name):
         folder = write_shards(tmp_path / "vit", toys["encoder"])
         save_file(toys["encoder"], tmp_path / "secret.safetensors")
@@ -254,7 +282,9 @@ class TestShards:
         with pytest.raises(UserError, match="files beside the index"):
             open_source(folder)
 
-    @pytest.mark.parametrize("index", [[], {}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"cls_token": 3}}])
+    @pytest.mark.parametrize(
+        "index", [[], {}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"cls_token": 3}}]
+    )
     def test_an_index_without_sense(self, toys, tmp_path, index):
         folder = write_shards(tmp_path / "vit", toys["encoder"])
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))

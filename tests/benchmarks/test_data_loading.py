@@ -11,16 +11,22 @@ from benchmarks import data_loading
 from mae_bench.errors import UserError
 
 
-def test_it_compares_every_route_and_reports_the_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_compares_every_route_and_reports_the_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "photos").mkdir()
     for number in range(2):
         pixels = np.random.default_rng(number).integers(0, 255, (38, 50, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((520, 400), Image.Resampling.BICUBIC).save(tmp_path / "photos" / f"{number}.jpg")
+        Image.fromarray(pixels).resize((520, 400), Image.Resampling.BICUBIC).save(
+            tmp_path / "photos" / f"{number}.jpg"
+        )
     given = ["--photos", str(tmp_path / "photos"), "--images", "4", "--batch-size", "2", "--repeats", "1"]
     monkeypatch.setattr("sys.argv", ["benchmarks/data_loading.py", *given, "--out", str(tmp_path / "found")])
     monkeypatch.setattr(data_loading, "PROCESSES", (1,))
     data_loading.main()
-    tables = {table["title"]: table["rows"] for table in json.loads((tmp_path / "found.json").read_text())["tables"]}
+    tables = {
+        table["title"]: table["rows"] for table in json.loads((tmp_path / "found.json").read_text())["tables"]
+    }
     routes = [row[0] for row in tables["One core"]]
     assert routes[0] == data_loading.REFERENCE
     assert set(data_loading.TARGETS) < set(routes)

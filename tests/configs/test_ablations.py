@@ -28,7 +28,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mask_grid_75": {"mask_sampling": "grid"},
     **{f"mask_ratio_{percent}": {"mask_ratio": percent / 100} for percent in range(10, 100, 10)},
 }
-TABLE_1 = ["default", *(name for name in CHANGES if not name.startswith("mask_ratio") and name != "target_hog")]
+TABLE_1 = [
+    "default",
+    *(name for name in CHANGES if not name.startswith("mask_ratio") and name != "target_hog"),
+]
 FIGURE_5 = ["default", *(name for name in CHANGES if name.startswith("mask_ratio"))]
 FIGURE_7 = ["default", *(f"epochs_{epochs}" for epochs in (100, 200, 400, 1600))]
 
@@ -60,7 +63,9 @@ def test_every_ablation_is_a_config_of_its_own() -> None:
 @pytest.mark.parametrize("name", CHANGES)
 def test_an_ablation_differs_from_the_default_in_what_it_is_called_after(name: str) -> None:
     given = ["tokenizer=file.pt"] if name == "target_tokens" else []
-    found = changes(pretraining(f"ablations/{name}.yaml", *given), pretraining("pretrain/vit_large_800ep.yaml"))
+    found = changes(
+        pretraining(f"ablations/{name}.yaml", *given), pretraining("pretrain/vit_large_800ep.yaml")
+    )
     assert found.pop("protocol") != "mae-800ep"
     assert found == CHANGES[name]
 
@@ -69,8 +74,12 @@ def test_pca_keeps_the_papers_96_coefficients() -> None:
     assert pretraining("ablations/target_pca.yaml")["num_pca"] == 96
 
 
-@pytest.mark.parametrize(("suite", "names"), [("paper_table1", TABLE_1), ("paper_fig5", FIGURE_5), ("paper_fig7", FIGURE_7)])
-def test_a_suite_has_the_papers_rows_under_the_names_of_the_published_numbers(suite: str, names: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("suite", "names"), [("paper_table1", TABLE_1), ("paper_fig5", FIGURE_5), ("paper_fig7", FIGURE_7)]
+)
+def test_a_suite_has_the_papers_rows_under_the_names_of_the_published_numbers(
+    suite: str, names: list[str]
+) -> None:
     found = rows(suite)
     assert list(found) == names
     assert len({job["protocol"] for job in found.values()}) == len(found)
@@ -100,15 +109,26 @@ def test_the_default_is_one_cell_of_all_of_them() -> None:
 
 
 @pytest.mark.parametrize(("suite", "num_rows"), [("paper_table1", 19), ("paper_fig5", 10)])
-def test_a_plan_lists_every_pretraining_with_its_two_transfers(suite: str, num_rows: int, tmp_path: Path) -> None:
+def test_a_plan_lists_every_pretraining_with_its_two_transfers(
+    suite: str, num_rows: int, tmp_path: Path
+) -> None:
     cells = plan_of(load_suite(CONFIGS / f"suites/{suite}.yaml", [f"data.root={tmp_path}"]))["cells"]
-    assert Counter(cell["task"] for cell in cells) == {"backbone": num_rows, "finetune": num_rows, "linear": num_rows}
-    assert {cell["protocol"] for cell in cells if cell["task"] != "backbone"} == {"finetune-50ep", "linear-90ep"}
+    assert Counter(cell["task"] for cell in cells) == {
+        "backbone": num_rows,
+        "finetune": num_rows,
+        "linear": num_rows,
+    }
+    assert {cell["protocol"] for cell in cells if cell["task"] != "backbone"} == {
+        "finetune-50ep",
+        "linear-90ep",
+    }
     assert all("imagenet is missing" in cell["reason"] for cell in cells)
 
 
 def test_the_tokenizer_can_be_given_from_elsewhere() -> None:
-    suite = load_suite("suites/paper_table1d.yaml", ["data.root=x", "backbones.target_tokens.tokenizer=file.pt"])
+    suite = load_suite(
+        "suites/paper_table1d.yaml", ["data.root=x", "backbones.target_tokens.tokenizer=file.pt"]
+    )
     assert suite.backbones["target_tokens"]["tokenizer"] == "file.pt"
     assert rows("paper_table1d")["target_tokens"]["tokenizer"] == "somewhere/tokenizer.pt"
 
@@ -123,12 +143,15 @@ def test_a_miniature_changes_what_the_papers_row_changes(suite: str) -> None:
         del own["protocol"]
         if not name.startswith(("decoder_", "target_pca")):  # these are scaled
             assert own == CHANGES[name], name
-    assert {name: changes(found[name], default)["decoder_embed_dim"] for name in found if "width" in name} == {
-        f"decoder_width_{width}": width for width in (48, 192) if suite == "demo_table1"
-    }
+    assert {
+        name: changes(found[name], default)["decoder_embed_dim"] for name in found if "width" in name
+    } == {f"decoder_width_{width}": width for width in (48, 192) if suite == "demo_table1"}
 
 
 def test_a_miniature_keeps_the_papers_share_of_pca_coefficients() -> None:
     paper, demo = (rows(f"{name}_table1")["target_pca"] for name in ("paper", "demo"))
-    shares = [job["num_pca"] / (3 * job["model"]["patch_size"][0] * job["model"]["patch_size"][1]) for job in (paper, demo)]
+    shares = [
+        job["num_pca"] / (3 * job["model"]["patch_size"][0] * job["model"]["patch_size"][1])
+        for job in (paper, demo)
+    ]
     assert shares[0] == shares[1] == 1 / 8

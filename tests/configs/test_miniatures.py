@@ -45,7 +45,9 @@ def default(images: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(("suite", "row"), ROWS)
-def test_a_row_trains_otherwise_than_the_default(suite: str, row: str, images: Path, default: str, tmp_path: Path) -> None:
+def test_a_row_trains_otherwise_than_the_default(
+    suite: str, row: str, images: Path, default: str, tmp_path: Path
+) -> None:
     assert pretrained(suite, row, images, tmp_path / row) != default
 
 

@@ -20,7 +20,12 @@ from tasks.imagenet.data import TRANSFER_SETS
 GIVEN = {"target_tokens": ["tokenizer=file.pt"]}  # what a config leaves to the command
 FILES = sorted(path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml"))
 JOBS = [path for path in FILES if path.parts[0] in ("pretrain", "ablations", "tasks")]
-SIZES = {"tiny": (192, 12, 3, 16), "small": (384, 12, 6, 16), "base": (768, 12, 12, 16), "large": (1024, 24, 16, 16)}
+SIZES = {
+    "tiny": (192, 12, 3, 16),
+    "small": (384, 12, 6, 16),
+    "base": (768, 12, 12, 16),
+    "large": (1024, 24, 16, 16),
+}
 SIZES["huge"] = (1280, 32, 16, 14)  # width, depth, heads, patch
 SIZE_NAMES = {"base": "ViT-B/16", "large": "ViT-L/16", "huge": "ViT-H/14"}
 EXPECTED = {"imagenet-1k": "ImageNet-1K", "places205": "Places205", "places365": "Places365"}
@@ -78,9 +83,19 @@ def test_a_pretraining_is_the_papers_table_8(name: str) -> None:
     assert config.norm_pix_loss == bool(found[3])
     assert config.protocol == f"mae-{found[2]}ep" + ("-normpix" if found[3] else "")
     assert config.base_lr * config.global_batch_size / 256 == pytest.approx(2.4e-3)
-    assert (config.global_batch_size, config.weight_decay, config.betas, config.min_lr) == (4096, 0.05, (0.9, 0.95), 0)
+    assert (config.global_batch_size, config.weight_decay, config.betas, config.min_lr) == (
+        4096,
+        0.05,
+        (0.9, 0.95),
+        0,
+    )
     assert (config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads) == (512, 8, 16)
-    assert (config.mask_ratio, config.mask_sampling, config.target, config.loss_on) == (0.75, "random", "pixels", "masked")
+    assert (config.mask_ratio, config.mask_sampling, config.target, config.loss_on) == (
+        0.75,
+        "random",
+        "pixels",
+        "masked",
+    )
     assert (config.augment, config.crop_scale, config.color_jitter) == ("resized_crop", (0.2, 1.0), 0)
     assert (config.clip_grad, config.amp_dtype, config.encoder_mask_tokens) == (None, "bfloat16", False)
 
@@ -102,7 +117,9 @@ def test_the_paper_has_three_lengths_with_and_without_normalised_pixels(size: st
 def test_fine_tuning_is_table_9_and_fine_tune_md_is_another_protocol(
     size: str, epochs: int, drop_path: float, official: dict[str, float]
 ) -> None:
-    paper, theirs = (job(f"tasks/imagenet/finetune_vit_{size}_{whose}.yaml") for whose in ("paper", "official"))
+    paper, theirs = (
+        job(f"tasks/imagenet/finetune_vit_{size}_{whose}.yaml") for whose in ("paper", "official")
+    )
     want: dict[str, Any] = {
         "base_lr": 1e-3,
         "weight_decay": 0.05,
@@ -110,11 +127,28 @@ def test_fine_tuning_is_table_9_and_fine_tune_md_is_another_protocol(
         "layer_decay": 0.75,
         "global_batch_size": 1024,
     }
-    want |= {"warmup_epochs": 5, "epochs": epochs, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "drop_path": drop_path}
-    want |= {"auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.0, "min_lr": 0.0, "protocol": f"finetune-{epochs}ep"}
+    want |= {
+        "warmup_epochs": 5,
+        "epochs": epochs,
+        "label_smoothing": 0.1,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "drop_path": drop_path,
+    }
+    want |= {
+        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "random_erasing": 0.0,
+        "min_lr": 0.0,
+        "protocol": f"finetune-{epochs}ep",
+    }
     assert {key: paper[key] for key in want} == want
     changed = {key: theirs[key] for key in theirs if theirs[key] != paper[key]}
-    assert changed == {**official, "protocol": f"finetune-{epochs}ep-official", "min_lr": 1e-6, "random_erasing": 0.25}
+    assert changed == {
+        **official,
+        "protocol": f"finetune-{epochs}ep-official",
+        "min_lr": 1e-6,
+        "random_erasing": 0.25,
+    }
 
 
 def test_linear_probing_is_table_10() -> None:
@@ -133,7 +167,9 @@ def test_linear_probing_is_table_10() -> None:
     assert (short["epochs"], short["protocol"]) == (50, "linear-50ep")
 
 
-@pytest.mark.parametrize(("size", "epochs", "drop_path"), [("base", 300, 0.1), ("large", 200, 0.2), ("huge", 200, 0.2)])
+@pytest.mark.parametrize(
+    ("size", "epochs", "drop_path"), [("base", 300, 0.1), ("large", 200, 0.2), ("huge", 200, 0.2)]
+)
 def test_supervised_training_is_table_11(size: str, epochs: int, drop_path: float) -> None:
     config = job(f"tasks/imagenet/supervised_vit_{size}_paper.yaml")
     want: dict[str, Any] = {
@@ -143,14 +179,22 @@ def test_supervised_training_is_table_11(size: str, epochs: int, drop_path: floa
         "global_batch_size": 4096,
         "warmup_epochs": 20,
     }
-    want |= {"epochs": epochs, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "drop_path": drop_path, "ema_decay": 0.9999}
+    want |= {
+        "epochs": epochs,
+        "label_smoothing": 0.1,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "drop_path": drop_path,
+        "ema_decay": 0.9999,
+    }
     want |= {"auto_augment": "rand-m9-mstd0.5-inc1", "protocol": f"supervised-{epochs}ep"}
     assert {key: config[key] for key in want} == want
     assert config["model"]["embed_dim"] == SIZES[size][0]
 
 
 @pytest.mark.parametrize(
-    "path", sorted(CONFIGS.glob("tasks/imagenet/*_vit_*.yaml")) + [CONFIGS / "tasks/imagenet/linear_paper.yaml"]
+    "path",
+    sorted(CONFIGS.glob("tasks/imagenet/*_vit_*.yaml")) + [CONFIGS / "tasks/imagenet/linear_paper.yaml"],
 )
 def test_a_published_recipe_is_called_as_its_published_numbers(path: Path) -> None:
     """Scores of ours then stand under the name that the quoted rows have."""
@@ -166,41 +210,62 @@ def test_a_transfer_is_the_recipe_of_imagenet_under_a_name_of_its_own(dataset: s
     changed = {"protocol": "transfer-448" if size == "huge_448" else "transfer", "expect": TRANSFERS[dataset]}
     assert job(own) == base | changed
     backbone = f"{SIZE_NAMES[size.removesuffix('_448')]}{' at 448' if size == 'huge_448' else ''}"
-    (quoted,) = (row.value for row in published_rows() if (row.dataset, row.backbone) == (EXPECTED[TRANSFERS[dataset]], backbone))
+    (quoted,) = (
+        row.value
+        for row in published_rows()
+        if (row.dataset, row.backbone) == (EXPECTED[TRANSFERS[dataset]], backbone)
+    )
     assert f": {quoted} top1 (Table 6)" in (CONFIGS / own).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("dataset", TRANSFERS)
 def test_a_linear_transfer_is_the_papers_probe(dataset: str) -> None:
-    found, paper = (job(f"tasks/imagenet/{name}.yaml") for name in (f"transfer_{dataset}_linear", "linear_paper"))
+    found, paper = (
+        job(f"tasks/imagenet/{name}.yaml") for name in (f"transfer_{dataset}_linear", "linear_paper")
+    )
     assert found == paper | {"protocol": "transfer-linear", "expect": TRANSFERS[dataset]}
 
 
 @pytest.mark.parametrize("name", TRANSFERS.values())
 def test_the_sets_of_the_transfers_are_known(name: str) -> None:
     assert name in TRANSFER_SETS
-    assert EXPECTED[name] in {published.name for published in PUBLISHED}, "records then say it as the quoted rows"
+    assert EXPECTED[name] in {published.name for published in PUBLISHED}, (
+        "records then say it as the quoted rows"
+    )
 
 
 def test_own_images_change_a_few_lines_of_the_paper() -> None:
     own, paper = job("pretrain/own_images.yaml"), job("pretrain/vit_base_400ep_normpix.yaml")
-    assert {key for key in own if own[key] != paper[key]} == {"protocol", "warmup_epochs", "global_batch_size"}
+    assert {key for key in own if own[key] != paper[key]} == {
+        "protocol",
+        "warmup_epochs",
+        "global_batch_size",
+    }
 
 
 def test_the_paper_and_the_demo_are_never_one_protocol() -> None:
-    suites = {name: load_suite(f"suites/{name}.yaml", ["data.root=x"]) for name in ("paper_table1", "demo_table1")}
-    paper, demo = ({j["protocol"] for j in (*s.backbones.values(), *s.tasks.values())} for s in suites.values())
+    suites = {
+        name: load_suite(f"suites/{name}.yaml", ["data.root=x"]) for name in ("paper_table1", "demo_table1")
+    }
+    paper, demo = (
+        {j["protocol"] for j in (*s.backbones.values(), *s.tasks.values())} for s in suites.values()
+    )
     assert not paper & demo
 
 
 def test_the_documentation_has_every_key_with_its_default_and_the_papers_value() -> None:
     page = (CONFIGS.parent / "docs" / "pretraining.md").read_text(encoding="utf-8").split("## Every key")[1]
-    table = {key: (default, paper) for key, default, paper in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|", page, re.MULTILINE)}
+    table = {
+        key: (default, paper)
+        for key, default, paper in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|", page, re.MULTILINE)
+    }
     fields, paper = PretrainConfig.model_fields, job("pretrain/vit_large_800ep.yaml")
     assert set(table) == set(fields)
     for key, (default, papers) in table.items():
         found = "required" if fields[key].is_required() else yaml.safe_load(default.strip("`"))
-        assert found == (default if fields[key].is_required() else to_jsonable_python(fields[key].default)), key
+        assert found == (default if fields[key].is_required() else to_jsonable_python(fields[key].default)), (
+            key
+        )
         if papers.startswith("`"):
             assert yaml.safe_load(papers.strip("`")) == paper[key], key
         else:

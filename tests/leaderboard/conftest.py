@@ -42,9 +42,16 @@ class Folder:
         self.count += 1
         return self.root / "cells" / f"{self.count:03d}"
 
-    def add(self, backbone: str, score: float, seed: int = 0, direction: str = "higher", **changes: object) -> Path:
+    def add(
+        self, backbone: str, score: float, seed: int = 0, direction: str = "higher", **changes: object
+    ) -> Path:
         metric = Metric(score, "%", direction)  # type: ignore[arg-type]
-        fields = {"backbone": backbone, "seed": seed, "metrics": {changes.get("main_metric", "top1"): metric}, **changes}
+        fields = {
+            "backbone": backbone,
+            "seed": seed,
+            "metrics": {changes.get("main_metric", "top1"): metric},
+            **changes,
+        }
         path = self.next() / "record.json"
         write_record(replace(RECORD, **fields), path)  # type: ignore[arg-type]
         return path

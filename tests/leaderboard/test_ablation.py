@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 LARGE = {"embed_dim": 1024, "depth": 24, "patch_size": [16, 16], "img_size": [224, 224]}
 FINETUNE: dict[str, Any] = {"protocol": "finetune-50ep", "num_samples": 50_000, "backbone_spec": LARGE}
 LINEAR: dict[str, Any] = {**FINETUNE, "protocol": "linear-90ep"}
-PRETRAIN: dict[str, Any] = {"task": "pretrain", "protocol": "mae-800ep", "main_metric": "loss", "backbone_spec": LARGE}
+PRETRAIN: dict[str, Any] = {
+    "task": "pretrain",
+    "protocol": "mae-800ep",
+    "main_metric": "loss",
+    "backbone_spec": LARGE,
+}
 
 
 @pytest.fixture
@@ -85,7 +90,9 @@ def test_what_differs_from_the_paper_is_named(
     assert "not comparable" in " ".join(sentences(read(folder)))
 
 
-def test_a_pretraining_that_is_not_recorded_is_no_ground_for_comparing(folder: Folder, seeds: Callable) -> None:
+def test_a_pretraining_that_is_not_recorded_is_no_ground_for_comparing(
+    folder: Folder, seeds: Callable
+) -> None:
     for row in ("default", "mask_grid_75"):
         seeds(row, 50.0, **FINETUNE)
     (beside,) = read(folder).beside
@@ -112,23 +119,35 @@ def test_a_quoted_number_keeps_its_decimals_beside_small_scores(folder: Folder, 
 
 
 def test_every_rendering_has_them(ablation: Folder, tmp_path: Path) -> None:
-    texts = {path.suffix: path.read_text(encoding="utf-8") for path in write_report(ablation.root, tmp_path / "out", "default")}
+    texts = {
+        path.suffix: path.read_text(encoding="utf-8")
+        for path in write_report(ablation.root, tmp_path / "out", "default")
+    }
     console = Console(width=100, file=io.StringIO(), force_terminal=False)
     print_comparison(read(ablation), console)
     terminal = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, terminal.splitlines())) <= 100
     assert "84.8 (-0.1)" in terminal
-    assert "| decoder\\_depth\\_1 | 84.5 (-0.2) | 84.8 (-0.1) | 65.0 (-8.4) | 65.5 (-8.0) | Table 1a |" in texts[".md"]
+    assert (
+        "| decoder\\_depth\\_1 | 84.5 (-0.2) | 84.8 (-0.1) | 65.0 (-8.4) | 65.5 (-8.0) | Table 1a |"
+        in texts[".md"]
+    )
     assert "<td>84.8 (\N{MINUS SIGN}0.1)</td>" in texts[".html"]
     (line,) = (
         row
         for row in csv.DictReader(io.StringIO(texts[".csv"]))
         if (row["backbone"], row["protocol"]) == ("decoder_depth_1", "linear-90ep")
     )
-    assert (line["published"], line["published_in"], line["published_differs"]) == ("65.5", "He et al. 2022, Table 1a", "")
+    assert (line["published"], line["published_in"], line["published_differs"]) == (
+        "65.5",
+        "He et al. 2022, Table 1a",
+        "",
+    )
     beside = json.loads(texts[".json"])["beside"]
     assert beside[0]["values"]["decoder_depth_1"] == 84.8
-    assert json.loads(texts[".json"])["cells"]["decoder_depth_1"][0]["mean"] == 84.5, "the published number is in no cell"
+    assert json.loads(texts[".json"])["cells"]["decoder_depth_1"][0]["mean"] == 84.5, (
+        "the published number is in no cell"
+    )
 
 
 def test_the_papers_table_1_is_quoted_whole() -> None:

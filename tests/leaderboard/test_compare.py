@@ -61,7 +61,9 @@ def test_one_seed_has_a_difference_without_spread_or_interval(folder: Folder, se
     assert cell.std is None
     assert cell.difference is not None
     assert (cell.difference.low, cell.difference.high, cell.difference.is_clear) == (None, None, False)
-    assert comparison.verdicts == ["imagenet linear-90ep, top1: mae 61.2 vs supervised 63.0: -1.8 (1 seed: no interval)."]
+    assert comparison.verdicts == [
+        "imagenet linear-90ep, top1: mae 61.2 vs supervised 63.0: -1.8 (1 seed: no interval)."
+    ]
 
 
 def test_lower_is_better(folder: Folder, seeds: Callable) -> None:
@@ -153,7 +155,13 @@ def test_where_the_data_lies_and_who_loads_it_is_no_difference(folder: Folder, s
     seeds(
         "mae",
         62.0,
-        config={"kind": "linear_probe", "base_lr": 0.1, "data": "another/place", "num_workers": 4, "max_bad_images": 0.5},
+        config={
+            "kind": "linear_probe",
+            "base_lr": 0.1,
+            "data": "another/place",
+            "num_workers": 4,
+            "max_bad_images": 0.5,
+        },
     )
     comparison = read(folder)
     assert len(comparison.columns) == 1
@@ -167,7 +175,9 @@ def test_a_score_of_another_backbone_than_the_rows_is_named(folder: Folder) -> N
     folder.add("mae", 62.0, 1, backbone_digest="2")
     folder.add("supervised", 63.0, backbone_digest="3")
     (problem,) = read(folder).problems
-    assert problem.startswith("cells/003/record.json scores another backbone than the mae whose making is recorded")
+    assert problem.startswith(
+        "cells/003/record.json scores another backbone than the mae whose making is recorded"
+    )
 
 
 def test_of_a_seed_recorded_twice_the_newer_counts_and_both_are_named(folder: Folder) -> None:
@@ -176,7 +186,10 @@ def test_of_a_seed_recorded_twice_the_newer_counts_and_both_are_named(folder: Fo
     folder.add("mae", 99.0, finished="2026-11-20T13:00:00Z")
     comparison = read(folder)
     assert comparison.cells["mae"][0].values == (61.0,)
-    assert "cells/002/record.json is the newest and counts, cells/003/record.json is left out" in comparison.problems[0]
+    assert (
+        "cells/002/record.json is the newest and counts, cells/003/record.json is left out"
+        in comparison.problems[0]
+    )
 
 
 def test_seeds_of_different_architectures_are_named(folder: Folder) -> None:
@@ -212,13 +225,22 @@ def test_seeds_that_change_nothing_give_no_interval(folder: Folder, seeds: Calla
     assert change is not None
     assert (change.value, change.better, change.low, change.is_clear) == (13.5, True, None, False)
     assert comparison.cells["other"][0].difference.is_clear  # type: ignore[union-attr]
-    assert "mae 53.5 vs supervised 40.0: +13.5 (the same in every seed: no interval)" in comparison.verdicts[0]
+    assert (
+        "mae 53.5 vs supervised 40.0: +13.5 (the same in every seed: no interval)" in comparison.verdicts[0]
+    )
     assert any("every seed gave the same" in note for note in comparison.notes)
 
 
 def test_pretraining_is_a_cost_and_no_column(folder: Folder, seeds: Callable) -> None:
     seeds("mae", 61.0)
-    seeds("mae", 0.4, task="pretrain", protocol="mae-800ep", main_metric="loss", cost={"seconds_train": 240.0, "params": 5e6})
+    seeds(
+        "mae",
+        0.4,
+        task="pretrain",
+        protocol="mae-800ep",
+        main_metric="loss",
+        cost={"seconds_train": 240.0, "params": 5e6},
+    )
     seeds("random", 20.0, cost={})
     comparison = read(folder)
     assert [column.task for column in comparison.columns] == ["imagenet"]

@@ -39,7 +39,9 @@ def partial(folder: Folder) -> Folder:
 
 
 def drawn(points: dict[str, dict[float, float]], std: float | None = None, baseline: str = "") -> ET.Element:
-    measured = {row: {n: Measured(v, std, 3, "%", "higher") for n, v in own.items()} for row, own in points.items()}
+    measured = {
+        row: {n: Measured(v, std, 3, "%", "higher") for n, v in own.items()} for row, own in points.items()
+    }
     html = line_chart(Curve("a <b>", "here", measured, dict.fromkeys(points, 3)), baseline)
     found = ET.fromstring(html.replace("<br>", "<br/>")).find("svg")
     assert found is not None
@@ -63,7 +65,13 @@ def test_points_are_means_over_seeds_in_the_order_of_the_blocks(partial: Folder)
 
 def test_numbers_of_blocks_rise_whatever_each_row_has() -> None:
     one = Measured(1.0, None, 1, "%", "higher")
-    assert Curve("", "", {"deep": {24: one, 12: one}, "shallow": {0.5: one, 6: one, 0: one}}, {}).counts == [0, 0.5, 6, 12, 24]
+    assert Curve("", "", {"deep": {24: one, 12: one}, "shallow": {0.5: one, 6: one, 0: one}}, {}).counts == [
+        0,
+        0.5,
+        6,
+        12,
+        24,
+    ]
 
 
 def test_points_stand_in_the_curves_table_alone(partial: Folder) -> None:
@@ -77,7 +85,8 @@ def test_a_single_number_of_blocks_is_no_curve(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "count", "value"), [("MAE", 0, 73.5), ("MAE", 0.5, 79.1), ("MAE", 4, 84.2), ("MoCo v3", 4, 81.6)]
+    ("method", "count", "value"),
+    [("MAE", 0, 73.5), ("MAE", 0.5, 79.1), ("MAE", 4, 84.2), ("MoCo v3", 4, 81.6)],
 )
 def test_the_published_curve_is_the_papers(method: str, count: float, value: float) -> None:
     (curve,) = published_curves()
@@ -89,7 +98,9 @@ def test_the_published_curve_is_the_papers(method: str, count: float, value: flo
 
 
 def test_the_paper_is_in_a_chart_of_its_own(partial: Folder, tmp_path: Path) -> None:
-    markdown, _, text, html = (path.read_text(encoding="utf-8") for path in write_report(partial.root, tmp_path / "out"))
+    markdown, _, text, html = (
+        path.read_text(encoding="utf-8") for path in write_report(partial.root, tmp_path / "out")
+    )
     section = html.split("Partial fine-tuning")[1].split("<section")[0]
     own, published = re.findall(r"<figure>.*?</figure>", section)
     assert "MoCo v3" not in own
@@ -107,7 +118,9 @@ def test_the_paper_is_in_a_chart_of_its_own(partial: Folder, tmp_path: Path) -> 
 def test_without_curves_nothing_is_quoted(folder: Folder, tmp_path: Path) -> None:
     folder.add("mae", 50.0)
     assert not [
-        path for path in write_report(folder.root, tmp_path / "out") if "tuned blocks" in path.read_text(encoding="utf-8")
+        path
+        for path in write_report(folder.root, tmp_path / "out")
+        if "tuned blocks" in path.read_text(encoding="utf-8")
     ]
 
 
@@ -132,7 +145,9 @@ def test_the_baseline_is_grey_and_whiskers_reach_a_deviation() -> None:
     assert reach == pytest.approx((low - high) * 4 / 10, abs=0.3)
 
 
-@pytest.mark.parametrize("values", [[50.0] * 5, [50.0 + i / 10 for i in range(14)], [0.0, 100.0, 99.9], [1e-9, 0.0]])
+@pytest.mark.parametrize(
+    "values", [[50.0] * 5, [50.0 + i / 10 for i in range(14)], [0.0, 100.0, 99.9], [1e-9, 0.0]]
+)
 def test_names_do_not_overlap_and_nothing_leaves_the_picture(values: list[float]) -> None:
     svg = drawn({f"row {i}": {0: value, 1: value} for i, value in enumerate(values)})
     *_, width, height = map(float, svg.attrib["viewBox"].split())

@@ -25,10 +25,17 @@ def read(folder: Folder) -> Comparison:
 def test_numbers_of_labels_stand_in_the_records_order_with_their_margins(folder: Folder) -> None:
     for seed, shift in enumerate((-1, 1)):
         metrics = {f"top1_{name}": Metric(20.0 + shift) for name in ("1shot", "10shot", "1%")}
-        metrics |= {f"top1_{name}_margin": Metric(2.0 + shift, "%", "lower") for name in ("1shot", "10shot", "1%")}
+        metrics |= {
+            f"top1_{name}_margin": Metric(2.0 + shift, "%", "lower") for name in ("1shot", "10shot", "1%")
+        }
         folder.add("mae", 0, seed, metrics=metrics, main_metric="top1_1%")
     comparison = read(folder)
-    assert headers(comparison, 0) == [("backbone",), ("top1_1shot", "%"), ("top1_10shot", "%"), ("top1_1%", "%")]
+    assert headers(comparison, 0) == [
+        ("backbone",),
+        ("top1_1shot", "%"),
+        ("top1_10shot", "%"),
+        ("top1_1%", "%"),
+    ]
     assert lines(comparison, 0) == [["mae", *["20.0 ± 1.4 (2.0)"] * 3]]
     assert "over one record's draws" in sentences(comparison, 0)[0]
 
@@ -39,7 +46,9 @@ def test_a_margin_of_nothing_is_a_metric(folder: Folder) -> None:
 
 
 def test_what_lies_on_the_best_epoch_is_said_to_be_chosen_on_val(folder: Folder) -> None:
-    folder.add("mae", 0, metrics={"top1": Metric(60.0), "best_top1": Metric(61.0), "best_epoch": Metric(7, "epochs")})
+    folder.add(
+        "mae", 0, metrics={"top1": Metric(60.0), "best_top1": Metric(61.0), "best_epoch": Metric(7, "epochs")}
+    )
     comparison = read(folder)
     assert ["best_top1", "%"] in [list(header) for header in headers(comparison, 0)]
     (sentence,) = sentences(comparison, 0)
@@ -50,7 +59,9 @@ def test_what_lies_on_the_best_epoch_is_said_to_be_chosen_on_val(folder: Folder)
 
 def test_the_direction_of_each_metric_is_said(folder: Folder) -> None:
     for row, error in (("supervised", 60.0), ("mae", 52.0)):
-        folder.add(row, 0, metrics={"mCE": Metric(error, "%", "lower"), "top1": Metric(50.0)}, main_metric="mCE")
+        folder.add(
+            row, 0, metrics={"mCE": Metric(error, "%", "lower"), "top1": Metric(50.0)}, main_metric="mCE"
+        )
     comparison = read(folder)
     assert headers(comparison, 0)[1:] == [("mCE", "%, lower is better"), ("top1", "%")]
     assert comparison.cells["mae"][0].is_best
@@ -66,12 +77,21 @@ def test_a_metric_that_some_records_lack_says_how_many_have_it(folder: Folder) -
 def test_a_score_alone_needs_no_table(folder: Folder, tmp_path: Path) -> None:
     folder.add("mae", 50.0)
     assert headers(read(folder), 0) == []
-    assert not [path for path in write_report(folder.root, tmp_path) if "All metrics" in path.read_text(encoding="utf-8")]
+    assert not [
+        path
+        for path in write_report(folder.root, tmp_path)
+        if "All metrics" in path.read_text(encoding="utf-8")
+    ]
 
 
 def test_names_of_metrics_are_text(folder: Folder, tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
-    folder.add("mae", 0, protocol=evil, metrics={"top1": Metric(60.0), evil: Metric(1.0, evil), f"{evil}_2": Metric(2.0)})
+    folder.add(
+        "mae",
+        0,
+        protocol=evil,
+        metrics={"top1": Metric(60.0), evil: Metric(1.0, evil), f"{evil}_2": Metric(2.0)},
+    )
     paths = {path.suffix: path.read_text(encoding="utf-8") for path in write_report(folder.root, tmp_path)}
     assert evil not in paths[".html"]
     assert "<script" not in paths[".md"].replace("\\<script", "")
@@ -80,8 +100,12 @@ def test_names_of_metrics_are_text(folder: Folder, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".md", ".html"])
 def test_the_report_has_the_table_and_the_chosen_head(folder: Folder, tmp_path: Path, suffix: str) -> None:
     note = "avg-4, base_lr 2: the best of 32 heads on 80 images held out of train (61.25 %)"
-    folder.add("mae", 0, metrics={"top1": Metric(60.0), "top1_k20": Metric(58.5)}, notes=[note, "1 <image> lost"])
-    text = next(path for path in write_report(folder.root, tmp_path) if path.suffix == suffix).read_text(encoding="utf-8")
+    folder.add(
+        "mae", 0, metrics={"top1": Metric(60.0), "top1_k20": Metric(58.5)}, notes=[note, "1 <image> lost"]
+    )
+    text = next(path for path in write_report(folder.root, tmp_path) if path.suffix == suffix).read_text(
+        encoding="utf-8"
+    )
     assert "58.5" in text.split("All metrics of each protocol")[1]
     if suffix == ".html":
         assert f"{note}<br>1 &lt;image&gt; lost" in text

@@ -8,14 +8,37 @@ from leaderboard.published import published_for, published_rows
 def test_every_row_says_whose_number_it_is() -> None:
     for row in published_rows():
         assert row.url.startswith("https://")
-        assert all((row.method, row.backbone, row.task, row.protocol, row.dataset, row.split, row.source, row.title, row.place))
+        assert all(
+            (
+                row.method,
+                row.backbone,
+                row.task,
+                row.protocol,
+                row.dataset,
+                row.split,
+                row.source,
+                row.title,
+                row.place,
+            )
+        )
         assert 0 < row.value < 100
         assert (row.unit, row.direction) == ("%", "lower" if row.metric == "mCE" else "higher")
 
 
 def test_no_number_stands_twice() -> None:
     keys = [
-        (r.method, r.backbone, r.protocol, r.dataset, r.metric, r.source, r.place, r.note, r.ablation, r.blocks)
+        (
+            r.method,
+            r.backbone,
+            r.protocol,
+            r.dataset,
+            r.metric,
+            r.source,
+            r.place,
+            r.note,
+            r.ablation,
+            r.blocks,
+        )
         for r in published_rows()
     ]
     assert len(keys) == len(set(keys))
@@ -34,9 +57,15 @@ def test_no_number_stands_twice() -> None:
         ("ViT-H/14 at 448", "transfer-448", "top1", "Places365", "Table 6", 60.3),
     ],
 )
-def test_the_papers_mae_rows(backbone: str, protocol: str, metric: str, dataset: str, place: str, value: float) -> None:
+def test_the_papers_mae_rows(
+    backbone: str, protocol: str, metric: str, dataset: str, place: str, value: float
+) -> None:
     key = ("MAE", backbone, protocol, metric, dataset, place)
-    found = [r.value for r in published_rows() if (r.method, r.backbone, r.protocol, r.metric, r.dataset, r.place) == key]
+    found = [
+        r.value
+        for r in published_rows()
+        if (r.method, r.backbone, r.protocol, r.metric, r.dataset, r.place) == key
+    ]
     assert found == [value]
 
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 EVIL = "<script>alert(1)</script>"
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 
 
 class Page(HTMLParser):
@@ -46,7 +48,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         values = dict(attrs)
-        self.loads += [str(value) for name, value in attrs if name in ("src", "srcset", "data", "poster", "action")]
+        self.loads += [
+            str(value) for name, value in attrs if name in ("src", "srcset", "data", "poster", "action")
+        ]
         self.loads += [str(values["href"])] if tag != "a" and "href" in values else []
         assert not [name for name, _ in attrs if name.startswith("on")]
         if tag == "tr":
@@ -69,9 +73,13 @@ def runs(folder: Folder, seeds: Callable) -> Path:
     seeds("mae", 61.2, 61.0, 61.4)
     seeds("mae", 8.9, task="coco", protocol="maskrcnn-li2021-100ep", main_metric="AP_box")
     folder.fail("random", f"cannot import {EVIL}")
-    path = folder.add("mae", 0.4, task="pretrain", main_metric="loss", artefacts={"reconstruction": "reconstruction.png"})
+    path = folder.add(
+        "mae", 0.4, task="pretrain", main_metric="loss", artefacts={"reconstruction": "reconstruction.png"}
+    )
     Image.new("RGB", (30, 10)).save(path.parent / "reconstruction.png")
-    folder.add(EVIL, 10.0, command=EVIL, notes=[EVIL], versions={EVIL: EVIL}, hardware={"cpu": EVIL}, git_hash=EVIL)
+    folder.add(
+        EVIL, 10.0, command=EVIL, notes=[EVIL], versions={EVIL: EVIL}, hardware={"cpu": EVIL}, git_hash=EVIL
+    )
     return folder.root
 
 
@@ -91,7 +99,15 @@ def terminal(runs: Path, width: int = 100) -> str:
 def test_the_terminal_shows_scores_reasons_and_verdicts(runs: Path) -> None:
     text = terminal(runs)
     assert max(map(len, text.splitlines())) <= 100
-    for part in ("61.2 ± 0.2 (n=3)", "63.0 ± 0.4 (n=3)", "-1.8", "failed", "cannot import", "make setup", EVIL):
+    for part in (
+        "61.2 ± 0.2 (n=3)",
+        "63.0 ± 0.4 (n=3)",
+        "-1.8",
+        "failed",
+        "cannot import",
+        "make setup",
+        EVIL,
+    ):
         assert part in " ".join(text.split())
 
 
@@ -153,7 +169,15 @@ def test_html_has_the_table_the_reasons_and_the_sources(texts: dict[str, str]) -
     assert rows["supervised"][0] == "63.0 ± 0.4 (n=3) best"
     assert rows["random"] == ["failed", "-"]
     assert 'title="cannot import &lt;script&gt;' in texts[".html"]
-    for part in ("<caption>", 'scope="col"', 'scope="row"', "<svg", "prefers-color-scheme: dark", "mae-bench demo", "d" * 64):
+    for part in (
+        "<caption>",
+        'scope="col"',
+        'scope="row"',
+        "<svg",
+        "prefers-color-scheme: dark",
+        "mae-bench demo",
+        "d" * 64,
+    ):
         assert part in texts[".html"]
     assert "https://arxiv.org/abs/2111.06377" in texts[".html"]
 
@@ -216,11 +240,23 @@ def test_a_folder_that_cannot_be_written_is_a_users_error(runs: Path, tmp_path: 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 def test_a_browser_shows_the_rows_and_makes_them_sortable(texts: dict[str, str], tmp_path: Path) -> None:
-    options = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
+    options = (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+    )
     quiet = ("disable-component-update", "disable-sync", f"user-data-dir={tmp_path / 'profile'}", "dump-dom")
     address = (tmp_path / "out" / "leaderboard.html").as_uri()
     command = [str(CHROMIUM), *(f"--{option}" for option in (*options, *quiet)), address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     page = Page(done.stdout)
-    assert [row[0].removesuffix("baseline") for row in page.rows[1:5]] == ["supervised", EVIL, "mae", "random"]
+    assert [row[0].removesuffix("baseline") for row in page.rows[1:5]] == [
+        "supervised",
+        EVIL,
+        "mae",
+        "random",
+    ]
     assert 'aria-sort="none"><button type="button">' in done.stdout

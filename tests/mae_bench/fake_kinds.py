@@ -28,7 +28,9 @@ class MakerConfig(Config):
     kind: str
     protocol: str = "fake"
     score: float = 1.0
-    behave: Literal["well", "user error", "not installed", "exception", "full disk", "SIGKILL", "exit 3", "wait"] = "well"
+    behave: Literal[
+        "well", "user error", "not installed", "exception", "full disk", "SIGKILL", "exit 3", "wait"
+    ] = "well"
 
 
 class PretrainingConfig(Config):
@@ -52,7 +54,9 @@ def run(config: MakerConfig, job: Job, progress: Progress) -> Outcome:
     misbehave(config.behave, job, progress)
     if FAKES[config.kind].emits_backbone:
         (job.dir / EXPORT).mkdir(exist_ok=True)
-        (job.dir / EXPORT / "weights").write_text(f"{job.name}, run {len((job.dir / 'runs.txt').read_text().split())}")
+        (job.dir / EXPORT / "weights").write_text(
+            f"{job.name}, run {len((job.dir / 'runs.txt').read_text().split())}"
+        )
     weights = Path(job.backbone or job.dir / EXPORT, "weights")
     return Outcome(
         task=FAKES[config.kind].task, dataset="toy", split="val", num_samples=4,

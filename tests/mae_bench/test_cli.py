@@ -23,7 +23,9 @@ MAIN = ("-m", "mae_bench.cli")
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
 
 
-def mae_bench(*arguments: str, script: Path | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def mae_bench(
+    *arguments: str, script: Path | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """`mae-bench` in a process of its own; with `script` the fake kinds' one."""
     here = [str(script)] if script else list(MAIN)
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
@@ -50,8 +52,16 @@ def test_help_imports_no_framework() -> None:
         "heavy = {'torch', 'numpy', 'timm', 'omegaconf', 'detectron2', 'mmseg', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    for command in ([], *([name] for name in COMMANDS), ["data", "check"], ["data", "pack"], ["data", "prepare", "imagenet"]):
-        done = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True)
+    for command in (
+        [],
+        *([name] for name in COMMANDS),
+        ["data", "check"],
+        ["data", "pack"],
+        ["data", "prepare", "imagenet"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert "Usage: mae-bench" in done.stdout
 
@@ -70,11 +80,23 @@ def test_version() -> None:
         (["pretrain", "pretrain/demo.yaml", "epohcs=3", "data=x"], "the nearest known key is 'epochs'"),
         (["pretrain", "pretrain/demo.yaml"], "add data=VALUE to the command"),
         (["pretrain", "tasks/imagenet/linear_demo.yaml", "data=x"], "which transfers one"),
-        (["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear"], "did you mean tasks/imagenet/linear"),
-        (["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear_demo"], "data.imagenet must be given"),
+        (
+            ["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear"],
+            "did you mean tasks/imagenet/linear",
+        ),
+        (
+            ["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear_demo"],
+            "data.imagenet must be given",
+        ),
         (["evaluate", "--checkpoint", "x.pth", "--tasks", "eval_only"], "data.imagenet must be given"),
-        (["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear_demo", "data.root=y"], "x.pth is missing"),
-        (["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear_demo,mine/linear_demo.yaml"], "two of one name"),
+        (
+            ["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear_demo", "data.root=y"],
+            "x.pth is missing",
+        ),
+        (
+            ["evaluate", "--checkpoint", "x.pth", "--tasks", "imagenet/linear_demo,mine/linear_demo.yaml"],
+            "two of one name",
+        ),
         (["pretrain", "pretrain/random_demo.yaml", "--device", "gpu"], "'gpu' is not one of"),
         (["report", "/nowhere"], "no result under /nowhere"),
         (["data", "check", "coco", "/nowhere"], "/nowhere is missing"),
@@ -84,9 +106,15 @@ def test_version() -> None:
         (["data", "pack", "/nowhere", "out", "--original", "--short-side", "32"], "--original alone"),
         (["data", "prepare", "imagenet", "/nowhere", "out"], "ILSVRC2012_img_train.tar"),
         (["pretrain", "pretrain/demo.yaml", "data=x", "--processes", "0"], "--processes"),
-        (["reconstruct", "--checkpoint", "/nowhere", "--out", "x.png", "image.png"], "holds no masked autoencoder"),
+        (
+            ["reconstruct", "--checkpoint", "/nowhere", "--out", "x.png", "image.png"],
+            "holds no masked autoencoder",
+        ),
         (["inspect", "/nowhere.pth"], "/nowhere.pth"),
-        (["evaluate", "--checkpoint", "no/*.pth", "--tasks", "imagenet/linear_demo"], "no/*.pth matches nothing"),
+        (
+            ["evaluate", "--checkpoint", "no/*.pth", "--tasks", "imagenet/linear_demo"],
+            "no/*.pth matches nothing",
+        ),
         (["evaluate", "--checkpoint", "no.yaml", "--tasks", "imagenet/linear_demo"], "no.yaml is missing"),
         (["verify", "/nowhere.pth", "--against", "timm:create_model"], "/nowhere.pth"),
         (["verify", "/nowhere.pth"], "Missing option '--against'"),
@@ -100,7 +128,9 @@ def test_wrong_use_is_2_and_says_what_to_do(tmp_path: Path, arguments: list[str]
     assert not list(tmp_path.iterdir()), "wrong use writes nothing"
 
 
-def test_a_run_that_is_done_is_0_and_ends_with_its_report(fake_kinds: Path, toy: Path, suite: dict[str, Any]) -> None:
+def test_a_run_that_is_done_is_0_and_ends_with_its_report(
+    fake_kinds: Path, toy: Path, suite: dict[str, Any]
+) -> None:
     done = mae_bench("run", str(toy), "baseline=base", "tasks.probe.score=61.5", script=fake_kinds)
     assert done.returncode == 0, done.stderr
     assert "4 cells: 4 done" in done.stdout
@@ -128,7 +158,9 @@ def test_a_cell_that_is_not_installed_is_no_failure(fake_kinds: Path, toy: Path)
     assert "Next: pip install x" in done.stderr
 
 
-def test_a_report_shows_the_cells_of_the_suite_alone(fake_kinds: Path, toy: Path, suite: dict[str, Any]) -> None:
+def test_a_report_shows_the_cells_of_the_suite_alone(
+    fake_kinds: Path, toy: Path, suite: dict[str, Any]
+) -> None:
     mae_bench("run", str(toy), "tasks.probe.score=11.5", script=fake_kinds)
     done = mae_bench("run", str(toy), "tasks.probe.score=22.5", script=fake_kinds)
     assert "22.5" in done.stdout
@@ -141,7 +173,9 @@ def test_a_report_shows_the_cells_of_the_suite_alone(fake_kinds: Path, toy: Path
 
 
 def test_a_plan_is_json_for_programs(fake_kinds: Path, toy: Path, suite: dict[str, Any]) -> None:
-    cells = json.loads(mae_bench("plan", str(toy), "seeds=[0,1]", "--json", script=fake_kinds).stdout)["cells"]
+    cells = json.loads(mae_bench("plan", str(toy), "seeds=[0,1]", "--json", script=fake_kinds).stdout)[
+        "cells"
+    ]
     assert len(cells) == 6
     assert {cell["state"] for cell in cells} == {"left"}
     assert "6 cells: 6 left" in mae_bench("plan", str(toy), "seeds=[0,1]", script=fake_kinds).stdout
@@ -174,7 +208,9 @@ def test_a_plan_with_cells_that_would_fail_is_1(fake_kinds: Path, toy: Path, tmp
         (["verify", "x.pth", "--against", "no_module:build"], "no_module.py in this folder"),
     ],
 )
-def test_what_needs_no_torch_is_refused_before_it_is_imported(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_what_needs_no_torch_is_refused_before_it_is_imported(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
     (tmp_path / "there").write_text("mine")
     code = (
         "import sys; from mae_bench.cli import main; sys.argv = ['mae-bench', *sys.argv[1:]]\n"
@@ -182,8 +218,12 @@ def test_what_needs_no_torch_is_refused_before_it_is_imported(tmp_path: Path, ar
         "except SystemExit as end: assert end.code == 2, end.code\n"
         "assert 'torch' not in sys.modules"
     )
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path, env=env)
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path, env=env
+    )
     assert done.returncode == 0, done.stderr
     assert message in done.stderr
 
@@ -225,12 +265,16 @@ def test_the_module_is_the_command() -> None:
 
 
 def test_what_a_checkpoint_does_not_tell_can_be_given(tmp_path: Path) -> None:
-    weights = VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=3, num_classes=0).state_dict()
+    weights = VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=3, num_classes=0
+    ).state_dict()
     save_file(weights, tmp_path / "odd.safetensors")
     asked = mae_bench("inspect", "odd.safetensors", cwd=tmp_path)
     assert asked.returncode == 2
     assert "give num_heads=N" in asked.stderr
-    told = mae_bench("inspect", "odd.safetensors", "num_heads=3", "mean=[0.5,0.5,0.5]", "--json", cwd=tmp_path)
+    told = mae_bench(
+        "inspect", "odd.safetensors", "num_heads=3", "mean=[0.5,0.5,0.5]", "--json", cwd=tmp_path
+    )
     spec = json.loads(told.stdout)["spec"]
     assert (spec["num_heads"], spec["mean"]) == (3, [0.5, 0.5, 0.5])
     done = mae_bench("convert", "odd.safetensors", "ours", "num_heads=3", "--to", "mae_bench", cwd=tmp_path)
@@ -251,11 +295,18 @@ def test_data_check_tells_what_val_shares_with_train(toy_data: Path, tmp_path: P
     """The toy's one image a class is the same in both splits."""
     told = "2 of 2 images of val are in train too, byte for byte: a/val.png is a/train.png"
     assert told in mae_bench("data", "check", "imagenet", str(toy_data / "imagenet")).stdout
-    assert told in json.loads(mae_bench("data", "check", "imagenet", str(toy_data / "imagenet"), "--json").stdout)["notes"][0]
+    assert (
+        told
+        in json.loads(mae_bench("data", "check", "imagenet", str(toy_data / "imagenet"), "--json").stdout)[
+            "notes"
+        ][0]
+    )
 
 
 def test_data_is_packed(toy_data: Path, tmp_path: Path) -> None:
-    done = mae_bench("data", "pack", str(toy_data / "imagenet"), str(tmp_path / "packed"), "--raw", "--num-workers", "0")
+    done = mae_bench(
+        "data", "pack", str(toy_data / "imagenet"), str(tmp_path / "packed"), "--raw", "--num-workers", "0"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "packed")
     assert "train: 2 images, 0 that do not decode" in done.stdout
@@ -267,7 +318,9 @@ def test_images_that_do_not_decode_are_named(toy_data: Path, tmp_path: Path) -> 
     broken = tmp_path / "images"
     shutil.copytree(toy_data / "imagenet", broken)
     (broken / "train" / "a" / "broken.jpg").write_bytes(b"no image")
-    assert mae_bench("data", "check", "images", str(broken)).returncode == 0, "some may fail: each run says how many"
+    assert mae_bench("data", "check", "images", str(broken)).returncode == 0, (
+        "some may fail: each run says how many"
+    )
     done = mae_bench("data", "check", "images", str(broken), "--decode")
     assert done.returncode == 1
     assert "train: a/broken.jpg does not decode: no image format" in done.stdout
@@ -305,7 +358,10 @@ def vit(tmp_path: Path) -> VisionTransformer:
     model = VisionTransformer(img_size=16, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0)
     save_file(model.state_dict(), tmp_path / "vit.safetensors")
     average = {name: tensor * 0.5 for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": model.state_dict(), "state_dict_ema": average, "optimizer": {"lr": 1.0}}, tmp_path / "several.pth")
+    torch.save(
+        {"state_dict": model.state_dict(), "state_dict_ema": average, "optimizer": {"lr": 1.0}},
+        tmp_path / "several.pth",
+    )
     return model
 
 
@@ -326,12 +382,21 @@ def here(
     return run
 
 
-def test_inspect_lists_several_sets_and_reads_the_chosen_one(tmp_path: Path, vit: VisionTransformer, here) -> None:
+def test_inspect_lists_several_sets_and_reads_the_chosen_one(
+    tmp_path: Path, vit: VisionTransformer, here
+) -> None:
     code, out, _ = here("inspect", "several.pth", "--json")
-    assert (code, [row["weights"] for row in json.loads(out)["sets"]]) == (0, ["state_dict", "state_dict_ema"])
+    assert (code, [row["weights"] for row in json.loads(out)["sets"]]) == (
+        0,
+        ["state_dict", "state_dict_ema"],
+    )
     assert "--weights state_dict_ema" in here("inspect", "several.pth")[1]
     chosen = json.loads(here("inspect", "several.pth", "--weights", "state_dict_ema", "--json")[1])
-    assert (chosen["format"], chosen["weights"], chosen["training_state"]) == ("timm", "state_dict_ema", ["optimizer"])
+    assert (chosen["format"], chosen["weights"], chosen["training_state"]) == (
+        "timm",
+        "state_dict_ema",
+        ["optimizer"],
+    )
     code, _, told = here("convert", "several.pth", "ours", "--to", "mae_bench", "--weights", "state_dict_ema")
     assert code == 0, told
     exported = load_file(tmp_path / "ours" / "backbone.safetensors")
@@ -339,7 +404,9 @@ def test_inspect_lists_several_sets_and_reads_the_chosen_one(tmp_path: Path, vit
 
 
 @pytest.mark.parametrize("columns", ["40", "80"])
-def test_what_is_copied_is_whole_in_a_narrow_terminal(tmp_path: Path, vit: VisionTransformer, here, monkeypatch, columns) -> None:
+def test_what_is_copied_is_whole_in_a_narrow_terminal(
+    tmp_path: Path, vit: VisionTransformer, here, monkeypatch, columns
+) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     name = "a_file_of_some_length_that_does_not_fit_a_line.safetensors"
     (tmp_path / "vit.safetensors").rename(tmp_path / name)
@@ -371,12 +438,18 @@ def test_inspect_suggests_how_to_feed(tmp_path: Path, vit: VisionTransformer, he
     assert (code, "--weights NAME" in told) == (2, True)
 
 
-def test_evaluate_names_the_nearest_files_for_one_that_is_missing(tmp_path: Path, vit: VisionTransformer, here) -> None:
+def test_evaluate_names_the_nearest_files_for_one_that_is_missing(
+    tmp_path: Path, vit: VisionTransformer, here
+) -> None:
     code, _, told = here(
         "evaluate", "--checkpoint", "vti.safetensors", "--checkpoint", "facebook/vit-mae-base", "--tasks", "imagenet/linear_demo",
         "data.root=y",
     )  # fmt: skip
-    assert (code, "did you mean vit.safetensors" in told, "hf:facebook/vit-mae-base" in told) == (2, True, True)
+    assert (code, "did you mean vit.safetensors" in told, "hf:facebook/vit-mae-base" in told) == (
+        2,
+        True,
+        True,
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -399,7 +472,10 @@ def test_verify_is_0_for_equal_models_and_1_for_others(tmp_path: Path, vit: Visi
     assert code == 0, told
     assert "They are equal within 1e-05" in out
     code, out, _ = here("verify", "vit.safetensors", "--against", "theirs_in_cli:other", "--json")
-    assert (code, [layer["absolute"] > 0 for layer in json.loads(out)["layers"]]) == (1, [False, False, True, True])
+    assert (code, [layer["absolute"] > 0 for layer in json.loads(out)["layers"]]) == (
+        1,
+        [False, False, True, True],
+    )
     assert here("verify", "vit.safetensors", "--against", "theirs_in_cli:other", "--tolerance", "9")[0] == 0
     code, _, told = here("verify", "vit.safetensors", "--against", "theirs_in_cli:breaks")
     assert (code, "ValueError: their own trouble" in told) == (2, True)
@@ -408,10 +484,28 @@ def test_verify_is_0_for_equal_models_and_1_for_others(tmp_path: Path, vit: Visi
 def test_a_bad_checkpoint_among_many_does_not_stop_the_others(
     tmp_path: Path, toy_data: Path, vit: VisionTransformer, here
 ) -> None:
-    (tmp_path / "list.yaml").write_text(json.dumps([{"name": "ema", "source": "several.pth", "weights": "state_dict_ema"}]))
-    save_file({name: tensor for name, tensor in vit.state_dict().items() if name != "norm.bias"}, tmp_path / "a_bad.safetensors")
-    given = ["--checkpoint", "a_*.safetensors", "--checkpoint", "list.yaml", "--tasks", "imagenet/linear_demo", "--out", "out"]
-    small = ["tasks.linear_demo.epochs=1", "tasks.linear_demo.warmup_epochs=0", "tasks.linear_demo.global_batch_size=2"]
+    (tmp_path / "list.yaml").write_text(
+        json.dumps([{"name": "ema", "source": "several.pth", "weights": "state_dict_ema"}])
+    )
+    save_file(
+        {name: tensor for name, tensor in vit.state_dict().items() if name != "norm.bias"},
+        tmp_path / "a_bad.safetensors",
+    )
+    given = [
+        "--checkpoint",
+        "a_*.safetensors",
+        "--checkpoint",
+        "list.yaml",
+        "--tasks",
+        "imagenet/linear_demo",
+        "--out",
+        "out",
+    ]
+    small = [
+        "tasks.linear_demo.epochs=1",
+        "tasks.linear_demo.warmup_epochs=0",
+        "tasks.linear_demo.global_batch_size=2",
+    ]
     code, out, told = here("evaluate", *given, f"data.root={toy_data}", *small, "device=cpu", "--json")
     assert code == 1, told
     cells = json.loads(out)["cells"]

@@ -29,8 +29,16 @@ def write(folder: Path, **files: str) -> Path:
 
 
 def test_a_base_is_merged_under_its_siblings_at_any_depth(tmp_path: Path) -> None:
-    write(tmp_path, low="a: 1\nb: {c: 2, d: 3}", high="base: low.yaml\nb: {c: 20}\njobs:\n  x: {base: low.yaml, a: 7}")
-    assert load_yaml(tmp_path / "high.yaml") == {"a": 1, "b": {"c": 20, "d": 3}, "jobs": {"x": {"a": 7, "b": {"c": 2, "d": 3}}}}
+    write(
+        tmp_path,
+        low="a: 1\nb: {c: 2, d: 3}",
+        high="base: low.yaml\nb: {c: 20}\njobs:\n  x: {base: low.yaml, a: 7}",
+    )
+    assert load_yaml(tmp_path / "high.yaml") == {
+        "a": 1,
+        "b": {"c": 20, "d": 3},
+        "jobs": {"x": {"a": 7, "b": {"c": 2, "d": 3}}},
+    }
 
 
 def test_a_base_is_looked_for_beside_its_file_then_in_the_package(tmp_path: Path) -> None:
@@ -44,7 +52,11 @@ def test_a_mapping_named_base_is_no_file(tmp_path: Path) -> None:
 
 def test_overrides_win_and_references_see_them(tmp_path: Path) -> None:
     write(tmp_path, one="root: x\npath: ${root}/y\nseeds: [0]")
-    assert load_yaml(tmp_path / "one.yaml", ["root=z", "seeds=[1,2]"]) == {"root": "z", "path": "z/y", "seeds": [1, 2]}
+    assert load_yaml(tmp_path / "one.yaml", ["root=z", "seeds=[1,2]"]) == {
+        "root": "z",
+        "path": "z/y",
+        "seeds": [1, 2],
+    }
 
 
 def test_an_override_may_bring_a_base(tmp_path: Path) -> None:
@@ -110,8 +122,14 @@ def test_the_nearest_files_are_named() -> None:
     ("value", "message"),
     [
         ({"inner": {"depth": 2}, "mod": "a"}, "unknown key 'mod'; the nearest known key is 'mode'"),
-        ({"inner": {"depth": 2, "widht": 2}}, "unknown key 'inner.widht'; the nearest known key is 'inner.width'"),
-        ({"inner": {"depth": 2}, "other": {"depht": 2}}, "unknown key 'other.depht'; the nearest known key is 'other.depth'"),
+        (
+            {"inner": {"depth": 2, "widht": 2}},
+            "unknown key 'inner.widht'; the nearest known key is 'inner.width'",
+        ),
+        (
+            {"inner": {"depth": 2}, "other": {"depht": 2}},
+            "unknown key 'other.depht'; the nearest known key is 'other.depth'",
+        ),
         ({"inner": {"depth": "deep"}}, "inner.depth: Input should be a valid integer"),
         ({"inner": {}}, "inner.depth: Field required"),
         ({"inner": {"depth": 2}, "mode": "c"}, "(given 'c')"),

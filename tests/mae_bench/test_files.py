@@ -42,6 +42,10 @@ def test_numbers_that_json_does_not_know_are_refused(tmp_path: Path, value: floa
 
 def test_digests(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
-    assert file_digest(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
-    assert json_digest({"b": [1, 2.5], "a": "ü"}) == hashlib.sha256('{"a":"ü","b":[1,2.5]}'.encode()).hexdigest()
+    assert (
+        file_digest(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )  # FIPS 180-2, B.1
+    assert (
+        json_digest({"b": [1, 2.5], "a": "ü"}) == hashlib.sha256('{"a":"ü","b":[1,2.5]}'.encode()).hexdigest()
+    )
     assert json_digest({"a": 1, "b": 2}) == json_digest({"b": 2, "a": 1})

@@ -9,7 +9,16 @@ from mae_bench.intervals import paired_interval, sample_std, student_quantile, w
 
 @pytest.mark.parametrize(
     ("freedom", "quantile"),
-    [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (30, 2.04227), (120, 1.97993), (1e5, 1.95999)],
+    [
+        (1, 12.7062),
+        (2, 4.30265),
+        (3, 3.18245),
+        (4, 2.77645),
+        (9, 2.26216),
+        (30, 2.04227),
+        (120, 1.97993),
+        (1e5, 1.95999),
+    ],
 )
 def test_student_quantile_matches_the_printed_table(freedom: float, quantile: float) -> None:
     assert student_quantile(freedom) == pytest.approx(quantile, rel=2e-5)
@@ -35,7 +44,9 @@ def test_welch_interval_by_hand() -> None:
     low, high = welch_interval([1, 2, 3], [10, 12, 14])
     margin = student_quantile(50 / 17) * math.sqrt(5 / 3)
     assert (low, high) == pytest.approx((-10 - margin, -10 + margin))
-    assert student_quantile(50 / 17) == pytest.approx(3.2195, abs=2e-3)  # between t(2) and t(3), close to t(3)
+    assert student_quantile(50 / 17) == pytest.approx(
+        3.2195, abs=2e-3
+    )  # between t(2) and t(3), close to t(3)
 
 
 def test_identical_seeds_give_an_interval_of_no_width() -> None:

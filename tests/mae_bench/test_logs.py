@@ -19,7 +19,14 @@ def test_prints_warnings_and_logs_go_to_the_file(tmp_path: Path, capfd: pytest.C
         logging.getLogger("mae_bench.data").warning("skipped")
     text = path.read_text()
     assert all(
-        word in text for word in ("before", "printed", "warned", "framework INFO: informed", "mae_bench.data WARNING: skipped")
+        word in text
+        for word in (
+            "before",
+            "printed",
+            "warned",
+            "framework INFO: informed",
+            "mae_bench.data WARNING: skipped",
+        )
     )
     assert "".join(capfd.readouterr()) == ""
 

@@ -24,7 +24,10 @@ def test_events_say_stage_steps_and_values(tmp_path: Path) -> None:
     progress.step(1, loss=0.5)
     progress.step(2, loss=0.25)
     progress.note("resumed")
-    kept = [{key: value for key, value in event.items() if key != "time"} for event in events(tmp_path / "events.jsonl")]
+    kept = [
+        {key: value for key, value in event.items() if key != "time"}
+        for event in events(tmp_path / "events.jsonl")
+    ]
     assert kept == [
         {"stage": "train", "total": 2, "done": 0},
         {"stage": "train", "total": 2, "done": 1, "values": {"loss": 0.5}},

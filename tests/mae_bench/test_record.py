@@ -64,7 +64,9 @@ def test_a_record_that_contradicts_itself_cannot_be_made(change: dict[str, Any],
         ({"metrics": {"top1": {"value": "high"}}}, "malformed"),
     ],
 )
-def test_what_is_no_record_is_refused_with_its_path(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_what_is_no_record_is_refused_with_its_path(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     path = tmp_path / "record.json"
     path.write_text(json.dumps(RECORD.to_dict() | change))
     with pytest.raises(RecordError, match=message) as error:

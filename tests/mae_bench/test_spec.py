@@ -40,8 +40,12 @@ def test_contradictions_are_refused(change: dict[str, Any], message: str) -> Non
         BackboneSpec(**VALUES | change)
 
 
-@pytest.mark.parametrize(("change", "message"), [({"width": 3}, "unknown fields.*width"), ({"depth": None}, "incomplete")])
+@pytest.mark.parametrize(
+    ("change", "message"), [({"width": 3}, "unknown fields.*width"), ({"depth": None}, "incomplete")]
+)
 def test_what_is_no_spec_is_refused(change: dict[str, Any], message: str) -> None:
-    value = {key: item for key, item in (BackboneSpec(**VALUES).to_dict() | change).items() if item is not None}
+    value = {
+        key: item for key, item in (BackboneSpec(**VALUES).to_dict() | change).items() if item is not None
+    }
     with pytest.raises(UserError, match=message):
         BackboneSpec.from_dict(value)

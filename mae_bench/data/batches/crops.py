@@ -15,7 +15,9 @@ Size = tuple[int, int]  # height, width
 RATIO = (3 / 4, 4 / 3)  # width / height of RandomResizedCrop
 TRIES = 10
 CROP_PCT = 0.875  # 224 of 256
-VERTICAL_FIRST = int(PIL.__version__.split(".")[0]) >= 13  # Pillow 13 begins with the rows where that is much less work
+VERTICAL_FIRST = (
+    int(PIL.__version__.split(".")[0]) >= 13
+)  # Pillow 13 begins with the rows where that is much less work
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -41,7 +43,9 @@ class Crop:
         return VERTICAL_FIRST and down > 2 * max(0, across)
 
 
-def random_resized_crop(height: int, width: int, img_size: Size, scale: tuple[float, float], draw: random.Random) -> Crop:
+def random_resized_crop(
+    height: int, width: int, img_size: Size, scale: tuple[float, float], draw: random.Random
+) -> Crop:
     """torchvision's RandomResizedCrop: a share `scale` of the area at a log-uniform ratio, in ten tries, else the centre; and a
     flip."""
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
@@ -90,7 +94,9 @@ def resample(pixels: np.ndarray, crop: Crop, img_size: Size, interpolation: str 
     return _restore(imgs.flip(3) if crop.flip else imgs, box.dtype)[0]
 
 
-def resample_exact(pixels: np.ndarray, crop: Crop, img_size: Size, interpolation: str = "bicubic") -> torch.Tensor:
+def resample_exact(
+    pixels: np.ndarray, crop: Crop, img_size: Size, interpolation: str = "bicubic"
+) -> torch.Tensor:
     """As `resample`, by Pillow: bit for bit what torchvision gives on Pillow's images. Deeper than 8 bits there is nothing to
     be equal to."""
     if pixels.dtype != np.uint8:
@@ -129,7 +135,9 @@ def describe(crop: Crop) -> list[int]:
     return [crop.height, crop.width, *crop.size, *crop.offset, int(crop.flip), int(crop.vertical_first)]
 
 
-def resample_batch(imgs: torch.Tensor, crops: torch.Tensor, img_size: Size, interpolation: str = "bicubic") -> torch.Tensor:
+def resample_batch(
+    imgs: torch.Tensor, crops: torch.Tensor, img_size: Size, interpolation: str = "bicubic"
+) -> torch.Tensor:
     """(N, C, H, W), each image in the top left corner and zero below and beside it -> (N, C, *img_size) on imgs' device.
 
     crops (N, 8) on the CPU: a row of `describe` an image. Two batched products with the weights of Pillow's antialiased filter,
@@ -182,7 +190,13 @@ def _most_taps(before: torch.Tensor, after: torch.Tensor, interpolation: str) ->
 
 
 def _weights(
-    before: torch.Tensor, after: torch.Tensor, offset: torch.Tensor, length: int, padded: int, taps: int, interpolation: str
+    before: torch.Tensor,
+    after: torch.Tensor,
+    offset: torch.Tensor,
+    length: int,
+    padded: int,
+    taps: int,
+    interpolation: str,
 ) -> torch.Tensor:
     """(N, length, padded): how much each source pixel gives to the outputs offset ... offset + length - 1 of `before` pixels
     resized to `after` (each (N,), float64)."""

@@ -18,8 +18,12 @@ from mae_bench.data.sets.source import BadImage, ImageSource, decode
 from mae_bench.errors import UserError
 
 Transform = Callable[[Image.Image], torch.Tensor] | PretrainTransform
-Item = tuple[int, int, int]  # epoch, which seeds the augmentation; index in the image set; place in the step's global batch
-View = tuple[torch.Tensor, list[int] | None]  # an input (C, H, W); or what a crop on the device begins with, and its numbers
+Item = tuple[
+    int, int, int
+]  # epoch, which seeds the augmentation; index in the image set; place in the step's global batch
+View = tuple[
+    torch.Tensor, list[int] | None
+]  # an input (C, H, W); or what a crop on the device begins with, and its numbers
 
 OUTLIVES = 45  # seconds that a loader process lives on when it is asked to end: longer than its main process has to save
 MOST_BAD_IN_A_ROW = 100  # a set that begins like this is another kind of set
@@ -46,7 +50,9 @@ class Batch:
         for size in sizes:
             part = slice(begin, begin + size)
             crops = None if self.crops is None else self.crops[part]
-            yield Batch(self.imgs[part], self.targets[part], self.indices[part], start=self.start + begin, crops=crops)
+            yield Batch(
+                self.imgs[part], self.targets[part], self.indices[part], start=self.start + begin, crops=crops
+            )
             begin += size
 
     def pin_memory(self) -> "Batch":
@@ -104,7 +110,11 @@ class Images(Dataset[Batch | UserError]):
             seed_everything(seed)
             return transform(image), None
         pixels = read_pixels(self.images, place, transform.in_chans, fast=transform.decode == "fast")
-        return transform.defer(pixels, seed) if transform.crop_on == "device" else (transform(pixels, seed), None)
+        return (
+            transform.defer(pixels, seed)
+            if transform.crop_on == "device"
+            else (transform(pixels, seed), None)
+        )
 
 
 def _stack(views: list[View]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -210,7 +220,12 @@ def training_batches(
 
 
 def evaluation_batches(
-    images: ImageSource, transform: Transform, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1
+    images: ImageSource,
+    transform: Transform,
+    batch_size: int,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[Batch]:
     """Every image of the set exactly once over all ranks, in order; the last batch may be smaller."""
     mine = [(0, index, 0) for index in range(rank, len(images), world_size)]
@@ -263,7 +278,10 @@ LOST = (  # what a loader's failure says, and what mends it
         "give more shared memory (/dev/shm; docker run --shm-size=16g), or lower num_workers",
     ),
     (r"ancdata|Too many open files", "raise the limit of open files (ulimit -n 65536), or lower num_workers"),
-    (r"worker.*(killed by signal: Killed|exited unexpectedly)", "lower num_workers: the machine may have run out of memory"),
+    (
+        r"worker.*(killed by signal: Killed|exited unexpectedly)",
+        "lower num_workers: the machine may have run out of memory",
+    ),
     (r"worker.*killed by signal", "set num_workers=0 to see where it fails"),
 )
 
@@ -272,5 +290,9 @@ def _lost_worker(message: str, num_workers: int) -> UserError | None:
     for pattern, fix in LOST:
         if num_workers and re.search(pattern, message, re.DOTALL):
             what = message.strip().splitlines()[-1][:300]
-            return UserError(f"a loader process was lost: {what}", expected=f"{num_workers} running loader processes", fix=fix)
+            return UserError(
+                f"a loader process was lost: {what}",
+                expected=f"{num_workers} running loader processes",
+                fix=fix,
+            )
     return None

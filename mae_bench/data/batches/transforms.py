@@ -49,18 +49,36 @@ def train_transform(
     if hflip:
         steps.append(T.RandomHorizontalFlip(hflip))
     if auto_augment:
-        fill = tuple(round(255 * mean) for mean in (0.485, 0.456, 0.406))  # the grey that timm's create_transform fills with
-        steps.append(rand_augment_transform(auto_augment, {"translate_const": int(min(img_size) * 0.45), "img_mean": fill}))
+        fill = tuple(
+            round(255 * mean) for mean in (0.485, 0.456, 0.406)
+        )  # the grey that timm's create_transform fills with
+        steps.append(
+            rand_augment_transform(
+                auto_augment, {"translate_const": int(min(img_size) * 0.45), "img_mean": fill}
+            )
+        )
     return T.Compose([*steps, T.PILToTensor()])
 
 
-def eval_transform(img_size: tuple[int, int], crop_pct: float = 0.875, interpolation: str = "bicubic") -> T.Compose:
+def eval_transform(
+    img_size: tuple[int, int], crop_pct: float = 0.875, interpolation: str = "bicubic"
+) -> T.Compose:
     """Resize the short side to img_size / crop_pct and crop the centre (MAE: 256 then 224)."""
     mode = InterpolationMode(interpolation)
     if img_size[0] == img_size[1]:
-        return T.Compose([T.Resize(round(img_size[0] / crop_pct), mode, antialias=True), T.CenterCrop(img_size), T.PILToTensor()])
+        return T.Compose(
+            [
+                T.Resize(round(img_size[0] / crop_pct), mode, antialias=True),
+                T.CenterCrop(img_size),
+                T.PILToTensor(),
+            ]
+        )
     return T.Compose(
-        [T.Resize([round(side / crop_pct) for side in img_size], mode, antialias=True), T.CenterCrop(img_size), T.PILToTensor()]
+        [
+            T.Resize([round(side / crop_pct) for side in img_size], mode, antialias=True),
+            T.CenterCrop(img_size),
+            T.PILToTensor(),
+        ]
     )
 
 
@@ -89,10 +107,14 @@ class PretrainTransform:
             raise UserError(f"interpolation {self.interpolation!r}", expected=" or ".join(RESAMPLING))
         if self.color_jitter and self.in_chans not in (1, 3):
             raise UserError(
-                f"color_jitter with {self.in_chans} channels", expected="grey or RGB images", fix="set color_jitter=0"
+                f"color_jitter with {self.in_chans} channels",
+                expected="grey or RGB images",
+                fix="set color_jitter=0",
             )
         if self.color_jitter and self.crop_on == "device":
-            raise UserError("color_jitter with crop_on=device", expected="crops on the CPU", fix="set crop_on=cpu")
+            raise UserError(
+                "color_jitter with crop_on=device", expected="crops on the CPU", fix="set crop_on=cpu"
+            )
 
     def __call__(self, pixels: np.ndarray | Jpeg, seed: int) -> torch.Tensor:
         """The input (C, *img_size)."""
@@ -132,7 +154,9 @@ def jitter_colors(img: torch.Tensor, strength: float, draw: random.Random) -> to
     """torchvision's ColorJitter(s, s, s, s / 4) of a uint8 (C, H, W) image, its factors drawn from `draw`; deeper images raise
     UserError."""
     if img.dtype != torch.uint8:
-        raise UserError(f"color_jitter on images of {img.dtype}", expected="8-bit images", fix="set color_jitter=0")
+        raise UserError(
+            f"color_jitter on images of {img.dtype}", expected="8-bit images", fix="set color_jitter=0"
+        )
     image = to_pil_image(img)
     low, high, hue = max(0.0, 1 - strength), 1 + strength, min(0.5, strength / 4)
     brightness, contrast, saturation = (low + (high - low) * draw.random() for _ in range(3))
@@ -153,7 +177,9 @@ def normalize(imgs: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...
 
     So mean and std are of pixels in [0, 1] for uint8, and in the array's own unit for any other dtype.
     """
-    scale, shift = _constants(tuple(mean), tuple(std), 255.0 if imgs.dtype == torch.uint8 else 1.0, imgs.device)
+    scale, shift = _constants(
+        tuple(mean), tuple(std), 255.0 if imgs.dtype == torch.uint8 else 1.0, imgs.device
+    )
     return torch.addcmul(shift, imgs.float(), scale)
 
 

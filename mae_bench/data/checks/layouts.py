@@ -39,7 +39,12 @@ MARKS: dict[str, tuple[str, ...]] = {  # one of them is there: this is, or was m
     "images": ("train", "train.tar"),
     "imagenet_val": ("val", "val.tar"),
     "image_sets": (".",),
-    "coco": ("annotations/instances_train2017.json", "annotations/instances_val2017.json", "train2017", "val2017"),
+    "coco": (
+        "annotations/instances_train2017.json",
+        "annotations/instances_val2017.json",
+        "train2017",
+        "val2017",
+    ),
     "ade20k": ("images/training", "images/validation", "annotations/training", "annotations/validation"),
 }
 COCO_KEYS: dict[str, tuple[str, ...]] = {
@@ -86,11 +91,17 @@ def check_layout(layout: str, root: str | Path, *, thorough: bool = False) -> La
     thorough: list every file again, and read a packed set's content.
     """
     if layout not in CHECKS:
-        raise UserError(f"unknown layout {layout!r}", expected=f"one of {', '.join(CHECKS)}", fix=did_you_mean(layout, CHECKS))
+        raise UserError(
+            f"unknown layout {layout!r}",
+            expected=f"one of {', '.join(CHECKS)}",
+            fix=did_you_mean(layout, CHECKS),
+        )
     if layout in SOURCES and is_pattern(str(root)):
         content = CHECKS[layout](str(root), thorough)
         name = set_name(root)
-        return LayoutReport(layout, name, Path(root), content.splits, content.classes, content.digest, content.notes)
+        return LayoutReport(
+            layout, name, Path(root), content.splits, content.classes, content.digest, content.notes
+        )
     root = Path(root)
     if not root.is_dir():
         raise UserError(
@@ -108,12 +119,16 @@ def check_layout(layout: str, root: str | Path, *, thorough: bool = False) -> La
         content = CHECKS[layout](root, thorough)
     except OSError as error:  # a link to nowhere, a folder that may not be read
         raise UserError(f"{root} cannot be read: {error}", expected="files that can be opened") from error
-    return LayoutReport(layout, set_name(root), root, content.splits, content.classes, content.digest, content.notes)
+    return LayoutReport(
+        layout, set_name(root), root, content.splits, content.classes, content.digest, content.notes
+    )
 
 
 def _digest(files: dict[str, int | str]) -> str:
     """files: relative path -> size in bytes, or SHA-256 of the content."""
-    return hashlib.sha256("".join(f"{path}\0{mark}\n" for path, mark in sorted(files.items())).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{path}\0{mark}\n" for path, mark in sorted(files.items())).encode()
+    ).hexdigest()
 
 
 def _is_root(layout: str, folder: Path) -> bool:
@@ -126,7 +141,11 @@ def _elsewhere(layout: str, root: Path) -> str:
     if layout == "image_sets":  # any folder could be meant
         return "give the folder that holds the class folders"
     above = list(root.absolute().parents)[:2]
-    below = [Path(entry) for entry in sorted(os.scandir(root), key=lambda e: e.name) if entry.is_dir()] if root.is_dir() else []
+    below = (
+        [Path(entry) for entry in sorted(os.scandir(root), key=lambda e: e.name) if entry.is_dir()]
+        if root.is_dir()
+        else []
+    )
     for folder in [*above, *below]:
         if _is_root(layout, folder):
             return f"give {folder}, which has the {layout} layout"
@@ -134,7 +153,9 @@ def _elsewhere(layout: str, root: Path) -> str:
 
 
 def _shown(names: Collection[Any], most: int = 5) -> str:
-    return ", ".join(map(str, sorted(names)[:most])) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+    return ", ".join(map(str, sorted(names)[:most])) + (
+        f", ... ({len(names)} in all)" if len(names) > most else ""
+    )
 
 
 def _listing(folder: Path) -> str:
@@ -155,7 +176,9 @@ def _need(folder: Path, expected: str) -> dict[str, int]:
     found = _images(folder) if folder.is_dir() else {}
     if not found:
         problem = f"no images in {folder}" if folder.is_dir() else f"{folder} is missing"
-        raise UserError(f"{problem}; found: {_listing(folder if folder.is_dir() else folder.parent)}", expected=expected)
+        raise UserError(
+            f"{problem}; found: {_listing(folder if folder.is_dir() else folder.parent)}", expected=expected
+        )
     return found
 
 
@@ -168,7 +191,9 @@ def _check_imagenet(root: str | Path, thorough: bool) -> Content:
             f"{root}: the classes of val are not those of train: only in train: {_shown(train - val) or 'none'}; "
             f"only in val: {_shown(val - train) or 'none'}",
             expected="the same classes in both",
-            fix="ImageNet's val is flat as published: sort it into class folders" if (Path(root) / "val").is_dir() else "",
+            fix="ImageNet's val is flat as published: sort it into class folders"
+            if (Path(root) / "val").is_dir()
+            else "",
         )
     if len(train) == 1:
         raise UserError(
@@ -176,7 +201,9 @@ def _check_imagenet(root: str | Path, thorough: bool) -> Content:
             expected="at least two class folders",
             fix="give the folder whose train/ holds one folder a class",
         )
-    if other := [(i, names) for i, names in enumerate(zip(*classes.values(), strict=False)) if names[0] != names[1]]:
+    if other := [
+        (i, names) for i, names in enumerate(zip(*classes.values(), strict=False)) if names[0] != names[1]
+    ]:
         label, names = other[0]
         raise UserError(
             f"{root}: train and val number their classes differently: label {label} is {names[0]} in train and {names[1]} in val",
@@ -200,7 +227,9 @@ def _need_every_class(root: str | Path, split: str, source: ImageSource) -> None
 def _check_images(root: str | Path, thorough: bool) -> Content:
     splits = splits_in(root)
     if "train" not in splits:
-        raise UserError(f"{root} has no images to train on; found: {_listing(Path(root))}", expected=EXPECTED["images"])
+        raise UserError(
+            f"{root} has no images to train on; found: {_listing(Path(root))}", expected=EXPECTED["images"]
+        )
     sources = {split: _open_images(root, split, thorough) for split in splits}
     for split, source in sources.items():
         _need_readable(root, split, source)
@@ -216,7 +245,12 @@ def _content(root: str | Path, sources: dict[str, ImageSource], thorough: bool) 
 
 def _notes(sources: dict[str, ImageSource]) -> tuple[str, ...]:
     """What was met where the images were listed."""
-    return tuple(note for source in sources.values() if isinstance(source, IndexedImages) for note in source.index.notes)
+    return tuple(
+        note
+        for source in sources.values()
+        if isinstance(source, IndexedImages)
+        for note in source.index.notes
+    )
 
 
 def _place(root: str | Path, split: str) -> str | Path:
@@ -227,7 +261,8 @@ def _place(root: str | Path, split: str) -> str | Path:
 def _open_images(root: str | Path, split: str, thorough: bool) -> ImageSource:
     if split not in splits_in(root):
         raise UserError(
-            f"{Path(root) / split} is missing; found in {root}: {_listing(Path(root))}", expected=EXPECTED["imagenet"]
+            f"{Path(root) / split} is missing; found in {root}: {_listing(Path(root))}",
+            expected=EXPECTED["imagenet"],
         )
     return open_images(root, split, refresh=thorough)
 
@@ -243,7 +278,10 @@ def _need_readable(root: str | Path, split: str, source: ImageSource) -> None:
             reason = f"{source.name(i)}: {error}"
             continue
         return
-    raise UserError(f"{root}: none of {min(len(source), MAX_TRIED)} images of {split} can be read ({reason})", expected="images")
+    raise UserError(
+        f"{root}: none of {min(len(source), MAX_TRIED)} images of {split} can be read ({reason})",
+        expected="images",
+    )
 
 
 def _classes(root: str | Path, split: str, source: ImageSource) -> list[str]:
@@ -276,7 +314,9 @@ def _check_coco(root: Path, thorough: bool) -> Content:
         _check_references(path, data, images)
         _check_boxes(path, data["annotations"])
         if odd := _odd_boxes(data):
-            notes.append(f"{odd} of {len(data['annotations'])} boxes in {path.name} reach outside their image or are degenerate")
+            notes.append(
+                f"{odd} of {len(data['annotations'])} boxes in {path.name} reach outside their image or are degenerate"
+            )
         classes[split] = {category["id"]: category["name"] for category in data["categories"]}
         splits[split] = len(data["images"])
         files |= {f"{split}/{image['file_name']}": images[image["file_name"]] for image in data["images"]}
@@ -309,11 +349,19 @@ def _read_coco(path: Path) -> dict[str, list[dict[str, Any]]]:
         items = data.get(part) if isinstance(data, dict) else None
         if not isinstance(items, list) or not items:
             found = _shown(data) if isinstance(data, dict) else type(data).__name__
-            raise UserError(f"{path} has no {part}; found: {found}", expected=f"a list {part!r} that is not empty")
-        if lacking := {key for item in items for key in keys if not isinstance(item, dict) or key not in item}:
-            raise UserError(f"{path}: entries of {part!r} lack {_shown(lacking)}", expected=f"{', '.join(keys)} in each")
+            raise UserError(
+                f"{path} has no {part}; found: {found}", expected=f"a list {part!r} that is not empty"
+            )
+        if lacking := {
+            key for item in items for key in keys if not isinstance(item, dict) or key not in item
+        }:
+            raise UserError(
+                f"{path}: entries of {part!r} lack {_shown(lacking)}", expected=f"{', '.join(keys)} in each"
+            )
         if twice := [number for number, count in Counter(item["id"] for item in items).items() if count > 1]:
-            raise UserError(f"{path}: ids that occur more than once in {part!r}: {_shown(twice)}", expected="unique ids")
+            raise UserError(
+                f"{path}: ids that occur more than once in {part!r}: {_shown(twice)}", expected="unique ids"
+            )
     return data
 
 
@@ -325,19 +373,29 @@ def _check_references(path: Path, data: dict[str, list[dict[str, Any]]], present
             fix="unpack the images again, or remove their entries",
         )
     for key, part in (("image_id", "images"), ("category_id", "categories")):
-        if unknown := {annotation[key] for annotation in data["annotations"]} - {item["id"] for item in data[part]}:
+        if unknown := {annotation[key] for annotation in data["annotations"]} - {
+            item["id"] for item in data[part]
+        }:
             raise UserError(
-                f"{path}: annotations refer to unknown {part}: {key} {_shown(unknown)}", expected=f"an id among {part!r}"
+                f"{path}: annotations refer to unknown {part}: {key} {_shown(unknown)}",
+                expected=f"an id among {part!r}",
             )
 
 
 def _check_boxes(path: Path, annotations: list[dict[str, Any]]) -> None:
     if wrong := [annotation["id"] for annotation in annotations if not _is_box(annotation["bbox"])]:
-        raise UserError(f"{path}: annotations whose bbox is no box: id {_shown(wrong)}", expected="four numbers: x, y, w, h")
+        raise UserError(
+            f"{path}: annotations whose bbox is no box: id {_shown(wrong)}",
+            expected="four numbers: x, y, w, h",
+        )
 
 
 def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(isinstance(number, int | float) for number in value)
+    return (
+        isinstance(value, list)
+        and len(value) == 4
+        and all(isinstance(number, int | float) for number in value)
+    )
 
 
 def _odd_boxes(data: dict[str, list[dict[str, Any]]]) -> int:
@@ -345,7 +403,9 @@ def _odd_boxes(data: dict[str, list[dict[str, Any]]]) -> int:
     count = 0
     for annotation in data["annotations"]:
         (x, y, w, h), (width, height) = annotation["bbox"], sizes[annotation["image_id"]]
-        count += w <= 0 or h <= 0 or x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1  # a pixel is rounding
+        count += (
+            w <= 0 or h <= 0 or x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1
+        )  # a pixel is rounding
     return count
 
 
@@ -353,17 +413,35 @@ def _check_ade20k(root: Path, thorough: bool) -> Content:
     classes, files = _object_info(root)
     splits = {}
     for split in ("training", "validation"):
-        images = {Path(name).stem: (name, size) for name, size in _need(root / "images" / split, "the images").items()}
-        maps = {Path(name).stem: name for name in _need(root / "annotations" / split, "a label map (PNG) an image")}
-        unpaired = {"images without a label map": images.keys() - maps, "label maps without an image": maps.keys() - images}
+        images = {
+            Path(name).stem: (name, size)
+            for name, size in _need(root / "images" / split, "the images").items()
+        }
+        maps = {
+            Path(name).stem: name
+            for name in _need(root / "annotations" / split, "a label map (PNG) an image")
+        }
+        unpaired = {
+            "images without a label map": images.keys() - maps,
+            "label maps without an image": maps.keys() - images,
+        }
         for what, alone in unpaired.items():
             if alone:
-                raise UserError(f"{root}: {len(alone)} {what} in {split}: {_shown(alone)}", expected=EXPECTED["ade20k"])
+                raise UserError(
+                    f"{root}: {len(alone)} {what} in {split}: {_shown(alone)}", expected=EXPECTED["ade20k"]
+                )
         for stem in _sample(sorted(images)):
-            _check_map(root / "images" / split / images[stem][0], root / "annotations" / split / maps[stem], len(classes))
+            _check_map(
+                root / "images" / split / images[stem][0],
+                root / "annotations" / split / maps[stem],
+                len(classes),
+            )
         splits[split] = len(images)
         files |= {f"images/{split}/{name}": size for name, size in images.values()}
-        files |= {f"annotations/{split}/{name}": file_digest(root / "annotations" / split / name) for name in maps.values()}
+        files |= {
+            f"annotations/{split}/{name}": file_digest(root / "annotations" / split / name)
+            for name in maps.values()
+        }
     return Content(splits, classes, _digest(files))
 
 
@@ -376,18 +454,22 @@ def _object_info(root: Path) -> tuple[tuple[str, ...], dict[str, int | str]]:
     path = next(iter(sorted(root.glob("objectInfo*.txt"))), None)
     if path is None:
         raise UserError(
-            f"no objectInfo*.txt in {root}; found: {_listing(root)}", expected="a table of the classes: Idx, tab, Name"
+            f"no objectInfo*.txt in {root}; found: {_listing(root)}",
+            expected="a table of the classes: Idx, tab, Name",
         )
     try:
         lines = path.read_text(encoding="utf-8").splitlines()[1:]
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} cannot be read: {error}", expected="a text in UTF-8", fix="convert it, with iconv -t UTF-8"
+            f"{path} cannot be read: {error}",
+            expected="a text in UTF-8",
+            fix="convert it, with iconv -t UTF-8",
         ) from error
     rows = [line.split("\t") for line in lines if line.strip()]
     if not rows or [row[0].strip() for row in rows] != [str(i) for i in range(1, len(rows) + 1)]:
         raise UserError(
-            f"{path} does not number its classes 1, 2, ...", expected="a heading, then a line a class: Idx, tab, Name"
+            f"{path} does not number its classes 1, 2, ...",
+            expected="a heading, then a line a class: Idx, tab, Name",
         )
     return tuple(row[-1].strip() for row in rows), {path.name: file_digest(path)}
 
@@ -396,17 +478,24 @@ def _check_map(image_path: Path, path: Path, num_classes: int) -> None:
     try:
         with Image.open(image_path) as image, Image.open(path) as labels:
             if labels.mode not in ("L", "P"):
-                raise UserError(f"{path} has mode {labels.mode}", expected="one channel of 8 bits: 0 = ignore, 1 ... the classes")
+                raise UserError(
+                    f"{path} has mode {labels.mode}",
+                    expected="one channel of 8 bits: 0 = ignore, 1 ... the classes",
+                )
             if labels.size != image.size:
                 raise UserError(
-                    f"{path} is {labels.width} x {labels.height} pixels", expected=f"its image's {image.width} x {image.height}"
+                    f"{path} is {labels.width} x {labels.height} pixels",
+                    expected=f"its image's {image.width} x {image.height}",
                 )
             if (highest := int(np.asarray(labels).max())) > num_classes:
                 raise UserError(
-                    f"{path} has label {highest}", expected=f"0 (ignore) to {num_classes}, the last class in objectInfo"
+                    f"{path} has label {highest}",
+                    expected=f"0 (ignore) to {num_classes}, the last class in objectInfo",
                 )
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(f"{image_path} or its label map {path} cannot be read: {error}", expected="whole images") from error
+        raise UserError(
+            f"{image_path} or its label map {path} cannot be read: {error}", expected="whole images"
+        ) from error
 
 
 def _check_imagenet_val(root: str | Path, thorough: bool) -> Content:
@@ -420,13 +509,17 @@ def _check_image_sets(root: Path, thorough: bool) -> Content:
     classes = {name: tuple(source.classes) for name, source in sources.items()}
     first = next(iter(classes))
     if classes[first] == ("",):
-        raise UserError(f"{root / first} has no class folders; found: {_listing(root)}", expected=EXPECTED["image_sets"])
+        raise UserError(
+            f"{root / first} has no class folders; found: {_listing(root)}", expected=EXPECTED["image_sets"]
+        )
     if odd := [name for name, found in classes.items() if found != classes[first]]:
         raise UserError(
             f"{root}: {odd[0]} has other classes than {first}: {_shown(set(classes[odd[0]]) ^ set(classes[first]))}",
             expected="the same classes in every set",
         )
-    return Content({name: len(source) for name, source in sources.items()}, classes[first], set_digest(sources))
+    return Content(
+        {name: len(source) for name, source in sources.items()}, classes[first], set_digest(sources)
+    )
 
 
 def image_sets(root: Path) -> dict[str, Path]:

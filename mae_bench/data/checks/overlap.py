@@ -47,12 +47,18 @@ def overlap(train: ImageSource, val: ImageSource) -> Pairs:
     """
     sizes = train.stored_sizes(), val.stored_sizes()
     ours, theirs = (np.flatnonzero(np.isin(own, other) & (own > 0)) for own, other in (sizes, sizes[::-1]))
-    log.info("looking for images of train in val, once: %d of %d have the size of one in val", len(ours), len(train))
+    log.info(
+        "looking for images of train in val, once: %d of %d have the size of one in val",
+        len(ours),
+        len(train),
+    )
     alike, others = dict.fromkeys(ours.tolist(), b""), dict.fromkeys(theirs.tolist(), b"")
     for length in (BLOCK, None):
         alike, others = _digests(train, list(alike), length), _digests(val, list(others), length)
         shared = set(alike.values()) & set(others.values())
-        alike, others = ({i: digest for i, digest in found.items() if digest in shared} for found in (alike, others))
+        alike, others = (
+            {i: digest for i, digest in found.items() if digest in shared} for found in (alike, others)
+        )
     first = {digest: i for i, digest in reversed(alike.items())}
     return [(val.name(i), train.name(first[digest])) for i, digest in others.items()]
 
@@ -69,7 +75,9 @@ def _digests(images: ImageSource, rows: list[int], length: int | None) -> dict[i
 
     with ThreadPoolExecutor(THREADS) as pool:
         chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
-        digests = [each for chunk in pool.map(lambda chunk: [digest(i) for i in chunk], chunks) for each in chunk]
+        digests = [
+            each for chunk in pool.map(lambda chunk: [digest(i) for i in chunk], chunks) for each in chunk
+        ]
     return {i: each for i, each in zip(rows, digests, strict=True) if each}
 
 
@@ -77,5 +85,7 @@ def overlap_note(pairs: Pairs, num_val: int) -> str:
     """For the record: how many images of val a model may have been trained on, and some of them; "" for none."""
     if not pairs:
         return ""
-    shown = ", ".join(f"{theirs} is {ours}" for theirs, ours in pairs[:MOST_NAMED]) + (", ..." if len(pairs) > MOST_NAMED else "")
+    shown = ", ".join(f"{theirs} is {ours}" for theirs, ours in pairs[:MOST_NAMED]) + (
+        ", ..." if len(pairs) > MOST_NAMED else ""
+    )
     return f"{len(pairs)} of {num_val} images of val are in train too, byte for byte: {shown}"

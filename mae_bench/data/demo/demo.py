@@ -12,13 +12,33 @@ from pydantic import Field
 
 from mae_bench.config import Config
 from mae_bench.data.demo.outlines import box, polygons, run_lengths
-from mae_bench.data.demo.scenes import GENERATOR_VERSION, STUFF, THINGS, Recipe, Scene, Thing, make_scene, scene_rng
+from mae_bench.data.demo.scenes import (
+    GENERATOR_VERSION,
+    STUFF,
+    THINGS,
+    Recipe,
+    Scene,
+    Thing,
+    make_scene,
+    scene_rng,
+)
 from mae_bench.errors import UserError
 from mae_bench.files import json_digest, write_json, write_text
 from mae_bench.progress import Progress
 
 STAMP = "dataset.json"
-CATEGORY_IDS = (1, 2, 3, 5, 8, 13, 18, 27, 44, 90)  # with gaps, as COCO's: a reader that counts on 1, 2, 3, ... shows
+CATEGORY_IDS = (
+    1,
+    2,
+    3,
+    5,
+    8,
+    13,
+    18,
+    27,
+    44,
+    90,
+)  # with gaps, as COCO's: a reader that counts on 1, 2, 3, ... shows
 MIN_AREA, MIN_SHARE = 24, 0.25  # visible pixels, and of what occlusion hides: less is not annotated
 
 
@@ -45,7 +65,11 @@ def make_demo_data(root: Path, config: DemoConfig, progress: Progress | None = N
     They are written beside `root` and renamed when complete, so that an interrupted call leaves no `root`, and the next one
     begins anew. UserError if `root` holds anything else.
     """
-    stamp = {"name": "demo", "digest": json_digest(config.model_dump()), "generator_version": GENERATOR_VERSION}
+    stamp = {
+        "name": "demo",
+        "digest": json_digest(config.model_dump()),
+        "generator_version": GENERATOR_VERSION,
+    }
     if _is_made(root, stamp):
         return
     part = root.with_name(f".{root.name}.part")
@@ -85,7 +109,9 @@ class _Counter:
 
     def __init__(self, progress: Progress, config: DemoConfig):
         self._progress, self._done = progress, 0
-        progress.stage("data", total=sum(s.num_train + s.num_val for s in (config.imagenet, config.coco, config.ade20k)))
+        progress.stage(
+            "data", total=sum(s.num_train + s.num_val for s in (config.imagenet, config.coco, config.ade20k))
+        )
 
     def step(self) -> None:
         self._done += 1
@@ -98,7 +124,9 @@ def dense_recipe(img_size: int) -> Recipe:
 
 
 def _write_imagenet(root: Path, size: DemoSet, seed: int, counter: _Counter) -> None:
-    recipe = Recipe(size.img_size, num_things=(1, 1), radius=(0.24, 0.46), turn=np.pi / 5, max_grounds=2, max_bars=1)
+    recipe = Recipe(
+        size.img_size, num_things=(1, 1), radius=(0.24, 0.46), turn=np.pi / 5, max_grounds=2, max_bars=1
+    )
     for split, number in (("train", size.num_train), ("val", size.num_val)):
         for i in range(number):
             label = i % len(THINGS)
@@ -115,12 +143,24 @@ def _write_coco(root: Path, size: DemoSet, seed: int, counter: _Counter) -> None
         for i in range(number):
             scene = make_scene(scene_rng(seed, "coco", split, i), recipe)
             name = f"{first + i:012d}.jpg"
-            images.append({"id": first + i, "file_name": name, "height": size.img_size, "width": size.img_size, "license": 1})
+            images.append(
+                {
+                    "id": first + i,
+                    "file_name": name,
+                    "height": size.img_size,
+                    "width": size.img_size,
+                    "license": 1,
+                }
+            )
             for thing in annotated(scene):
-                annotations.append({"id": 10 * first + len(annotations), "image_id": first + i, **_annotation(thing)})
+                annotations.append(
+                    {"id": 10 * first + len(annotations), "image_id": first + i, **_annotation(thing)}
+                )
             _save_jpeg(scene, root / split / name)
             counter.step()
-        write_text(root / "annotations" / f"instances_{split}.json", json.dumps(_instances(images, annotations)))
+        write_text(
+            root / "annotations" / f"instances_{split}.json", json.dumps(_instances(images, annotations))
+        )
 
 
 def _instances(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,12 @@ import numpy as np
 import numpy.typing as npt
 
 Mask = npt.NDArray[np.bool_]
-STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # right, down, left, up in (x, y): each a turn to the right of the one before
+STEPS = (
+    (1, 0),
+    (0, 1),
+    (-1, 0),
+    (0, -1),
+)  # right, down, left, up in (x, y): each a turn to the right of the one before
 
 
 def polygons(mask: Mask) -> list[list[float]]:

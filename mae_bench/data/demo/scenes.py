@@ -22,7 +22,10 @@ GROUND_COLOURS = {
 }
 SUPERSAMPLING = 4
 NUM_PATTERNS = 5
-TYPICAL_PATTERN, TYPICAL_GROUND = 0.8, 0.5  # shares of things that wear their class's pattern, stand on its ground
+TYPICAL_PATTERN, TYPICAL_GROUND = (
+    0.8,
+    0.5,
+)  # shares of things that wear their class's pattern, stand on its ground
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # weights of red, green and blue in brightness (Rec. 601)
 
 
@@ -37,7 +40,9 @@ class Recipe:
     crowd_share: float = 0.0  # of the scenes, with one group of many small things of a class
     max_grounds: int = 3
     max_bars: int = 2
-    ground_colour: float = 0.0  # share of the grounds that have their class's typical colour, not a random one
+    ground_colour: float = (
+        0.0  # share of the grounds that have their class's typical colour, not a random one
+    )
 
 
 @dataclass(frozen=True)
@@ -175,13 +180,22 @@ def _place(rng: np.random.Generator, recipe: Recipe, label: int, count: int) -> 
 def _bar(rng: np.random.Generator, size: int) -> Array:
     """A pole across the whole image, 4 to 10 % of its side wide."""
     angle, width = rng.uniform(0, np.pi), size * rng.uniform(0.02, 0.05)
-    along, across = np.array([np.cos(angle), np.sin(angle)]) * 2 * size, np.array([-np.sin(angle), np.cos(angle)]) * width
+    along, across = (
+        np.array([np.cos(angle), np.sin(angle)]) * 2 * size,
+        np.array([-np.sin(angle), np.cos(angle)]) * width,
+    )
     centre = rng.uniform(0.1, 0.9, 2) * size
     return centre + np.stack([along + across, along - across, -along - across, -along + across])
 
 
 def _draw(
-    rng: np.random.Generator, canvas: Array, outline: Array, light: Light, owner: Array, number: int, label: int | None = None
+    rng: np.random.Generator,
+    canvas: Array,
+    outline: Array,
+    light: Light,
+    owner: Array,
+    number: int,
+    label: int | None = None,
 ) -> Array:
     """Paints a textured, shaded thing and its shadow onto `canvas`, enters `number` in `owner`; bool [H, W]: where it is."""
     size = len(canvas)
@@ -212,7 +226,12 @@ def _coverage(outline: Array, shape: tuple[int, ...], blur: float = 0.0) -> Arra
 
 
 def _paint(
-    rng: np.random.Generator, outline: Array, shape: tuple[int, ...], light: Light, avoid: Array, label: int | None
+    rng: np.random.Generator,
+    outline: Array,
+    shape: tuple[int, ...],
+    light: Light,
+    avoid: Array,
+    label: int | None,
 ) -> Array:
     """The surface of a thing: two colours in a pattern that turns with it, shaded by the light; float32 [h, w, 3]."""
     centre, radius = outline.mean(axis=0), max(np.ptp(outline, axis=0).max() / 2, 1.0)
@@ -220,7 +239,9 @@ def _paint(
     x, y = (x - np.float32(centre[0])) / np.float32(radius), (y - np.float32(centre[1])) / np.float32(radius)
     base = _colour(rng, avoid)
     second = np.clip(base + rng.uniform(0.25, 0.55) * rng.choice([-1, 1]) * rng.uniform(0.5, 1, 3), 0, 1)
-    shaded = 1 + np.float32(light.shading) * (x * np.float32(light.direction[0]) + y * np.float32(light.direction[1]))
+    shaded = 1 + np.float32(light.shading) * (
+        x * np.float32(light.direction[0]) + y * np.float32(light.direction[1])
+    )
     paint = base + _pattern(rng, x, y, label)[..., None] * (second - base)
     return np.clip(paint * shaded[..., None], 0, 1).astype(np.float32)
 
@@ -314,11 +335,15 @@ def _expose(rng: np.random.Generator, canvas: Array) -> Array:
     size = len(canvas)
     slope, angle = rng.uniform(0, 0.4), rng.uniform(0, 2 * np.pi)
     line = np.linspace(-1, 1, size, dtype=np.float32)
-    field = 1 + np.float32(slope) * (line[None, :] * np.float32(np.cos(angle)) + line[:, None] * np.float32(np.sin(angle)))
+    field = 1 + np.float32(slope) * (
+        line[None, :] * np.float32(np.cos(angle)) + line[:, None] * np.float32(np.sin(angle))
+    )
     gain = (rng.uniform(0.6, 1.15) * rng.uniform(0.9, 1.1, 3)).astype(np.float32)
     image = (canvas * field[..., None] * gain - 0.5) * np.float32(rng.uniform(0.6, 1.2)) + 0.5
     if (sigma := rng.uniform(-0.03, 0.04)) > 0:
         image = image + rng.standard_normal(image.shape, dtype=np.float32) * np.float32(sigma)
     pixels = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
     blur = rng.uniform(-1, 1) * size / 100
-    return pixels if blur <= 0.2 else np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(blur)))
+    return (
+        pixels if blur <= 0.2 else np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(blur)))
+    )

@@ -22,7 +22,14 @@ from mae_bench.files import json_digest
 
 log = logging.getLogger(__name__)
 
-IMAGE_NAMES = ("image", "img", "jpg", "png", "webp", "jpeg")  # of the column, where the set does not declare it
+IMAGE_NAMES = (
+    "image",
+    "img",
+    "jpg",
+    "png",
+    "webp",
+    "jpeg",
+)  # of the column, where the set does not declare it
 LABEL_NAMES = ("label", "labels", "cls", "fine_label")
 IMAGE = "a column `image` of {bytes, path} or of bytes"
 
@@ -57,7 +64,11 @@ def arrow_files(root: Path, split: str) -> list[Path]:
             return sorted(place.glob("*.arrow"))
     if split == "train" and (root / "state.json").is_file():
         return _saved(root)
-    return [path for path in sorted(root.glob("*.arrow")) if any(_is_named(path, name) for name in spellings(split))]
+    return [
+        path
+        for path in sorted(root.glob("*.arrow"))
+        if any(_is_named(path, name) for name in spellings(split))
+    ]
 
 
 def parquet_files(root: Path, split: str) -> list[Path]:
@@ -65,7 +76,12 @@ def parquet_files(root: Path, split: str) -> list[Path]:
     for name in spellings(split):
         if (root / name).is_dir():
             return sorted((root / name).glob("*.parquet"))
-        beside = [path for place in (root / "data", root) for path in sorted(place.glob("*.parquet")) if _is_named(path, name)]
+        beside = [
+            path
+            for place in (root / "data", root)
+            for path in sorted(place.glob("*.parquet"))
+            if _is_named(path, name)
+        ]
         if beside:
             return beside
     return []
@@ -84,9 +100,13 @@ def _saved(folder: Path) -> list[Path]:
             f"{folder / 'state.json'} is not what save_to_disk writes: {error!r}", fix="save the set again"
         ) from error
     if state.get("_indices_data_files"):
-        raise UserError(f"{folder} was saved as a selection of rows", fix="call flatten_indices() before save_to_disk()")
+        raise UserError(
+            f"{folder} was saved as a selection of rows", fix="call flatten_indices() before save_to_disk()"
+        )
     if lacking := [path for path in files if not path.is_file()]:
-        raise UserError(f"{lacking[0]} is missing", expected="each file that state.json names", fix="copy the set again")
+        raise UserError(
+            f"{lacking[0]} is missing", expected="each file that state.json names", fix="copy the set again"
+        )
     return files
 
 
@@ -121,7 +141,9 @@ def _batches(pa: ModuleType, mapped: Any, path: Path) -> tuple[Columns, Iterable
         if mapped.read(6) == b"ARROW1":
             mapped.seek(0)
             reader = pa.ipc.open_file(mapped)
-            return columns_of(pa, reader.schema, path), [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            return columns_of(pa, reader.schema, path), [
+                reader.get_batch(i) for i in range(reader.num_record_batches)
+            ]
         mapped.seek(0)
         stream = pa.ipc.open_stream(mapped)
         return columns_of(pa, stream.schema, path), list(stream)
@@ -137,7 +159,9 @@ def columns_of(pa: ModuleType, schema: Any, path: Path) -> Columns:
     beside = path.parent / "dataset_info.json"
     if not info and beside.is_file():
         info = json.loads(beside.read_text(encoding="utf-8"))
-    features = {name: value for name, value in (info.get("features") or {}).items() if isinstance(value, dict)}
+    features = {
+        name: value for name, value in (info.get("features") or {}).items() if isinstance(value, dict)
+    }
     kinds = {name: features.get(name, {}).get("_type") for name in schema.names}
     image = _first(schema.names, [name for name, kind in kinds.items() if kind == "Image"], IMAGE_NAMES)
     label = _first(schema.names, [name for name, kind in kinds.items() if kind == "ClassLabel"], LABEL_NAMES)
@@ -164,13 +188,17 @@ def _places(pa: ModuleType, column: Any, base: int, size: int, path: Path) -> np
     """(N, 2) first byte in the file and size of each value."""
     values = _bytes_of(pa, column)
     if len(values) and values.null_count == len(values):
-        raise UserError(f"{path} holds paths of images and not the images", fix="save the set with its files embedded")
+        raise UserError(
+            f"{path} holds paths of images and not the images", fix="save the set with its files embedded"
+        )
     _, offsets, data = values.buffers()
     wide = np.int64 if pa.types.is_large_binary(values.type) else np.int32
     ends = np.frombuffer(offsets, wide)[values.offset : values.offset + len(values) + 1].astype(np.int64)
     start = (data.address if data is not None else base) - base
     if not 0 <= start <= size:
-        raise UserError(f"{path} is compressed", expected="an Arrow file as save_to_disk() writes it, without compression")
+        raise UserError(
+            f"{path} is compressed", expected="an Arrow file as save_to_disk() writes it, without compression"
+        )
     return np.stack([start + ends[:-1], np.diff(ends)], axis=1)
 
 
@@ -191,12 +219,17 @@ def _targets(labels: list[Any], columns: Columns, path: Path) -> tuple[list[int]
         return [number[label] for label in labels], names
     if kinds != {int}:
         found = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise UserError(f"{path}: the column {columns.label} holds {found}", expected="integers, or texts alone")
+        raise UserError(
+            f"{path}: the column {columns.label} holds {found}", expected="integers, or texts alone"
+        )
     if set(labels) == {-1}:  # how the hub marks a split whose labels are kept back
         return [0] * len(labels), [""]
     names = list(columns.names) or [str(i) for i in range(max(labels) + 1)]
     if min(labels) < 0 or max(labels) >= len(names):
-        raise UserError(f"{path}: labels from {min(labels)} to {max(labels)}", expected=f"0 to {len(names) - 1}, for its classes")
+        raise UserError(
+            f"{path}: labels from {min(labels)} to {max(labels)}",
+            expected=f"0 to {len(names) - 1}, for its classes",
+        )
     return labels, names
 
 
@@ -234,7 +267,11 @@ class ParquetImages(ImageSource):
     @cached_property
     def _labelled(self) -> tuple[list[int], list[str]]:
         label = self._columns.label
-        labels = [v for file in self._opened for v in file.read([label])[label].to_pylist()] if label else [None] * len(self)
+        labels = (
+            [v for file in self._opened for v in file.read([label])[label].to_pylist()]
+            if label
+            else [None] * len(self)
+        )
         return _targets(labels, self._columns, self.files[0])
 
     @property
@@ -257,14 +294,19 @@ class ParquetImages(ImageSource):
         place = int(np.searchsorted(self._ends, i, side="right"))
         if self._group[0] != place:
             number, group = self._groups[place]
-            self._group = place, self._opened[number].read_row_group(group, [self._columns.image])[0].combine_chunks()
+            self._group = (
+                place,
+                self._opened[number].read_row_group(group, [self._columns.image])[0].combine_chunks(),
+            )
         return self._group[1], i - int(self._ends[place - 1] if place else 0), self._groups[place][0]
 
     def name(self, i: int) -> str:
         column, row, number = self._row(i)
         before = int(np.searchsorted(self._ends, i, side="right"))
         first = next(n for n, (file, _) in enumerate(self._groups) if file == number)
-        in_file = row + int(self._ends[before - 1] if before else 0) - int(self._ends[first - 1] if first else 0)
+        in_file = (
+            row + int(self._ends[before - 1] if before else 0) - int(self._ends[first - 1] if first else 0)
+        )
         return _names(_pyarrow(), column.slice(row, 1), self.files[number].name, in_file)[0]
 
     def read(self, i: int) -> bytes:

@@ -35,7 +35,9 @@ class Jpeg:
             return decode_pixels(self.data, self.in_chans)
         cut = self.data[: self.place] + height.to_bytes(2, "big") + self.data[self.place + 2 :]
         try:
-            return _as_channels(simplejpeg.decode_jpeg(cut, "RGB", strict=False), self.in_chans)  # it warns of the rest
+            return _as_channels(
+                simplejpeg.decode_jpeg(cut, "RGB", strict=False), self.in_chans
+            )  # it warns of the rest
         except ValueError:
             return decode_pixels(self.data, self.in_chans, fast=False)
 
@@ -58,13 +60,20 @@ def probe(data: bytes) -> tuple[int, int]:
 
 def _baseline_jpeg(data: bytes, in_chans: int) -> Jpeg | None:
     """None for what has to be decoded as a whole: it is no JPEG of one scan, or may be truncated, or only Pillow reads it."""
-    if in_chans != 3 or not data.startswith(JPEG) or not data.endswith(END) or not (place := _place_of_height(data)):
+    if (
+        in_chans != 3
+        or not data.startswith(JPEG)
+        or not data.endswith(END)
+        or not (place := _place_of_height(data))
+    ):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    known = colorspace in ("YCbCr", "Gray", "RGB") and height * width <= (Image.MAX_IMAGE_PIXELS or height * width)
+    known = colorspace in ("YCbCr", "Gray", "RGB") and height * width <= (
+        Image.MAX_IMAGE_PIXELS or height * width
+    )
     return Jpeg(data, in_chans, (height, width), place) if known else None
 
 
@@ -131,7 +140,9 @@ def _bands(image: Image.Image, in_chans: int) -> np.ndarray:
             channels.append(_grey(image))
         return np.concatenate(channels, axis=2)
     if bands != in_chans:
-        raise BadImage(f"{bands} channels ({image.mode}) in {pages} page{'s' * (pages > 1)}, the model takes {in_chans}")
+        raise BadImage(
+            f"{bands} channels ({image.mode}) in {pages} page{'s' * (pages > 1)}, the model takes {in_chans}"
+        )
     return np.asarray(image)
 
 
@@ -143,7 +154,9 @@ def _load_array(data: bytes) -> np.ndarray:
     if array.dtype.name in ("float16", "float64"):
         array = array.astype(np.float32)
     if array.ndim not in (2, 3) or not array.size or array.dtype.name not in DTYPES:
-        raise BadImage(f"an array of {array.dtype} {array.shape}, expected (height, width, channels) of {', '.join(DTYPES)}")
+        raise BadImage(
+            f"an array of {array.dtype} {array.shape}, expected (height, width, channels) of {', '.join(DTYPES)}"
+        )
     return array if array.ndim == 3 else array[..., None]
 
 
@@ -155,4 +168,6 @@ def _as_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
         return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
     if pixels.dtype == np.uint8 and (found, in_chans) == (1, 3):
         return np.repeat(pixels, 3, axis=2)
-    raise BadImage(f"(height, width, channels) {pixels.shape} of {pixels.dtype}, the model takes {in_chans} channels")
+    raise BadImage(
+        f"(height, width, channels) {pixels.shape} of {pixels.dtype}, the model takes {in_chans} channels"
+    )

@@ -42,7 +42,9 @@ def fetch_all(urls: Sequence[str]) -> list[Path]:
             for each in wait(running, return_when=FIRST_EXCEPTION).done:
                 each.result()
             return [each.result() for each in running]
-        except BaseException:  # one has failed, or the user has had enough: the others end with their next block
+        except (
+            BaseException
+        ):  # one has failed, or the user has had enough: the others end with their next block
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -98,7 +100,9 @@ def _bring(url: str, path: Path, stop: threading.Event) -> None:
         _tag_of(part).unlink(missing_ok=True)
         return
     raise UserError(
-        f"{url} could not be fetched: {reason}", expected="the whole file", fix="try again: what has come is kept, and it goes on"
+        f"{url} could not be fetched: {reason}",
+        expected="the whole file",
+        fix="try again: what has come is kept, and it goes on",
     )
 
 
@@ -107,7 +111,9 @@ def _receive(url: str, part: Path, stop: threading.Event) -> None:
     have, tag = _size(part), _tag_of(part).read_text() if _tag_of(part).is_file() else ""
     headers = {"Range": f"bytes={have}-", "If-Range": tag} if have and tag else {}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS
+        ) as answer:
             goes_on = answer.status == http.HTTPStatus.PARTIAL_CONTENT
             length = answer.headers.get("Content-Length")
             whole = None if length is None else int(length) + (have if goes_on else 0)

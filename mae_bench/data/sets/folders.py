@@ -33,7 +33,10 @@ def walk(top: str, stamps: Stamps) -> dict[tuple[str, ...], dict[str, int]]:
         inside = todo.pop()
         path = os.path.join(top, *inside)
         here = os.stat(path)
-        if (here.st_dev, here.st_ino) in seen:  # a link to a folder that was read already, perhaps to one above
+        if (
+            here.st_dev,
+            here.st_ino,
+        ) in seen:  # a link to a folder that was read already, perhaps to one above
             continue
         seen.add((here.st_dev, here.st_ino))
         stamps[path] = stamp(path)

@@ -80,7 +80,9 @@ class Index:
         if "classes" not in state:
             index = read_index(state["path"])
             if index is None or json_digest(index.stamps) != state["of"]:
-                raise UserError(f"the index {state['path']} changed while it was in use", fix="start the command again")
+                raise UserError(
+                    f"the index {state['path']} changed while it was in use", fix="start the command again"
+                )
             state = index.__dict__
         self.__dict__.update(state)
 
@@ -88,7 +90,9 @@ class Index:
 ARRAYS = ("names", "ends", "sizes", "targets", "shard", "starts", "shapes")
 
 
-def build_index(names: Sequence[str], sizes: Iterable[int], targets: Iterable[int], classes: Sequence[str], **rest: Any) -> Index:
+def build_index(
+    names: Sequence[str], sizes: Iterable[int], targets: Iterable[int], classes: Sequence[str], **rest: Any
+) -> Index:
     """An Index from lists."""
     encoded = [name.encode("utf-8", "surrogateescape") for name in names]
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
@@ -122,7 +126,9 @@ def by_folder(names: Sequence[str]) -> tuple[list[int], list[str]]:
 def digest_of(indexes: Mapping[str, Index]) -> str:
     """SHA-256 over the sorted lines `SPLIT/NAME, zero byte, size` of a set: the same for its folders and for its tars."""
     try:  # an index that is made again is another file, with another stamp
-        files = {split: [str(index.path), *stamp(index.path)] for split, index in indexes.items() if index.path}
+        files = {
+            split: [str(index.path), *stamp(index.path)] for split, index in indexes.items() if index.path
+        }
     except OSError:
         files = {}
     if len(files) < len(indexes):
@@ -209,7 +215,9 @@ def write_index(index: Index) -> bytes:
     """The index as a safetensors file: its arrays, and all else as JSON in the header's metadata."""
     header = {"version": VERSION, "classes": index.classes, "files": index.files, "stamps": index.stamps}
     header |= {"notes": index.notes} if index.notes else {}
-    arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in ARRAYS}  # safetensors writes a strided view wrongly
+    arrays = {
+        name: np.ascontiguousarray(getattr(index, name)) for name in ARRAYS
+    }  # safetensors writes a strided view wrongly
     return save(arrays, metadata={"index": json.dumps(header)})
 
 

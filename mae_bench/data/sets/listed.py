@@ -55,8 +55,12 @@ class Published:
         found = self.read(path, self._classes(root))
         folder = self._folder(root, split)
         if twice := [name for name, count in Counter(found.names).items() if count > 1]:
-            raise UserError(f"{path} lists images more than once: {_named(twice)}", expected="each image once")
-        return Listing([f"{folder}/{name}" if folder else name for name in found.names], found.targets, found.classes)
+            raise UserError(
+                f"{path} lists images more than once: {_named(twice)}", expected="each image once"
+            )
+        return Listing(
+            [f"{folder}/{name}" if folder else name for name in found.names], found.targets, found.classes
+        )
 
     def files(self, root: Path, split: str) -> list[Path]:
         """The files that a split's images and labels follow from."""
@@ -71,15 +75,23 @@ class Published:
             return there[0]
         choice = " or ".join(str(root / folder) for folder in self.folders[split])
         if there:
-            raise UserError(f"{root} has the images of {split} twice: {', '.join(there)}", expected=f"one of {choice}")
-        raise UserError(f"{root} has a list of {split} and no images of it", expected=choice, fix="unpack the images there")
+            raise UserError(
+                f"{root} has the images of {split} twice: {', '.join(there)}", expected=f"one of {choice}"
+            )
+        raise UserError(
+            f"{root} has a list of {split} and no images of it",
+            expected=choice,
+            fix="unpack the images there",
+        )
 
 
 def find_published(root: Path) -> Published | None:
     """Which of these sets lies at `root`, by its lists; class folders or tars of splits beside them come first."""
     if any((root / name).exists() for name in ("train", "val", "train.tar", "val.tar")):
         return None
-    return next((each for each in PUBLISHED if any(each.list_of(root, split) for split in ("train", "val"))), None)
+    return next(
+        (each for each in PUBLISHED if any(each.list_of(root, split) for split in ("train", "val"))), None
+    )
 
 
 def index_listed(root: Path, published: Published, split: str) -> Index:
@@ -118,7 +130,11 @@ def _unlisted(root: Path, published: Published, split: str, strange: set[str], s
         if published.list_of(root, "val"):
             stamps |= {str(path): stamp(path) for path in published.files(root, "val")}
             strange = strange - set(published.listing(root, "val").names)
-    return [f"{len(strange)} images that no list names are left out: {_named(sorted(strange))}"] if strange else []
+    return (
+        [f"{len(strange)} images that no list names are left out: {_named(sorted(strange))}"]
+        if strange
+        else []
+    )
 
 
 def _first(root: Path, names: Iterable[str]) -> Path | None:
@@ -139,20 +155,33 @@ def _read_inaturalist(path: Path, beside: Path | None) -> Listing:
     for annotation in data["annotations"]:
         image, category = annotation["image_id"], annotation["category_id"]
         if category not in place:
-            raise UserError(f"{path}: image {image} has the unknown category_id {category}", expected="an id of 'categories'")
+            raise UserError(
+                f"{path}: image {image} has the unknown category_id {category}",
+                expected="an id of 'categories'",
+            )
         if labels.setdefault(image, place[category]) != place[category]:
-            raise UserError(f"{path}: image {image} has annotations of several categories", expected="one category an image")
+            raise UserError(
+                f"{path}: image {image} has annotations of several categories",
+                expected="one category an image",
+            )
     if without := [image["file_name"] for image in data["images"] if image["id"] not in labels]:
         raise UserError(
             f"{path}: {len(without)} images without an annotation: {_named(without)}", expected="a category for every image",
             fix="fetch the file again, or remove their entries",
         )  # fmt: skip
     if unknown := labels.keys() - {image["id"] for image in data["images"]}:
-        raise UserError(f"{path}: annotations refer to unknown images: {_named(sorted(unknown))}", expected="ids of 'images'")
+        raise UserError(
+            f"{path}: annotations refer to unknown images: {_named(sorted(unknown))}",
+            expected="ids of 'images'",
+        )
     names = [str(category["name"]) for category in categories]
     if len(set(names)) < len(names):
         names = [f"{category['name']} ({category['id']})" for category in categories]
-    return Listing([image["file_name"] for image in data["images"]], [labels[image["id"]] for image in data["images"]], names)
+    return Listing(
+        [image["file_name"] for image in data["images"]],
+        [labels[image["id"]] for image in data["images"]],
+        names,
+    )
 
 
 def _read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -169,8 +198,13 @@ def _read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
         if not isinstance(items, list) or not items:
             raise UserError(f"{path} has no {part}", expected=f"a list {part!r} that is not empty")
         for item in items:
-            if not isinstance(item, dict) or not all(isinstance(item.get(key), kind) for key, kind in keys.items()):
-                raise UserError(f"{path}: an entry of {part!r} is {str(item)[:80]}", expected=f"{' and '.join(keys)} in each")
+            if not isinstance(item, dict) or not all(
+                isinstance(item.get(key), kind) for key, kind in keys.items()
+            ):
+                raise UserError(
+                    f"{path}: an entry of {part!r} is {str(item)[:80]}",
+                    expected=f"{' and '.join(keys)} in each",
+                )
     return data
 
 
@@ -178,12 +212,15 @@ def _read_places365(path: Path, beside: Path | None) -> Listing:
     """Places365's lines `path label`, its classes from categories_places365.txt."""
     if beside is None:
         raise UserError(
-            f"{path} lies without categories_places365.txt", expected="the classes beside the lists, as they are published"
+            f"{path} lies without categories_places365.txt",
+            expected="the classes beside the lists, as they are published",
         )
     numbered = {label: name for name, label in _lines(beside)}
     classes = [numbered.get(label, "") for label in range(len(_lines(beside)))]
     if "" in classes:
-        raise UserError(f"{beside} does not number its classes 0, 1, ...", expected="a line a class: name, number")
+        raise UserError(
+            f"{beside} does not number its classes 0, 1, ...", expected="a line a class: name, number"
+        )
     lines = _lines(path)
     if odd := [line for line in lines if line[1] >= len(classes)]:
         raise UserError(
@@ -200,10 +237,18 @@ def _read_places205(path: Path, beside: Path | None) -> Listing:
     for name, label in lines:
         folder = name.rpartition("/")[0]
         if folders.setdefault(label, folder) != folder:
-            raise UserError(f"{path}: label {label} is both {folders[label]} and {folder}", expected="one folder a label")
+            raise UserError(
+                f"{path}: label {label} is both {folders[label]} and {folder}", expected="one folder a label"
+            )
     if gaps := sorted(set(range(max(folders) + 1)) - folders.keys()):
-        raise UserError(f"{path}: no image has the label {_named(gaps)}", expected="labels 0, 1, ... without a gap")
-    return Listing([name for name, _ in lines], [label for _, label in lines], [folders[label] for label in sorted(folders)])
+        raise UserError(
+            f"{path}: no image has the label {_named(gaps)}", expected="labels 0, 1, ... without a gap"
+        )
+    return Listing(
+        [name for name, _ in lines],
+        [label for _, label in lines],
+        [folders[label] for label in sorted(folders)],
+    )
 
 
 def _lines(path: Path) -> list[tuple[str, int]]:
@@ -217,7 +262,10 @@ def _lines(path: Path) -> list[tuple[str, int]]:
         if not line.strip():
             continue
         if not (match := LINE.fullmatch(line.strip())):
-            raise UserError(f"{path}, line {number}: {line.strip()[:80]!r}", expected="a name and a label: a/abbey/1.jpg 0")
+            raise UserError(
+                f"{path}, line {number}: {line.strip()[:80]!r}",
+                expected="a name and a label: a/abbey/1.jpg 0",
+            )
         found.append((match[1], int(match[2])))
     if not found:
         raise UserError(f"{path} is empty", expected="a line an image")
@@ -236,14 +284,25 @@ def _places(folder: str, name: str) -> tuple[str, str]:
 
 
 LISTS205, LISTS365 = "trainvalsplit_places205", "filelist_places365-standard"
-IMAGES205 = ("data/vision/torralba/deeplearning/images256", "images256")  # as its archive has them, or taken out of it
+IMAGES205 = (
+    "data/vision/torralba/deeplearning/images256",
+    "images256",
+)  # as its archive has them, or taken out of it
 PUBLISHED = (
     *map(_inaturalist, (2017, 2018, 2019)),
     Published(
         "Places365",
-        {"train": _places(LISTS365, "places365_train_standard.txt"), "val": _places(LISTS365, "places365_val.txt")},
         {
-            "train": ("data_256", "data_large", "data_256_standard", "data_large_standard"),  # the last two: torchvision's
+            "train": _places(LISTS365, "places365_train_standard.txt"),
+            "val": _places(LISTS365, "places365_val.txt"),
+        },
+        {
+            "train": (
+                "data_256",
+                "data_large",
+                "data_256_standard",
+                "data_large_standard",
+            ),  # the last two: torchvision's
             "val": ("val_256", "val_large"),
         },
         _read_places365,

@@ -12,7 +12,14 @@ from mae_bench.data.sets.index import IndexedImages, digest_of, find_index, know
 from mae_bench.data.sets.listed import Published, find_published, index_listed
 from mae_bench.data.sets.packed import is_packed, open_packed, read_header
 from mae_bench.data.sets.shards import EXPECTED as PATTERNS
-from mae_bench.data.sets.shards import expand_pattern, has_pattern, is_pattern, is_url, pattern_name, shards_in
+from mae_bench.data.sets.shards import (
+    expand_pattern,
+    has_pattern,
+    is_pattern,
+    is_url,
+    pattern_name,
+    shards_in,
+)
 from mae_bench.data.sets.source import ImageSource
 from mae_bench.data.sets.tars import has_classes, index_shards, index_tar
 from mae_bench.errors import UserError
@@ -36,7 +43,9 @@ def open_images(root: str | Path, split: str, *, refresh: bool = False) -> Image
     except OSError as error:  # a link to nowhere, a folder that may not be read
         raise UserError(f"{root} cannot be read: {error}", expected="files that can be opened") from error
     if source is None:
-        raise UserError(f"no images for {split} in {root}", expected=KNOWN, fix=f"mae-bench data check imagenet {root}")
+        raise UserError(
+            f"no images for {split} in {root}", expected=KNOWN, fix=f"mae-bench data check imagenet {root}"
+        )
     if not len(source):
         place = Path(root) / split if (Path(root) / split).is_dir() else root
         raise UserError(f"no images in {place}", expected="CLASS/NAME.JPEG, or images at any depth")
@@ -61,7 +70,9 @@ def set_name(root: str | Path) -> str:
         published = find_published(root)
         return published.name if published else root.resolve().name
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{root / 'dataset.json'} gives no name: {error!r}", expected='{"name": ...}') from error
+        raise UserError(
+            f"{root / 'dataset.json'} gives no name: {error!r}", expected='{"name": ...}'
+        ) from error
 
 
 def set_digest(sources: Mapping[str, ImageSource]) -> str:
@@ -69,7 +80,11 @@ def set_digest(sources: Mapping[str, ImageSource]) -> str:
 
     Some images are read because arrays, and other files without compression, are of one size whatever is in them.
     """
-    indexed = {split: s.index for split, s in sources.items() if isinstance(s, IndexedImages) and not s.content_digest}
+    indexed = {
+        split: s.index
+        for split, s in sources.items()
+        if isinstance(s, IndexedImages) and not s.content_digest
+    }
     if len(indexed) == len(sources):
         return json_digest([digest_of(indexed), *(_sample(sources[split]) for split in sorted(sources))])
     return json_digest({split: source.digest for split, source in sources.items()})
@@ -96,14 +111,20 @@ def _has(root: str, split: str, plain: bool) -> bool:
         return split in read_header(place)["splits"]
     if published := find_published(place):
         return published.list_of(place, split) is not None
-    if (place / split).is_dir() or (place / f"{split}.tar").is_file() or (plain and split == "train" and is_plain(place)):
+    if (
+        (place / split).is_dir()
+        or (place / f"{split}.tar").is_file()
+        or (plain and split == "train" and is_plain(place))
+    ):
         return True
     return any(find(place, split) for find in (arrow_files, parquet_files, shards_in))
 
 
 def is_plain(root: Path) -> bool:
     """Whether the folder has no splits and so holds the training images itself."""
-    return root.is_dir() and not any((root / name).exists() for name in ("train", "val", "train.tar", "val.tar"))
+    return root.is_dir() and not any(
+        (root / name).exists() for name in ("train", "val", "train.tar", "val.tar")
+    )
 
 
 def _open(root: str, split: str, refresh: bool) -> ImageSource | None:
@@ -114,7 +135,9 @@ def _open(root: str, split: str, refresh: bool) -> ImageSource | None:
         return open_packed(place, split)
     if published := find_published(place):
         return _listed(place, published, split, refresh)
-    folder = _place_of(place, split)  # a known one first: to look for tables and shards lists every file again
+    folder = _place_of(
+        place, split
+    )  # a known one first: to look for tables and shards lists every file again
     if folder and not refresh and (index := known_index(_key("folder", [folder]))):
         return IndexedImages(index, folder)
     if files := arrow_files(place, split):

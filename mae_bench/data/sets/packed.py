@@ -24,7 +24,9 @@ from mae_bench.files import file_digest, is_full, json_digest, write_atomic, wri
 
 VERSION = 1
 HEADER = "packed.json"  # written last: without it there is no packed set
-QUALITY = 90  # of a resized image, unless another one is given: see benchmarks/results for what it costs and brings
+QUALITY = (
+    90  # of a resized image, unless another one is given: see benchmarks/results for what it costs and brings
+)
 SUBSAMPLING = "4:2:0"
 SUFFIXES = (".data", ".index", ".part", ".journal")
 WINDOW = 256  # images between two entries of the journal, by which a stopped pack goes on
@@ -51,7 +53,9 @@ class How:
         if self.short_side is not None and self.short_side < 1:
             raise UserError(f"short_side {self.short_side}", expected="a number of pixels")
         if self.quality is not None and not 1 <= self.quality <= 100:
-            raise UserError(f"quality {self.quality}", expected="1 to 100 (above 95 a JPEG grows and gains little)")
+            raise UserError(
+                f"quality {self.quality}", expected="1 to 100 (above 95 a JPEG grows and gains little)"
+            )
         if self.raw and self.quality is not None:
             raise UserError(f"raw pixels with quality {self.quality}", expected="one of the two")
 
@@ -102,9 +106,13 @@ def read_header(root: Path) -> dict[str, Any]:
         header = json.loads(path.read_text(encoding="utf-8"))
         version = header["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no header of a packed set: {error!r}", fix="pack the images again") from error
+        raise UserError(
+            f"{path} is no header of a packed set: {error!r}", fix="pack the images again"
+        ) from error
     if version != VERSION:
-        raise UserError(f"{path} is of version {version}", expected=f"version {VERSION}", fix="pack the images again")
+        raise UserError(
+            f"{path} is of version {version}", expected=f"version {VERSION}", fix="pack the images again"
+        )
     return header
 
 
@@ -127,9 +135,14 @@ def open_packed(root: Path, split: str) -> IndexedImages:
 def verify_packed(root: Path) -> None:
     """Reads every byte of the set; UserError if one is not as it was written."""
     for split, known in read_header(root)["splits"].items():
-        for path, expected in ((root / f"{split}.data", known["sha256"]), (root / f"{split}.index", known["index_sha256"])):
+        for path, expected in (
+            (root / f"{split}.data", known["sha256"]),
+            (root / f"{split}.index", known["index_sha256"]),
+        ):
             if (found := file_digest(path)) != expected:
-                raise UserError(f"{path} has SHA-256 {found}", expected=expected, fix="pack or copy the images again")
+                raise UserError(
+                    f"{path} has SHA-256 {found}", expected=expected, fix="pack or copy the images again"
+                )
 
 
 def _content(entry: dict[str, Any]) -> str:
@@ -138,7 +151,13 @@ def _content(entry: dict[str, Any]) -> str:
 
 
 def pack_sources(
-    sources: dict[str, ImageSource], out: Path, how: How, *, name: str, num_workers: int = 0, progress: Progress | None = None
+    sources: dict[str, ImageSource],
+    out: Path,
+    how: How,
+    *,
+    name: str,
+    num_workers: int = 0,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Packs the splits into the folder `out` and returns the header; images that do not decode are left out and named there.
 
@@ -158,13 +177,20 @@ def pack_sources(
     if is_packed(out):
         found = read_header(out)
         if any(found.get(key) != value for key, value in header.items() if key not in ("pillow", "name")):
-            raise UserError(f"{out} holds a packed set of other images, or made otherwise", expected="an empty folder")
+            raise UserError(
+                f"{out} holds a packed set of other images, or made otherwise", expected="an empty folder"
+            )
         return found
-    packs = {split: _Pack(source, out / split, header, num_workers, progress) for split, source in sources.items()}
+    packs = {
+        split: _Pack(source, out / split, header, num_workers, progress) for split, source in sources.items()
+    }
     try:
         out.mkdir(parents=True, exist_ok=True)
         if strangers := [path.name for path in out.iterdir() if path.suffix not in SUFFIXES]:
-            raise UserError(f"{out} is not empty: {', '.join(sorted(strangers)[:5])}", expected="a new folder for the packed set")
+            raise UserError(
+                f"{out} is not empty: {', '.join(sorted(strangers)[:5])}",
+                expected="a new folder for the packed set",
+            )
         header["splits"] = {split: each.run(how) for split, each in packs.items()}
         for each in packs.values():
             each.part.replace(each.data)
@@ -186,7 +212,14 @@ def pack_sources(
 class _Pack:
     """One split on its way: NAME.data.part grows, and NAME.journal says up to where it is whole."""
 
-    def __init__(self, source: ImageSource, path: Path, header: dict[str, Any], num_workers: int, progress: Progress | None):
+    def __init__(
+        self,
+        source: ImageSource,
+        path: Path,
+        header: dict[str, Any],
+        num_workers: int,
+        progress: Progress | None,
+    ):
         self.source, self.split, self.num_workers, self.progress = source, path.name, num_workers, progress
         self.identity = json_digest([header, path.name])
         self.data, self.index = path.with_suffix(".data"), path.with_suffix(".index")
@@ -220,7 +253,11 @@ class _Pack:
         if self.data.is_file():  # it was stopped between the data's last name and the header
             self.data.replace(self.part)
         self.part.touch()
-        if not entries or entries[0] != {"pack": self.identity} or entries[-1].get("bytes", 0) > self.part.stat().st_size:
+        if (
+            not entries
+            or entries[0] != {"pack": self.identity}
+            or entries[-1].get("bytes", 0) > self.part.stat().st_size
+        ):
             entries = [{"pack": self.identity}]
         for entry in entries[1:]:
             self.rows += [tuple(row) for row in entry["rows"]]
@@ -236,7 +273,9 @@ class _Pack:
             yield from ((_encode(self.source, how, i) for i in window) for window in windows)
             return
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.num_workers, context, initializer=_start, initargs=(self.source, how)) as pool:
+        with ProcessPoolExecutor(
+            self.num_workers, context, initializer=_start, initargs=(self.source, how)
+        ) as pool:
             ahead: Iterable[Any] = ()
             for window in windows:
                 results, ahead = ahead, pool.map(_work, window, chunksize=16)
@@ -270,7 +309,8 @@ class _Pack:
     def _finish(self, digest: str) -> dict[str, Any]:
         if not self.rows:
             raise UserError(
-                f"no image of {self.split} decodes: {self.bad[0][1] if self.bad else 'it is empty'}", expected="images"
+                f"no image of {self.split} decodes: {self.bad[0][1] if self.bad else 'it is empty'}",
+                expected="images",
             )
         chosen, sizes, *shapes = np.array(self.rows, np.int64).T
         index = build_index(

@@ -43,11 +43,17 @@ def has_pattern(root: str, split: str) -> bool:
 def expand_pattern(root: str, split: str) -> list[str]:
     """The paths or URLs of a split's shards, in order; UserError if the pattern gives none for it."""
     if not has_pattern(root, split):
-        raise UserError(f"{root} has no shards for {split}", expected=EXPECTED, fix=f"data=train={root},{split}=PATTERN")
+        raise UserError(
+            f"{root} has no shards for {split}", expected=EXPECTED, fix=f"data=train={root},{split}=PATTERN"
+        )
     pattern = (_named(root) or {split: root})[split]
     if is_url(pattern):
         return list(expand_braces(re.sub(r"^(https?):/+", r"\1://", pattern)))
-    paths = [path for each in expand_braces(pattern) for path in (sorted(glob.glob(each)) if glob.has_magic(each) else [each])]
+    paths = [
+        path
+        for each in expand_braces(pattern)
+        for path in (sorted(glob.glob(each)) if glob.has_magic(each) else [each])
+    ]
     if lacking := [path for path in paths if not Path(path).is_file()] or ([pattern] if not paths else []):
         raise UserError(f"no shard at {lacking[0]}", expected=EXPECTED)
     return paths
@@ -83,7 +89,9 @@ def shards_in(root: Path, split: str) -> list[Path]:
         if inside.is_dir():
             found = sorted(inside.glob("*.tar"))
             return [] if any(entry.is_dir() for entry in os.scandir(inside)) else found
-        found = sorted(path for path in root.glob(f"{name}*.tar") if re.fullmatch(rf"{name}[-_.]?\d*", path.stem))
+        found = sorted(
+            path for path in root.glob(f"{name}*.tar") if re.fullmatch(rf"{name}[-_.]?\d*", path.stem)
+        )
         if found:
             return found
     return []

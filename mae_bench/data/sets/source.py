@@ -13,7 +13,16 @@ from mae_bench.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".npy")  # the last for other channels than RGB
+SUFFIXES = (
+    ".jpeg",
+    ".jpg",
+    ".png",
+    ".bmp",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".npy",
+)  # the last for other channels than RGB
 
 
 class BadImage(Exception):

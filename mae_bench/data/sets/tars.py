@@ -12,7 +12,10 @@ from mae_bench.data.sets.source import is_image
 from mae_bench.errors import UserError
 
 LABELS = ("cls", "json", "txt")  # the first that an image has is its label
-CLASS_FILES = ("classes.txt", "classnames.txt")  # beside the shards: a line a class, in the order of the integer labels
+CLASS_FILES = (
+    "classes.txt",
+    "classnames.txt",
+)  # beside the shards: a line a class, in the order of the integer labels
 MOST_TEXTS = 1000  # more texts than this, nearly all different, are captions and no classes
 WHOLE = "an uncompressed tar file"
 
@@ -36,7 +39,9 @@ def read_members(path: Path) -> Members:
                     _take(found, name, member, file)
             need_end(file)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as a tar file: {_reason(path, error)}", expected=WHOLE, fix=_fix(path)) from error
+        raise UserError(
+            f"{path} cannot be read as a tar file: {_reason(path, error)}", expected=WHOLE, fix=_fix(path)
+        ) from error
     return found
 
 
@@ -66,11 +71,17 @@ def _is_compressed(path: Path) -> bool:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    return "it is compressed, and a compressed file has no random access" if _is_compressed(path) else str(error)
+    return (
+        "it is compressed, and a compressed file has no random access" if _is_compressed(path) else str(error)
+    )
 
 
 def _fix(path: Path) -> str:
-    return f"decompress it, as with gunzip {path}" if _is_compressed(path) else "copy or fetch it again: it may be cut short"
+    return (
+        f"decompress it, as with gunzip {path}"
+        if _is_compressed(path)
+        else "copy or fetch it again: it may be cut short"
+    )
 
 
 def index_tar(path: Path) -> Index:
@@ -90,7 +101,14 @@ def has_classes(path: Path) -> bool:
     """Whether the tar's images lie in class folders, by the first of them."""
     try:
         with tarfile.open(path, "r:") as file:
-            first = next((m.name.removeprefix("./") for m in file if m.isreg() and is_image(m.name.rpartition("/")[2])), "")
+            first = next(
+                (
+                    m.name.removeprefix("./")
+                    for m in file
+                    if m.isreg() and is_image(m.name.rpartition("/")[2])
+                ),
+                "",
+            )
     except (tarfile.TarError, OSError, EOFError):
         return True  # what is wrong with it is said where it is indexed
     return first.count("/") == 1
@@ -144,8 +162,14 @@ def _from_json(text: str, place: str) -> int | str | None:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{place} is not JSON: {error}", expected='{"label": ...}, or metadata without a label') from None
-    found = next((value[key] for key in ("label", "cls") if key in value), None) if isinstance(value, dict) else value
+        raise UserError(
+            f"{place} is not JSON: {error}", expected='{"label": ...}, or metadata without a label'
+        ) from None
+    found = (
+        next((value[key] for key in ("label", "cls") if key in value), None)
+        if isinstance(value, dict)
+        else value
+    )
     return found if isinstance(found, int | str) and not isinstance(found, bool) else None
 
 
@@ -171,16 +195,22 @@ def _classes(labels: list[Any], listed: list[str]) -> tuple[list[int], list[str]
     if kinds == {int}:
         if min(distinct) < 0 or (listed and max(distinct) >= len(listed)):
             raise UserError(
-                f"labels from {min(distinct)} to {max(distinct)}" + f" with {len(listed)} listed classes" * bool(listed),
+                f"labels from {min(distinct)} to {max(distinct)}"
+                + f" with {len(listed)} listed classes" * bool(listed),
                 expected="labels 0, 1, ... of the listed classes",
             )
         return labels, listed or [str(number) for number in range(max(distinct) + 1)]
     if kinds == {str} and not (len(distinct) > MOST_TEXTS and len(distinct) > len(labels) // 10):
         classes = listed or sorted(distinct)
         if unknown := distinct - set(classes):
-            raise UserError(f"the label {sorted(unknown)[0]!r} is not among the listed classes", expected=", ".join(classes[:10]))
+            raise UserError(
+                f"the label {sorted(unknown)[0]!r} is not among the listed classes",
+                expected=", ".join(classes[:10]),
+            )
         number = {name: i for i, name in enumerate(classes)}
         return [number[label] for label in labels], classes
     if len(kinds - {type(None)}) > 1:
-        raise UserError("labels that are numbers and labels that are texts in one set", expected="one kind of label")
+        raise UserError(
+            "labels that are numbers and labels that are texts in one set", expected="one kind of label"
+        )
     return [0] * len(labels), [""]

@@ -15,7 +15,13 @@ from detectron2.modeling.backbone.vit import SimpleFeaturePyramid, get_vit_lr_de
 from detectron2.structures import Boxes, Instances, PolygonMasks  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 
-from backbones.adapters.detectron2 import TopLevelMaxPool, ViTBackbone, load_vit_backbone, lr_scale, pyramid_scales  # noqa: E402
+from backbones.adapters.detectron2 import (  # noqa: E402
+    TopLevelMaxPool,
+    ViTBackbone,
+    load_vit_backbone,
+    lr_scale,
+    pyramid_scales,
+)
 from backbones.translating.report import ConversionReport  # noqa: E402
 from mae_bench.errors import NotInstalled, UserError  # noqa: E402
 from mae_bench.export import write_export  # noqa: E402
@@ -26,12 +32,20 @@ from tests.backbones.adapters.conftest import DECAY, UNUSED, rate  # noqa: E402
 
 def make_spec(patch: int = 8, depth: int = 2) -> BackboneSpec:
     return BackboneSpec(
-        arch="vit", img_size=(4 * patch, 4 * patch), patch_size=(patch, patch), in_chans=3, embed_dim=24, depth=depth, num_heads=2
+        arch="vit",
+        img_size=(4 * patch, 4 * patch),
+        patch_size=(patch, patch),
+        in_chans=3,
+        embed_dim=24,
+        depth=depth,
+        num_heads=2,
     )
 
 
 def make_backbone(spec: BackboneSpec, out_indices: list[int] | None = None) -> ViTBackbone:
-    return ViTBackbone(build_vit(spec, dynamic_img_size=True), spec, ConversionReport("", "", ""), out_indices)
+    return ViTBackbone(
+        build_vit(spec, dynamic_img_size=True), spec, ConversionReport("", "", ""), out_indices
+    )
 
 
 @pytest.fixture
@@ -49,7 +63,12 @@ def test_output_shape_is_that_of_the_maps(patch: int, grid: tuple[int, int]) -> 
     maps, shapes = backbone(imgs), backbone.output_shape()
     assert list(maps) == list(shapes) == ["block1", "block3"]
     for name, shape in shapes.items():
-        assert maps[name].shape == (2, shape.channels, imgs.shape[2] // shape.stride, imgs.shape[3] // shape.stride)
+        assert maps[name].shape == (
+            2,
+            shape.channels,
+            imgs.shape[2] // shape.stride,
+            imgs.shape[3] // shape.stride,
+        )
     assert backbone.size_divisibility == patch == backbone.padding_constraints["size_divisibility"]
 
 
@@ -80,9 +99,12 @@ def test_the_default_tap_is_the_last_block_before_the_norm() -> None:
 
 
 @pytest.mark.parametrize(
-    ("patch", "strides", "scales"), [(16, (4, 8, 16, 32), [4, 2, 1, 0.5]), (8, (4, 8, 16), [2, 1, 0.5]), (4, (4,), [1])]
+    ("patch", "strides", "scales"),
+    [(16, (4, 8, 16, 32), [4, 2, 1, 0.5]), (8, (4, 8, 16), [2, 1, 0.5]), (4, (4,), [1])],
 )
-def test_pyramid_levels_have_the_strides_asked_for(patch: int, strides: tuple[int, ...], scales: list[float]) -> None:
+def test_pyramid_levels_have_the_strides_asked_for(
+    patch: int, strides: tuple[int, ...], scales: list[float]
+) -> None:
     spec = make_spec(patch)
     assert pyramid_scales(spec, strides) == scales
     top = f"p{strides[-1].bit_length() - 1}"
@@ -91,24 +113,38 @@ def test_pyramid_levels_have_the_strides_asked_for(patch: int, strides: tuple[in
     )
     maps = pyramid(torch.randn(1, 3, 64, 64))
     assert [shape.stride for shape in pyramid.output_shape().values()] == [*strides, 2 * strides[-1]]
-    assert {name: 64 // m.shape[-1] for name, m in maps.items()} == {name: s.stride for name, s in pyramid.output_shape().items()}
+    assert {name: 64 // m.shape[-1] for name, m in maps.items()} == {
+        name: s.stride for name, s in pyramid.output_shape().items()
+    }
 
 
 def test_strides_and_patches_out_of_reach_are_refused() -> None:
     with pytest.raises(UserError, match=r"pyramid strides \[32\] over a map of stride 8") as error:
         pyramid_scales(make_spec(8), (8, 16, 32))
     assert "[2, 4, 8, 16]" in error.value.expected
-    spec = BackboneSpec(arch="vit", img_size=(32, 32), patch_size=(16, 8), in_chans=3, embed_dim=24, depth=1, num_heads=2)
+    spec = BackboneSpec(
+        arch="vit", img_size=(32, 32), patch_size=(16, 8), in_chans=3, embed_dim=24, depth=1, num_heads=2
+    )
     with pytest.raises(UserError, match="16 x 8"):
         make_backbone(spec)
 
 
 def test_in_a_stock_vitdet_config(export: Path) -> None:
     """detectron2's own mask_rcnn_vitdet, with nothing changed but the backbone, its tap and the sizes, trains and detects."""
-    stock = Path(detectron2.__file__).parent / "model_zoo" / "configs" / "common" / "models" / "mask_rcnn_vitdet.py"
+    stock = (
+        Path(detectron2.__file__).parent
+        / "model_zoo"
+        / "configs"
+        / "common"
+        / "models"
+        / "mask_rcnn_vitdet.py"
+    )
     model = LazyConfig.load(str(stock)).model
     model.backbone.update(
-        net=L(load_vit_backbone)(source=str(export)), in_feature="block1", scale_factors=[2.0, 1.0, 0.5], square_pad=64
+        net=L(load_vit_backbone)(source=str(export)),
+        in_feature="block1",
+        scale_factors=[2.0, 1.0, 0.5],
+        square_pad=64,
     )
     model.backbone.top_block = L(TopLevelMaxPool)(in_feature="p4")
     model.proposal_generator.in_features = ["p2", "p3", "p4", "p5"]
@@ -118,14 +154,18 @@ def test_in_a_stock_vitdet_config(export: Path) -> None:
     model.proposal_generator.update(pre_nms_topk=[50, 50], post_nms_topk=[20, 20])
     model.roi_heads.batch_size_per_image = 8
     detector = instantiate(model)
-    target = Instances((64, 48), gt_boxes=Boxes(torch.tensor([[4.0, 4, 30, 30]])), gt_classes=torch.tensor([1]))
+    target = Instances(
+        (64, 48), gt_boxes=Boxes(torch.tensor([[4.0, 4, 30, 30]])), gt_classes=torch.tensor([1])
+    )
     target.gt_masks = PolygonMasks([[torch.tensor([4.0, 4, 30, 4, 30, 30]).double().numpy()]])
     image = torch.randint(0, 255, (3, 64, 48), dtype=torch.uint8)
     with EventStorage():
         losses = detector([{"image": image, "instances": target}])
     assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"}
     sum(losses.values()).backward()
-    assert all(p.grad is not None for name, p in detector.named_parameters() if "net.features.vit.blocks" in name)
+    assert all(
+        p.grad is not None for name, p in detector.named_parameters() if "net.features.vit.blocks" in name
+    )
     (found,) = detector.eval()([{"image": image, "height": 128, "width": 96}])
     assert found["instances"].image_size == (128, 96)
 
@@ -162,8 +202,12 @@ def test_lr_scales_are_those_of_detectron2() -> None:
 
 @pytest.mark.parametrize("missing", ["detectron2", "pycocotools", "shapely"])
 @pytest.mark.parametrize("module", ["backbones.adapters.detectron2", "tasks.coco.maskrcnn"])
-def test_missing_packages_are_named_with_the_command(missing: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(sys.modules):  # as in a fresh process: every module of ours that needs the missing one is imported anew
+def test_missing_packages_are_named_with_the_command(
+    missing: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(
+        sys.modules
+    ):  # as in a fresh process: every module of ours that needs the missing one is imported anew
         if name.startswith(("backbones.adapters.detectron2", "tasks.coco")) or name.split(".")[0] == missing:
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)

@@ -23,7 +23,14 @@ from tests.backbones.adapters.conftest import DECAY, UNUSED, rate
 
 def spec_of(patch: int = 8, **changes) -> BackboneSpec:
     sizes = {"img_size": (4 * patch, 4 * patch), "patch_size": (patch, patch)}
-    fields = {"in_chans": 3, "embed_dim": 16, "depth": 4, "num_heads": 2, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 0.125)}
+    fields = {
+        "in_chans": 3,
+        "embed_dim": 16,
+        "depth": 4,
+        "num_heads": 2,
+        "mean": (0.1, 0.2, 0.3),
+        "std": (0.5, 0.25, 0.125),
+    }
     return BackboneSpec(arch="vit", pos_embed="sincos", **{**sizes, **fields, **changes})
 
 
@@ -55,7 +62,9 @@ def segmentor(source: str, spec: BackboneSpec, **backbone) -> nn.Module:
 @pytest.mark.parametrize("patch", [8, 16])
 @pytest.mark.parametrize("size", [(4, 4), (8, 4), (5, 7)])
 def test_maps_have_the_grid_of_the_image(source, patch, size):
-    backbone = MODELS.build({"type": "MAEBenchViT", "source": source(spec_of(patch)), "out_indices": (0, 1, 3)})
+    backbone = MODELS.build(
+        {"type": "MAEBenchViT", "source": source(spec_of(patch)), "out_indices": (0, 1, 3)}
+    )
     maps = backbone(torch.randn(2, 3, size[0] * patch, size[1] * patch))
     assert [tuple(m.shape) for m in maps] == [(2, 16, *size)] * 3
 
@@ -65,7 +74,9 @@ def test_neck_gives_strides_4_to_32(source, patch):
     spec = spec_of(patch)
     model: Any = segmentor(source(spec), spec).eval()
     pyramid = model.extract_feat(torch.randn(1, 3, 64, 96))
-    assert [tuple(m.shape[2:]) for m in pyramid] == [(64 // stride, 96 // stride) for stride in (4, 8, 16, 32)]
+    assert [tuple(m.shape[2:]) for m in pyramid] == [
+        (64 // stride, 96 // stride) for stride in (4, 8, 16, 32)
+    ]
 
 
 def test_initialisation_leaves_the_loaded_weights_alone(source):
@@ -80,9 +91,13 @@ def test_preprocessor_normalises_rgb_by_the_spec_and_pads(source):
     spec = spec_of()
     processor = MODELS.build(preprocessor(spec, 32))
     bgr = torch.tensor([30, 20, 10], dtype=torch.uint8).view(3, 1, 1).expand(3, 30, 27)
-    sample = MODELS.build(preprocessor(spec, 32))({"inputs": [bgr], "data_samples": []}, training=False)["inputs"]
+    sample = MODELS.build(preprocessor(spec, 32))({"inputs": [bgr], "data_samples": []}, training=False)[
+        "inputs"
+    ]
     assert tuple(sample.shape) == (1, 3, 32, 32)  # multiples of the patch
-    expected = [(value / 255 - mean) / std for value, mean, std in zip((10, 20, 30), spec.mean, spec.std, strict=True)]
+    expected = [
+        (value / 255 - mean) / std for value, mean, std in zip((10, 20, 30), spec.mean, spec.std, strict=True)
+    ]
     assert sample[0, :, 0, 0].tolist() == pytest.approx(expected, abs=1e-5)
     assert sample[0, :, 31, 31].tolist() == [0, 0, 0]
     assert processor.size == (32, 32)
@@ -96,7 +111,11 @@ def test_layer_decay_groups(source):
         "optim_wrapper_cfg": {"optimizer": {"type": "AdamW", "lr": 0.1, "weight_decay": 0.05}},
     })(model)  # fmt: skip
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in wrapper.optimizer.param_groups for p in g["params"]}
+    found = {
+        names[id(p)]: (g["lr"], g["weight_decay"])
+        for g in wrapper.optimizer.param_groups
+        for p in g["params"]
+    }
     vit = "backbone.features.vit."
     assert set(found) == set(names.values())
     assert found[f"{vit}patch_embed.proj.weight"] == (pytest.approx(0.1 * 0.5**5), 0.05)
@@ -117,7 +136,9 @@ def test_every_kind_of_vit_gives_maps_gradients_and_layers(exported):
     maps = model.backbone(imgs)
     assert [tuple(m.shape) for m in maps] == [(2, spec.embed_dim, 4, 6)] * 4
     scales = (4, 2, 1, 0.5) if patch > 8 else (2, 1, 0.5, 0.25)
-    assert [tuple(m.shape[2:]) for m in model.extract_feat(imgs)] == [(int(4 * s), int(6 * s)) for s in scales]
+    assert [tuple(m.shape[2:]) for m in model.extract_feat(imgs)] == [
+        (int(4 * s), int(6 * s)) for s in scales
+    ]
     assert torch.equal(maps[0], maps[2])
     assert not torch.equal(maps[0], maps[1])
     maps[0].square().sum().backward()
@@ -125,7 +146,11 @@ def test_every_kind_of_vit_gives_maps_gradients_and_layers(exported):
         "type": "MAEBenchLayerDecay", "paramwise_cfg": {"layer_decay": DECAY},
         "optim_wrapper_cfg": {"optimizer": {"type": "AdamW", "lr": 1.0, "weight_decay": 0.05}},
     })(model)  # fmt: skip
-    lrs = {id(parameter): group["lr"] for group in wrapper.optimizer.param_groups for parameter in group["params"]}
+    lrs = {
+        id(parameter): group["lr"]
+        for group in wrapper.optimizer.param_groups
+        for parameter in group["params"]
+    }
     for name, parameter in model.backbone.features.vit.named_parameters():
         assert name.startswith(UNUSED) or (parameter.grad is not None and parameter.grad.any()), name
         assert lrs[id(parameter)] == rate(name, spec.depth), name
@@ -133,7 +158,9 @@ def test_every_kind_of_vit_gives_maps_gradients_and_layers(exported):
 
 def test_bfloat16_wrapper_computes_in_bfloat16_and_keeps_float32_weights():
     model = nn.Linear(4, 4)
-    wrapper = OPTIM_WRAPPERS.build({"type": "BFloat16OptimWrapper", "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)})
+    wrapper = OPTIM_WRAPPERS.build(
+        {"type": "BFloat16OptimWrapper", "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    )
     before = model.weight.detach().clone()
     with wrapper.optim_context(model):
         out = model(torch.ones(1, 4))

@@ -34,11 +34,24 @@ def encoder_shapes(
     shapes |= {f"rel_pos_bias.{TABLE}": rows} if positions == "shared" else {}
     for i in range(depth):
         block: dict[str, tuple[int, ...]] = {"gamma_1": (width,), "gamma_2": (width,)} if scales else {}
-        block |= {"norm1.weight": (width,), "norm1.bias": (width,), "attn.q_bias": (width,), "attn.v_bias": (width,)}
+        block |= {
+            "norm1.weight": (width,),
+            "norm1.bias": (width,),
+            "attn.q_bias": (width,),
+            "attn.v_bias": (width,),
+        }
         block |= {f"attn.{TABLE}": rows} if positions == "own" else {}
-        block |= {"attn.qkv.weight": (3 * width, width), "attn.proj.weight": (width, width), "attn.proj.bias": (width,)}
+        block |= {
+            "attn.qkv.weight": (3 * width, width),
+            "attn.proj.weight": (width, width),
+            "attn.proj.bias": (width,),
+        }
         block |= {"norm2.weight": (width,), "norm2.bias": (width,), "mlp.fc1.weight": (4 * width, width)}
-        block |= {"mlp.fc1.bias": (4 * width,), "mlp.fc2.weight": (width, 4 * width), "mlp.fc2.bias": (width,)}
+        block |= {
+            "mlp.fc1.bias": (4 * width,),
+            "mlp.fc2.weight": (width, 4 * width),
+            "mlp.fc2.bias": (width,),
+        }
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
     return shapes
 
@@ -82,7 +95,9 @@ def published_beit(weights: dict[str, torch.Tensor], imgs: torch.Tensor, heads: 
         F.unfold(imgs, patch.shape[2], stride=patch.shape[2]).transpose(1, 2) @ patch.flatten(1).T
         + weights["patch_embed.proj.bias"]
     )
-    x = torch.cat([weights["cls_token"].expand(n, -1, -1), x], dim=1) + weights.get("pos_embed", torch.zeros(()))
+    x = torch.cat([weights["cls_token"].expand(n, -1, -1), x], dim=1) + weights.get(
+        "pos_embed", torch.zeros(())
+    )
     for i in range(len({name.split(".")[1] for name in weights if name.startswith("blocks.")})):
         b = f"blocks.{i}"
         z = norm(x, f"{b}.norm1")

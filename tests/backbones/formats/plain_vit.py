@@ -12,7 +12,12 @@ from tests.backbones.formats.reference import fill
 WIDTH, DEPTH, SIZE, PATCH = 192, 2, 32, 8  # of the toys; 192 is a standard width: 3 heads
 Shapes = dict[str, tuple[int, ...]]
 Value = TypeVar("Value")  # a tensor or its shape
-REAL = {"S": (384, 12, 6, 16), "B": (768, 12, 12, 16), "L": (1024, 24, 16, 16), "H": (1280, 32, 16, 14)}  # width ... patch
+REAL = {
+    "S": (384, 12, 6, 16),
+    "B": (768, 12, 12, 16),
+    "L": (1024, 24, 16, 16),
+    "H": (1280, 32, 16, 14),
+}  # width ... patch
 
 
 def linear(name: str, inputs: int, outputs: int) -> Shapes:
@@ -65,13 +70,18 @@ def mlp_head(*parts: str, width: int = WIDTH) -> dict[str, torch.Tensor]:
     return fill(shapes, 5)
 
 
-def published_vit(weights: Mapping[str, torch.Tensor], imgs: torch.Tensor, num_heads: int, eps: float = 1e-6) -> torch.Tensor:
+def published_vit(
+    weights: Mapping[str, torch.Tensor], imgs: torch.Tensor, num_heads: int, eps: float = 1e-6
+) -> torch.Tensor:
     """Tokens of the ViT of arXiv 2010.11929 with pre-norm blocks, after the final norm where there is one.
 
     imgs (N, C, H, W) -> (N, prefix + L, D). Prefix tokens are cls_token and dist_token (arXiv 2012.12877); where the table has
     no rows for them, they are put in front after positions are added (DeiT III). gamma_1, gamma_2: layer scale, arXiv 2103.17239.
     """
-    weights, imgs = {name: tensor.double() for name, tensor in weights.items()}, imgs.double()  # its own rounding does not count
+    weights, imgs = (
+        {name: tensor.double() for name, tensor in weights.items()},
+        imgs.double(),
+    )  # its own rounding does not count
     n, (width, _, patch, _) = len(imgs), weights["patch_embed.proj.weight"].shape
     x = F.unfold(imgs, patch, stride=patch).transpose(1, 2)
     x = x @ weights["patch_embed.proj.weight"].flatten(1).T + weights["patch_embed.proj.bias"]
@@ -80,7 +90,9 @@ def published_vit(weights: Mapping[str, torch.Tensor], imgs: torch.Tensor, num_h
         x = torch.cat([*tokens, x + weights["pos_embed"]], dim=1)
     else:
         x = torch.cat([*tokens, x], dim=1) + weights["pos_embed"]
-    normed = lambda z, name: F.layer_norm(z, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"], eps)  # noqa: E731
+    normed = lambda z, name: F.layer_norm(
+        z, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"], eps
+    )  # noqa: E731
     affine = lambda z, name: z @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]  # noqa: E731
     for i in range(len({name.split(".")[1] for name in weights if name.startswith("blocks.")})):
         block = f"blocks.{i}"

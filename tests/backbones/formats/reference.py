@@ -31,7 +31,10 @@ def fill(shapes: Mapping[str, Iterable[int]], seed: int = 0) -> dict[str, torch.
     """Random weights of those shapes; vectors that are no bias (norms, layer scales) around 1."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {name: torch.randn(tuple(shape), generator=generator) * 0.1 for name, shape in shapes.items()}
-    return {name: tensor + 1 if tensor.ndim == 1 and not name.endswith("bias") else tensor for name, tensor in drawn.items()}
+    return {
+        name: tensor + 1 if tensor.ndim == 1 and not name.endswith("bias") else tensor
+        for name, tensor in drawn.items()
+    }
 
 
 def check_real_size(
@@ -42,13 +45,28 @@ def check_real_size(
     """
     part = unwrap(hollow(content), "real size")
     checkpoint = Checkpoint(
-        "real size", "0" * 64, part.tensors, 0, part.wrapper, part.prefix, part.outside, part.extras, beside or {}
+        "real size",
+        "0" * 64,
+        part.tensors,
+        0,
+        part.wrapper,
+        part.prefix,
+        part.outside,
+        part.extras,
+        beside or {},
     )
-    with mock.patch("backbones.load.check_values"):  # a thousand million zeros are finite: looking at each takes longest
+    with mock.patch(
+        "backbones.load.check_values"
+    ):  # a thousand million zeros are finite: looking at each takes longest
         name, translation, spec = translate(checkpoint, format if said else None)
     assert name == format
     with torch.device("meta"):
-        check_fit(build_vit(spec, global_pool=stored_pooling(translation.weights)), translation.weights, "real size", name)
+        check_fit(
+            build_vit(spec, global_pool=stored_pooling(translation.weights)),
+            translation.weights,
+            "real size",
+            name,
+        )
     return spec
 
 

@@ -16,7 +16,12 @@ from tests.backbones.formats import toys_beit, toys_beitv2, toys_data2vec, toys_
 from tests.backbones.formats.beit_layout import TABLE, encoder_shapes, pair, published_beit, weights
 from tests.backbones.formats.reference import check_real_size
 
-TOYS: dict[str, Any] = {"beit": toys_beit, "beitv2": toys_beitv2, "data2vec": toys_data2vec, "simmim": toys_simmim}
+TOYS: dict[str, Any] = {
+    "beit": toys_beit,
+    "beitv2": toys_beitv2,
+    "data2vec": toys_data2vec,
+    "simmim": toys_simmim,
+}
 CASES = [(family, name) for family, toys in TOYS.items() for name in toys.FILES]
 IMAGENET, HALF = (0.485, 0.456, 0.406), (0.5, 0.5, 0.5)
 SIZES: dict[str, Any] = {
@@ -42,11 +47,19 @@ def test_features_are_the_published_ones(files, imgs, family, name):
     with torch.no_grad():
         tokens = model.eval().forward_features(imgs)
         expected = published_beit(TOYS[family].FILES[name], imgs)
-        if "fc_norm.weight" in TOYS[family].FILES[name]:  # as they come out of the blocks they are tens of times as large
+        if (
+            "fc_norm.weight" in TOYS[family].FILES[name]
+        ):  # as they come out of the blocks they are tens of times as large
             tokens, expected = model.fc_norm(tokens), model.fc_norm(expected)
     torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
     assert (report.format, spec.arch) == (family, "beit")
-    assert (spec.embed_dim, spec.depth, spec.num_heads, spec.img_size, spec.patch_size) == (192, 2, 3, (32, 32), (8, 8))
+    assert (spec.embed_dim, spec.depth, spec.num_heads, spec.img_size, spec.patch_size) == (
+        192,
+        2,
+        3,
+        (32, 32),
+        (8, 8),
+    )
     assert (spec.norm_eps, spec.num_prefix_tokens, spec.interpolation) == (1e-6, 1, "bicubic")
     assert spec.pretrain_method == family + (", fine-tuned" if name.startswith("fine") else "")
     assert spec.global_pool == ("token" if name == "fine-cls" else "avg")
@@ -59,7 +72,9 @@ def test_pixels_are_fed_as_each_family_says(files):
         for family, toys in files.items()
         for name, (path, options) in toys.items()
     }
-    assert means["beit", "pretrained"] == means["beit", "fine"] == HALF  # no arguments in the file: its family's
+    assert (
+        means["beit", "pretrained"] == means["beit", "fine"] == HALF
+    )  # no arguments in the file: its family's
     assert means["beit", "pretrained-1k"] == IMAGENET  # by the arguments in the file
     assert means["beit", "fine-cls"] == HALF
     assert {mean for (family, _), mean in means.items() if family != "beit"} == {IMAGENET}
@@ -69,7 +84,10 @@ def hub_names(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """transformers' names in memory (5.x) for the official ones: a mapping of the test's own."""
     top = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
     top |= {f"rel_pos_bias.{TABLE}": f"shared_position_bias.{TABLE}"}
-    top |= {f"patch_embed.proj.{kind}": f"embeddings.patch_embeddings.projection.{kind}" for kind in ("weight", "bias")}
+    top |= {
+        f"patch_embed.proj.{kind}": f"embeddings.patch_embeddings.projection.{kind}"
+        for kind in ("weight", "bias")
+    }
     top |= {f"norm.{kind}": f"layernorm.{kind}" for kind in ("weight", "bias")}
     top |= {f"fc_norm.{kind}": f"pooler.layernorm.{kind}" for kind in ("weight", "bias")}
     inside = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.o_proj"}
@@ -112,17 +130,25 @@ def test_features_are_those_of_transformers_beit(files, imgs, name):
 
 def test_features_are_those_of_transformers_data2vec(files, imgs):
     theirs = Data2VecVisionModel(
-        Data2VecVisionConfig(**SIZES, layer_norm_eps=1e-6, use_mean_pooling=False, use_shared_relative_position_bias=True)
+        Data2VecVisionConfig(
+            **SIZES, layer_norm_eps=1e-6, use_mean_pooling=False, use_shared_relative_position_bias=True
+        )
     ).eval()
-    old = {"attention.o_proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    old = {
+        "attention.o_proj": "attention.output.dense",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }
     old |= {f"attention.{part[0]}_proj": f"attention.attention.{part}" for part in ("query", "key", "value")}
     renamed = {}
     for name, tensor in hub_names(toys_data2vec.FILES["student"]).items():
         for new, former in old.items():
             name = name.replace(new, former)
-        renamed[name.replace("layers.", "encoder.layer.").replace("shared_position_bias", "encoder.relative_position_bias")] = (
-            tensor
-        )
+        renamed[
+            name.replace("layers.", "encoder.layer.").replace(
+                "shared_position_bias", "encoder.relative_position_bias"
+            )
+        ] = tensor
     theirs.load_state_dict(renamed)
     path, options = files["data2vec"]["student"]
     with torch.no_grad():
@@ -165,10 +191,17 @@ def published(family: str, width: int, depth: int, heads: int) -> dict[str, Any]
     shapes |= {"mask_token": (1, 1, width)}
     if family == "simmim":
         decoder = {"decoder.0.weight": (768, width, 1, 1), "decoder.0.bias": (768,)}
-        return {"model": {f"encoder.{name}": shape for name, shape in shapes.items()} | decoder, "max_accuracy": 0.0}
+        return {
+            "model": {f"encoder.{name}": shape for name, shape in shapes.items()} | decoder,
+            "max_accuracy": 0.0,
+        }
     if family == "beitv2":  # two layers for the class token, as deep in the model as the first two
         first = ("blocks.0.", "blocks.1.")
-        layers = {name.replace("blocks", "cls_pt_layers"): shape for name, shape in shapes.items() if name.startswith(first)}
+        layers = {
+            name.replace("blocks", "cls_pt_layers"): shape
+            for name, shape in shapes.items()
+            if name.startswith(first)
+        }
         return {"model": shapes | layers | pair("lm_head", 8192, width)}
     return {"model": shapes | pair("lm_head", width, width)}
 
@@ -230,7 +263,10 @@ def test_another_layout_is_refused_when_the_family_is_said(tmp_path, family):
 
 
 def test_simmims_swin_is_refused(tmp_path):
-    swin = {"encoder.patch_embed.proj.weight": (96, 3, 4, 4), "encoder.layers.0.blocks.0.attn.qkv.weight": (288, 96)}
+    swin = {
+        "encoder.patch_embed.proj.weight": (96, 3, 4, 4),
+        "encoder.layers.0.blocks.0.attn.qkv.weight": (288, 96),
+    }
     torch.save({"model": {name: torch.zeros(shape) for name, shape in swin.items()}}, tmp_path / "swin.pth")
     with pytest.raises(UserError, match="Swin"):
         load_backbone(tmp_path / "swin.pth")

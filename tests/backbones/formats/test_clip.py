@@ -33,7 +33,9 @@ def forward(w: dict[str, torch.Tensor], imgs: torch.Tensor, heads: int, activati
         y = norm(x, f"{block}.ln_1")
         x = x + attention(y, y, y, need_weights=False)[0] * w.get(f"{block}.ls_1.gamma", 1)
         y = F.linear(norm(x, f"{block}.ln_2"), w[f"{block}.mlp.c_fc.weight"], w[f"{block}.mlp.c_fc.bias"])
-        y = F.linear(ACTIVATIONS[activation](y), w[f"{block}.mlp.c_proj.weight"], w[f"{block}.mlp.c_proj.bias"])
+        y = F.linear(
+            ACTIVATIONS[activation](y), w[f"{block}.mlp.c_proj.weight"], w[f"{block}.mlp.c_proj.bias"]
+        )
         x = x + y * w.get(f"{block}.ls_2.gamma", 1)
     return x
 
@@ -58,7 +60,9 @@ def stored(path) -> dict[str, torch.Tensor]:
     named = content.get("state_dict", content)
     bare = {name.removeprefix("module."): tensor.float() for name, tensor in named.items()}
     return {
-        name.removeprefix("visual."): t for name, t in bare.items() if "visual.class_embedding" not in bare or "visual." in name
+        name.removeprefix("visual."): t
+        for name, t in bare.items()
+        if "visual.class_embedding" not in bare or "visual." in name
     }
 
 
@@ -77,13 +81,21 @@ def test_features_equal_the_published_forward(files, imgs, name, heads, activati
     tokens = forward(weights, imgs, heads, activation)
     model.eval()
     if name == "clipa":  # its last norm stands behind the average of the patch tokens
-        found, want = model.forward_head(model.forward_features(imgs), pre_logits=True), last_norm(weights, tokens[:, 1:].mean(1))
+        found, want = (
+            model.forward_head(model.forward_features(imgs), pre_logits=True),
+            last_norm(weights, tokens[:, 1:].mean(1)),
+        )
         assert spec.global_pool == "avg"
     else:
         found, want = model.forward_features(imgs), last_norm(weights, tokens)
         assert spec.global_pool == "token"
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
-    assert (report.format, spec.num_heads, spec.norm_eps, spec.pretrain_method) == ("clip", heads, 1e-5, "clip")
+    assert (report.format, spec.num_heads, spec.norm_eps, spec.pretrain_method) == (
+        "clip",
+        heads,
+        1e-5,
+        "clip",
+    )
     assert spec.options.get("pre_norm", False) is (name != "clipa")
     assert backbone_gmacs(spec) > 0
 
@@ -91,7 +103,9 @@ def test_features_equal_the_published_forward(files, imgs, name, heads, activati
 @pytest.mark.parametrize("config", [True, False])
 def test_a_tower_of_timm_in_its_files_is_fed_as_clip(tmp_path, config):
     tower = VisionTransformer(img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0)
-    weights = {f"visual.trunk.{name}": tensor for name, tensor in tower.state_dict().items()} | fill(toys_clip.TEXT)
+    weights = {f"visual.trunk.{name}": tensor for name, tensor in tower.state_dict().items()} | fill(
+        toys_clip.TEXT
+    )
     folder = toys_clip.open_clip_folder(tmp_path / "x", weights, {"timm_model_name": "toy"})
     if not config:
         (folder / "open_clip_config.json").unlink()
@@ -103,7 +117,11 @@ def test_a_tower_of_timm_in_its_files_is_fed_as_clip(tmp_path, config):
 def test_it_is_fine_tuned_as_any_backbone(files, imgs):
     model, spec, _ = load_backbone(files["quickgelu"][0], drop_path_rate=0.1)
     Classifier(model, spec, 5, "token", fc_norm=False)(imgs).sum().backward()
-    layers = {name: layer_id(name, spec.depth) for name, parameter in model.named_parameters() if parameter.grad is not None}
+    layers = {
+        name: layer_id(name, spec.depth)
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     assert layers.keys() == dict(model.named_parameters()).keys()
     assert (layers["norm_pre.weight"], layers["blocks.1.attn.qkv.weight"], layers["norm.weight"]) == (0, 2, 3)
 
@@ -120,7 +138,8 @@ def test_nothing_is_guessed_of_the_activation(files, imgs):
     with pytest.raises(UserError, match="act_layer"):
         load_backbone(path)
     features = [
-        load_backbone(path, overrides={"options": {"act_layer": a}})[0].eval().forward_features(imgs) for a in ACTIVATIONS
+        load_backbone(path, overrides={"options": {"act_layer": a}})[0].eval().forward_features(imgs)
+        for a in ACTIVATIONS
     ]
     assert (features[0] - features[1]).abs().max() > 1e-2
 
@@ -145,7 +164,8 @@ def test_what_stands_outside_of_the_tower_has_its_reason(files):
 def test_published_sizes(width, heads, depth, hidden, patch):
     """B/32 and L/14 of OpenAI; H, g and bigG of OpenCLIP, whose heads are wider than 64."""
     shapes: dict[str, Any] = {
-        f"visual.{name}": shape for name, shape in toys_clip.tower(width, depth, patch, 224 // patch, hidden).items()
+        f"visual.{name}": shape
+        for name, shape in toys_clip.tower(width, depth, patch, 224 // patch, hidden).items()
     }
     spec = check_real_size("clip", shapes | {"input_resolution": ()})
     assert (spec.num_heads, spec.img_size, spec.depth) == (heads, (224, 224), depth)

@@ -19,7 +19,14 @@ pytest.importorskip("detectron2", reason="detectron2 is optional: make setup")
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid, ViT  # noqa: E402
 
-TIMM: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3, "num_classes": 0}
+TIMM: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 192,
+    "depth": 2,
+    "num_heads": 3,
+    "num_classes": 0,
+}
 SIZES: dict[str, Any] = {
     "patch_size": 8,
     "embed_dim": 192,
@@ -98,7 +105,9 @@ def test_their_checkpointer_loads_what_we_write(tmp_path):
     seen: dict[str, list[torch.Tensor]] = {"theirs": [], "ours": []}
     for name, vit in (("theirs", detector.backbone.net), ("ours", ours)):
         for block in vit.blocks:
-            block.register_forward_hook(lambda _, __, out, name=name: seen[name].append(out.detach().flatten(1, -2)))
+            block.register_forward_hook(
+                lambda _, __, out, name=name: seen[name].append(out.detach().flatten(1, -2))
+            )
         vit.eval()(images(32))
     assert len(seen["theirs"]) == 2
     torch.testing.assert_close(seen["theirs"], seen["ours"], rtol=1e-5, atol=1e-5)
@@ -109,7 +118,11 @@ def test_the_plain_vit_comes_back_whole(tmp_path):
     torch.save(source.state_dict(), tmp_path / "source.pth")
     convert(tmp_path / "source.pth", tmp_path / "x.pth", "detectron2")
     model, spec, report = load_backbone(tmp_path / "x.pth")
-    assert (report.format, spec.arch, set(report.new)) == ("detectron2", "vit", {"cls_token", "norm.weight", "norm.bias"})
+    assert (report.format, spec.arch, set(report.new)) == (
+        "detectron2",
+        "vit",
+        {"cls_token", "norm.weight", "norm.bias"},
+    )
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in model.state_dict().items())
     content = torch.load(tmp_path / "x.pth", weights_only=True)
     for wrong in (None, {}, {**content["beside_the_model"], "cls_token": torch.zeros(())}):
@@ -148,8 +161,12 @@ def test_a_detectors_vit_is_written_again(tmp_path, files, name):
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, changes):
-    tensors = {name: tensor for name, tensor in (toys.VITS["windows"] | changes).items() if tensor is not None}
-    torch.save({"model": {f"backbone.net.{name}": tensor for name, tensor in tensors.items()}}, tmp_path / "x.pth")
+    tensors = {
+        name: tensor for name, tensor in (toys.VITS["windows"] | changes).items() if tensor is not None
+    }
+    torch.save(
+        {"model": {f"backbone.net.{name}": tensor for name, tensor in tensors.items()}}, tmp_path / "x.pth"
+    )
     with pytest.raises(UserError):
         load_backbone(tmp_path / "x.pth")
 
@@ -161,7 +178,9 @@ def test_what_does_not_fit_is_refused(tmp_path, changes):
 def test_real_sizes(width, heads, everywhere):
     """ViTDet-B, L and H: windows of 14, four global blocks, images of 1024, tables of 224 with a class token's row."""
     sides = [64 if i in everywhere else 14 for i in range(everywhere[-1] + 1)]
-    state = {f"backbone.net.{name}": shape for name, shape in toys.shapes(sides, 197, width, heads, 16).items()}
+    state = {
+        f"backbone.net.{name}": shape for name, shape in toys.shapes(sides, 197, width, heads, 16).items()
+    }
     spec = check_real_size("detectron2", {"model": state, "iteration": 1})
     assert (spec.num_heads, spec.img_size) == (heads, (1024, 1024))
     assert (spec.options["window_size"], spec.options["global_attn_indexes"]) == (14, everywhere)
@@ -171,6 +190,9 @@ def test_a_file_of_their_zoo_is_pickled_arrays(tmp_path, files):
     arrays = {f"backbone.net.{name}": tensor.numpy() for name, tensor in toys.VITS["windows"].items()}
     content = {"model": arrays, "__author__": "the authors", "matching_heuristics": True}
     (tmp_path / "model_final.pkl").write_bytes(pickle.dumps(content))
-    (ours, spec, _), (same, same_spec, _) = load_backbone(tmp_path / "model_final.pkl"), load_backbone(files["windows"][0])
+    (ours, spec, _), (same, same_spec, _) = (
+        load_backbone(tmp_path / "model_final.pkl"),
+        load_backbone(files["windows"][0]),
+    )
     assert spec == same_spec
     assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in ours.state_dict().items())

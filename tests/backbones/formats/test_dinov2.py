@@ -86,7 +86,12 @@ def test_features_are_transformers(files, tmp_path, name):
     model, spec, report = load_backbone(path, **options)
     same_tokens(model, transformers_model(backbones()[TEACHERS.get(name, name)], tmp_path / "hf"), 56, 56)
     assert report.format == "dinov2"
-    assert (spec.num_heads, spec.norm_eps, spec.global_pool, spec.pretrain_method) == (3, 1e-6, "token", "dinov2")
+    assert (spec.num_heads, spec.norm_eps, spec.global_pool, spec.pretrain_method) == (
+        3,
+        1e-6,
+        "token",
+        "dinov2",
+    )
     assert (spec.mean, spec.interpolation) == ((0.485, 0.456, 0.406), "bicubic")
 
 
@@ -139,11 +144,17 @@ def test_half_precision_does_not_round_the_class_token_with_its_row(tmp_path):
 
 
 def test_without_qkv_bias_and_layer_scale(tmp_path):
-    weights = {name: tensor for name, tensor in backbones()["base"].items() if "qkv.bias" not in name and "gamma" not in name}
+    weights = {
+        name: tensor
+        for name, tensor in backbones()["base"].items()
+        if "qkv.bias" not in name and "gamma" not in name
+    }
     torch.save(weights, tmp_path / "x.pth")
     model, spec, _ = load_backbone(tmp_path / "x.pth")
     assert spec.options == {"qkv_bias": False}
-    weights |= {f"blocks.{i}.ls{j}.gamma": torch.ones(192) for i in (0, 1) for j in (1, 2)}  # what is not there does nothing
+    weights |= {
+        f"blocks.{i}.ls{j}.gamma": torch.ones(192) for i in (0, 1) for j in (1, 2)
+    }  # what is not there does nothing
     weights |= {f"blocks.{i}.attn.qkv.bias": torch.zeros(576) for i in (0, 1)}
     same_tokens(model, transformers_model(weights, tmp_path / "hf"), 56, 56)
 
@@ -176,7 +187,9 @@ def test_other_file_forced_into_the_format_is_refused(tmp_path):
 def test_cost_and_classifier(files):
     model, spec, _ = load_backbone(files["giant-registers"][0])
     weights = backbones()["giant-registers"]
-    assert num_params(model) == sum(t.numel() for t in weights.values()) - 2 * 192  # the mask token, the class token's row
+    assert (
+        num_params(model) == sum(t.numel() for t in weights.values()) - 2 * 192
+    )  # the mask token, the class token's row
     tokens, gated = 16 + 5, 192 * 1024 + 512 * 192
     macs = 16 * 14 * 14 * 3 * 192 + 2 * (tokens * (4 * 192 * 192 + gated) + 2 * tokens * tokens * 192)
     assert backbone_gmacs(spec) == pytest.approx(macs / 1e9)

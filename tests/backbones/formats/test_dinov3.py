@@ -36,7 +36,10 @@ SIZES = [(64, 64), (48, 80), (160, 32)]
 def for_transformers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The names of transformers' files; a masked bias of the key is left out."""
     width = weights["cls_token"].shape[-1]
-    result = {"embeddings.mask_token": weights["mask_token"][None], "embeddings.register_tokens": torch.zeros(1, 0, width)}
+    result = {
+        "embeddings.mask_token": weights["mask_token"][None],
+        "embeddings.register_tokens": torch.zeros(1, 0, width),
+    }
     result |= {HUB[name]: tensor for name, tensor in weights.items() if name in HUB}
     masked = any(name.endswith("bias_mask") for name in weights)
     for name, tensor in weights.items():
@@ -48,7 +51,9 @@ def for_transformers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
             parts = dict(zip("qkv", tensor.chunk(3), strict=True))
             if masked and kind == "bias":
                 del parts["k"]
-            result |= {f"{place}attention.{part}_proj.{kind}": value.contiguous() for part, value in parts.items()}
+            result |= {
+                f"{place}attention.{part}_proj.{kind}": value.contiguous() for part, value in parts.items()
+            }
         else:
             result[f"{place}{HUB_BLOCK[inside]}.{'lambda1' if kind == 'gamma' else kind}"] = tensor
     return result
@@ -89,9 +94,16 @@ def test_features_are_transformers_at_every_size(files, tmp_path, name):
     with torch.no_grad():
         for size in SIZES:
             expected = theirs(pixel_values=images(*size)).last_hidden_state
-            torch.testing.assert_close(model.eval().forward_features(images(*size)), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                model.eval().forward_features(images(*size)), expected, rtol=1e-5, atol=1e-5
+            )
     assert (report.format, spec.arch, spec.num_heads, spec.pos_embed) == ("dinov3", "eva", heads, "rope")
-    assert (spec.norm_eps, spec.global_pool, spec.pretrain_method, spec.interpolation) == (1e-5, "token", "dinov3", "bicubic")
+    assert (spec.norm_eps, spec.global_pool, spec.pretrain_method, spec.interpolation) == (
+        1e-5,
+        "token",
+        "dinov3",
+        "bicubic",
+    )
     assert spec.img_size == ((64, 64) if options else (224, 224))
 
 
@@ -101,7 +113,9 @@ def test_features_at_the_one_size_of_a_fixed_model(files, tmp_path, size):
     theirs = transformers_model(toys()["plus"], tmp_path / "hf", 3)
     with torch.no_grad():
         expected = theirs(pixel_values=images(*size)).last_hidden_state
-        torch.testing.assert_close(model.eval().forward_features(images(*size)), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model.eval().forward_features(images(*size)), expected, rtol=1e-5, atol=1e-5
+        )
     assert spec.grid_size == (size[0] // 16, size[1] // 16)
 
 
@@ -119,7 +133,11 @@ def test_a_masked_bias_of_the_key_does_nothing_and_an_unmasked_one_does(files, t
     def tokens(weights: dict[str, torch.Tensor]) -> torch.Tensor:
         torch.save(weights, tmp_path / "x.pth")
         with torch.no_grad():
-            return load_backbone(tmp_path / "x.pth", overrides={"img_size": [64, 64]})[0].eval().forward_features(images(64, 64))
+            return (
+                load_backbone(tmp_path / "x.pth", overrides={"img_size": [64, 64]})[0]
+                .eval()
+                .forward_features(images(64, 64))
+            )
 
     for name, same in (("small", True), ("own", False)):
         weights = toys()[name]
@@ -152,7 +170,12 @@ def test_published_sizes(width, depth, hidden, heads, gated, local_norm):
     weights = shapes(width, depth, hidden, gated=gated, qkv_bias=heads < 32, local_norm=local_norm)
     for extra in ({"rope_embed.periods": periods(width // heads)}, {}):
         spec = check_real_size("dinov3", weights | extra)
-        assert (spec.embed_dim, spec.depth, spec.num_heads, spec.num_prefix_tokens) == (width, depth, heads, 5)
+        assert (spec.embed_dim, spec.depth, spec.num_heads, spec.num_prefix_tokens) == (
+            width,
+            depth,
+            heads,
+            5,
+        )
         assert (spec.img_size, spec.patch_size, spec.mlp_ratio) == ((224, 224), (16, 16), hidden / width)
 
 
@@ -182,15 +205,26 @@ def test_whatever_does_not_fit_is_refused(tmp_path, change, told):
 def test_cost_and_classifier(files):
     path, options = files["plus"]
     model, spec, _ = load_backbone(path, **options)
-    weights = {name: tensor for name, tensor in toys()["plus"].items() if "mask" not in name and "periods" not in name}
-    assert num_params(model) == sum(tensor.numel() for tensor in weights.values()) - 2 * 192  # of which the key's biases are not
+    weights = {
+        name: tensor
+        for name, tensor in toys()["plus"].items()
+        if "mask" not in name and "periods" not in name
+    }
+    assert (
+        num_params(model) == sum(tensor.numel() for tensor in weights.values()) - 2 * 192
+    )  # of which the key's biases are not
     for img_size, patches in ((None, 16), ((48, 80), 15)):
         tokens = patches + 5
         block = tokens * (4 * 192 * 192 + 3 * 192 * 488) + 2 * tokens * tokens * 192
-        assert backbone_gmacs(spec, img_size) == pytest.approx((patches * 16 * 16 * 3 * 192 + 2 * block) / 1e9)
+        assert backbone_gmacs(spec, img_size) == pytest.approx(
+            (patches * 16 * 16 * 3 * 192 + 2 * block) / 1e9
+        )
     with torch.device("meta"):
         assert build_vit(spec)(torch.empty(1, 3, 64, 64)).shape == (1, 192)
-    assert Classifier(model, spec, 7, spec.global_pool, fc_norm=False)(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
+    assert Classifier(model, spec, 7, spec.global_pool, fc_norm=False)(torch.zeros(2, 3, 64, 64)).shape == (
+        2,
+        7,
+    )
 
 
 def test_odd_widths_keep_their_hidden_layer(tmp_path):

@@ -24,7 +24,9 @@ def turned(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     return torch.cat([x[:, :, :1], rotated], dim=2)
 
 
-def published_eva02(w: dict[str, torch.Tensor], imgs: torch.Tensor, seq_len: int, heads: int = 3) -> torch.Tensor:
+def published_eva02(
+    w: dict[str, torch.Tensor], imgs: torch.Tensor, seq_len: int, heads: int = 3
+) -> torch.Tensor:
     """Tokens (N, 1 + L, D) after `norm` where there is one; imgs (N, C, H, W)."""
     n, (width, _, patch, _) = len(imgs), w["patch_embed.proj.weight"].shape
     linear = lambda x, name: x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)  # noqa: E731
@@ -39,7 +41,9 @@ def published_eva02(w: dict[str, torch.Tensor], imgs: torch.Tensor, seq_len: int
         b = f"blocks.{i}"
         z = norm(x, f"{b}.norm1")
         packed = w.get(f"{b}.attn.qkv.weight")
-        parts = packed.chunk(3) if packed is not None else [w[f"{b}.attn.{part}_proj.weight"] for part in "qkv"]
+        parts = (
+            packed.chunk(3) if packed is not None else [w[f"{b}.attn.{part}_proj.weight"] for part in "qkv"]
+        )
         q, k, v = (z @ part.T for part in parts)
         q, v = q + w[f"{b}.attn.q_bias"], v + w[f"{b}.attn.v_bias"]
         q, k, v = (part.reshape(n, -1, heads, width // heads).transpose(1, 2) for part in (q, k, v))
@@ -62,7 +66,9 @@ def files(tmp_path_factory):
     return toys_eva02.write(tmp_path_factory.mktemp("eva02"))
 
 
-@pytest.mark.parametrize(("name", "seq_len"), [("pretrained", 4), ("fine", 16), ("tiny", 16), ("without-rotations", 16)])
+@pytest.mark.parametrize(
+    ("name", "seq_len"), [("pretrained", 4), ("fine", 16), ("tiny", 16), ("without-rotations", 16)]
+)
 def test_features_are_the_published_ones(files, name, seq_len):
     path, options = files[name]
     model, spec, report = load_backbone(path, **options)
@@ -86,9 +92,18 @@ def test_features_are_the_published_ones(files, name, seq_len):
     [(192, 12, 3, 24, 14), (384, 12, 6, 24, 14), (768, 12, 12, 14, 16), (1024, 24, 16, 32, 14)],
 )
 def test_real_sizes(width, depth, heads, side, patch):
-    shapes = encoder_shapes(width, depth, side, patch, sub_ln=width > 384) | pair("fc_norm", width) | pair("head", 1000, width)
+    shapes = (
+        encoder_shapes(width, depth, side, patch, sub_ln=width > 384)
+        | pair("fc_norm", width)
+        | pair("head", 1000, width)
+    )
     spec = check_real_size("eva02", {"module": shapes})
-    assert (spec.embed_dim, spec.depth, spec.num_heads, spec.img_size) == (width, depth, heads, (side * patch, side * patch))
+    assert (spec.embed_dim, spec.depth, spec.num_heads, spec.img_size) == (
+        width,
+        depth,
+        heads,
+        (side * patch, side * patch),
+    )
 
 
 def change_of(name: str, tensor: torch.Tensor) -> Any:

@@ -40,7 +40,9 @@ def test_features_are_transformers(files, imgs, name):
         overrides = {"norm_eps": 1e-6} if file != name else None  # a bare state_dict does not say it
         model, spec, report = load_backbone(files[file][0], overrides=overrides)
         with torch.no_grad():
-            torch.testing.assert_close(model.eval().forward_features(imgs), expected_tokens(name, imgs), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                model.eval().forward_features(imgs), expected_tokens(name, imgs), rtol=1e-5, atol=1e-5
+            )
         says_token = file == name and not build(name).config.use_mean_pooling
         assert (report.format, spec.arch, spec.num_heads) == ("hf_beit", "beit", 3)
         assert spec.global_pool == ("token" if says_token else "avg")
@@ -68,7 +70,9 @@ def test_the_norm_outside_of_the_model_is_accounted_for(files):
 
 def test_indices_of_older_files_are_left_out(tmp_path):
     place = "encoder.layer.{}.attention.attention.relative_position_bias.relative_position_index"
-    weights = build("model").state_dict() | {place.format(i): torch.zeros(17, 17, dtype=torch.int64) for i in range(2)}
+    weights = build("model").state_dict() | {
+        place.format(i): torch.zeros(17, 17, dtype=torch.int64) for i in range(2)
+    }
     torch.save(weights, tmp_path / "x.bin")
     assert "follows from the grid" in load_backbone(tmp_path / "x.bin")[2].dropped[place.format(1)]
 
@@ -80,7 +84,9 @@ def test_what_is_written_is_loaded_by_transformers(files, tmp_path, imgs, name):
     theirs, info = loaded
     assert not any(info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched"))
     with torch.no_grad():
-        torch.testing.assert_close(theirs.eval()(imgs).last_hidden_state, expected_tokens(name, imgs), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            theirs.eval()(imgs).last_hidden_state, expected_tokens(name, imgs), rtol=1e-5, atol=1e-5
+        )
     assert load_backbone(tmp_path / "out")[1] == load_backbone(files[name][0])[1]
 
 
@@ -92,7 +98,10 @@ def test_published_sizes(width, heads, depth):
         use_relative_position_bias=True,
     )  # fmt: skip
     with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in BeitForImageClassification(config).state_dict().items()}
+        shapes = {
+            name: tuple(tensor.shape)
+            for name, tensor in BeitForImageClassification(config).state_dict().items()
+        }
     spec = check_real_size("hf_beit", shapes, {"config.json": config.to_dict()})
     assert (spec.num_heads, spec.depth, spec.img_size, spec.global_pool) == (heads, depth, (224, 224), "avg")
 
@@ -134,7 +143,13 @@ def test_a_missing_and_a_surplus_key_are_refused(tmp_path, change, told):
 
 @pytest.mark.parametrize("mean", [True, False])
 def test_the_config_says_what_the_classifier_pools(tmp_path, imgs, mean):
-    sizes: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 384, "image_size": 32, "patch_size": 8, "num_labels": 5}
+    sizes: dict[str, Any] = {
+        "hidden_size": 192,
+        "intermediate_size": 384,
+        "image_size": 32,
+        "patch_size": 8,
+        "num_labels": 5,
+    }
     config = BeitConfig(**sizes, num_hidden_layers=2, num_attention_heads=3, use_mean_pooling=mean)
     theirs: Any = randomise(BeitForImageClassification(config))
     theirs.save_pretrained(tmp_path / "hf")

@@ -21,7 +21,9 @@ def theirs():
     return toys_hf_clip.models()
 
 
-@pytest.mark.parametrize("name", ["vision", "gelu", "both", "vision_memory", "gelu_memory", "both_memory", "older"])
+@pytest.mark.parametrize(
+    "name", ["vision", "gelu", "both", "vision_memory", "gelu_memory", "both_memory", "older"]
+)
 @torch.no_grad()
 def test_features_equal_theirs(files, theirs, name):
     path, options = files[name]
@@ -31,10 +33,14 @@ def test_features_equal_theirs(files, theirs, name):
     imgs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     found = model.eval().forward_features(imgs)
     theirs_out = judge(imgs)
-    torch.testing.assert_close(found, judge.post_layernorm(theirs_out.last_hidden_state), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found, judge.post_layernorm(theirs_out.last_hidden_state), rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(found[:, 0], theirs_out.pooler_output, rtol=1e-5, atol=1e-5)
     assert report.format == "hf_clip"
-    assert (spec.options["act_layer"], spec.norm_eps) == (("gelu", 1e-6) if "gelu" in name else ("quick_gelu", 1e-5))
+    assert (spec.options["act_layer"], spec.norm_eps) == (
+        ("gelu", 1e-6) if "gelu" in name else ("quick_gelu", 1e-5)
+    )
     assert spec.num_heads == (12 if "both" in name else 4)
     assert spec.mean == (0.48145466, 0.4578275, 0.40821073)
 
@@ -60,7 +66,9 @@ def test_a_damaged_config_is_refused(files, config):
     path.write_text(kept)
 
 
-@pytest.mark.parametrize(("width", "heads", "depth", "hidden"), [(768, 12, 12, 3072), (1024, 16, 24, 4096), (1280, 16, 32, 5120)])
+@pytest.mark.parametrize(
+    ("width", "heads", "depth", "hidden"), [(768, 12, 12, 3072), (1024, 16, 24, 4096), (1280, 16, 32, 5120)]
+)
 def test_published_sizes(width, heads, depth, hidden):
     """B, L and H, made hollow by transformers' own class."""
     config = toys_hf_clip.CLIPVisionConfig(
@@ -70,9 +78,16 @@ def test_published_sizes(width, heads, depth, hidden):
     with torch.device("meta"):
         model = toys_hf_clip.CLIPVisionModel(config)
     spec = check_real_size(
-        "hf_clip", {name: tuple(t.shape) for name, t in model.state_dict().items()}, {"config.json": config.to_dict()}
+        "hf_clip",
+        {name: tuple(t.shape) for name, t in model.state_dict().items()},
+        {"config.json": config.to_dict()},
     )
-    assert (spec.num_heads, spec.depth, spec.img_size, spec.options["act_layer"]) == (heads, depth, (224, 224), "gelu")
+    assert (spec.num_heads, spec.depth, spec.img_size, spec.options["act_layer"]) == (
+        heads,
+        depth,
+        (224, 224),
+        "gelu",
+    )
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,9 @@ def test_features_are_transformers(files, theirs, name):
     assert (spec.pretrain_method, spec.global_pool) == ("dinov2", "token")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name in ("plain", "gated", "no-bias", "registers-gated")])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name in ("plain", "gated", "no-bias", "registers-gated")]
+)
 def test_features_from_memory_without_a_config(files, theirs, name):
     model, spec, report = load_backbone(files[f"{name}-memory"][0])
     same(model, theirs[name])
@@ -76,7 +78,9 @@ def test_the_account_of_a_classifier(files):
 def test_what_is_written_is_what_automodel_loads(files, tmp_path, name):
     official = name.startswith("dinov2-")
     (tmp_path / "from").mkdir()
-    source = toys_dinov2.write(tmp_path / "from")[name.removeprefix("dinov2-")][0] if official else files[name][0]
+    source = (
+        toys_dinov2.write(tmp_path / "from")[name.removeprefix("dinov2-")][0] if official else files[name][0]
+    )
     convert(source, tmp_path / "to", "hf_dinov2")
     model, spec, _ = load_backbone(source)
     same(model, auto_model(tmp_path / "to"))
@@ -88,7 +92,9 @@ def test_what_is_written_is_what_automodel_loads(files, tmp_path, name):
 def test_the_files_of_transformers_come_back_tensor_for_tensor(files, tmp_path):
     for name in ("plain", "gated"):
         convert(files[name][0], tmp_path / name, "hf_dinov2")
-        before, after = (load_file(folder / "model.safetensors") for folder in (files[name][0], tmp_path / name))
+        before, after = (
+            load_file(folder / "model.safetensors") for folder in (files[name][0], tmp_path / name)
+        )
         before["embeddings.mask_token"] = torch.zeros(1, 192)  # ours have none
         assert set(before) == set(after)
         assert all(torch.equal(before[key], after[key]) for key in before)
@@ -147,7 +153,11 @@ def test_published_sizes(width, depth, heads, registers, gated):
         "use_swiglu_ffn": gated,
     }  # fmt: skip
     with torch.device("meta"):
-        theirs = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes)) if registers else Dinov2Model(Dinov2Config(**sizes))
+        theirs = (
+            Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes))
+            if registers
+            else Dinov2Model(Dinov2Config(**sizes))
+        )
     config = json.loads(theirs.config.to_json_string(use_diff=False))
     spec = check_real_size("hf_dinov2", theirs.state_dict(), {"config.json": config})
     assert (spec.num_heads, spec.img_size, spec.num_prefix_tokens) == (heads, (518, 518), 1 + registers)

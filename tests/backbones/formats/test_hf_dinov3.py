@@ -35,8 +35,14 @@ def test_features_are_transformers_at_every_size(files, name):
     with torch.no_grad():
         for size in SIZES:
             expected = theirs(pixel_values=images(*size)).last_hidden_state
-            torch.testing.assert_close(model.eval().forward_features(images(*size)), expected, rtol=1e-5, atol=1e-5)
-    assert (report.format, spec.img_size, spec.num_heads) == ("hf_dinov3", (64, 64), theirs.config.num_attention_heads)
+            torch.testing.assert_close(
+                model.eval().forward_features(images(*size)), expected, rtol=1e-5, atol=1e-5
+            )
+    assert (report.format, spec.img_size, spec.num_heads) == (
+        "hf_dinov3",
+        (64, 64),
+        theirs.config.num_attention_heads,
+    )
     assert spec.norm_eps == theirs.config.layer_norm_eps
     assert spec.options["rope_temperature"] == theirs.config.rope_theta
     assert spec.num_prefix_tokens == 1 + theirs.config.num_register_tokens
@@ -51,7 +57,9 @@ def test_what_is_written_is_what_automodel_loads(files, tmp_path, name):
     model, spec, _ = load_backbone(path, **options)
     with torch.no_grad():
         expected = auto_model(tmp_path / "to")(pixel_values=images(64, 64)).last_hidden_state
-        torch.testing.assert_close(model.eval().forward_features(images(64, 64)), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model.eval().forward_features(images(64, 64)), expected, rtol=1e-5, atol=1e-5
+        )
     again, same_spec, _ = load_backbone(tmp_path / "to")
     assert same_spec == spec
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in again.state_dict().items())
@@ -73,7 +81,9 @@ def test_the_repository_and_transformers_give_one_backbone(tmp_path):
     official, spec, _ = load_backbone(tmp_path / "official.pth")
     model, same_spec, _ = load_backbone(tmp_path / "hf", overrides={"options": {"init_values": 1e-5}})
     assert same_spec == spec
-    assert all(torch.equal(tensor, official.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(tensor, official.state_dict()[name]) for name, tensor in model.state_dict().items()
+    )
 
 
 def test_the_satellite_models_say_how_they_are_fed(files, tmp_path):
@@ -83,7 +93,11 @@ def test_the_satellite_models_say_how_they_are_fed(files, tmp_path):
     processor = {"image_mean": [0.430, 0.411, 0.296], "image_std": [0.213, 0.156, 0.143], "resample": 2}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     _, spec, report = load_backbone(tmp_path)
-    assert (spec.mean, spec.std, spec.interpolation) == ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143), "bilinear")
+    assert (spec.mean, spec.std, spec.interpolation) == (
+        (0.430, 0.411, 0.296),
+        (0.213, 0.156, 0.143),
+        "bilinear",
+    )
     assert not any("SAT-493M" in note for note in report.notes)
     assert any("SAT-493M" in note for note in load_backbone(folder)[2].notes)
 
@@ -95,7 +109,9 @@ def test_the_satellite_models_say_how_they_are_fed(files, tmp_path):
 ])  # fmt: skip
 def test_a_description_that_makes_no_sense_is_refused(files, tmp_path, config):
     folder = files["plain"][0]
-    (tmp_path / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    (tmp_path / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | config)
+    )
     save_file(load_file(folder / "model.safetensors"), tmp_path / "model.safetensors")
     with pytest.raises(UserError):
         load_backbone(tmp_path)
@@ -130,4 +146,9 @@ def test_published_sizes(width, depth, hidden, heads, gated, described):
         theirs = DINOv3ViTModel(config)
     beside = {"config.json": json.loads(config.to_json_string(use_diff=False))} if described else {}
     spec = check_real_size("hf_dinov3", theirs.state_dict(), beside)
-    assert (spec.num_heads, spec.img_size, spec.num_prefix_tokens, spec.norm_eps) == (heads, (224, 224), 5, 1e-5)
+    assert (spec.num_heads, spec.img_size, spec.num_prefix_tokens, spec.norm_eps) == (
+        heads,
+        (224, 224),
+        5,
+        1e-5,
+    )

@@ -25,13 +25,22 @@ def test_features_equal_theirs(files, name):
     theirs = toys_hf_ijepa.models()[name.removesuffix(".pth")]
     theirs = getattr(theirs, "ijepa", theirs)
     imgs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(model.eval().forward_features(imgs), theirs(imgs).last_hidden_state, rtol=1e-5, atol=1e-5)
-    assert (report.format, spec.num_prefix_tokens, spec.global_pool, spec.pretrain_method) == ("hf_ijepa", 0, "avg", "ijepa")
+    torch.testing.assert_close(
+        model.eval().forward_features(imgs), theirs(imgs).last_hidden_state, rtol=1e-5, atol=1e-5
+    )
+    assert (report.format, spec.num_prefix_tokens, spec.global_pool, spec.pretrain_method) == (
+        "hf_ijepa",
+        0,
+        "avg",
+        "ijepa",
+    )
     assert spec.num_heads == toys_hf_ijepa.HEADS
     assert all(reason.startswith(("classifier", "pooler")) for reason in report.dropped.values())
 
 
-@pytest.mark.parametrize(("width", "heads", "depth", "patch", "size"), [(1280, 16, 32, 14, 224), (1280, 16, 32, 16, 448)])
+@pytest.mark.parametrize(
+    ("width", "heads", "depth", "patch", "size"), [(1280, 16, 32, 14, 224), (1280, 16, 32, 16, 448)]
+)
 def test_published_sizes(width, heads, depth, patch, size):
     """H/14 and H/16 at 448, made hollow by transformers' own class."""
     config = toys_hf_ijepa.IJepaConfig(

@@ -27,7 +27,9 @@ def test_features_equal_theirs(files, name):
     torch.testing.assert_close(model.eval().forward_features(imgs), want, rtol=1e-5, atol=1e-5)
     assert (report.format, spec.arch, spec.num_heads, spec.mlp_ratio) == ("hf_sam", "sam", 4, 2.0)
     assert (spec.options["window_size"], spec.options["global_attn_indexes"]) == (3, [1, 3])
-    assert (spec.norm_eps, spec.options.get("act_layer")) == ((1e-5, "quick_gelu") if name == "vision" else (1e-6, None))
+    assert (spec.norm_eps, spec.options.get("act_layer")) == (
+        (1e-5, "quick_gelu") if name == "vision" else (1e-6, None)
+    )
     assert all("prompt encoder and mask decoder" in reason for reason in report.dropped.values())
     assert bool(report.dropped) is (name != "vision")
 
@@ -37,7 +39,11 @@ def test_published_sizes(width, depth, heads):
     """B, L and H, made hollow by transformers' own class."""
     seeing_all = [depth // 4 * quarter - 1 for quarter in (1, 2, 3, 4)]
     config = toys_hf_sam.SamVisionConfig(
-        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, global_attn_indexes=seeing_all, mlp_dim=4 * width
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        global_attn_indexes=seeing_all,
+        mlp_dim=4 * width,
     )
     with torch.device("meta"):
         model = toys_hf_sam.SamVisionModel(config)
@@ -71,7 +77,10 @@ def test_a_config_that_contradicts_its_tables_is_refused(files, tmp_path, config
     ("change", "told"),
     [
         (lambda w: w.pop("vision_encoder.neck.layer_norm2.bias"), "missing: neck.3.bias"),
-        (lambda w: w.update({"vision_encoder.neck.conv3.weight": torch.zeros(3)}), "unexpected: neck.conv3.weight"),
+        (
+            lambda w: w.update({"vision_encoder.neck.conv3.weight": torch.zeros(3)}),
+            "unexpected: neck.conv3.weight",
+        ),
         (lambda w: w.pop("vision_encoder.layers.1.attn.rel_pos_h"), "rel_pos_h"),
     ],
 )

@@ -42,12 +42,17 @@ def test_features_equal_theirs(files, theirs, imgs, name):
     path, options = files[name]
     model, spec, report = load_backbone(path, **options)
     torch.testing.assert_close(
-        model.eval().forward_features(imgs), tokens_of(theirs[name.removesuffix(".pth")], imgs), rtol=1e-5, atol=1e-5
+        model.eval().forward_features(imgs),
+        tokens_of(theirs[name.removesuffix(".pth")], imgs),
+        rtol=1e-5,
+        atol=1e-5,
     )
     is_deit = name.startswith(("deit", "teacher"))
     assert (report.format, spec.num_prefix_tokens, spec.num_heads) == ("hf_vit", 2 if is_deit else 1, 3)
     assert spec.norm_eps == (1e-6 if name == "bare" else 1e-12)
-    assert (spec.mean, spec.interpolation) == (((0.485, 0.456, 0.406), "bicubic") if is_deit else ((0.5,) * 3, "bilinear"))
+    assert (spec.mean, spec.interpolation) == (
+        ((0.485, 0.456, 0.406), "bicubic") if is_deit else ((0.5,) * 3, "bilinear")
+    )
     assert spec.pretrain_method == ("supervised" if is_deit else "unknown")
 
 
@@ -87,7 +92,9 @@ def test_the_preprocessor_says_how_images_are_fed(tmp_path, theirs):
 def test_they_load_what_is_written_and_it_reads_back(tmp_path, files, imgs, name, kind):
     source = files[name][0]
     convert(source, tmp_path / "out", "hf_vit")
-    loaded: Any = getattr(toys_hf_vit, kind).from_pretrained(tmp_path / "out", add_pooling_layer=False, output_loading_info=True)
+    loaded: Any = getattr(toys_hf_vit, kind).from_pretrained(
+        tmp_path / "out", add_pooling_layer=False, output_loading_info=True
+    )
     model, info = loaded
     assert not info["missing_keys"] | info["unexpected_keys"]
     ours, spec, _ = load_backbone(source)
@@ -106,18 +113,29 @@ def test_what_the_class_cannot_express_is_not_written(tmp_path, files):
         convert(files["bare"][0], tmp_path / "out", "hf_vit")
 
 
-@pytest.mark.parametrize(("width", "heads", "depth", "patch"), [(768, 12, 12, 16), (1024, 16, 24, 16), (1280, 16, 32, 14)])
+@pytest.mark.parametrize(
+    ("width", "heads", "depth", "patch"), [(768, 12, 12, 16), (1024, 16, 24, 16), (1280, 16, 32, 14)]
+)
 @pytest.mark.parametrize("kind", ["ViT", "DeiT"])
 def test_published_sizes(kind, width, heads, depth, patch):
     """B, L and H, made hollow by transformers' own class."""
     config = getattr(toys_hf_vit, f"{kind}Config")(
-        hidden_size=width, num_attention_heads=heads, num_hidden_layers=depth, intermediate_size=4 * width, patch_size=patch
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_hidden_layers=depth,
+        intermediate_size=4 * width,
+        patch_size=patch,
     )
     with torch.device("meta"):
         model = getattr(toys_hf_vit, f"{kind}Model")(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     spec = check_real_size("hf_vit", shapes, {"config.json": config.to_dict()})
-    assert (spec.num_heads, spec.depth, spec.img_size, spec.patch_size) == (heads, depth, (224, 224), (patch, patch))
+    assert (spec.num_heads, spec.depth, spec.img_size, spec.patch_size) == (
+        heads,
+        depth,
+        (224, 224),
+        (patch, patch),
+    )
 
 
 @pytest.mark.parametrize(

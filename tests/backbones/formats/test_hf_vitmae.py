@@ -29,10 +29,16 @@ def test_features_equal_theirs(files, name):
     assert all(reason.startswith("decoder") for reason in report.dropped.values())
 
 
-@pytest.mark.parametrize(("width", "heads", "depth", "patch"), [(768, 12, 12, 16), (1024, 16, 24, 16), (1280, 16, 32, 14)])
+@pytest.mark.parametrize(
+    ("width", "heads", "depth", "patch"), [(768, 12, 12, 16), (1024, 16, 24, 16), (1280, 16, 32, 14)]
+)
 def test_published_sizes(width, heads, depth, patch):
     config = toys_hf_vitmae.ViTMAEConfig(
-        hidden_size=width, num_attention_heads=heads, num_hidden_layers=depth, intermediate_size=4 * width, patch_size=patch
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_hidden_layers=depth,
+        intermediate_size=4 * width,
+        patch_size=patch,
     )
     with torch.device("meta"):
         model = toys_hf_vitmae.ViTMAEForPreTraining(config)

@@ -18,13 +18,24 @@ def reference(tensors, imgs, heads, eps=1e-6, gelu=F.gelu):
     """Tokens of a ViT (arXiv 2010.11929) with what DeiT (2012.12877), DeiT III (2204.07118), BEiT (2106.08254), CLIP (2103.00020)
     and DINOv2 (2304.07193) add to it, over mmpretrain's names. imgs (N, C, H, W) -> (N, prefix + L, D)."""
     linear = lambda z, name: z @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]  # noqa: E731
-    norm = lambda z, name: F.layer_norm(z, z.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], eps)  # noqa: E731
+    norm = lambda z, name: F.layer_norm(
+        z, z.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], eps
+    )  # noqa: E731
     scale = lambda z, *names: z * next((tensors[name] for name in names if name in tensors), 1.0)  # noqa: E731
-    kernel, bias = tensors["patch_embed.projection.weight"], tensors.get("patch_embed.projection.bias", torch.zeros(1))
+    kernel, bias = (
+        tensors["patch_embed.projection.weight"],
+        tensors.get("patch_embed.projection.bias", torch.zeros(1)),
+    )
     x = F.unfold(imgs, kernel.shape[-1], stride=kernel.shape[-1]).transpose(1, 2) @ kernel.flatten(1).T + bias
     table = tensors.get("pos_embed", torch.zeros(1, 1, 1))
-    prefix = torch.cat([tensors[name] for name in ("cls_token", "dist_token") if name in tensors], dim=1).expand(len(x), -1, -1)
-    x = torch.cat([prefix, x + table], 1) if table.shape[1] == x.shape[1] else torch.cat([prefix, x], 1) + table
+    prefix = torch.cat(
+        [tensors[name] for name in ("cls_token", "dist_token") if name in tensors], dim=1
+    ).expand(len(x), -1, -1)
+    x = (
+        torch.cat([prefix, x + table], 1)
+        if table.shape[1] == x.shape[1]
+        else torch.cat([prefix, x], 1) + table
+    )
     x = norm(x, "pre_norm") if "pre_norm.weight" in tensors else x
     for i in range(toys.DEPTH):
         block = f"layers.{i}"
@@ -90,10 +101,22 @@ def test_every_kind_gives_the_published_features(files, imgs, name):
 
 def test_facts_of_each_kind(files):
     specs = {name: load_backbone(path, **options)[1] for name, (path, options) in files.items()}
-    assert specs["mae"].pos_embed == "learned"  # fixed as well, but down before across, which no field of a spec says
-    methods = {"mae": "mae", "maskfeat": "maskfeat", "mocov3": "moco_v3", "deit3": "supervised", "vit": "unknown"}
+    assert (
+        specs["mae"].pos_embed == "learned"
+    )  # fixed as well, but down before across, which no field of a spec says
+    methods = {
+        "mae": "mae",
+        "maskfeat": "maskfeat",
+        "mocov3": "moco_v3",
+        "deit3": "supervised",
+        "vit": "unknown",
+    }
     assert {name: specs[name].pretrain_method for name in methods} == methods
-    assert {name for name, spec in specs.items() if spec.global_pool == "avg"} == {"finetuned", "two_norms", "beit"}
+    assert {name for name, spec in specs.items() if spec.global_pool == "avg"} == {
+        "finetuned",
+        "two_norms",
+        "beit",
+    }
     assert specs["distilled"].num_prefix_tokens == 2
     assert specs["dinov2_giant"].mlp_ratio == 1024 / 192
 
@@ -181,7 +204,10 @@ def test_a_config_that_is_none_is_passed_over(tmp_path, config):
 @pytest.mark.parametrize("names", [{}, {"patch_embed.proj": "embeddings.patch_embeddings.projection"}])
 def test_a_format_that_the_file_is_not_in_is_refused(tmp_path, format, names):
     """Someone says --format wrongly: a timm file, and one with a bias table under other names."""
-    state = {"patch_embed.proj.weight": torch.ones(192, 3, 8, 8), f"blocks.0.attn.{next(iter(toys.TABLE))}": torch.ones(52, 3)}
+    state = {
+        "patch_embed.proj.weight": torch.ones(192, 3, 8, 8),
+        f"blocks.0.attn.{next(iter(toys.TABLE))}": torch.ones(52, 3),
+    }
     for ours, theirs in names.items():
         state = {name.replace(ours, theirs): tensor for name, tensor in state.items()}
     torch.save(state, tmp_path / "x.pth")
@@ -189,7 +215,9 @@ def test_a_format_that_the_file_is_not_in_is_refused(tmp_path, format, names):
         load_backbone(tmp_path / "x.pth", format=format)
 
 
-@pytest.mark.parametrize(("activation", "gelu"), [("QuickGELU", lambda z: z * torch.sigmoid(1.702 * z)), ("ReLU", None)])
+@pytest.mark.parametrize(
+    ("activation", "gelu"), [("QuickGELU", lambda z: z * torch.sigmoid(1.702 * z)), ("ReLU", None)]
+)
 def test_the_activation_of_the_config(tmp_path, imgs, activation, gelu):
     tensors = toys.backbones()["clip"]
     config = f"model = dict(backbone=dict(layer_cfgs=dict(act_cfg=dict(type='{activation}'))))"
@@ -226,7 +254,9 @@ def test_moco_v3s_small_has_twelve_heads(tmp_path, told):
             load_backbone(tmp_path / "x.pth")
         return
     overrides = {"num_heads": 6} if told == "user" else {}
-    assert load_backbone(tmp_path / "x.pth", overrides=overrides)[1].num_heads == (6 if told == "user" else 12)
+    assert load_backbone(tmp_path / "x.pth", overrides=overrides)[1].num_heads == (
+        6 if told == "user" else 12
+    )
 
 
 def beside(backbone: dict[str, tuple[int, ...]], **others: tuple[int, ...]) -> dict[str, Any]:
@@ -247,7 +277,12 @@ def test_real_sizes_of_moco_v3(width, depth, heads):
 def test_real_sizes_of_beit(width, depth, heads, pretraining):
     """Pretrained with one shared bias table, fine-tuned with one a block and the norm behind the pooling."""
     table = (27 * 27 + 3, heads)
-    attention = {"q_bias": (width,), "v_bias": (width,), "qkv.weight": (3 * width, width), **toys.pair("proj", width, width)}
+    attention = {
+        "q_bias": (width,),
+        "v_bias": (width,),
+        "qkv.weight": (3 * width, width),
+        **toys.pair("proj", width, width),
+    }
     own = {} if pretraining else {"relative_position_bias_table": table}
     shapes = toys.shapes(attention | own, width, depth, 4 * width, 16)
     del shapes["pos_embed"]
@@ -261,11 +296,14 @@ def test_real_sizes_of_beit(width, depth, heads, pretraining):
 
 
 @pytest.mark.parametrize(
-    ("width", "depth", "heads", "patch"), [(768, 12, 12, 16), (1024, 24, 16, 16), (1280, 32, 16, 14), (768, 8, 8, 16)]
+    ("width", "depth", "heads", "patch"),
+    [(768, 12, 12, 16), (1024, 24, 16, 16), (1280, 32, 16, 14), (768, 8, 8, 16)],
 )
 def test_real_sizes(width, depth, heads, patch):
     """B, L and H of MAE, and the "small" of this library alone."""
     hidden = width * (3 if depth == 8 else 4)
-    content = toys.shapes(toys.qkv(width), width, depth, hidden, patch, 1 + (224 // patch) ** 2) | toys.pair("ln1", width)
+    content = toys.shapes(toys.qkv(width), width, depth, hidden, patch, 1 + (224 // patch) ** 2) | toys.pair(
+        "ln1", width
+    )
     spec = check_real_size("mmpretrain", beside(content))
     assert (spec.num_heads, spec.depth, spec.img_size) == (heads, depth, (224, 224))

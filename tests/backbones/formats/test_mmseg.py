@@ -42,7 +42,9 @@ def check_maps(theirs, ours, spec, imgs):
     with torch.no_grad():
         patches = ours.eval().forward_features(imgs)[:, spec.num_prefix_tokens :]
         expected = theirs(imgs)[-1]
-    torch.testing.assert_close(patches.transpose(1, 2).reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        patches.transpose(1, 2).reshape(expected.shape), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -88,7 +90,9 @@ def test_they_load_what_we_write(tmp_path, files, imgs, name):
     options = {"patch_bias": True, "final_norm": "norm.weight" in ours.state_dict()}
     strictly = build("VisionTransformer", **options)
     strictly.load_state_dict(written)
-    by_config = build("VisionTransformer", **options, init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / "x.pth")})
+    by_config = build(
+        "VisionTransformer", **options, init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / "x.pth")}
+    )
     by_config.init_weights()
     for theirs in (strictly, by_config):
         check_maps(theirs, ours, spec, imgs)
@@ -125,7 +129,11 @@ def test_a_training_file_of_mmengine_is_read(tmp_path):
     logging = pytest.importorskip("mmengine.logging")
     hub = logging.MessageHub.get_instance("test_mmseg")
     hub.update_scalar("train/loss", 0.5)
-    content = {"meta": {"epoch": 1}, "state_dict": toys_mmseg.backbones()["vit"], "message_hub": hub.state_dict()}
+    content = {
+        "meta": {"epoch": 1},
+        "state_dict": toys_mmseg.backbones()["vit"],
+        "message_hub": hub.state_dict(),
+    }
     torch.save(content, tmp_path / "iter_160000.pth")
     assert load_backbone(tmp_path / "iter_160000.pth")[2].format == "mmseg"
 

@@ -27,11 +27,30 @@ from tests.backbones.formats import (
     toys_official_mae,
     toys_solo_learn,
 )
-from tests.backbones.formats.plain_vit import REAL, Shapes, encoder_shapes, linear, prefixed, published_vit, sincos
+from tests.backbones.formats.plain_vit import (
+    REAL,
+    Shapes,
+    encoder_shapes,
+    linear,
+    prefixed,
+    published_vit,
+    sincos,
+)
 from tests.backbones.formats.reference import check_real_size, fill
 
 Weights = dict[str, torch.Tensor]
-FAMILIES = ("dino", "ibot", "moco_v3", "deit", "deit3", "ijepa", "maskfeat", "lightly", "solo_learn", "official_mae")
+FAMILIES = (
+    "dino",
+    "ibot",
+    "moco_v3",
+    "deit",
+    "deit3",
+    "ijepa",
+    "maskfeat",
+    "lightly",
+    "solo_learn",
+    "official_mae",
+)
 
 
 def maskfeat(name: str) -> Weights:
@@ -113,18 +132,31 @@ def imgs() -> torch.Tensor:
 
 
 def test_every_toy_has_a_case(written):
-    assert {(format, name) for format, files in written.items() for name in files} == {case[:2] for case in CASES}
+    assert {(format, name) for format, files in written.items() for name in files} == {
+        case[:2] for case in CASES
+    }
 
 
 @pytest.mark.parametrize(("format", "name", "weights", "heads", "method", "pool"), CASES)
 @torch.no_grad()
-def test_features_are_those_of_the_published_equations(written, imgs, format, name, weights, heads, method, pool):
+def test_features_are_those_of_the_published_equations(
+    written, imgs, format, name, weights, heads, method, pool
+):
     path, options = written[format][name]
     model, spec, report = load_backbone(path, **options)
     expected = published_vit(weights(), imgs, heads)
-    spread = expected.std().clamp(min=1)  # before a final norm, where that stands behind the pooling, values are larger
-    torch.testing.assert_close(model.eval().forward_features(imgs) / spread, expected / spread, rtol=1e-5, atol=1e-5)
-    assert (report.format, spec.num_heads, spec.pretrain_method, spec.global_pool) == (format, heads, method, pool)
+    spread = expected.std().clamp(
+        min=1
+    )  # before a final norm, where that stands behind the pooling, values are larger
+    torch.testing.assert_close(
+        model.eval().forward_features(imgs) / spread, expected / spread, rtol=1e-5, atol=1e-5
+    )
+    assert (report.format, spec.num_heads, spec.pretrain_method, spec.global_pool) == (
+        format,
+        heads,
+        method,
+        pool,
+    )
     assert (spec.arch, spec.norm_eps, spec.img_size, spec.patch_size) == ("vit", 1e-6, (32, 32), (8, 8))
     assert backbone_gmacs(spec) > 0
 
@@ -249,13 +281,17 @@ def test_a_square_table_of_deit3_may_be_an_oblong_one_with_a_row_for_the_class_t
     torch.save({"model": weights}, tmp_path / "x.pth")
     _, spec, report = load_backbone(tmp_path / "x.pth")
     assert spec.img_size == (40, 40)
-    assert any("25 rows is taken for 5 x 5 patches without the class token's row" in note for note in report.notes)
+    assert any(
+        "25 rows is taken for 5 x 5 patches without the class token's row" in note for note in report.notes
+    )
     with pytest.raises(UserError, match=r"\(32, 48\) where the shapes say \(40, 40\)"):
         load_backbone(tmp_path / "x.pth", overrides={"img_size": (32, 48)})
     told = {"img_size": (32, 48), "options": {"no_embed_class": False}}
     model, _, _ = load_backbone(tmp_path / "x.pth", overrides=told)
     oblong = torch.cat([imgs, imgs[..., :16]], dim=3)
-    torch.testing.assert_close(model.eval().forward_features(oblong), published_vit(weights, oblong, 3), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model.eval().forward_features(oblong), published_vit(weights, oblong, 3), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("to", ["timm.safetensors", "official_mae.pth"])
@@ -287,7 +323,11 @@ def test_moco_v3s_table_is_no_other():
 
 @pytest.mark.parametrize("format", FAMILIES)
 def test_a_missing_or_surplus_tensor_is_refused(tmp_path, format):
-    weights = fill(encoder_shapes(tokens=() if format == "ijepa" else ("cls_token",), rows=0 if format == "deit3" else None))
+    weights = fill(
+        encoder_shapes(
+            tokens=() if format == "ijepa" else ("cls_token",), rows=0 if format == "deit3" else None
+        )
+    )
     lost = {name: tensor for name, tensor in weights.items() if name != "blocks.1.mlp.fc1.bias"}
     for name, content, told in (
         ("lost", lost, "missing: blocks.1.mlp.fc1.bias"),
@@ -318,4 +358,7 @@ def spoil(content: Any, key: str, tensor: torch.Tensor) -> Any:
     """A copy in which every tensor of that name, whatever its prefix, is another."""
     if not isinstance(content, dict):
         return content
-    return {name: tensor if str(name).endswith(key) else spoil(value, key, tensor) for name, value in content.items()}
+    return {
+        name: tensor if str(name).endswith(key) else spoil(value, key, tensor)
+        for name, value in content.items()
+    }

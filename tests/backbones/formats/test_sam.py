@@ -35,10 +35,14 @@ def attention(w: dict[str, torch.Tensor], x: torch.Tensor, block: str, heads: in
     bias = (q[:, :, :, None] * (down + across)).sum(-1)
     out = (q @ k.transpose(-2, -1) / math.sqrt(dim // heads) + bias).softmax(-1) @ v
     out = out.transpose(1, 2).flatten(2)
-    return F.linear(out, w[f"{block}.attn.proj.weight"], w[f"{block}.attn.proj.bias"]).view(n, height, width, dim)
+    return F.linear(out, w[f"{block}.attn.proj.weight"], w[f"{block}.attn.proj.bias"]).view(
+        n, height, width, dim
+    )
 
 
-def in_windows(w: dict[str, torch.Tensor], x: torch.Tensor, block: str, heads: int, side: int) -> torch.Tensor:
+def in_windows(
+    w: dict[str, torch.Tensor], x: torch.Tensor, block: str, heads: int, side: int
+) -> torch.Tensor:
     """Each window by itself; those over the border are filled up with zeros behind the norm."""
     height, width = x.shape[1:3]
     padded = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
@@ -50,16 +54,25 @@ def in_windows(w: dict[str, torch.Tensor], x: torch.Tensor, block: str, heads: i
     return out[:, :height, :width]
 
 
-def forward(w: dict[str, torch.Tensor], imgs: torch.Tensor, heads: int, side: int, seeing_all: tuple[int, ...]) -> Any:
+def forward(
+    w: dict[str, torch.Tensor], imgs: torch.Tensor, heads: int, side: int, seeing_all: tuple[int, ...]
+) -> Any:
     """Maps (N, D, h, w) after every block, and those behind the neck."""
     norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)  # noqa: E731
-    x = F.conv2d(imgs, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=16).permute(0, 2, 3, 1) + w["pos_embed"]
+    x = (
+        F.conv2d(imgs, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=16).permute(
+            0, 2, 3, 1
+        )
+        + w["pos_embed"]
+    )
     maps = []
     for i in range(sum(name.endswith("rel_pos_h") for name in w)):
         block = f"blocks.{i}"
         y = norm(x, f"{block}.norm1")
         x = x + (attention(w, y, block, heads) if i in seeing_all else in_windows(w, y, block, heads, side))
-        y = F.gelu(F.linear(norm(x, f"{block}.norm2"), w[f"{block}.mlp.lin1.weight"], w[f"{block}.mlp.lin1.bias"]))
+        y = F.gelu(
+            F.linear(norm(x, f"{block}.norm2"), w[f"{block}.mlp.lin1.weight"], w[f"{block}.mlp.lin1.bias"])
+        )
         x = x + F.linear(y, w[f"{block}.mlp.lin2.weight"], w[f"{block}.mlp.lin2.bias"])
         maps.append(x.permute(0, 3, 1, 2))
     channels = lambda x, name: norm(x.permute(0, 2, 3, 1), name).permute(0, 3, 1, 2)  # noqa: E731 - a norm over channels
@@ -83,7 +96,9 @@ def test_features_equal_the_equations(files, name):
     model, spec, report = load_backbone(files[name][0])
     imgs = images(spec.img_size)
     want = forward(fill(shapes), imgs, 4, 3, seeing_all)
-    torch.testing.assert_close(model.eval().forward_features(imgs), want.neck.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model.eval().forward_features(imgs), want.neck.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5
+    )
     for found, expected in zip(FeatureMaps(model, spec, range(spec.depth))(imgs), want.maps, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (report.format, spec.arch, spec.num_heads, spec.num_prefix_tokens) == ("sam", "sam", 4, 0)

@@ -28,7 +28,10 @@ STRUCTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_base_patch16_224_miil": ("vit", {"qkv_bias": False}),
     "deit3_huge_patch14_224": ("vit", {"no_embed_class": True, "init_values": 1e-5}),
     "vit_large_patch14_dinov2": ("vit", {"init_values": 1e-5}),
-    "vit_giant_patch14_reg4_dinov2": ("vit", {"mlp_layer": "swiglu_packed", "act_layer": "silu", "no_embed_class": True}),
+    "vit_giant_patch14_reg4_dinov2": (
+        "vit",
+        {"mlp_layer": "swiglu_packed", "act_layer": "silu", "no_embed_class": True},
+    ),
     "vit_base_patch16_clip_224": ("vit", {"pre_norm": True}),
     "vit_large_patch14_clip_quickgelu_224": ("vit", {"pre_norm": True, "act_layer": "quick_gelu"}),
     "vit_base_patch16_siglip_224": ("vit", {}),
@@ -39,14 +42,23 @@ STRUCTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "beit_large_patch16_512": ("beit", {"use_rel_pos_bias": True}),
     "beitv2_base_patch16_224": ("beit", {"use_rel_pos_bias": True}),
     "eva_giant_patch14_336": ("eva", {}),
-    "eva02_small_patch14_336": ("eva", {"swiglu_mlp": True, "use_rot_pos_emb": True, "ref_feat_shape": [16, 16]}),
+    "eva02_small_patch14_336": (
+        "eva",
+        {"swiglu_mlp": True, "use_rot_pos_emb": True, "ref_feat_shape": [16, 16]},
+    ),
     "eva02_large_patch14_448": ("eva", {"qkv_fused": False, "scale_mlp": True}),
     "eva02_large_patch14_clip_336": ("eva", {"scale_attn_inner": True}),
     "eva02_enormous_patch14_clip_224": ("eva", {"use_post_norm": True}),
-    "vit_small_patch16_rope_ape_224": ("eva", {"attn_type": "rope", "rope_temperature": 100.0, "rope_grid_indexing": "xy"}),
+    "vit_small_patch16_rope_ape_224": (
+        "eva",
+        {"attn_type": "rope", "rope_temperature": 100.0, "rope_grid_indexing": "xy"},
+    ),
     "vit_small_patch16_rope_mixed_224": ("eva", {"rope_type": "mixed"}),
     "vit_medium_patch16_rope_reg1_gap_256": ("eva", {"class_token": False}),
-    "vit_huge_plus_patch16_dinov3": ("eva", {"rope_type": "dinov3", "rope_rotate_half": True, "swiglu_align_to": 1}),
+    "vit_huge_plus_patch16_dinov3": (
+        "eva",
+        {"rope_type": "dinov3", "rope_rotate_half": True, "swiglu_align_to": 1},
+    ),
     "samvit_huge_patch16": ("sam", {"window_size": 14, "neck_chans": 256}),
     "vit_base_patch16_rpn_224": ("vit_base_patch16_rpn_224", {}),
     "vit_pe_spatial_tiny_patch16_512": ("vit_pe_spatial_tiny_patch16_512", {}),
@@ -124,7 +136,9 @@ def test_models_that_compute_something_else_differ(name, options):
         assert differences(timm.create_model(name, **sizes), timm.create_model(name, **sizes | options))
 
 
-@pytest.mark.parametrize("name", ["dinov2", "dinov3", "siglip", "beit", "eva02", "eva02-tiny", "sam", "rms-norm", "plain"])
+@pytest.mark.parametrize(
+    "name", ["dinov2", "dinov3", "siglip", "beit", "eva02", "eva02-tiny", "sam", "rms-norm", "plain"]
+)
 def test_what_is_written_is_loaded_by_timm(files, tmp_path, name):
     out = tmp_path / "out.safetensors"
     convert(files[name][0], out, "timm")
@@ -132,7 +146,10 @@ def test_what_is_written_is_loaded_by_timm(files, tmp_path, name):
     architecture, options = FOLDERS[name] if name in FOLDERS else BARE[name]
     pool = {} if name == "sam" else {"global_pool": stored_pooling(model.state_dict())}
     theirs = timm.create_model(
-        architecture, checkpoint_path=str(out), num_classes=0, **(options if name in FOLDERS else SMALL) | pool
+        architecture,
+        checkpoint_path=str(out),
+        num_classes=0,
+        **(options if name in FOLDERS else SMALL) | pool,
     )
     imgs = torch.randn(2, 3, *spec.img_size, generator=torch.Generator().manual_seed(4))
     assert torch.equal(tokens_of(model, imgs), tokens_of(theirs, imgs))
@@ -141,20 +158,33 @@ def test_what_is_written_is_loaded_by_timm(files, tmp_path, name):
 
 @pytest.mark.parametrize(
     ("architecture", "asked"),
-    [("clip", "act_layer"), ("siglip", "act_layer"), ("siglip-gap", "act_layer"), ("eva02", "use_rot_pos_emb")],
+    [
+        ("clip", "act_layer"),
+        ("siglip", "act_layer"),
+        ("siglip-gap", "act_layer"),
+        ("eva02", "use_rot_pos_emb"),
+    ],
 )
 def test_what_tensors_do_not_show_is_asked_for(tmp_path, architecture, asked):
     weights = build(architecture).state_dict()
     save_file(weights, tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match=f"options.{asked}") as error:
         load_backbone(tmp_path / "bare.safetensors")
-    assert asked == "act_layer" or "options.ref_feat_shape" in str(error.value)  # in which rotations count, at 448 pixels too
-    told = {"act_layer": "quick_gelu"} if asked == "act_layer" else {"use_rot_pos_emb": True, "ref_feat_shape": [16, 16]}
+    assert asked == "act_layer" or "options.ref_feat_shape" in str(
+        error.value
+    )  # in which rotations count, at 448 pixels too
+    told = (
+        {"act_layer": "quick_gelu"}
+        if asked == "act_layer"
+        else {"use_rot_pos_emb": True, "ref_feat_shape": [16, 16]}
+    )
     model, spec, _ = load_backbone(tmp_path / "bare.safetensors", overrides={"options": told})
     assert spec.options[asked] == told[asked]
     if not architecture.startswith("siglip"):
         imgs = torch.randn(1, 3, 32, 32)
-        torch.testing.assert_close(tokens_of(model, imgs), tokens_of(build(architecture), imgs), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            tokens_of(model, imgs), tokens_of(build(architecture), imgs), rtol=1e-5, atol=1e-5
+        )
 
 
 def bare(folder: Path, architecture: str, **options: Any) -> tuple[Any, Path]:
@@ -200,7 +230,9 @@ def test_norms_that_may_stand_behind_are_asked_for(tmp_path):
 def test_a_spec_in_the_file_tells_by_what_it_leaves_out(tmp_path):
     """An EVA without rotations: its options do not name them."""
     model, path = bare(tmp_path, "eva_giant_patch14_224")
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "eva_giant_patch14_224", "model_args": SMALL}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "eva_giant_patch14_224", "model_args": SMALL})
+    )
     (tmp_path / "alone").mkdir()
     convert(path, tmp_path / "alone" / "out.safetensors", "timm")
     read, _, _ = load_backbone(tmp_path / "alone" / "out.safetensors")
@@ -219,13 +251,17 @@ def test_the_norm_of_an_average_has_a_bias_only_where_the_last_norm_has_one(tmp_
     assert torch.equal(model.state_dict()["fc_norm.weight"], torch.ones(96))
 
 
-@pytest.mark.parametrize(("name", "arch"), [("eva02_tiny_patch14_224", "eva"), ("beit_base_patch16_224", "beit")])
+@pytest.mark.parametrize(
+    ("name", "arch"), [("eva02_tiny_patch14_224", "eva"), ("beit_base_patch16_224", "beit")]
+)
 def test_a_source_by_name_is_read_as_timm_publishes_it(monkeypatch, name, arch):
     """timm's own download is replaced: there is no network in a test."""
     published = randomise(timm.create_model(name, num_classes=0))
     real = timm.create_model
     monkeypatch.setattr(
-        timm, "create_model", lambda name, pretrained=False, **args: published if pretrained else real(name, **args)
+        timm,
+        "create_model",
+        lambda name, pretrained=False, **args: published if pretrained else real(name, **args),
     )
     model, spec, report = load_backbone(f"timm:{name}")
     imgs = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(4))
@@ -282,7 +318,14 @@ def test_a_missing_and_a_surplus_key_are_refused(tmp_path, change, told):
 
 @pytest.mark.parametrize("change", [torch.zeros(()), torch.zeros(0), torch.zeros(2, 2, 2)])
 @pytest.mark.parametrize(
-    "name", ["pos_embed", "reg_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"]
+    "name",
+    [
+        "pos_embed",
+        "reg_token",
+        "patch_embed.proj.weight",
+        "blocks.0.mlp.fc1.weight",
+        "blocks.0.mlp.fc2.weight",
+    ],
 )
 def test_tensors_of_senseless_shapes_end_in_a_plain_error(tmp_path, name, change):
     save_file(build("deit3").state_dict() | {name: change}, tmp_path / "x.safetensors")

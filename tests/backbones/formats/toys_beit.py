@@ -21,10 +21,15 @@ FILES = {
 def training(model: dict[str, torch.Tensor], *, imagenet: bool) -> dict[str, Any]:
     return {
         "model": model,
-        "optimizer": {"state": {0: {"step": 3, "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]},
+        "optimizer": {
+            "state": {0: {"step": 3, "exp_avg": torch.zeros(3)}},
+            "param_groups": [{"lr": 1e-3, "params": [0]}],
+        },
         "epoch": 799,
         "scaler": {"scale": 65536.0},
-        "args": argparse.Namespace(model="beit_toy", imagenet_default_mean_and_std=imagenet, rel_pos_bias=True),
+        "args": argparse.Namespace(
+            model="beit_toy", imagenet_default_mean_and_std=imagenet, rel_pos_bias=True
+        ),
     }
 
 
@@ -44,4 +49,10 @@ def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
 def real_size(width: int, depth: int, side: int, heads: int, patch: int = 16) -> dict[str, Any]:
     shapes = encoder_shapes(width, depth, side, patch, heads, positions="shared")
     index = {"rel_pos_bias.relative_position_index": (side**2 + 1,) * 2}
-    return {"model": shapes | index | pair("norm", width) | pair("lm_head", 8192, width) | {"mask_token": (1, 1, width)}}
+    return {
+        "model": shapes
+        | index
+        | pair("norm", width)
+        | pair("lm_head", 8192, width)
+        | {"mask_token": (1, 1, width)}
+    }

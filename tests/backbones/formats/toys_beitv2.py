@@ -15,7 +15,9 @@ CLS_LAYERS = {
 HEADS = pair("norm", 192) | pair("lm_head", 40, 192) | {"mask_token": (1, 1, 192)} | CLS_LAYERS
 FILES = {
     "pretrained": weights(HEADS, positions="shared"),
-    "own-head": weights(HEADS | pair("cls_pt_norm", 192) | pair("cls_pt_lm_head", 40, 192), positions="shared"),
+    "own-head": weights(
+        HEADS | pair("cls_pt_norm", 192) | pair("cls_pt_lm_head", 40, 192), positions="shared"
+    ),
     "fine": weights(pair("fc_norm", 192) | pair("head", 7, 192)),
 }
 

@@ -14,7 +14,12 @@ GELU = {"overrides": {"options": {"act_layer": "gelu"}}}
 
 
 def tower(
-    width: int = WIDTH, depth: int = 2, patch: int = PATCH, grid: int = SIZE // PATCH, hidden: int = 4 * WIDTH, out: int = 24
+    width: int = WIDTH,
+    depth: int = 2,
+    patch: int = PATCH,
+    grid: int = SIZE // PATCH,
+    hidden: int = 4 * WIDTH,
+    out: int = 24,
 ):
     """Names and shapes of `VisionTransformer` in openai/CLIP clip/model.py, and in OpenCLIP's."""
     shapes: dict[str, tuple[int, ...]] = {
@@ -47,15 +52,29 @@ def visual(**options: int) -> dict[str, torch.Tensor]:
 def openai() -> dict[str, torch.Tensor]:
     """The state_dict of a released archive: float16, beside three buffers."""
     weights = {name: tensor.half() for name, tensor in (visual() | fill(TEXT)).items()}
-    return weights | {"input_resolution": torch.tensor(SIZE), "context_length": torch.tensor(77), "vocab_size": torch.tensor(50)}
+    return weights | {
+        "input_resolution": torch.tensor(SIZE),
+        "context_length": torch.tensor(77),
+        "vocab_size": torch.tensor(50),
+    }
 
 
-def open_clip_folder(folder: Path, weights: dict[str, torch.Tensor], vision: dict[str, Any], **model: Any) -> Path:
+def open_clip_folder(
+    folder: Path, weights: dict[str, torch.Tensor], vision: dict[str, Any], **model: Any
+) -> Path:
     folder.mkdir()
     save_file(weights, folder / "open_clip_model.safetensors")
     vision = {"image_size": SIZE, "layers": 2, "width": WIDTH, "patch_size": PATCH} | vision
-    feed = {"mean": [0.5, 0.5, 0.5], "std": [0.4, 0.4, 0.4], "interpolation": "bilinear", "resize_mode": "shortest"}
-    config = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": {}} | model, "preprocess_cfg": feed}
+    feed = {
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.4, 0.4, 0.4],
+        "interpolation": "bilinear",
+        "resize_mode": "shortest",
+    }
+    config = {
+        "model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": {}} | model,
+        "preprocess_cfg": feed,
+    }
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     return folder
 
@@ -67,7 +86,12 @@ def clipa() -> dict[str, torch.Tensor]:
 def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     torch.save(openai(), folder / "openai.pt")
     training = {f"module.{name}": tensor for name, tensor in (visual() | fill(TEXT)).items()}
-    state = {"epoch": 3, "name": "run", "state_dict": training, "optimizer": {"state": {}, "param_groups": []}}
+    state = {
+        "epoch": 3,
+        "name": "run",
+        "state_dict": training,
+        "optimizer": {"state": {}, "param_groups": []},
+    }
     torch.save(state, folder / "epoch_3.pt")
     save_file(fill(tower()), folder / "tower.safetensors")
     scales = {f"visual.transformer.resblocks.{i}.ls_{j}.gamma": (WIDTH,) for i in (0, 1) for j in (1, 2)}

@@ -20,7 +20,9 @@ def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Pretraining saves student and teacher; DeepSpeed's fine-tuning saves `module`."""
     pretraining = training(FILES["student"], imagenet=True) | {"model_ema": FILES["teacher"]}
     torch.save(pretraining, folder / "checkpoint-799.pth")
-    torch.save({"module": FILES["fine"], "epoch": 99, "dp_world_size": 8}, folder / "mp_rank_00_model_states.pt")
+    torch.save(
+        {"module": FILES["fine"], "epoch": 99, "dp_world_size": 8}, folder / "mp_rank_00_model_states.pt"
+    )
     return {
         "student": (folder / "checkpoint-799.pth", {"weights": "model"}),
         "teacher": (folder / "checkpoint-799.pth", {"weights": "model_ema"}),

@@ -19,4 +19,7 @@ def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     for name, scales in (("deit_3_tiny", True), ("deit_tiny_36", False)):
         weights = fill(shapes(scales=scales) | linear("head", WIDTH, 10))
         torch.save({"model": weights}, folder / f"{name}.pth")
-    return {"published": (folder / "deit_3_tiny.pth", {}), "unscaled": (folder / "deit_tiny_36.pth", {"format": "deit3"})}
+    return {
+        "published": (folder / "deit_3_tiny.pth", {}),
+        "unscaled": (folder / "deit_tiny_36.pth", {"format": "deit3"}),
+    }

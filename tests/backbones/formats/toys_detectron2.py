@@ -16,7 +16,10 @@ def pair(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
 
 def shapes(sides: list[int], rows: int, width: int, heads: int, patch: int) -> dict[str, tuple[int, ...]]:
     """Of detectron2's ViT. sides: of what each block attends to. rows: of the absolute table."""
-    found: dict[str, tuple[int, ...]] = {"pos_embed": (1, rows, width), **pair("patch_embed.proj", width, 3, patch, patch)}
+    found: dict[str, tuple[int, ...]] = {
+        "pos_embed": (1, rows, width),
+        **pair("patch_embed.proj", width, 3, patch, patch),
+    }
     for i, side in enumerate(sides):
         found |= {
             **pair(f"blocks.{i}.norm1", width), **pair(f"blocks.{i}.attn.qkv", 3 * width, width),
@@ -37,9 +40,13 @@ VITS = {
     "windows": vit([WINDOW, GRID]),
     "global": vit([GRID, GRID]),
     "square_table": vit([WINDOW, GRID], rows=GRID * GRID),
-    "no_relative_tables": {name: tensor for name, tensor in vit([GRID, GRID]).items() if "rel_pos" not in name},
+    "no_relative_tables": {
+        name: tensor for name, tensor in vit([GRID, GRID]).items() if "rel_pos" not in name
+    },
 }
-GIVEN = {"no_relative_tables": {"overrides": {"options": {"window_size": WINDOW, "global_attn_indexes": [1]}}}}
+GIVEN = {
+    "no_relative_tables": {"overrides": {"options": {"window_size": WINDOW, "global_attn_indexes": [1]}}}
+}
 
 
 def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:

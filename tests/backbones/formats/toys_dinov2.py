@@ -11,10 +11,20 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def shapes(
-    width: int = 192, depth: int = 2, hidden: int = 768, patch: int = 14, side: int = 4, registers: int = 0, gated: bool = False
+    width: int = 192,
+    depth: int = 2,
+    hidden: int = 768,
+    patch: int = 14,
+    side: int = 4,
+    registers: int = 0,
+    gated: bool = False,
 ) -> Shapes:
     """Of a backbone for side x side patches. gated: a SwiGLU of `hidden` channels stands in the MLP's place."""
-    result: Shapes = {"cls_token": (1, 1, width), "pos_embed": (1, side * side + 1, width), "mask_token": (1, width)}
+    result: Shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, side * side + 1, width),
+        "mask_token": (1, width),
+    }
     if registers:
         result["register_tokens"] = (1, registers, width)
     result |= {"patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
@@ -48,7 +58,11 @@ def projection(name: str, width: int = 192) -> Shapes:
 
 def chunked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """One block a chunk, as block_chunks saves them: the place of the blocks of earlier chunks stays empty."""
-    return {name.replace(f"blocks.{i}.", f"blocks.{i}.{i}."): tensor for name, tensor in weights.items() for i in [number(name)]}
+    return {
+        name.replace(f"blocks.{i}.", f"blocks.{i}.{i}."): tensor
+        for name, tensor in weights.items()
+        for i in [number(name)]
+    }
 
 
 def number(name: str) -> str:
@@ -73,7 +87,9 @@ def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     bare, heads = backbones(), fill(projection("dino_head") | projection("ibot_head"))
     plain = bare["base"]
     teacher = prefixed("backbone.", chunked(plain)) | heads
-    state = prefixed("student.", prefixed("backbone.", fill(shapes(), seed=1)) | heads) | prefixed("teacher.", teacher)
+    state = prefixed("student.", prefixed("backbone.", fill(shapes(), seed=1)) | heads) | prefixed(
+        "teacher.", teacher
+    )
     contents: dict[str, tuple[Any, dict[str, Any]]] = {
         **{name: (weights, {}) for name, weights in bare.items()},
         "teacher": ({"teacher": teacher}, {}),

@@ -28,14 +28,20 @@ def shapes(
     biases = {"attn.qkv.bias": (3 * width,)} if qkv_bias else {}
     biases |= {"attn.qkv.bias_mask": (3 * width,)} if qkv_bias and mask_k_bias else {}
     for i in range(depth):
-        result |= {f"blocks.{i}.{name}": shape for name, shape in (block(width, hidden, gated) | biases).items()}
+        result |= {
+            f"blocks.{i}.{name}": shape for name, shape in (block(width, hidden, gated) | biases).items()
+        }
     result |= {"norm.weight": (width,), "norm.bias": (width,)}
-    return result | ({"local_cls_norm.weight": (width,), "local_cls_norm.bias": (width,)} if local_norm else {})
+    return result | (
+        {"local_cls_norm.weight": (width,), "local_cls_norm.bias": (width,)} if local_norm else {}
+    )
 
 
 def block(width: int, hidden: int, gated: bool) -> Shapes:
     into, out = (("w1", "w2"), "w3") if gated else (("fc1",), "fc2")
-    mlp = {f"mlp.{name}.weight": (hidden, width) for name in into} | {f"mlp.{name}.bias": (hidden,) for name in into}
+    mlp = {f"mlp.{name}.weight": (hidden, width) for name in into} | {
+        f"mlp.{name}.bias": (hidden,) for name in into
+    }
     return {
         "norm1.weight": (width,), "norm1.bias": (width,), "attn.qkv.weight": (3 * width, width),
         "attn.proj.weight": (width, width), "attn.proj.bias": (width,), "ls1.gamma": (width,),
@@ -50,7 +56,9 @@ def periods(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> torch.Te
     return (100.0 ** (torch.arange(number, dtype=dtype) / number)).to(dtype).float()
 
 
-def filled(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **options: Any) -> dict[str, torch.Tensor]:
+def filled(
+    head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **options: Any
+) -> dict[str, torch.Tensor]:
     """Random weights; masks as the code sets them (1 for query and value, 0 for key), over a bias that the key has too."""
     weights = fill(shapes(**options), seed)
     for name in [name for name in weights if name.endswith("bias_mask")]:
@@ -72,7 +80,8 @@ def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     small: dict[str, Any] = {"overrides": {"img_size": [64, 64]}}
     contents: dict[str, Any] = dict(toys())
     contents["teacher"] = {
-        "teacher": prefixed("backbone.", contents["own"]) | fill(projection("dino_head") | projection("ibot_head"))
+        "teacher": prefixed("backbone.", contents["own"])
+        | fill(projection("dino_head") | projection("ibot_head"))
     }
     for name, content in contents.items():
         torch.save(content, folder / f"{name}.pth")

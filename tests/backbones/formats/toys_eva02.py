@@ -16,13 +16,18 @@ def encoder_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """sub_ln: base and large (three projections, w1 and w2, a norm in the MLP); tiny and small have one qkv and xFormers' w12."""
     hidden = int(width * 4 * 2 / 3)
-    shapes: dict[str, tuple[int, ...]] = {"cls_token": (1, 1, width), "pos_embed": (1, side * side + 1, width)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, side * side + 1, width),
+    }
     shapes |= {"patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
     for i in range(depth):
         block = pair("norm1", width) | {"attn.q_bias": (width,), "attn.v_bias": (width,)}
         if sub_ln:
             block |= {f"attn.{name}_proj.weight": (width, width) for name in "qkv"}
-            block |= pair("mlp.w1", hidden, width) | pair("mlp.w2", hidden, width) | pair("mlp.ffn_ln", hidden)
+            block |= (
+                pair("mlp.w1", hidden, width) | pair("mlp.w2", hidden, width) | pair("mlp.ffn_ln", hidden)
+            )
         else:
             block |= {"attn.qkv.weight": (3 * width, width)} | pair("mlp.w12", 2 * hidden, width)
         block |= pair("attn.proj", width, width) | pair("norm2", width) | pair("mlp.w3", width, hidden)
@@ -36,14 +41,22 @@ def angles(side: int, head_width: int, seq_len: int = 16) -> torch.Tensor:
     turn = torch.arange(side) / side * seq_len
     frequencies = BASE ** (-torch.arange(0, head_width // 2, 2) / (head_width // 2))
     turns = (turn[:, None] * frequencies).repeat_interleave(2, dim=1)
-    return torch.cat([turns[:, None].expand(-1, side, -1), turns[None].expand(side, -1, -1)], dim=-1).reshape(side * side, -1)
+    return torch.cat([turns[:, None].expand(-1, side, -1), turns[None].expand(side, -1, -1)], dim=-1).reshape(
+        side * side, -1
+    )
 
 
-def rotations(depth: int = 2, side: int = 4, head_width: int = 64, seq_len: int = 16) -> dict[str, torch.Tensor]:
+def rotations(
+    depth: int = 2, side: int = 4, head_width: int = 64, seq_len: int = 16
+) -> dict[str, torch.Tensor]:
     """The module is registered at the top and in every block."""
     turns = angles(side, head_width, seq_len)
     places = ["rope", *(f"blocks.{i}.attn.rope" for i in range(depth))]
-    return {f"{place}.freqs_{kind}": table for place in places for kind, table in (("cos", turns.cos()), ("sin", turns.sin()))}
+    return {
+        f"{place}.freqs_{kind}": table
+        for place in places
+        for kind, table in (("cos", turns.cos()), ("sin", turns.sin()))
+    }
 
 
 def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -64,7 +77,9 @@ FILES = {
 def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     torch.save({"module": FILES["pretrained"], "epoch": 149}, folder / "pt.pt")
     torch.save({"model": FILES["fine"]}, folder / "ft.pt")
-    torch.save({"module": {name: tensor.half() for name, tensor in FILES["tiny"].items()}}, folder / "tiny.pt")
+    torch.save(
+        {"module": {name: tensor.half() for name, tensor in FILES["tiny"].items()}}, folder / "tiny.pt"
+    )
     torch.save(FILES["without-rotations"], folder / "bare.pt")
     return {
         "pretrained": (folder / "pt.pt", {}),

@@ -27,8 +27,16 @@ SIZES = {
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "model": (BeitModel, BeitConfig, {"use_relative_position_bias": True}),
     "token": (BeitModel, BeitConfig, {"use_shared_relative_position_bias": True, "use_mean_pooling": False}),
-    "absolute": (BeitModel, BeitConfig, {"use_absolute_position_embeddings": True, "use_mean_pooling": False}),
-    "masked": (BeitForMaskedImageModeling, BeitConfig, {"use_shared_relative_position_bias": True, "use_mask_token": True}),
+    "absolute": (
+        BeitModel,
+        BeitConfig,
+        {"use_absolute_position_embeddings": True, "use_mean_pooling": False},
+    ),
+    "masked": (
+        BeitForMaskedImageModeling,
+        BeitConfig,
+        {"use_shared_relative_position_bias": True, "use_mask_token": True},
+    ),
     "masked-token": (
         BeitForMaskedImageModeling,
         BeitConfig,

@@ -21,7 +21,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def models() -> dict[str, Any]:
-    return {name: randomise(DINOv3ViTModel(DINOv3ViTConfig(**SIZES | kind)), 7) for name, kind in KINDS.items()}
+    return {
+        name: randomise(DINOv3ViTModel(DINOv3ViTConfig(**SIZES | kind)), 7) for name, kind in KINDS.items()
+    }
 
 
 def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:

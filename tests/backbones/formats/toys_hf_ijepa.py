@@ -23,5 +23,8 @@ def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     for name, model in models().items():
         model.save_pretrained(folder / name)
         torch.save(model.state_dict(), folder / f"{name}.pth")
-        files |= {name: (folder / name, {}), f"{name}.pth": (folder / f"{name}.pth", {"overrides": {"num_heads": HEADS}})}
+        files |= {
+            name: (folder / name, {}),
+            f"{name}.pth": (folder / f"{name}.pth", {"overrides": {"num_heads": HEADS}}),
+        }
     return files

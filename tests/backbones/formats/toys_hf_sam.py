@@ -4,7 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig, SamVisionModel
+from transformers import (
+    SamConfig,
+    SamMaskDecoderConfig,
+    SamModel,
+    SamPromptEncoderConfig,
+    SamVisionConfig,
+    SamVisionModel,
+)
 
 from tests.backbones.formats.reference import randomise
 
@@ -16,10 +23,17 @@ VISION: dict[str, Any] = {
 
 def models() -> dict[str, Any]:
     prompt = SamPromptEncoderConfig(hidden_size=16, image_size=80, mask_input_channels=4)
-    decoder = SamMaskDecoderConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_dim=16, iou_head_hidden_dim=16)
-    both = SamConfig(vision_config=SamVisionConfig(**VISION), prompt_encoder_config=prompt, mask_decoder_config=decoder)
+    decoder = SamMaskDecoderConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_dim=16, iou_head_hidden_dim=16
+    )
+    both = SamConfig(
+        vision_config=SamVisionConfig(**VISION), prompt_encoder_config=prompt, mask_decoder_config=decoder
+    )
     alone = SamVisionConfig(**VISION, layer_norm_eps=1e-5, hidden_act="quick_gelu")
-    return {name: randomise(model) for name, model in {"vision": SamVisionModel(alone), "both": SamModel(both)}.items()}
+    return {
+        name: randomise(model)
+        for name, model in {"vision": SamVisionModel(alone), "both": SamModel(both)}.items()
+    }
 
 
 def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:

@@ -25,7 +25,10 @@ SIZES: dict[str, Any] = {
 def models() -> dict[str, Any]:
     made = {
         "vit": ViTModel(ViTConfig(**SIZES)),
-        "bare": ViTModel(ViTConfig(**SIZES, qkv_bias=False, hidden_act="gelu_new", layer_norm_eps=1e-6), add_pooling_layer=False),
+        "bare": ViTModel(
+            ViTConfig(**SIZES, qkv_bias=False, hidden_act="gelu_new", layer_norm_eps=1e-6),
+            add_pooling_layer=False,
+        ),
         "classifier": ViTForImageClassification(ViTConfig(**SIZES | {"num_labels": 7})),
         "masked": ViTForMaskedImageModeling(ViTConfig(**SIZES)),
         "deit": DeiTModel(DeiTConfig(**SIZES)),
@@ -41,7 +44,10 @@ def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
         model.save_pretrained(folder / name)
         files[name] = (folder / name, {})
         if name != "bare":  # its options stand in its config alone
-            torch.save({f"module.{key}": tensor for key, tensor in model.state_dict().items()}, folder / f"{name}.pth")
+            torch.save(
+                {f"module.{key}": tensor for key, tensor in model.state_dict().items()},
+                folder / f"{name}.pth",
+            )
             files[f"{name}.pth"] = (folder / f"{name}.pth", {})
     plain = ViTModel(ViTConfig(**SIZES), add_pooling_layer=False)
     torch.save(randomise(plain).state_dict(), folder / "unmarked.pth")

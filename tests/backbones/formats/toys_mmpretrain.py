@@ -81,19 +81,26 @@ INDEX = torch.arange((GRID * GRID + 1) ** 2).reshape(GRID * GRID + 1, -1)
 def backbones() -> dict[str, dict[str, torch.Tensor]]:
     """The backbones of each kind, under the names that they have behind `backbone.`."""
     plain = backbone(QKV, **NORM)
-    fixed = {**plain, "pos_embed": sincos(WIDTH, GRID, down_first=True, class_row=True)}  # utils/position_encoding.py
+    fixed = {
+        **plain,
+        "pos_embed": sincos(WIDTH, GRID, down_first=True, class_row=True),
+    }  # utils/position_encoding.py
     deit3 = backbone({**QKV, "gamma1.weight": (WIDTH,)}, **NORM, LAYER__ffn__gamma2__weight=(WIDTH,))
     deit3["pos_embed"] = deit3["pos_embed"][:, 1:].clone()
     gated = backbone({**QKV, "gamma1.weight": (WIDTH,)}, **NORM, LAYER__ffn__gamma2__weight=(WIDTH,))
     gated = {name: tensor for name, tensor in gated.items() if "ffn.layers" not in name}
     for i in range(DEPTH):
-        gated |= fill({**pair(f"layers.{i}.ffn.w12", 1024, WIDTH), **pair(f"layers.{i}.ffn.w3", WIDTH, 512)}, seed=i)
+        gated |= fill(
+            {**pair(f"layers.{i}.ffn.w12", 1024, WIDTH), **pair(f"layers.{i}.ffn.w3", WIDTH, 512)}, seed=i
+        )
     clip = backbone(QKV, **NORM, pre_norm__weight=(WIDTH,), pre_norm__bias=(WIDTH,))
     del clip["patch_embed.projection.bias"]
     distilled = backbone(QKV, **NORM, dist_token=(1, 1, WIDTH))
     distilled |= fill({"pos_embed": (1, GRID * GRID + 2, WIDTH)})
     beit = backbone({**QV, **TABLE}, **SCALES, **POOLED)
-    shared = backbone(QV, **SCALES, **NORM, mask_token=(1, 1, WIDTH), rel_pos_bias__relative_position_bias_table=(52, HEADS))
+    shared = backbone(
+        QV, **SCALES, **NORM, mask_token=(1, 1, WIDTH), rel_pos_bias__relative_position_bias_table=(52, HEADS)
+    )
     for each in (beit, shared):
         del each["pos_embed"]
     beit |= {f"layers.{i}.attn.relative_position_index": INDEX for i in range(DEPTH)}
@@ -150,7 +157,10 @@ def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
             content["ema_state_dict"] = {f"module.{key}": tensor * 0.5 for key, tensor in state.items()} | {
                 "steps": torch.tensor(5)
             }
-            content |= {"optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}, "message_hub": {}}
+            content |= {
+                "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]},
+                "message_hub": {},
+            }
             options = {"weights": "ema_state_dict"}
         files[name] = (folder / f"{name}.pth", options)
         torch.save(content, folder / f"{name}.pth")

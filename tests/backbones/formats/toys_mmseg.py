@@ -18,7 +18,11 @@ INDEX = {f"layers.{i}.attn.relative_position_index": mm.INDEX for i in range(mm.
 
 def index_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The buffers of a real backbone, in whose place the toys have numbers that nothing may use."""
-    return {name: tensor for name, tensor in model.state_dict().items() if name.endswith("relative_position_index")}
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name.endswith("relative_position_index")
+    }
 
 
 def backbones() -> dict[str, dict[str, torch.Tensor]]:
@@ -36,10 +40,18 @@ def backbones() -> dict[str, dict[str, torch.Tensor]]:
 
 
 def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    heads = fill({"decode_head.conv_seg.weight": (5, 8, 1, 1), "auxiliary_head.convs.0.bn.running_mean": (8,)})
+    heads = fill(
+        {"decode_head.conv_seg.weight": (5, 8, 1, 1), "auxiliary_head.convs.0.bn.running_mean": (8,)}
+    )
     for name, tensors in backbones().items():
         state = {f"backbone.{key}": tensor for key, tensor in tensors.items()} | heads
-        content = {"meta": {"iter": 160000, "PALETTE": [[1, 2, 3]]}, "state_dict": state, "optimizer": {"state": {}}}
+        content = {
+            "meta": {"iter": 160000, "PALETTE": [[1, 2, 3]]},
+            "state_dict": state,
+            "optimizer": {"state": {}},
+        }
         torch.save(content, folder / f"{name}.pth")
-    torch.save(backbones()["vit"], folder / "converted.pth")  # as mmsegmentation's own converter of timm's files leaves it
+    torch.save(
+        backbones()["vit"], folder / "converted.pth"
+    )  # as mmsegmentation's own converter of timm's files leaves it
     return {name: (folder / f"{name}.pth", {}) for name in (*backbones(), "converted")}

@@ -5,7 +5,17 @@ from typing import Any
 
 import torch
 
-from tests.backbones.formats.plain_vit import PATCH, SIZE, WIDTH, Shapes, encoder_shapes, linear, norm, prefixed, sincos
+from tests.backbones.formats.plain_vit import (
+    PATCH,
+    SIZE,
+    WIDTH,
+    Shapes,
+    encoder_shapes,
+    linear,
+    norm,
+    prefixed,
+    sincos,
+)
 from tests.backbones.formats.reference import fill
 
 
@@ -33,7 +43,9 @@ def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     rest = {"epoch": 300, "arch": "vit_tiny", "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}
     torch.save({"state_dict": state, **rest, "scaler": {"scale": 65536.0}}, folder / "vit-300ep.pth.tar")
     probe = prefixed("module.", weights() | fill(linear("head", WIDTH, 10)))
-    torch.save({"state_dict": probe, **rest, "best_acc1": torch.tensor(76.7)}, folder / "linear-vit-300ep.pth.tar")
+    torch.save(
+        {"state_dict": probe, **rest, "best_acc1": torch.tensor(76.7)}, folder / "linear-vit-300ep.pth.tar"
+    )
     torch.save({"model": weights()}, folder / "for-deit.pth")
     return {
         "base": (folder / "vit-300ep.pth.tar", {"weights": "base_encoder"}),

@@ -26,7 +26,10 @@ DECODER = 16  # width
 
 
 def decoder_shapes(width: int, decoder: int, depth: int, size: int, patch: int) -> Shapes:
-    shapes: Shapes = {"mask_token": (1, 1, decoder), "decoder_pos_embed": (1, (size // patch) ** 2 + 1, decoder)}
+    shapes: Shapes = {
+        "mask_token": (1, 1, decoder),
+        "decoder_pos_embed": (1, (size // patch) ** 2 + 1, decoder),
+    }
     shapes |= linear("decoder_embed", width, decoder) | norm("decoder_norm", decoder)
     shapes |= linear("decoder_pred", decoder, patch * patch * 3)
     for i in range(depth):
@@ -45,7 +48,10 @@ def models() -> dict[str, dict[str, torch.Tensor]]:
     encoder["pos_embed"] = sincos(WIDTH, SIZE // PATCH, down_first=False, class_row=True)
     head = fill(linear("head", WIDTH, 10), 2)
     trained = {**encoder, "pos_embed": encoder["pos_embed"] + fill({"table": (1, 17, WIDTH)}, 3)["table"]}
-    fine = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: t for name, t in trained.items()}
+    fine = {
+        name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: t
+        for name, t in trained.items()
+    }
     batch_norm = {"head.0.running_mean": torch.zeros(WIDTH), "head.0.running_var": torch.ones(WIDTH)}
     batch_norm["head.0.num_batches_tracked"] = torch.tensor(7)
     return {
@@ -53,7 +59,12 @@ def models() -> dict[str, dict[str, torch.Tensor]]:
         "full": {**encoder, **fill(decoder_shapes(WIDTH, DECODER, 1, SIZE, PATCH), 1)},
         "fine": {**fine, **head},
         "fine-cls": {**trained, **head},
-        "probe": {**encoder, **batch_norm, "head.1.weight": head["head.weight"], "head.1.bias": head["head.bias"]},
+        "probe": {
+            **encoder,
+            **batch_norm,
+            "head.1.weight": head["head.weight"],
+            "head.1.bias": head["head.bias"],
+        },
         "classifier": {**encoder, **head},
     }
 
@@ -68,13 +79,21 @@ def training(name: str, **args: Any) -> dict[str, Any]:
 
 def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     """A model fine-tuned with its class token that is published without its arguments could be DeiT's: the user says which."""
-    contents: dict[str, Any] = {name: {"model": models()[name]} for name in ("encoder", "full", "fine", "fine-cls", "probe")}
+    contents: dict[str, Any] = {
+        name: {"model": models()[name]} for name in ("encoder", "full", "fine", "fine-cls", "probe")
+    }
     contents["checkpoint-7"] = training("full", model="mae_vit_toy", norm_pix_loss=True)
     contents["checkpoint-cls"] = training("fine-cls", model="vit_toy", global_pool=False)
     contents["ddp"] = {"model": prefixed("module.", models()["full"])}
-    twice = {name: tensor * 2 if tensor.is_floating_point() else tensor for name, tensor in models()["fine"].items()}
+    twice = {
+        name: tensor * 2 if tensor.is_floating_point() else tensor
+        for name, tensor in models()["fine"].items()
+    }
     contents["ema"] = {"model": twice, "model_ema": models()["fine"]}
     for name, content in contents.items():
         torch.save(content, folder / f"{name}.pth")
-    needed: dict[str, dict[str, Any]] = {"fine-cls": {"format": "official_mae"}, "ema": {"weights": "model_ema"}}
+    needed: dict[str, dict[str, Any]] = {
+        "fine-cls": {"format": "official_mae"},
+        "ema": {"weights": "model_ema"},
+    }
     return {name: (folder / f"{name}.pth", needed.get(name, {})) for name in contents}

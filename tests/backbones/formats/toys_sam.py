@@ -12,7 +12,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def encoder(
-    width: int, depth: int, heads: int, grid: tuple[int, int], window: int, seeing_all: tuple[int, ...], neck: int = 16
+    width: int,
+    depth: int,
+    heads: int,
+    grid: tuple[int, int],
+    window: int,
+    seeing_all: tuple[int, ...],
+    neck: int = 16,
 ) -> Shapes:
     """Names and shapes of `ImageEncoderViT` in segment_anything/modeling/image_encoder.py."""
     shapes: Shapes = {
@@ -49,7 +55,10 @@ def whole(shapes: Shapes) -> dict[str, torch.Tensor]:
 
 def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     torch.save(whole(SQUARE), folder / "sam.pth")
-    torch.save({"model": {f"module.{name}": tensor for name, tensor in whole(WIDE).items()}, "epoch": 1}, folder / "training.pth")
+    torch.save(
+        {"model": {f"module.{name}": tensor for name, tensor in whole(WIDE).items()}, "epoch": 1},
+        folder / "training.pth",
+    )
     save_file(fill(ALL_SEE_ALL), folder / "encoder.safetensors")
     timm = {name.replace("mlp.lin", "mlp.fc"): tensor for name, tensor in fill(SQUARE).items()}
     save_file(timm, folder / "timm.safetensors")

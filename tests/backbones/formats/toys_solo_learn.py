@@ -5,7 +5,16 @@ from typing import Any
 
 import torch
 
-from tests.backbones.formats.plain_vit import PATCH, SIZE, WIDTH, encoder_shapes, linear, mlp_head, prefixed, sincos
+from tests.backbones.formats.plain_vit import (
+    PATCH,
+    SIZE,
+    WIDTH,
+    encoder_shapes,
+    linear,
+    mlp_head,
+    prefixed,
+    sincos,
+)
 from tests.backbones.formats.reference import fill
 
 
@@ -21,17 +30,34 @@ def state(method: str) -> dict[str, torch.Tensor]:
     online = prefixed("backbone.", weights(method)) | fill(linear("classifier", WIDTH, 10))
     if method == "mae":
         return online | fill({"decoder.mask_token": (1, 1, 16), **linear("decoder.decoder_embed", WIDTH, 16)})
-    online |= prefixed("momentum_backbone.", weights(method, 1)) | fill(linear("momentum_classifier", WIDTH, 10))
+    online |= prefixed("momentum_backbone.", weights(method, 1)) | fill(
+        linear("momentum_classifier", WIDTH, 10)
+    )
     if method == "dino":
         head = mlp_head("last_layer")
-        return online | prefixed("head.", head) | prefixed("momentum_head.", head) | {"dino_loss_func.center": torch.zeros(1, 24)}
+        return (
+            online
+            | prefixed("head.", head)
+            | prefixed("momentum_head.", head)
+            | {"dino_loss_func.center": torch.zeros(1, 24)}
+        )
     return online | fill(
-        {"projector.0.weight": (16, WIDTH), "momentum_projector.0.weight": (16, WIDTH), "predictor.0.weight": (8, 16)}
+        {
+            "projector.0.weight": (16, WIDTH),
+            "momentum_projector.0.weight": (16, WIDTH),
+            "predictor.0.weight": (8, 16),
+        }
     )
 
 
 def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    rest = {"epoch": 399, "global_step": 1000, "pytorch-lightning_version": "2.1.2", "loops": {}, "optimizer_states": []}
+    rest = {
+        "epoch": 399,
+        "global_step": 1000,
+        "pytorch-lightning_version": "2.1.2",
+        "loops": {},
+        "optimizer_states": [],
+    }
     for method in ("mae", "mocov3", "dino"):
         torch.save({"state_dict": state(method), **rest}, folder / f"{method}.ckpt")
     first_version = prefixed("encoder.", weights("simclr")) | fill(linear("classifier", WIDTH, 10))

@@ -38,7 +38,9 @@ BARE: dict[str, tuple[str, dict[str, Any]]] = {
 
 def build(name: str) -> Any:
     architecture, options = FOLDERS[name] if name in FOLDERS else BARE[name]
-    return randomise(timm.create_model(architecture, num_classes=7, **(options if name in FOLDERS else SMALL)))
+    return randomise(
+        timm.create_model(architecture, num_classes=7, **(options if name in FOLDERS else SMALL))
+    )
 
 
 def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
@@ -47,11 +49,23 @@ def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
         model = build(name)
         (folder / name).mkdir()
         save_file(model.state_dict(), folder / name / "model.safetensors")
-        cfg = {"mean": list(model.pretrained_cfg["mean"]), "std": list(model.pretrained_cfg["std"]), "interpolation": "bicubic"}
-        config = {"architecture": architecture, "num_classes": 7, "pretrained_cfg": cfg, "model_args": options}
+        cfg = {
+            "mean": list(model.pretrained_cfg["mean"]),
+            "std": list(model.pretrained_cfg["std"]),
+            "interpolation": "bicubic",
+        }
+        config = {
+            "architecture": architecture,
+            "num_classes": 7,
+            "pretrained_cfg": cfg,
+            "model_args": options,
+        }
         (folder / name / "config.json").write_text(json.dumps(config))
         files[name] = (folder / name, {})
     for name in BARE:
-        torch.save({"state_dict": build(name).state_dict(), "epoch": 3, "arch": BARE[name][0]}, folder / f"{name}.pth.tar")
+        torch.save(
+            {"state_dict": build(name).state_dict(), "epoch": 3, "arch": BARE[name][0]},
+            folder / f"{name}.pth.tar",
+        )
         files[name] = (folder / f"{name}.pth.tar", {})
     return files

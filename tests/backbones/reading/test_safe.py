@@ -55,7 +55,12 @@ def in_namespace(payload):
     return {"model": {"w": torch.zeros(2)}, "args": argparse.Namespace(resume=payload)}
 
 
-WRAPPINGS = {"bare": lambda p: p, "as a tensor": lambda p: {"model": {"w": p}}, "nested": nested, "in args": in_namespace}
+WRAPPINGS = {
+    "bare": lambda p: p,
+    "as a tensor": lambda p: {"model": {"w": p}},
+    "nested": nested,
+    "in args": in_namespace,
+}
 
 
 SAVES = {
@@ -171,7 +176,11 @@ def zipped(*names: str) -> bytes:
     [
         (b"", "empty", "fetch"),
         (b"import torch\n" * 99, "text or code", "the file with the weights"),
-        (b"int f() {\n return 1; }", "text or code", "the file with the weights"),  # a brace where safetensors have theirs
+        (
+            b"int f() {\n return 1; }",
+            "text or code",
+            "the file with the weights",
+        ),  # a brace where safetensors have theirs
         ("é".encode() * 999, "text or code", "the file with the weights"),
         (b"<!DOCTYPE html><html><body>404</body></html>", "a web page", "raw file"),
         (b"\xef\xbb\xbf\r\n  <html lang='en'>", "a web page", "raw file"),
@@ -180,9 +189,17 @@ def zipped(*names: str) -> bytes:
         (tarred("w:gz"), "a packed archive", "unpack"),
         (tarred("w:xz"), "a packed archive", "unpack"),
         (zipped(), "a packed archive", "unpack"),
-        (zipped("code/\x1b[31m.py", "b.pth"), r"zip archive of 'code/\\x1b\[31m.py', 'b.pth', not of torch", "unpack"),
+        (
+            zipped("code/\x1b[31m.py", "b.pth"),
+            r"zip archive of 'code/\\x1b\[31m.py', 'b.pth', not of torch",
+            "unpack",
+        ),
         (zipped("Transformer/kernel.npy"), "numpy arrays", "convert"),
-        (zipped("archive/data.pkl"), r"damaged checkpoint: RuntimeError: Expected hasRecord\(\"version\"\)[^(]*$", "fetch"),
+        (
+            zipped("archive/data.pkl"),
+            r"damaged checkpoint: RuntimeError: Expected hasRecord\(\"version\"\)[^(]*$",
+            "fetch",
+        ),
         (b"\x89PNG\r\n\x1a\n" + bytes(64), "neither safetensors", "fetch"),
         (struct.pack("<Q", 1 << 60) + b"{" + bytes(64), "damaged safetensors", "fetch"),
         (pickle.dumps([1, 2, 3], protocol=2), "holds list", "state_dict"),
@@ -196,7 +213,9 @@ def test_files_that_are_no_checkpoints(tmp_path, data, told, fix):
     assert fix in error.value.fix
 
 
-@pytest.mark.parametrize("value", [[1, 2], {"model": {"epoch": 3}}, {"model": torch.nn.Linear(1, 1).state_dict, "x": 1}, {}])
+@pytest.mark.parametrize(
+    "value", [[1, 2], {"model": {"epoch": 3}}, {"model": torch.nn.Linear(1, 1).state_dict, "x": 1}, {}]
+)
 def test_files_of_torch_without_weights(tmp_path, value):
     torch.save(value, tmp_path / "x.pth")
     with pytest.raises(UserError):
@@ -229,7 +248,9 @@ class Shaped:
         return torch._utils._rebuild_tensor_v2, (self.storage, 0, self.size, self.stride, False, {})
 
 
-@pytest.mark.parametrize(("size", "stride"), [((10**12,), (1,)), ((10**12,), (0,)), ((2**62,), (1,)), ((2**31, 2**31), (0, 0))])
+@pytest.mark.parametrize(
+    ("size", "stride"), [((10**12,), (1,)), ((10**12,), (0,)), ((2**62,), (1,)), ((2**31, 2**31), (0, 0))]
+)
 def test_pickled_tensors_with_made_up_shapes_allocate_nothing(tmp_path, size, stride):
     torch.save({"model": {"w": Shaped(size, stride)}}, tmp_path / "x.pth")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -239,7 +260,10 @@ def test_pickled_tensors_with_made_up_shapes_allocate_nothing(tmp_path, size, st
 
 
 def test_a_zip_bomb_is_refused_packed(tmp_path, files):
-    with zipfile.ZipFile(files["encoder"][0]) as source, zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(files["encoder"][0]) as source,
+        zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for entry in source.namelist():
             target.writestr(entry, source.read(entry))
     with pytest.raises(UserError, match="compressed"):
@@ -317,10 +341,14 @@ class TestWhatTrainingFilesHold:
         ],
     )
     def test_values_are_read(self, tmp_path, value, expected, zipped):
-        torch.save({"w": torch.ones(2), "x": value}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+        torch.save(
+            {"w": torch.ones(2), "x": value}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped
+        )
         assert read_file(tmp_path / "x.pth").content["x"] == expected
 
-    @pytest.mark.parametrize("value", [Path("/x"), np.arange(3), np.str_("x"), np.random.default_rng(0).normal(size=(2, 2))])
+    @pytest.mark.parametrize(
+        "value", [Path("/x"), np.arange(3), np.str_("x"), np.random.default_rng(0).normal(size=(2, 2))]
+    )
     def test_objects_are_not_built(self, tmp_path, value):
         torch.save({"w": torch.ones(2), "x": value}, tmp_path / "x.pth")
         assert isinstance(read_file(tmp_path / "x.pth").content["x"], NotBuilt | Stored)
@@ -331,7 +359,11 @@ class TestWhatTrainingFilesHold:
         history = logging.HistoryBuffer()
         history.update(0.5)
         tree = {"a": 1, "b": {"c": [1, 2.5, "x", None]}}
-        content = {"cfg": omegaconf.OmegaConf.create(tree), "config": yacs.CfgNode({"a": 1, "b": {"c": 2}}), "loss": history}
+        content = {
+            "cfg": omegaconf.OmegaConf.create(tree),
+            "config": yacs.CfgNode({"a": 1, "b": {"c": 2}}),
+            "loss": history,
+        }
         torch.save({"w": torch.ones(2), **content, "mm": config.ConfigDict(tree)}, tmp_path / "x.pth")
         read = read_file(tmp_path / "x.pth").content
         assert (read["config"], read["mm"]) == ({"a": 1, "b": {"c": 2}}, tree)
@@ -341,13 +373,18 @@ class TestWhatTrainingFilesHold:
     @pytest.mark.parametrize("protocol", [2, 3, 4])
     def test_detectron2s_pickles_of_arrays(self, tmp_path, protocol):
         weights: dict[str, Any] = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(3)}
-        (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": weights, "__author__": "x"}, protocol=protocol))
+        (tmp_path / "x.pkl").write_bytes(
+            pickle.dumps({"model": weights, "__author__": "x"}, protocol=protocol)
+        )
         content = read_file(tmp_path / "x.pkl").content
         assert content["__author__"] == "x"
-        assert {name: tensor.tolist() for name, tensor in content["model"].items()} == {n: a.tolist() for n, a in weights.items()}
+        assert {name: tensor.tolist() for name, tensor in content["model"].items()} == {
+            n: a.tolist() for n, a in weights.items()
+        }
 
     @pytest.mark.parametrize(
-        "array", [np.array([None]), np.asfortranarray(np.ones((2, 3))), np.ones(2, ">f4"), np.ones(2, "f4,f4")]
+        "array",
+        [np.array([None]), np.asfortranarray(np.ones((2, 3))), np.ones(2, ">f4"), np.ones(2, "f4,f4")],
     )
     def test_other_arrays_are_refused(self, tmp_path, array):
         (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": {"a": array}}, protocol=4))
@@ -422,7 +459,9 @@ def test_what_is_used_is_what_was_hashed(tmp_path, files, monkeypatch, name, use
 
     for user in ("load", "convert"):
         monkeypatch.setattr(f"backbones.{user}.translate", meanwhile if how != "left alone" else translate)
-    with pytest.raises(UserError, match="changed while it was read") if how != "left alone" else nullcontext():
+    with (
+        pytest.raises(UserError, match="changed while it was read") if how != "left alone" else nullcontext()
+    ):
         use(path)
     assert (tmp_path / "out").exists() == (use is not load_backbone and how == "left alone")
 
@@ -432,7 +471,10 @@ def test_the_record_holds_the_digest_of_every_file(tmp_path, encoder):
     shards = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
     for shard, inside in shards.items():
         save_file({name: encoder[name] for name in inside}, tmp_path / shard)
-    index = {"metadata": {}, "weight_map": {name: shard for shard, inside in shards.items() for name in inside}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: shard for shard, inside in shards.items() for name in inside},
+    }
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     value = {"kind": "checkpoint", "source": str(tmp_path)}
     job = Job("x", "checkpoint", value, tmp_path / "cell", 0)

@@ -95,7 +95,14 @@ def possible(tmp_path_factory) -> None:
 def evil(tmp_path, encoder):
     """Weights beside a call, which is harmless but unknown to the reader."""
     path = tmp_path / "evil.pth"
-    torch.save({"model": encoder, "args": argparse.Namespace(epochs=3, call=Call(os.getpid)), "other": OfAnotherPackage()}, path)
+    torch.save(
+        {
+            "model": encoder,
+            "args": argparse.Namespace(epochs=3, call=Call(os.getpid)),
+            "other": OfAnotherPackage(),
+        },
+        path,
+    )
     return path
 
 
@@ -112,13 +119,19 @@ def stub(tmp_path, monkeypatch):
 
 def test_it_is_refused_without_trust(evil):
     for read in (read_file, load_backbone):
-        with pytest.raises(UserError, match=r"wants to build 'posix.getpid', '[\w.]+OfAnotherPackage'[^$]*--trust"):
+        with pytest.raises(
+            UserError, match=r"wants to build 'posix.getpid', '[\w.]+OfAnotherPackage'[^$]*--trust"
+        ):
             read(evil)
 
 
 def test_a_trusted_file_gives_its_weights_and_the_record_says_so(tmp_path, evil, encoder, possible):
     value = {"kind": "checkpoint", "source": str(evil), "trust": True}
-    outcome = run(build(CheckpointConfig, value, "test"), Job("x", "checkpoint", value, tmp_path / "cell", 0), Progress())
+    outcome = run(
+        build(CheckpointConfig, value, "test"),
+        Job("x", "checkpoint", value, tmp_path / "cell", 0),
+        Progress(),
+    )
     assert trust.TRUSTED in outcome.conversion_report["notes"]
     assert trust.TRUSTED in outcome.notes
     weights = load_backbone(f"run:{tmp_path / 'cell'}")[0].state_dict()
@@ -136,7 +149,12 @@ def test_the_pickle_can_do_nothing_but_make_values(tmp_path, monkeypatch, possib
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = ATTEMPTS.replace("PORT", str(server.getsockname()[1])).replace("SENTINEL", str(sentinel))
         code = code.replace("CLONE", str(unpickle_alone.FORBIDDEN[platform.machine()][1]))
-        content = {"facts": run_code(code), "w": torch.arange(6.0).view(2, 3).t(), "x": OfAnotherPackage(), "n": (1, [2.5, None])}
+        content = {
+            "facts": run_code(code),
+            "w": torch.arange(6.0).view(2, 3).t(),
+            "x": OfAnotherPackage(),
+            "n": (1, [2.5, None]),
+        }
         torch.save(content, tmp_path / "x.pth")
         read = read_file(tmp_path / "x.pth", trust=True)
     facts = read.content["facts"]
@@ -152,7 +170,10 @@ def test_the_pickle_can_do_nothing_but_make_values(tmp_path, monkeypatch, possib
     }  # fmt: skip
     assert facts["name"] in ("gaierror", "PermissionError")
     assert facts["undo"] == facts["unshare"] == facts["namespace"] == facts["newer namespace"] == "-1"
-    assert (facts["process of ours"], facts["thread"]) == ("True", "None")  # else the line above would prove little
+    assert (facts["process of ours"], facts["thread"]) == (
+        "True",
+        "None",
+    )  # else the line above would prove little
     assert (facts["a little in memory"], facts["much in memory"]) == ("1", "OSError")
     assert not sentinel.exists()
     assert not Path(facts["environment"]["TMPDIR"]).exists()
@@ -163,8 +184,16 @@ def test_the_attempts_would_succeed_elsewhere(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         space: dict = {}
         tried = [f'attempt("{name}"' for name in ("socket", "unix socket", "write", "shell")]
-        lines = [line for line in ATTEMPTS.splitlines() if line.startswith(tuple(tried)) or not line.startswith("attempt(")]
-        code = "\n".join(lines).replace("PORT", str(server.getsockname()[1])).replace("SENTINEL", str(tmp_path / "sentinel"))
+        lines = [
+            line
+            for line in ATTEMPTS.splitlines()
+            if line.startswith(tuple(tried)) or not line.startswith("attempt(")
+        ]
+        code = (
+            "\n".join(lines)
+            .replace("PORT", str(server.getsockname()[1]))
+            .replace("SENTINEL", str(tmp_path / "sentinel"))
+        )
         exec(code, space)
     assert "socket" in space["facts"]["socket"]
     assert (tmp_path / "sentinel").exists()
@@ -180,7 +209,14 @@ def test_a_pickle_that_fails_is_a_users_mistake(tmp_path, code, possible):
 
 def test_a_whole_model_is_its_weights(tmp_path, possible):
     """Also one whose class is not installed: its tensors stand in the file all the same."""
-    sizes: Any = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3, "num_classes": 10}
+    sizes: Any = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 192,
+        "depth": 2,
+        "num_heads": 3,
+        "num_classes": 10,
+    }
     models = {"timm's": VisionTransformer(**sizes).eval(), "another": ViTOfAnotherPackage(**sizes).eval()}
     torch.save(models, tmp_path / "x.pth")
     content = read_file(tmp_path / "x.pth", trust=True).content

@@ -61,8 +61,21 @@ def test_every_layouts_patch_embedding_is_an_anchor(anchor):
 
 
 def test_what_else_stands_in_the_file_is_kept():
-    part = unwrap({"model": VIT | {"note": "mine"}, "epoch": 3, "optimizer": {"state": {0: torch.zeros(1)}}, 7: "seven"}, "x.pth")
-    assert part.extras == {"note": "mine", "epoch": 3, "optimizer": {"state": {0: torch.zeros(1)}}, "7": "seven"}
+    part = unwrap(
+        {
+            "model": VIT | {"note": "mine"},
+            "epoch": 3,
+            "optimizer": {"state": {0: torch.zeros(1)}},
+            7: "seven",
+        },
+        "x.pth",
+    )
+    assert part.extras == {
+        "note": "mine",
+        "epoch": 3,
+        "optimizer": {"state": {0: torch.zeros(1)}},
+        "7": "seven",
+    }
 
 
 SEVERAL: dict[
@@ -70,7 +83,11 @@ SEVERAL: dict[
 ] = {  # what a file holds, what is asked for -> wrapper and prefix, advice
     "DINO, iBOT": (
         {"student": under("module.backbone."), "teacher": under("backbone.")},
-        {"student": "student|module.backbone.", "teacher": "teacher|backbone.", "teacher.backbone": "teacher|backbone."},
+        {
+            "student": "student|module.backbone.",
+            "teacher": "teacher|backbone.",
+            "teacher.backbone": "teacher|backbone.",
+        },
         "--weights teacher",
     ),
     "DINOv2": (
@@ -80,7 +97,10 @@ SEVERAL: dict[
     ),
     "MoCo v3": (
         {"state_dict": under("module.base_encoder.") | under("module.momentum_encoder.")},
-        {"base_encoder": "state_dict|module.base_encoder.", "momentum_encoder": "state_dict|module.momentum_encoder."},
+        {
+            "base_encoder": "state_dict|module.base_encoder.",
+            "momentum_encoder": "state_dict|module.momentum_encoder.",
+        },
         "--weights base_encoder",
     ),
     "I-JEPA": (
@@ -93,13 +113,24 @@ SEVERAL: dict[
         {"state_dict": "state_dict|", "state_dict_ema": "state_dict_ema|module."},
         "--weights state_dict_ema",
     ),
-    "DeiT's EMA": ({"model": VIT, "model_ema": dict(VIT)}, {"model": "model|", "model_ema": "model_ema|"}, "--weights model_ema"),
+    "DeiT's EMA": (
+        {"model": VIT, "model_ema": dict(VIT)},
+        {"model": "model|", "model_ema": "model_ema|"},
+        "--weights model_ema",
+    ),
     "mmengine's EMA": (
-        {"state_dict": under("backbone."), "ema_state_dict": under("module.backbone.") | {"steps": torch.tensor(3)}},
+        {
+            "state_dict": under("backbone."),
+            "ema_state_dict": under("module.backbone.") | {"steps": torch.tensor(3)},
+        },
         {"state_dict": "state_dict|backbone.", "ema_state_dict": "ema_state_dict|module.backbone."},
         "--weights ema_state_dict",
     ),
-    "one around another": (VIT | under("momentum."), {"": "|", "momentum": "|momentum."}, "--weights momentum"),
+    "one around another": (
+        VIT | under("momentum."),
+        {"": "|", "momentum": "|momentum."},
+        "--weights momentum",
+    ),
 }
 
 
@@ -114,7 +145,9 @@ def test_several_sets_are_asked_for(name):
         part = unwrap(content, "x.pth", choice)
         assert f"{part.wrapper}|{part.prefix}" == place
         assert part.tensors == VIT
-    with pytest.raises(SeveralSets, match="'teecher' names none of them(?s:.*)a YAML list has `weights:` for each"):
+    with pytest.raises(
+        SeveralSets, match="'teecher' names none of them(?s:.*)a YAML list has `weights:` for each"
+    ):
         unwrap(content, "x.pth", "teecher")
 
 
@@ -129,7 +162,9 @@ def test_the_set_that_the_authors_evaluate_is_named():
 
 
 def test_one_set_that_is_not_the_one_asked_for():
-    with pytest.raises(UserError, match="x.pth holds one set of ViT weights, called teacher, which 'student' does not") as error:
+    with pytest.raises(
+        UserError, match="x.pth holds one set of ViT weights, called teacher, which 'student' does not"
+    ) as error:
         unwrap({"teacher": VIT}, "x.pth", "student")
     assert "leave out --weights" in error.value.fix
     with pytest.raises(UserError, match=r'called "" \(the top level\), which'):
@@ -138,7 +173,11 @@ def test_one_set_that_is_not_the_one_asked_for():
 
 def test_a_file_without_a_vit_gives_its_largest_dictionary():
     part = unwrap(
-        {"small": {"a": torch.zeros(1)}, "model": {"layer1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}}, "x.pth"
+        {
+            "small": {"a": torch.zeros(1)},
+            "model": {"layer1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)},
+        },
+        "x.pth",
     )
     assert (part.wrapper, set(part.tensors)) == ("model", {"layer1.weight", "fc.bias"})
 

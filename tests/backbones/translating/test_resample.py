@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from scipy.interpolate import RectBivariateSpline
 from transformers import Dinov2WithRegistersConfig, ViTConfig
-from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEmbeddings
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
+    Dinov2WithRegistersEmbeddings,
+)
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
 from backbones.adapters.features import FeatureMaps
@@ -24,7 +26,9 @@ from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec, PosResample
 from tests.backbones.formats.reference import randomise
 
-VIT = BackboneSpec(arch="vit", img_size=(32, 32), patch_size=(8, 8), in_chans=3, embed_dim=32, depth=2, num_heads=2)
+VIT = BackboneSpec(
+    arch="vit", img_size=(32, 32), patch_size=(8, 8), in_chans=3, embed_dim=32, depth=2, num_heads=2
+)
 BEIT = replace(VIT, arch="beit", pos_embed="relative")
 SPECS = {
     "vit": VIT,
@@ -48,7 +52,9 @@ def model(request) -> tuple[Any, BackboneSpec]:
     return randomise(build_vit(spec, dynamic_img_size=True)), spec
 
 
-def translated(weights: dict[str, torch.Tensor], spec: BackboneSpec, *size: Any) -> tuple[Translation, BackboneSpec]:
+def translated(
+    weights: dict[str, torch.Tensor], spec: BackboneSpec, *size: Any
+) -> tuple[Translation, BackboneSpec]:
     translation = Translation(weights={name: tensor.clone() for name, tensor in weights.items()})
     return translation, resample(translation, spec, *size)
 
@@ -60,7 +66,10 @@ class TestTables:
 
     @pytest.mark.parametrize(
         ("method", "embeddings", "config"),
-        [("bicubic", ViTEmbeddings, ViTConfig), ("bicubic_antialias", Dinov2WithRegistersEmbeddings, Dinov2WithRegistersConfig)],
+        [
+            ("bicubic", ViTEmbeddings, ViTConfig),
+            ("bicubic_antialias", Dinov2WithRegistersEmbeddings, Dinov2WithRegistersConfig),
+        ],
     )
     @pytest.mark.parametrize("grid", [(7, 9), (3, 2)])
     def test_equals_transformers(self, method, embeddings, config, grid):
@@ -76,11 +85,15 @@ class TestTables:
         down, across = (cubic_weights(4, side, (side + offset) / 4) for side in grid)
         wanted = np.einsum("yh,xw,hwc->yxc", down, across, self.table[0, 1:].view(4, 4, 8).double().numpy())
         found = resize_table(self.table, (4, 4), grid, method)
-        torch.testing.assert_close(found[0, 1:], torch.from_numpy(wanted).float().view(-1, 8), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            found[0, 1:], torch.from_numpy(wanted).float().view(-1, 8), rtol=1e-5, atol=1e-5
+        )
         assert torch.equal(found[:, :1], self.table[:, :1])
 
     def test_bilinear_follows_a_ramp(self):
-        table = torch.cat([torch.full((1, 1, 8), 9.0), torch.arange(4.0).repeat(4)[None, :, None].expand(1, 16, 8)], dim=1)
+        table = torch.cat(
+            [torch.full((1, 1, 8), 9.0), torch.arange(4.0).repeat(4)[None, :, None].expand(1, 16, 8)], dim=1
+        )
         found = resize_table(table, (4, 4), (2, 7), "bilinear")
         ramp = ((torch.arange(7.0) + 0.5) * 4 / 7 - 0.5).clamp(0, 3)
         torch.testing.assert_close(found[0, :, 0], torch.cat([torch.tensor([9.0]), ramp.repeat(2)]))
@@ -139,7 +152,9 @@ def positions(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
 def test_distances_are_linear():
     ramp = torch.arange(7.0)[:, None].expand(7, 3)
     found = resize_distances(ramp, 13)
-    torch.testing.assert_close(found, ((torch.arange(13.0) + 0.5) * 7 / 13 - 0.5).clamp(0, 6)[:, None].expand(13, 3))
+    torch.testing.assert_close(
+        found, ((torch.arange(13.0) + 0.5) * 7 / 13 - 0.5).clamp(0, 6)[:, None].expand(13, 3)
+    )
 
 
 class TestFilters:
@@ -152,7 +167,9 @@ class TestFilters:
         torch.testing.assert_close(found, F.conv2d(patch, self.filters), rtol=1e-3, atol=1e-3)
 
     def test_a_constant_image_gives_equal_tokens(self):
-        found = F.conv2d(torch.full((1, 3, 48, 48), 0.7), resize_filters(self.filters, (16, 16), "pinv"), stride=16)
+        found = F.conv2d(
+            torch.full((1, 3, 48, 48), 0.7), resize_filters(self.filters, (16, 16), "pinv"), stride=16
+        )
         wanted = F.conv2d(torch.full((1, 3, 14, 14), 0.7), self.filters)
         torch.testing.assert_close(found, wanted.expand(1, 5, 3, 3), rtol=1e-3, atol=1e-3)
 
@@ -172,8 +189,12 @@ def test_an_image_of_any_size_sees_the_resampled_backbone(model, size):
     fixed.load_state_dict(translation.weights)
     imgs = torch.randn(2, 3, *size)
     with torch.no_grad():
-        torch.testing.assert_close(vit.forward_features(imgs), fixed.forward_features(imgs), rtol=1e-4, atol=1e-5)
-        for dynamic, still in zip(FeatureMaps(vit, spec, [0, 1])(imgs), FeatureMaps(fixed, spec, [0, 1])(imgs), strict=True):
+        torch.testing.assert_close(
+            vit.forward_features(imgs), fixed.forward_features(imgs), rtol=1e-4, atol=1e-5
+        )
+        for dynamic, still in zip(
+            FeatureMaps(vit, spec, [0, 1])(imgs), FeatureMaps(fixed, spec, [0, 1])(imgs), strict=True
+        ):
             assert dynamic.shape == (2, 32, size[0] // 8, size[1] // 8)
             torch.testing.assert_close(dynamic, still, rtol=1e-4, atol=1e-5)
 
@@ -192,7 +213,11 @@ def test_training_at_another_size_reaches_the_stored_tables(model):
     vit, spec = model
     shapes = {name: tensor.shape for name, tensor in vit.state_dict().items()}
     FeatureMaps(vit, spec, [1])(torch.randn(1, 3, 48, 40))[0].square().mean().backward()
-    tables = {name: p for name, p in vit.named_parameters() if "pos_embed" in name or "rel_pos" in name or "bias_table" in name}
+    tables = {
+        name: p
+        for name, p in vit.named_parameters()
+        if "pos_embed" in name or "rel_pos" in name or "bias_table" in name
+    }
     assert tables
     assert all(table.grad is not None and table.grad.abs().max() > 0 for table in tables.values())
     assert {name: tensor.shape for name, tensor in vit.state_dict().items()} == shapes
@@ -227,8 +252,16 @@ def test_huge_of_14_goes_to_16():
     weights = {"patch_embed.proj.weight": TestFilters.filters, "pos_embed": torch.randn(1, 257, 8)}
     for method, told in (("pinv", "pseudo-inverse"), ("bicubic", "bicubic")):
         translation, new = translated(weights, spec, None, (16, 16), method)
-        assert (new.img_size, new.patch_size, new.grid_size, new.pos_embed) == ((224, 224), (16, 16), (14, 14), "learned")
-        assert torch.equal(translation.weights["patch_embed.proj.weight"], resize_filters(TestFilters.filters, (16, 16), method))
+        assert (new.img_size, new.patch_size, new.grid_size, new.pos_embed) == (
+            (224, 224),
+            (16, 16),
+            (14, 14),
+            "learned",
+        )
+        assert torch.equal(
+            translation.weights["patch_embed.proj.weight"],
+            resize_filters(TestFilters.filters, (16, 16), method),
+        )
         assert translation.weights["pos_embed"].shape == (1, 197, 8)
         assert translation.reshaped == {
             "patch_embed.proj.weight": f"14 x 14 -> 16 x 16 pixels ({told})",
@@ -263,7 +296,9 @@ class TestLoading:
         write_export(tmp_path / "export", model.state_dict(), spec, {})
         again, same_spec, _ = load_backbone(tmp_path / "export")
         assert same_spec == spec
-        assert torch.equal(again.state_dict()["patch_embed.proj.weight"], model.state_dict()["patch_embed.proj.weight"])
+        assert torch.equal(
+            again.state_dict()["patch_embed.proj.weight"], model.state_dict()["patch_embed.proj.weight"]
+        )
 
     @pytest.mark.parametrize(
         ("options", "told"),

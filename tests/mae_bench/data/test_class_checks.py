@@ -48,7 +48,9 @@ def shards(root: Path, given: Given, picture: Picture) -> Path:
     """Each split in a folder, with a text as label."""
     for split, classes in given.items():
         members = {f"{i}.jpg": picture(i) for i in range(len(classes))}
-        write_tar(root / split / "0.tar", members | {f"{i}.txt": name.encode() for i, name in enumerate(classes)})
+        write_tar(
+            root / split / "0.tar", members | {f"{i}.txt": name.encode() for i, name in enumerate(classes)}
+        )
     return root
 
 
@@ -62,7 +64,9 @@ def listed(root: Path, given: Given, picture: Picture) -> Path:
         known = sorted(set(classes))
         content = {
             "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
-            "annotations": [{"id": i, "image_id": i, "category_id": known.index(name)} for i, name in enumerate(classes)],
+            "annotations": [
+                {"id": i, "image_id": i, "category_id": known.index(name)} for i, name in enumerate(classes)
+            ],
             "categories": [{"id": i, "name": name} for i, name in enumerate(known)],
         }
         (root / f"{split}2018.json").write_text(json.dumps(content))
@@ -81,7 +85,9 @@ def refused(root: Path, *words: str) -> None:
 
 @each_form
 def test_like_classes_pass(form: Callable[..., Path], tmp_path: Path, picture: Picture) -> None:
-    report = check_layout("imagenet", form(tmp_path / "set", {"train": ["b", "a", "b"], "val": ["a", "b"]}, picture))
+    report = check_layout(
+        "imagenet", form(tmp_path / "set", {"train": ["b", "a", "b"], "val": ["a", "b"]}, picture)
+    )
     assert (report.classes, report.splits, report.notes) == (("a", "b"), {"train": 3, "val": 2}, ())
 
 
@@ -92,13 +98,17 @@ def test_other_classes_in_val_are_named(form: Callable[..., Path], tmp_path: Pat
 
 
 @each_form
-def test_a_class_without_images_in_val_is_named(form: Callable[..., Path], tmp_path: Path, picture: Picture) -> None:
+def test_a_class_without_images_in_val_is_named(
+    form: Callable[..., Path], tmp_path: Path, picture: Picture
+) -> None:
     root = form(tmp_path / "set", {"train": ["ant", "bee", "cat"], "val": ["ant", "bee"]}, picture)
     refused(root, "only in train: cat", "only in val: none")
 
 
 @each_form
-def test_one_class_is_refused_with_its_name(form: Callable[..., Path], tmp_path: Path, picture: Picture) -> None:
+def test_one_class_is_refused_with_its_name(
+    form: Callable[..., Path], tmp_path: Path, picture: Picture
+) -> None:
     root = form(tmp_path / "set", {"train": ["ant", "ant"], "val": ["ant"]}, picture)
     refused(root, str(root), "one class only: ant")
 

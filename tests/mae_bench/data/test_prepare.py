@@ -19,7 +19,11 @@ from mae_bench.errors import NotInstalled, UserError
 
 Picture = Callable[..., bytes]
 WNIDS = ["n01440764", "n01443537", "n02119789"]
-NUMBERS = {"n02119789": 1, "n01440764": 2, "n01443537": 3}  # ILSVRC2012_ID: another order than that of the WNIDs
+NUMBERS = {
+    "n02119789": 1,
+    "n01440764": 2,
+    "n01443537": 3,
+}  # ILSVRC2012_ID: another order than that of the WNIDs
 TRUTH = [3, 1, 2, 1]
 
 
@@ -35,8 +39,12 @@ def tar(members: dict[str, bytes], mode: str = "w") -> bytes:
 
 def meta() -> bytes:
     """synsets as the devkit's meta.mat has them: a struct array, the leaves first and an inner node behind."""
-    savemat = pytest.importorskip("scipy.io", reason="scipy, for the devkit's meta.mat, is not installed").savemat
-    rows = [(number, wnid, "words", "gloss", 0) for wnid, number in NUMBERS.items()] + [(1001, "n00001740", "entity", "", 3)]
+    savemat = pytest.importorskip(
+        "scipy.io", reason="scipy, for the devkit's meta.mat, is not installed"
+    ).savemat
+    rows = [(number, wnid, "words", "gloss", 0) for wnid, number in NUMBERS.items()] + [
+        (1001, "n00001740", "entity", "", 3)
+    ]
     kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
     file = io.BytesIO()
     savemat(file, {"synsets": np.array(rows, kinds).reshape(-1, 1)})
@@ -47,9 +55,14 @@ def meta() -> bytes:
 def archives(tmp_path: Path, picture: Picture) -> Path:
     folder = tmp_path / "archives"
     folder.mkdir()
-    classes = {f"{wnid}.tar": tar({f"{wnid}_{i}.JPEG": picture(10 * n + i) for i in range(2)}) for n, wnid in enumerate(WNIDS)}
+    classes = {
+        f"{wnid}.tar": tar({f"{wnid}_{i}.JPEG": picture(10 * n + i) for i in range(2)})
+        for n, wnid in enumerate(WNIDS)
+    }
     (folder / TRAIN).write_bytes(tar(classes))
-    names = [f"ILSVRC2012_val_{i:08}.JPEG" for i in (2, 1, 4, 3)]  # the archive's order is not that of the names
+    names = [
+        f"ILSVRC2012_val_{i:08}.JPEG" for i in (2, 1, 4, 3)
+    ]  # the archive's order is not that of the names
     (folder / VAL).write_bytes(tar({name: picture(0) + name.encode() for name in names}))
     return folder
 
@@ -57,8 +70,14 @@ def archives(tmp_path: Path, picture: Picture) -> Path:
 @pytest.fixture
 def devkit(archives: Path) -> Path:
     truth = "".join(f"{number}\n" for number in TRUTH).encode()
-    members = {"data/meta.mat": meta(), "data/ILSVRC2012_validation_ground_truth.txt": truth, "readme.txt": b""}
-    (archives / DEVKIT).write_bytes(tar({f"ILSVRC2012_devkit_t12/{name}": text for name, text in members.items()}, "w:gz"))
+    members = {
+        "data/meta.mat": meta(),
+        "data/ILSVRC2012_validation_ground_truth.txt": truth,
+        "readme.txt": b"",
+    }
+    (archives / DEVKIT).write_bytes(
+        tar({f"ILSVRC2012_devkit_t12/{name}": text for name, text in members.items()}, "w:gz")
+    )
     return archives
 
 
@@ -70,7 +89,9 @@ def expected(picture: Picture) -> dict[str, bytes]:
     train = {f"train/{w}/{w}_{i}.JPEG": picture(10 * n + i) for n, w in enumerate(WNIDS) for i in range(2)}
     wnid = {number: name for name, number in NUMBERS.items()}
     names = [f"ILSVRC2012_val_{i:08}.JPEG" for i in (1, 2, 3, 4)]
-    return train | {f"val/{wnid[n]}/{name}": picture(0) + name.encode() for name, n in zip(names, TRUTH, strict=True)}
+    return train | {
+        f"val/{wnid[n]}/{name}": picture(0) + name.encode() for name, n in zip(names, TRUTH, strict=True)
+    }
 
 
 def test_archives_become_the_layout(devkit: Path, tmp_path: Path, picture: Picture) -> None:
@@ -90,7 +111,13 @@ def test_archives_become_a_packed_set_without_being_unpacked(devkit: Path, tmp_p
     made = prepare_imagenet(devkit, out, check=False, packed=How(short_side=8), num_workers=1)
     pack_set(folders, tmp_path / "again", short_side=8)
     assert (made.train, made.val, made.classes) == (6, 4, 3)
-    assert {path.name for path in out.iterdir()} == {"packed.json", "train.data", "train.index", "val.data", "val.index"}
+    assert {path.name for path in out.iterdir()} == {
+        "packed.json",
+        "train.data",
+        "train.index",
+        "val.data",
+        "val.index",
+    }
     for split in ("train", "val"):
         one, other = open_images(out, split), open_images(tmp_path / "again", split)
         assert [one.name(i) for i in range(len(one))] == [other.name(i) for i in range(len(other))]
@@ -101,7 +128,9 @@ def test_archives_become_a_packed_set_without_being_unpacked(devkit: Path, tmp_p
 
 
 @pytest.mark.parametrize("form", ["{name}.JPEG {wnid}", "{name},{wnid} 85 1 499 272", "{name}.JPEG\t{wnid}"])
-def test_a_list_of_classes_stands_in_for_the_devkit(archives: Path, tmp_path: Path, picture: Picture, form: str) -> None:
+def test_a_list_of_classes_stands_in_for_the_devkit(
+    archives: Path, tmp_path: Path, picture: Picture, form: str
+) -> None:
     wnid = {number: name for name, number in NUMBERS.items()}
     lines = [form.format(name=f"ILSVRC2012_val_{i:08}", wnid=wnid[n]) for i, n in enumerate(TRUTH, 1)]
     (tmp_path / "list").write_text("ImageId,PredictionString\n" + "\n".join(lines))
@@ -112,11 +141,15 @@ def test_a_list_of_classes_stands_in_for_the_devkit(archives: Path, tmp_path: Pa
         prepare_imagenet(archives, tmp_path / "other", check=False, val_classes=tmp_path / "list")
 
 
-def test_md5_and_counts(devkit: Path, tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_md5_and_counts(
+    devkit: Path, tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=f"(?s){TRAIN} has MD5.*{prepare.MD5[TRAIN]}"):
         prepare_imagenet(devkit, tmp_path / "out")
     assert not list(tmp_path.glob("out/train"))
-    monkeypatch.setattr(prepare, "MD5", {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in devkit.iterdir()})
+    monkeypatch.setattr(
+        prepare, "MD5", {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in devkit.iterdir()}
+    )
     with pytest.raises(UserError, match="'train': 6"):
         prepare_imagenet(devkit, tmp_path / "out")
     monkeypatch.setattr(prepare, "COUNTS", {"train": 6, "val": 4, "classes": 3})
@@ -157,7 +190,9 @@ def test_a_stopped_call_goes_on(
 
 
 @pytest.mark.parametrize("name", ["../evil.JPEG", "/tmp/evil.JPEG", "n01440764/../../evil.JPEG", "evil.sh"])
-def test_members_that_lead_elsewhere_are_refused(archives: Path, tmp_path: Path, picture: Picture, name: str) -> None:
+def test_members_that_lead_elsewhere_are_refused(
+    archives: Path, tmp_path: Path, picture: Picture, name: str
+) -> None:
     (archives / TRAIN).write_bytes(tar({"n01440764.tar": tar({name: picture(0)})}))
     (tmp_path / "list").write_text("ILSVRC2012_val_00000001 n01440764")
     with pytest.raises(UserError, match="evil"):
@@ -190,7 +225,9 @@ def test_what_lacks_or_is_damaged_is_named(devkit: Path, tmp_path: Path) -> None
         prepare_imagenet(devkit, tmp_path / "out", check=False)
 
 
-def test_without_scipy_the_command_is_given(devkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scipy_the_command_is_given(
+    devkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
     with pytest.raises(NotInstalled, match="pip install scipy"):
         prepare_imagenet(devkit, tmp_path / "out", check=False)

@@ -28,8 +28,15 @@ def run_together(folder: Path, size: int, runs: dict[str, dict[str, Any]]) -> di
     with socket.socket() as server:
         server.bind(("", 0))
         port = str(server.getsockname()[1])
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [_start(path, rank, os.environ | shared | {"PYTHONPATH": str(HERE.parents[2])}) for rank in range(size)]
+    shared = {
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }
+    processes = [
+        _start(path, rank, os.environ | shared | {"PYTHONPATH": str(HERE.parents[2])}) for rank in range(size)
+    ]
     try:
         codes = [process.wait(timeout=240) for process in processes]
     finally:
@@ -37,7 +44,9 @@ def run_together(folder: Path, size: int, runs: dict[str, dict[str, Any]]) -> di
             process.kill()
     if -9 in codes:
         return {}
-    assert codes == [0] * size, "\n".join(path.with_suffix(f".{rank}").read_text()[-3000:] for rank in range(size))
+    assert codes == [0] * size, "\n".join(
+        path.with_suffix(f".{rank}").read_text()[-3000:] for rank in range(size)
+    )
     results: dict[str, Any] = torch.load(path.with_suffix(".pt"), weights_only=True)
     return results
 

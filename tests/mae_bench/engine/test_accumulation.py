@@ -24,7 +24,9 @@ def test_known_answers(arguments: tuple[int, int, int | None], text: str) -> Non
 
 @pytest.mark.parametrize("multiple_of", [1, 2])
 @pytest.mark.parametrize("device_batch_size", [2, 3, 5, 7, 8, 100, None])
-def test_parts_fit_are_as_equal_and_as_few_as_they_can_be(device_batch_size: int | None, multiple_of: int) -> None:
+def test_parts_fit_are_as_equal_and_as_few_as_they_can_be(
+    device_batch_size: int | None, multiple_of: int
+) -> None:
     for size in range(multiple_of, 60, multiple_of):
         sizes = accumulation(3 * size, 3, device_batch_size, multiple_of).sizes
         most = (device_batch_size or size) // multiple_of * multiple_of

@@ -35,24 +35,39 @@ def notes(folder: Path) -> str:
 
 
 def steps(folder: Path) -> list[int]:
-    return [entry["step"] for entry in json.loads((folder / "checkpoints" / "index.json").read_text())["checkpoints"]]
+    return [
+        entry["step"]
+        for entry in json.loads((folder / "checkpoints" / "index.json").read_text())["checkpoints"]
+    ]
 
 
 def test_the_last_few_are_kept_and_listed(run: Path) -> None:
     assert steps(run) == [6, 7, 8]
-    assert sorted(os.listdir(run / "checkpoints")) == ["index.json", "step-00000006", "step-00000007", "step-00000008"]
+    assert sorted(os.listdir(run / "checkpoints")) == [
+        "index.json",
+        "step-00000006",
+        "step-00000007",
+        "step-00000008",
+    ]
 
 
 def test_names_are_those_of_the_plain_model(run: Path) -> None:
     names = DataReader(run / "checkpoints" / "step-00000008").read_metadata().state_dict_metadata
-    known = {"model.blocks.0.fc.weight", "ema.head.bias", "optimizer.stem.weight.exp_avg", "optimizer.stem.bias.step"}
+    known = {
+        "model.blocks.0.fc.weight",
+        "ema.head.bias",
+        "optimizer.stem.weight.exp_avg",
+        "optimizer.stem.bias.step",
+    }
     assert known <= names.keys()
     assert {name.split(".")[0] for name in names} == {"model", "ema", "optimizer"}
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a checkpoint", b"PK\x03\x04 truncated", None])
 @pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "values.json"])
-def test_a_damaged_state_gives_way_to_the_one_before(run: Path, finished: Path, file: str, damage: bytes | None) -> None:
+def test_a_damaged_state_gives_way_to_the_one_before(
+    run: Path, finished: Path, file: str, damage: bytes | None
+) -> None:
     path = run / "checkpoints" / "step-00000008" / file
     path.unlink() if damage is None else path.write_bytes(damage)
     trainer = train(run, epochs=2, **RARELY)
@@ -102,7 +117,9 @@ def test_a_metadata_file_that_would_act_does_not(run: Path, tmp_path: Path) -> N
 def test_a_full_disk_leaves_the_last_good_state_and_no_half_one(run: Path) -> None:
     before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a write beyond it is an OSError, as on a full disk
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (20_000, limits[1])
+    )  # a write beyond it is an OSError, as on a full disk
     try:
         with pytest.raises(UserError, match="step 9 could not be written") as error:
             train(run, epochs=3)
@@ -128,11 +145,16 @@ def test_what_a_killed_run_left_half_written_is_taken_away(run: Path) -> None:
     ("changes", "named"),
     [
         ({"classes": 4}, r"ema.head.bias was \(3,\) and is \(4,\)"),
-        ({"statistics": True}, r"model.norm.bias was absent and is \(16,\)|ema.norm.bias was absent and is \(16,\)"),
+        (
+            {"statistics": True},
+            r"model.norm.bias was absent and is \(16,\)|ema.norm.bias was absent and is \(16,\)",
+        ),
         ({"ema": False}, r"ema.blocks.0.fc.bias was \(16,\) and is absent; .*; and 5 more"),
     ],
 )
-def test_another_architecture_is_named_before_anything_is_loaded(run: Path, changes: dict[str, object], named: str) -> None:
+def test_another_architecture_is_named_before_anything_is_loaded(
+    run: Path, changes: dict[str, object], named: str
+) -> None:
     before = sorted(path for path in (run / "checkpoints").rglob("*"))
     with signals_restored(), pytest.raises(UserError, match=f"another architecture: .*{named}"):
         Run(run, epochs=2, **changes)

@@ -13,7 +13,11 @@ from mae_bench.errors import Interrupted
 
 Results = dict[str, dict[str, Any]]
 SHARDED = {"parallel": "fsdp"}
-EXACT = {"dropout": 0.0, "clip_grad": 0.5, "device_batch_size": 3}  # nothing in it depends on who computes which image
+EXACT = {
+    "dropout": 0.0,
+    "clip_grad": 0.5,
+    "device_batch_size": 3,
+}  # nothing in it depends on who computes which image
 RARELY = {"checkpoint_seconds": 1e6}
 
 
@@ -29,7 +33,9 @@ def results(place: Path, together: Callable[..., Results]) -> Results:
     for folder in ("start 1", "start 2"):
         (place / folder).mkdir()
     with ThreadPoolExecutor() as pool:
-        lone = pool.submit(together, place / "start 1", 1, {"killed": {"folder": place / "killed alone", "kill_at": 6}})
+        lone = pool.submit(
+            together, place / "start 1", 1, {"killed": {"folder": place / "killed alone", "kill_at": 6}}
+        )
         assert together(place / "start 2", 2, killed) == lone.result() == {}
     for name in ("alone ddp", "alone fsdp"):
         with pytest.raises(Interrupted):
@@ -47,7 +53,10 @@ def results(place: Path, together: Callable[..., Results]) -> Results:
             f"bfloat16 {name}": parallel | EXACT | RARELY | {"amp_dtype": "bfloat16", "narrow": True},
             f"float16 {name}": parallel | EXACT | RARELY | {"amp_dtype": "float16"},
             f"compiled {name}": parallel | EXACT | RARELY | {"compile": True},
-            f"overflow {name}": parallel | EXACT | RARELY | {"amp_dtype": "float16", "clip_grad": None, "overflow": 5, "on": 1},
+            f"overflow {name}": parallel
+            | EXACT
+            | RARELY
+            | {"amp_dtype": "float16", "clip_grad": None, "overflow": 5, "on": 1},
         }
     runs |= {
         "few bad": {"bad": 4, "epochs": 2, **RARELY},
@@ -70,7 +79,9 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         assert torch.equal(tensor, other[name]), name
 
 
-def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+def assert_close(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 1e-5
+) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert (tensor.double() - other[name].double()).abs().max() <= tolerance, name
@@ -83,7 +94,9 @@ def indices_by_step(ranks: list[dict[str, Any]]) -> dict[int, list[int]]:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_train_what_one_trains(results: Results, alone: dict[str, torch.Tensor], parallel: str) -> None:
+def test_two_processes_train_what_one_trains(
+    results: Results, alone: dict[str, torch.Tensor], parallel: str
+) -> None:
     assert_close(results[f"exact {parallel}"]["weights"], alone)
     losses = [rank["loss"] for rank in results[f"exact {parallel}"]["ranks"]]
     assert losses[0] == losses[1], "the loss of the global batch is everyone's"
@@ -94,7 +107,9 @@ def test_gradients_meet_once_a_step(results: Results) -> None:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_stop_that_one_hears_is_everyones_and_the_resumed_run_equals_the_whole_one(results: Results, parallel: str) -> None:
+def test_a_stop_that_one_hears_is_everyones_and_the_resumed_run_equals_the_whole_one(
+    results: Results, parallel: str
+) -> None:
     stopped = results[f"stopped {parallel}"]["ranks"]
     assert [rank["ended"].split(":")[0] for rank in stopped] == ["Interrupted"] * 2
     assert stopped[0]["step"] == stopped[1]["step"] == 6, "one step after the one in which the signal came"
@@ -105,7 +120,11 @@ def test_a_stop_that_one_hears_is_everyones_and_the_resumed_run_equals_the_whole
 def test_a_lone_run_that_is_killed_goes_on_bit_for_bit(results: Results, place: Path) -> None:
     killed = train(place / "killed alone", **RARELY)
     assert_equal(weights(killed), weights(train(place / "whole alone", **RARELY)))
-    resumed = [line for line in (place / "killed alone" / "events.jsonl").read_text().splitlines() if "resumed at" in line]
+    resumed = [
+        line
+        for line in (place / "killed alone" / "events.jsonl").read_text().splitlines()
+        if "resumed at" in line
+    ]
     assert len(resumed) == 1
 
 
@@ -113,20 +132,29 @@ def test_killed_processes_go_on_bit_for_bit(results: Results, place: Path) -> No
     assert results["killed"]["ranks"][0]["seen"][0][0] >= 4, "it did not begin again"
     assert_equal(results["killed"]["weights"], results["whole ddp"]["weights"])
     lines = (place / "killed" / "log.jsonl").read_text().splitlines()
-    assert [line.split(",")[0] for line in lines] == [f'{{"step": {step}' for step in range(3 * STEPS_PER_EPOCH)]
+    assert [line.split(",")[0] for line in lines] == [
+        f'{{"step": {step}' for step in range(3 * STEPS_PER_EPOCH)
+    ]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_one_process_hands_over_to_two(results: Results, alone: dict[str, torch.Tensor], parallel: str) -> None:
+def test_one_process_hands_over_to_two(
+    results: Results, alone: dict[str, torch.Tensor], parallel: str
+) -> None:
     assert_close(results[f"alone {parallel}"]["weights"], alone)
-    order, whole = indices_by_step(results[f"alone {parallel}"]["ranks"]), indices_by_step(results["exact ddp"]["ranks"])
+    order, whole = (
+        indices_by_step(results[f"alone {parallel}"]["ranks"]),
+        indices_by_step(results["exact ddp"]["ranks"]),
+    )
     assert order == {step: whole[step] for step in range(6, 3 * STEPS_PER_EPOCH)}, (
         "each step has the same images in the same order"
     )
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_hand_over_to_one(results: Results, alone: dict[str, torch.Tensor], place: Path, parallel: str) -> None:
+def test_two_processes_hand_over_to_one(
+    results: Results, alone: dict[str, torch.Tensor], place: Path, parallel: str
+) -> None:
     assert results[f"half {parallel}"]["ranks"][0]["step"] == 8
     assert_close(weights(train(place / f"half {parallel}", **EXACT, **RARELY)), alone)
 
@@ -135,7 +163,9 @@ def test_the_order_of_images_is_the_seeds(results: Results) -> None:
     order = indices_by_step(results["exact ddp"]["ranks"])
     assert order == indices_by_step(results["exact fsdp"]["ranks"])
     for epoch in range(3):
-        seen = [i for step in range(epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH) for i in order[step]]
+        seen = [
+            i for step in range(epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH) for i in order[step]
+        ]
         assert len(set(seen)) == len(seen) == NUM_IMAGES // 8 * 8
 
 
@@ -158,7 +188,9 @@ def test_mixed_precision_stays_near_full_precision(
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_compiled_training_is_the_same(results: Results, alone: dict[str, torch.Tensor], parallel: str) -> None:
+def test_compiled_training_is_the_same(
+    results: Results, alone: dict[str, torch.Tensor], parallel: str
+) -> None:
     assert_close(results[f"compiled {parallel}"]["weights"], alone)
 
 
@@ -174,7 +206,9 @@ def test_bad_images_are_counted_over_all_processes(results: Results) -> None:
     names = sorted(f"bad {step} {rank}" for step in range(4) for rank in range(2))
     assert few[0]["bad"] == few[1]["bad"] == names
     assert many[0]["ended"] == many[1]["ended"]
-    assert many[0]["ended"].startswith("UserError"), "11 of 100 are more than a tenth, though no process saw so many"
+    assert many[0]["ended"].startswith("UserError"), (
+        "11 of 100 are more than a tenth, though no process saw so many"
+    )
 
 
 def test_statistics_of_the_first_process_are_everyones(results: Results, place: Path) -> None:

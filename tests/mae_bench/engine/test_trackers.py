@@ -28,7 +28,9 @@ def test_tensorboard_has_each_step_once_though_some_were_run_twice(tmp_path: Pat
     points = curves.Scalars("loss")
     assert [point.step for point in points] == list(range(TOTAL))
     assert [point.value for point in points] == pytest.approx([line["loss"] for line in logged])
-    assert {"loss", "lr", "images_per_second", "data_wait", "peak_memory_mib"} <= set(curves.Tags()["scalars"])
+    assert {"loss", "lr", "images_per_second", "data_wait", "peak_memory_mib"} <= set(
+        curves.Tags()["scalars"]
+    )
 
 
 def test_what_a_killed_run_logged_after_its_state_is_taken_out(tmp_path: Path) -> None:
@@ -45,7 +47,9 @@ def test_what_a_killed_run_logged_after_its_state_is_taken_out(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_tracker_that_is_missing_is_named_with_its_command(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_missing_is_named_with_its_command(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mae_bench.engine.trackers.importlib.util.find_spec", lambda name: None)
     with signals_restored(), pytest.raises(NotInstalled, match=f"{name} is not installed") as error:
         Run(tmp_path, trackers=[name])

@@ -26,8 +26,12 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("fault", "step"), [("stop_at", 0), ("stop_at", 3), ("stop_at", 11), ("crash_at", 0), ("crash_at", 6)])
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, fault: str, step: int) -> None:
+@pytest.mark.parametrize(
+    ("fault", "step"), [("stop_at", 0), ("stop_at", 3), ("stop_at", 11), ("crash_at", 0), ("crash_at", 6)]
+)
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
+    tmp_path: Path, fault: str, step: int
+) -> None:
     often = RARELY if fault == "stop_at" else {}
     whole = train(tmp_path / "whole", statistics=True, **RARELY)
     with pytest.raises((Interrupted, RuntimeError)):
@@ -94,9 +98,13 @@ def test_accumulation_equals_plain_training_on_the_whole_batch(
     tmp_path: Path, device_batch_size: int | None, in_parts: bool
 ) -> None:
     """Against a loop written out here: order, schedule, loss, clipping and AdamW by torch's own functions."""
-    trainer = train(tmp_path, dropout=0.0, clip_grad=0.5, device_batch_size=device_batch_size, in_parts=in_parts, **RARELY)
+    trainer = train(
+        tmp_path, dropout=0.0, clip_grad=0.5, device_batch_size=device_batch_size, in_parts=in_parts, **RARELY
+    )
     model = Net()
-    optimizer = torch.optim.AdamW(param_groups(model.named_parameters(), 0.05, pretrain_no_decay), betas=(0.9, 0.999))
+    optimizer = torch.optim.AdamW(
+        param_groups(model.named_parameters(), 0.05, pretrain_no_decay), betas=(0.9, 0.999)
+    )
     for step in range(TOTAL):
         epoch, place = divmod(step, STEPS_PER_EPOCH)
         batch = epoch_order(NUM_IMAGES, 5, epoch)[8 * place : 8 * place + 8]
@@ -111,7 +119,9 @@ def test_accumulation_equals_plain_training_on_the_whole_batch(
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
         assert line["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-12)
-    for (name, tensor), other in zip(trainer.model.state_dict().items(), model.state_dict().values(), strict=True):
+    for (name, tensor), other in zip(
+        trainer.model.state_dict().items(), model.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -136,7 +146,10 @@ def test_every_step_has_a_whole_batch_to_the_end_of_the_epoch(tmp_path: Path, in
 
 def test_ema_equals_torchs(tmp_path: Path) -> None:
     model = Net(statistics=True)
-    ours, torchs = Ema(model, 0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    ours, torchs = (
+        Ema(model, 0.9),
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
+    )
     for step in range(5):
         with torch.no_grad():
             for parameter in model.parameters():
@@ -253,7 +266,9 @@ def test_compiled_training_is_the_same_and_keeps_the_names(
     assert not any("_orig_mod" in name or "module." in name for name in trainer._tensors())
 
 
-def test_the_determinism_switch_holds_in_training_and_not_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_determinism_switch_holds_in_training_and_not_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     seen = []
 
@@ -272,7 +287,9 @@ def test_the_determinism_switch_holds_in_training_and_not_after(tmp_path: Path, 
 
 def test_schedule_known_answers() -> None:
     shape = {"lr": 2.0, "min_lr": 0.5, "warmup_epochs": 2, "epochs": 10}
-    assert [cosine_lr(e, **shape) for e in (0, 0.5, 1, 2, 6, 10, 12)] == pytest.approx([0, 0.5, 1, 2, 1.25, 0.5, 0.5])
+    assert [cosine_lr(e, **shape) for e in (0, 0.5, 1, 2, 6, 10, 12)] == pytest.approx(
+        [0, 0.5, 1, 2, 1.25, 0.5, 0.5]
+    )
     assert absolute_lr(1.5e-4, 4096) == pytest.approx(2.4e-3), "the paper's pretraining"
     assert absolute_lr(0.1, 16384) == pytest.approx(6.4), "the paper's linear probe"
 
@@ -280,8 +297,12 @@ def test_schedule_known_answers() -> None:
 def test_the_learning_rate_follows_the_fractional_epoch_of_each_step(tmp_path: Path) -> None:
     train(tmp_path, device_batch_size=2, **RARELY)
     rates = [line["lr"] for line in log(tmp_path)]
-    assert rates[:5] == pytest.approx([0, 0.0025, 0.005, 0.0075, 0.01]), "linear over the steps of the first epoch"
-    assert rates == pytest.approx([cosine_lr(s / 4, lr=0.01, min_lr=0, warmup_epochs=1, epochs=3) for s in range(TOTAL)])
+    assert rates[:5] == pytest.approx([0, 0.0025, 0.005, 0.0075, 0.01]), (
+        "linear over the steps of the first epoch"
+    )
+    assert rates == pytest.approx(
+        [cosine_lr(s / 4, lr=0.01, min_lr=0, warmup_epochs=1, epochs=3) for s in range(TOTAL)]
+    )
     assert CONFIG["base_lr"] == 0.32, "x 8 / 256"
 
 
@@ -295,7 +316,11 @@ def test_lr_scale_multiplies_the_groups_lr(tmp_path: Path) -> None:
 
 
 def test_weight_decay_rules_of_the_reference() -> None:
-    matrix, vector, token = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1, 1, 2))
+    matrix, vector, token = (
+        nn.Parameter(torch.zeros(2, 2)),
+        nn.Parameter(torch.zeros(2)),
+        nn.Parameter(torch.zeros(1, 1, 2)),
+    )
     assert not pretrain_no_decay("cls_token", token), "pretraining decays the class and mask tokens"
     assert not pretrain_no_decay("mask_token", token)
     assert finetune_no_decay("vit.cls_token", token), "fine-tuning does not"

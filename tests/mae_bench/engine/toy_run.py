@@ -95,7 +95,10 @@ class Run:
         **changes: Any,
     ):
         folder.mkdir(exist_ok=True)
-        self.faults = {key: changes.pop(key, None) for key in ("stop_at", "crash_at", "kill_at", "poison", "overflow", "on")}
+        self.faults = {
+            key: changes.pop(key, None)
+            for key in ("stop_at", "crash_at", "kill_at", "poison", "overflow", "on")
+        }
         config = TrainConfig(**{**CONFIG, **changes})  # type: ignore[arg-type]
         self.progress, self.bad = Progress(folder / "events.jsonl" if world().is_main else None), bad
         self.progress.stop_on_signals()
@@ -143,7 +146,11 @@ class Run:
             if step == self.faults["kill_at"]:
                 os.kill(os.getpid(), signal.SIGKILL)
         loss = F.cross_entropy(model(batch.imgs), batch.targets)
-        return loss * float("nan") if step == self.faults["poison"] and world().rank == (self.faults["on"] or 0) else loss
+        return (
+            loss * float("nan")
+            if step == self.faults["poison"] and world().rank == (self.faults["on"] or 0)
+            else loss
+        )
 
     def overflows(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient that this process has; at the step of the fault the first number of it is infinite."""
@@ -209,7 +216,9 @@ def main() -> None:
     """
     path = Path(sys.argv[1])
     torch.set_num_threads(1)
-    torch.compile = partial(torch.compile, backend="eager")  # what is compiled around what is the test's; inductor is slow
+    torch.compile = partial(
+        torch.compile, backend="eager"
+    )  # what is compiled around what is the test's; inductor is slow
     results = {}
     with process_group("cpu"):
         for name, settings in json.loads(path.read_text()).items():

@@ -34,7 +34,9 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch: pytest.MonkeyPat
     assert found["problems"] == [], "the core does without"
 
 
-def test_an_extra_whose_system_library_is_missing_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extra_whose_system_library_is_missing_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "needy.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setitem(EXTRAS, "ade20k", Extra(("json",), "segmentation", "make setup", compiled=("needy",)))
@@ -48,7 +50,9 @@ def test_an_extra_whose_system_library_is_missing_is_broken(tmp_path: Path, monk
 def test_two_distributions_of_one_module_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version_of", lambda name: "1.0")
     found = doctor.examine()
-    assert found["problems"] == ["two distributions own the module detectron2: sal-detectron2 1.0 and detectron2 1.0"]
+    assert found["problems"] == [
+        "two distributions own the module detectron2: sal-detectron2 1.0 and detectron2 1.0"
+    ]
     assert found["fix"].startswith("python -m pip uninstall sal-detectron2 ")
 
 
@@ -66,7 +70,11 @@ def test_a_broken_core_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("distribution", "route"),
-    [("sal-detectron2", "wheel that needs no compiler"), ("detectron2", "build of the upstream repository"), ("", "unknown")],
+    [
+        ("sal-detectron2", "wheel that needs no compiler"),
+        ("detectron2", "build of the upstream repository"),
+        ("", "unknown"),
+    ],
 )
 @pytest.mark.parametrize("built", [True, False])
 def test_which_detectron2_is_in_use(

@@ -32,7 +32,9 @@ def test_the_commit_is_named_and_a_change_shows(checkout: Path) -> None:
     assert provenance.git_hash(checkout / "code.py") == f"{commit}-dirty"
 
 
-def test_a_package_installed_inside_a_strangers_checkout_has_no_commit(checkout: Path, tmp_path: Path) -> None:
+def test_a_package_installed_inside_a_strangers_checkout_has_no_commit(
+    checkout: Path, tmp_path: Path
+) -> None:
     (checkout / "venv").mkdir()
     (checkout / "venv" / "package.py").write_text("")
     assert provenance.git_hash(checkout / "venv" / "package.py") == ""

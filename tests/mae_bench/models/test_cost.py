@@ -6,7 +6,9 @@ from mae_bench.models.create import create_mae
 
 def block_macs(tokens: int, queries: int, width: int) -> int:
     """Multiply-adds of a block that answers for `queries` of its tokens: keys and values of all, attention, the rest."""
-    return 2 * tokens * width**2 + 2 * queries * width**2 + 2 * queries * tokens * width + 8 * queries * width**2
+    return (
+        2 * tokens * width**2 + 2 * queries * width**2 + 2 * queries * tokens * width + 8 * queries * width**2
+    )
 
 
 def test_training_counts_three_forward_passes_of_what_is_computed() -> None:

@@ -54,14 +54,17 @@ def test_configs_of_the_same_name_are_the_same_model(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "like"), [("mae_vit_tiny_patch16", "vit_tiny_patch16_224"), ("mae_vit_small_patch16", "vit_small_patch16_224")]
+    ("name", "like"),
+    [("mae_vit_tiny_patch16", "vit_tiny_patch16_224"), ("mae_vit_small_patch16", "vit_small_patch16_224")],
 )
 def test_the_smaller_sizes_are_timms(name: str, like: str) -> None:
     ours: Any
     theirs: Any
     with torch.device("meta"):
         ours, theirs = create_mae(name).encoder, timm.create_model(like, num_classes=0)
-    assert {k: t.shape for k, t in ours.state_dict().items()} == {k: t.shape for k, t in theirs.state_dict().items()}
+    assert {k: t.shape for k, t in ours.state_dict().items()} == {
+        k: t.shape for k, t in theirs.state_dict().items()
+    }
     assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads
 
 
@@ -81,7 +84,9 @@ def test_a_plain_vit_of_timm_is_an_encoder(name: str) -> None:
     arch = name.removeprefix("timm:").split(".")[0]
     with torch.device("meta"):
         model, theirs = create_mae(name, **TINY), timm.create_model(arch, num_classes=0)
-    assert {k: t.shape for k, t in model.encoder.state_dict().items()} == {k: t.shape for k, t in theirs.state_dict().items()}
+    assert {k: t.shape for k, t in model.encoder.state_dict().items()} == {
+        k: t.shape for k, t in theirs.state_dict().items()
+    }
     assert model.spec.img_size == theirs.patch_embed.img_size
     assert model.spec.norm_eps == theirs.norm.eps
 
@@ -115,7 +120,9 @@ def test_an_unknown_name_brings_the_nearest():
 
 
 def test_sizes_and_channels_are_free():
-    model = create_mae("mae_vit_tiny_patch16", img_size=(32, 48), patch_size=(16, 8), in_chans=5, target="hog", **TINY)
+    model = create_mae(
+        "mae_vit_tiny_patch16", img_size=(32, 48), patch_size=(16, 8), in_chans=5, target="hog", **TINY
+    )
     assert model.spec.grid_size == (2, 6)
     assert model.spec.mean == (0.5,) * 5
     loss, pred, mask = model.eval()(torch.randn(2, 5, 32, 48))

@@ -34,21 +34,32 @@ def inputs(spec: BackboneSpec = SPEC, n: int = 3) -> tuple[torch.Tensor, torch.T
     )
 
 
-def reference(model: MAE, imgs: torch.Tensor, noise: torch.Tensor, mask_ratio: float) -> tuple[float, np.ndarray, np.ndarray]:
+def reference(
+    model: MAE, imgs: torch.Tensor, noise: torch.Tensor, mask_ratio: float
+) -> tuple[float, np.ndarray, np.ndarray]:
     """MAE in numpy, step by step as the paper's section 3 describes it: every patch embedded, unshuffled, decoded and
     predicted."""
-    w = {name.removeprefix("encoder."): tensor.detach().double().numpy() for name, tensor in model.state_dict().items()}
+    w = {
+        name.removeprefix("encoder."): tensor.detach().double().numpy()
+        for name, tensor in model.state_dict().items()
+    }
     p, c, eps = SPEC.patch_size[0], SPEC.in_chans, SPEC.norm_eps
 
     def linear(x: np.ndarray, name: str) -> np.ndarray:
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
-        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * w[
+            f"{name}.weight"
+        ] + w[f"{name}.bias"]
 
     def block(x: np.ndarray, name: str, heads: int) -> np.ndarray:
         n, t, d = x.shape
-        qkv = linear(norm(x, f"{name}.norm1"), f"{name}.attn.qkv").reshape(n, t, 3, heads, d // heads).transpose(2, 0, 3, 1, 4)
+        qkv = (
+            linear(norm(x, f"{name}.norm1"), f"{name}.attn.qkv")
+            .reshape(n, t, 3, heads, d // heads)
+            .transpose(2, 0, 3, 1, 4)
+        )
         scores = qkv[0] @ qkv[1].transpose(0, 1, 3, 2) / math.sqrt(d // heads)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         y = (weights / weights.sum(-1, keepdims=True)) @ qkv[2]
@@ -59,7 +70,9 @@ def reference(model: MAE, imgs: torch.Tensor, noise: torch.Tensor, mask_ratio: f
 
     x = imgs.double().numpy()
     n, _, height, width = x.shape
-    patches = x.reshape(n, c, height // p, p, width // p, p).transpose(0, 2, 4, 3, 5, 1).reshape(n, -1, p * p * c)
+    patches = (
+        x.reshape(n, c, height // p, p, width // p, p).transpose(0, 2, 4, 3, 5, 1).reshape(n, -1, p * p * c)
+    )
     filters = w["patch_embed.proj.weight"].transpose(0, 2, 3, 1).reshape(SPEC.embed_dim, -1)
     tokens = patches @ filters.T + w["patch_embed.proj.bias"] + w["pos_embed"][:, 1:]
     order = noise.numpy().argsort(axis=1)
@@ -82,7 +95,9 @@ def reference(model: MAE, imgs: torch.Tensor, noise: torch.Tensor, mask_ratio: f
 
     target = patches
     if model.norm_pix_loss:
-        target = (patches - patches.mean(-1, keepdims=True)) / np.sqrt(patches.var(-1, ddof=1, keepdims=True) + 1e-6)
+        target = (patches - patches.mean(-1, keepdims=True)) / np.sqrt(
+            patches.var(-1, ddof=1, keepdims=True) + 1e-6
+        )
     loss = (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum()
     return float(loss), pred, mask
 
@@ -109,7 +124,8 @@ def test_training_path_has_the_same_loss_and_gradients(norm_pix_loss: bool) -> N
         loss = model(imgs, 0.75, noise)[0]
         loss.backward()
         gradients.append(
-            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            | {"loss": loss.detach()}
         )
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
@@ -154,7 +170,9 @@ def test_position_table_is_computed_in_double_precision() -> None:
     table = sincos_2d(1024, (28, 28), num_prefix_tokens=0)[0].numpy()
     frequency = 10000 ** (-np.arange(256, dtype=np.float64) / 256)
     down, across = np.divmod(np.arange(784, dtype=np.float64), 28)
-    want = np.concatenate([wave(place[:, None] * frequency) for place in (across, down) for wave in (np.sin, np.cos)], axis=1)
+    want = np.concatenate(
+        [wave(place[:, None] * frequency) for place in (across, down) for wave in (np.sin, np.cos)], axis=1
+    )
     assert (table != want.astype(np.float32)).mean() < 1e-3
 
 
@@ -241,10 +259,15 @@ def test_activation_checkpointing_keeps_fewer_activations() -> None:
 
 @pytest.mark.parametrize("encoder_mask_tokens", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_blocks_weights_are_touched_in_its_own_forward_alone(encoder_mask_tokens: bool, recompute: bool) -> None:
+def test_a_blocks_weights_are_touched_in_its_own_forward_alone(
+    encoder_mask_tokens: bool, recompute: bool
+) -> None:
     """Sharded weights are whole only between a block's hooks: here they are not numbers outside of them."""
     torch.manual_seed(0)
-    options: dict[str, Any] = {"encoder_mask_tokens": encoder_mask_tokens, "activation_checkpointing": recompute}
+    options: dict[str, Any] = {
+        "encoder_mask_tokens": encoder_mask_tokens,
+        "activation_checkpointing": recompute,
+    }
     model = MAE(SPEC, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, **options)
     imgs, noise = inputs()
     want = model(imgs, 0.75, noise)[0]
@@ -265,7 +288,9 @@ def test_a_blocks_weights_are_touched_in_its_own_forward_alone(encoder_mask_toke
     assert torch.equal(model(imgs, 0.75, noise)[0], want)
 
 
-@pytest.mark.parametrize("options", [{}, {"encoder_mask_tokens": True}, {"target": "hog"}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"encoder_mask_tokens": True}, {"target": "hog"}, {"activation_checkpointing": True}]
+)
 def test_the_training_step_is_one_graph(options: dict[str, Any]) -> None:
     """Nothing in forward depends on values or waits for a device."""
     torch.manual_seed(0)
@@ -308,7 +333,9 @@ def test_mask_tokens_in_the_encoder() -> None:
     removed = mask[0].argmax()
     changed = model.patchify(imgs).clone()
     changed[0, removed] += 1
-    assert torch.equal(model.eval()(model.unpatchify(changed), 0.75, noise)[1], pred), "the encoder must not see removed pixels"
+    assert torch.equal(model.eval()(model.unpatchify(changed), 0.75, noise)[1], pred), (
+        "the encoder must not see removed pixels"
+    )
 
 
 def test_initialisation_is_the_references() -> None:
@@ -328,11 +355,15 @@ def test_initialisation_is_the_references() -> None:
             assert not tensor.any(), name
         elif "norm" in name:
             assert (tensor == 1).all(), name
-    assert model.encoder.patch_embed.proj.bias.abs().max() <= 1 / math.sqrt(192), "torch's own, in the reference too"
+    assert model.encoder.patch_embed.proj.bias.abs().max() <= 1 / math.sqrt(192), (
+        "torch's own, in the reference too"
+    )
 
 
 def test_every_norm_has_the_same_eps() -> None:
-    norms = [m for m in make(spec=replace(SPEC, norm_eps=1e-3)).modules() if isinstance(m, torch.nn.LayerNorm)]
+    norms = [
+        m for m in make(spec=replace(SPEC, norm_eps=1e-3)).modules() if isinstance(m, torch.nn.LayerNorm)
+    ]
     assert {norm.eps for norm in norms} == {1e-3}
     assert len(norms) == 2 * (2 + 2) + 2
 
@@ -357,4 +388,6 @@ def test_the_class_token_is_never_masked_and_has_no_position() -> None:
     model.encoder.blocks[0].register_forward_pre_hook(lambda _, args: first.setdefault("x", args[0]))
     model(imgs, 0.75, noise)
     assert first["x"].shape[1] == 1 + 6
-    torch.testing.assert_close(first["x"][:, :1], model.encoder.cls_token.expand(3, -1, -1), msg="row 0 of the table is zero")
+    torch.testing.assert_close(
+        first["x"][:, :1], model.encoder.cls_token.expand(3, -1, -1), msg="row 0 of the table is zero"
+    )

@@ -48,7 +48,9 @@ def test_grid_keeps_one_of_every_four_regularly():
     want[::2, ::2] = False
     assert torch.equal(removed, want.expand(2, -1, -1))
     half = draw("grid", 1, (6, 8), 0.5)[0]
-    assert torch.equal(half, (torch.arange(6)[:, None] + torch.arange(8)) % 2 == 1), "half of them is a chessboard"
+    assert torch.equal(half, (torch.arange(6)[:, None] + torch.arange(8)) % 2 == 1), (
+        "half of them is a chessboard"
+    )
 
 
 def test_blocks_are_rectangles():
@@ -57,7 +59,9 @@ def test_blocks_are_rectangles():
         random, block = (joins(draw(sampling, 64, (14, 14), mask_ratio)) for sampling in ("random", "block"))
         assert random < 0.7
         assert block > least
-    small = draw("block", 200, (14, 14), 16 / 196)  # one block of BEiT's smallest size, or as little as rounding leaves beside it
+    small = draw(
+        "block", 200, (14, 14), 16 / 196
+    )  # one block of BEiT's smallest size, or as little as rounding leaves beside it
     boxes = [(row.any(1).nonzero().flatten(), row.any(0).nonzero().flatten()) for row in small]
     areas = torch.tensor([(r[-1] - r[0] + 1) * (c[-1] - c[0] + 1) for r, c in boxes])
     assert (areas <= 20).float().mean() > 0.35, "random patches would fill the grid"
@@ -77,12 +81,16 @@ def test_masks_fall_everywhere_and_differ(sampling):
 
 @pytest.mark.parametrize("sampling", ["random", "block", "grid"])
 def test_repeats_from_a_generator(sampling):
-    first, again, other = (sample_noise(sampling, 8, (14, 14), 0.6, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    first, again, other = (
+        sample_noise(sampling, 8, (14, 14), 0.6, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize(("mask_ratio", "usable"), [(0.0, "at most 0.937"), (0.99, "at most 0.937"), (-1.0, "above 0")])
+@pytest.mark.parametrize(
+    ("mask_ratio", "usable"), [(0.0, "at most 0.937"), (0.99, "at most 0.937"), (-1.0, "above 0")]
+)
 def test_ratio_without_visible_or_removed_patches_names_the_usable_range(mask_ratio, usable):
     with pytest.raises(UserError, match="keeps") as error:
         sample_noise("random", 1, (4, 4), mask_ratio)

@@ -56,7 +56,9 @@ def test_pca_target_is_the_projection_and_goes_back_to_pixels():
     whole = make(target="pca", num_pca=values)
     whole.target.fit(patches)
     coefficients = (model.patchify(imgs) - whole.target.mean) @ whole.target.basis.T
-    torch.testing.assert_close(whole.target.to_pixels(coefficients, patches), model.patchify(imgs), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        whole.target.to_pixels(coefficients, patches), model.patchify(imgs), rtol=1e-4, atol=1e-4
+    )
     assert model.can_reconstruct
 
 
@@ -87,7 +89,8 @@ def hog_by_loops(img, cell, patch):
 
 
 @pytest.mark.parametrize(
-    ("img_size", "patch", "cell"), [((32, 48), (16, 8), (8, 8)), ((28, 14), (14, 14), (7, 7)), ((8, 12), (4, 4), (4, 4))]
+    ("img_size", "patch", "cell"),
+    [((32, 48), (16, 8), (8, 8)), ((28, 14), (14, 14), (7, 7)), ((8, 12), (4, 4), (4, 4))],
 )
 def test_hog_equals_loops(img_size, patch, cell):
     spec = BackboneSpec("vit", img_size, patch, 2, 16, 1, 2, mean=(0.5,) * 2, std=(0.5,) * 2)
@@ -101,9 +104,13 @@ def test_hog_equals_loops(img_size, patch, cell):
 
 def test_hog_sees_edges_and_not_brightness():
     target = HOG(SPEC)
-    ramp = torch.arange(48.0).expand(1, 3, 32, 48).clone()  # rises across: the gradient has angle 0, the first bin
+    ramp = (
+        torch.arange(48.0).expand(1, 3, 32, 48).clone()
+    )  # rises across: the gradient has angle 0, the first bin
     histograms = target.histograms(ramp).reshape(SPEC.num_patches, -1, 9)
-    torch.testing.assert_close(histograms, F.one_hot(torch.zeros(histograms.shape[:2], dtype=torch.long), 9).float())
+    torch.testing.assert_close(
+        histograms, F.one_hot(torch.zeros(histograms.shape[:2], dtype=torch.long), 9).float()
+    )
     imgs = images()
     torch.testing.assert_close(target.histograms(imgs), target.histograms(imgs * 7 + 3), rtol=1e-3, atol=1e-4)
     assert not target.histograms(torch.ones(1, 3, 32, 48)).any(), "a flat image has none"
@@ -144,7 +151,9 @@ def test_every_target_trains_the_loss_that_it_evaluates(target, loss_on):
         assert pred.shape[1:] == (SPEC.num_patches if loss_on == "all" or not mode else 9, model.target.dim)
     torch.testing.assert_close(*losses)
     losses[0].backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad), "DDP waits for every gradient"
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad), (
+        "DDP waits for every gradient"
+    )
 
 
 def test_loss_on_all_patches_is_the_mean_over_them():

@@ -38,7 +38,9 @@ def weights():
     generator = torch.Generator().manual_seed(0)
     found = {}
     for name, (out, into, kernel) in published_names().items():
-        found[f"{name}.w"] = torch.randn(out, into, kernel, kernel, generator=generator) * (2 / (into * kernel**2)) ** 0.5
+        found[f"{name}.w"] = (
+            torch.randn(out, into, kernel, kernel, generator=generator) * (2 / (into * kernel**2)) ** 0.5
+        )
         found[f"{name}.b"] = torch.randn(out, generator=generator) * 0.1
     return found
 
@@ -49,7 +51,9 @@ def conv(x, weights, name):
     side = w.shape[-1]
     x = F.pad(x, (side // 2,) * 4)
     height, width = x.shape[2] - side + 1, x.shape[3] - side + 1
-    moved = [(w[:, :, i, j], x[:, :, i : i + height, j : j + width]) for i in range(side) for j in range(side)]
+    moved = [
+        (w[:, :, i, j], x[:, :, i : i + height, j : j + width]) for i in range(side) for j in range(side)
+    ]
     return sum(torch.einsum("oc,nchw->nohw", kernel, part) for kernel, part in moved) + b[:, None, None]
 
 
@@ -104,7 +108,9 @@ def test_the_published_shapes_fit(tmp_path):
 def test_images_of_any_size_get_one_token_a_patch(tmp_path, weights):
     save_file(weights, tmp_path / "e.safetensors")
     tokenizer = load_tokenizer(tmp_path / "e.safetensors")
-    pixels = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    pixels = torch.randint(
+        0, 256, (2, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)
+    )
     tokens = tokenizer(pixels, (2, 3))
     assert tokens.shape == (2, 6)
     assert tokens.dtype == torch.long
@@ -136,7 +142,13 @@ def test_other_files_are_refused(tmp_path, weights):
             load_tokenizer(path)
 
     refuse({"patch_embed.proj.weight": torch.zeros(2)})
-    refuse({name: tensor for name, tensor in weights.items() if name != "blocks.group_2.block_1.res_path.conv_2.w"})
+    refuse(
+        {
+            name: tensor
+            for name, tensor in weights.items()
+            if name != "blocks.group_2.block_1.res_path.conv_2.w"
+        }
+    )
     refuse(weights | {"blocks.output.conv.w": torch.zeros(5, 3, 1, 1)})
     refuse(weights | {"blocks.extra.w": torch.zeros(5)})
     refuse([1, 2])

@@ -123,7 +123,9 @@ def test_random_floor_depends_on_its_seed_alone(tmp_path: Path) -> None:
     digests = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         (tmp_path / name).mkdir()
-        digests.append(run_random(config, Job(name, "random", {}, tmp_path / name, seed), Progress()).backbone_digest)
+        digests.append(
+            run_random(config, Job(name, "random", {}, tmp_path / name, seed), Progress()).backbone_digest
+        )
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -185,7 +187,9 @@ def test_own_images_without_classes_or_validation(tmp_path: Path) -> None:
     folder = tmp_path / "mine" / "holiday"
     folder.mkdir(parents=True)
     for number in range(8):
-        Image.fromarray(np.random.default_rng(number).integers(0, 255, (20, 24), dtype=np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (20, 24), dtype=np.uint8)).save(
+            folder / f"{number}.png"
+        )
     model = {**MODEL, "img_size": (16, 8), "in_chans": 1, "mean": (0.5,), "std": (0.25,)}
     outcome = pretrain(tmp_path / "mine", tmp_path / "run", model=model)
     assert (outcome.split, outcome.main_metric, outcome.num_samples) == ("train", "train_loss", 8)
@@ -204,7 +208,10 @@ def test_masks_depend_on_neither_accumulation_nor_its_parts(data: Path, tmp_path
 
 def test_reconstructions_are_drawn_on_the_way(data: Path, tmp_path: Path) -> None:
     pretrain(data, tmp_path / "run", reconstruct_epochs=1)
-    assert sorted(p.name for p in (tmp_path / "run" / "reconstructions").iterdir()) == ["step-00000003.png", "step-00000006.png"]
+    assert sorted(p.name for p in (tmp_path / "run" / "reconstructions").iterdir()) == [
+        "step-00000003.png",
+        "step-00000006.png",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +227,9 @@ def test_reconstructions_are_drawn_on_the_way(data: Path, tmp_path: Path) -> Non
         ({"target": "pca", "num_pca": 49}, "num_pca 49"),
     ],
 )
-def test_bad_input_is_one_clear_error(data: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_bad_input_is_one_clear_error(
+    data: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         pretrain(data, tmp_path / "run", **changes)
 
@@ -244,7 +253,10 @@ def test_a_resume_from_another_architecture_keeps_the_state(data: Path, tmp_path
 def test_multispectral_arrays_are_pretrained_on(tmp_path: Path) -> None:
     (tmp_path / "bands").mkdir()
     for number in range(6):
-        np.save(tmp_path / "bands" / f"{number}.npy", np.random.default_rng(number).random((20, 20, 5), dtype=np.float32))
+        np.save(
+            tmp_path / "bands" / f"{number}.npy",
+            np.random.default_rng(number).random((20, 20, 5), dtype=np.float32),
+        )
     model = {**MODEL, "in_chans": 5, "mean": (0.5,) * 5, "std": (0.3,) * 5}
     outcome = pretrain(tmp_path / "bands", tmp_path / "run", model=model, norm_pix_loss=False)
     assert outcome.metrics["train_loss"].value < 3, "of values whose variance is about 1"

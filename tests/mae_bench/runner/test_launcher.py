@@ -25,7 +25,9 @@ def command(script: Path, suite: dict[str, Any]) -> list[str]:
 
 def torchrun(script: Path, suite: dict[str, Any]) -> subprocess.Popen[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen([*launcher, *command(script, suite)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*launcher, *command(script, suite)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def srun(script: Path, suite: dict[str, Any], job: int) -> list[subprocess.Popen[str]]:
@@ -61,7 +63,9 @@ def test_torchrun_runs_a_suite(fake_kinds: Path, suite: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_torchrun_that_is_stopped_saves(fake_kinds: Path, suite: dict[str, Any], number: signal.Signals) -> None:
+def test_torchrun_that_is_stopped_saves(
+    fake_kinds: Path, suite: dict[str, Any], number: signal.Signals
+) -> None:
     """SIGTERM it passes on; of SIGUSR1 it dies, and its processes find themselves without it."""
     suite |= {"backbones": {"mae": {"kind": "fake_pretraining", "behave": "wait"}}, "tasks": {}}
     process = torchrun(fake_kinds, suite)
@@ -118,7 +122,13 @@ def test_what_is_no_step_of_several_tasks_stays(change: dict[str, str | None]) -
 
 @pytest.mark.parametrize(
     ("names", "first"),
-    [("gpu[07-09,12],big1", "gpu07"), ("a,b", "a"), ("alone", "alone"), ("n[3,5]", "n3"), ("r1-n[1-2]-ib", "r1-n1-ib")],
+    [
+        ("gpu[07-09,12],big1", "gpu07"),
+        ("a,b", "a"),
+        ("alone", "alone"),
+        ("n[3,5]", "n3"),
+        ("r1-n[1-2]-ib", "r1-n1-ib"),
+    ],
 )
 def test_the_first_host_of_a_list(names: str, first: str) -> None:
     assert first_host(names) == first
@@ -159,7 +169,9 @@ def company(monkeypatch: pytest.MonkeyPatch) -> Company:
     return Company()
 
 
-def test_a_folder_that_is_not_shared_is_named(company: Company, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_not_shared_is_named(
+    company: Company, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mae_bench.runner.launcher.SHARED_SECONDS", 0.0)
     company.store.set("order/1", json.dumps({"folder": str(tmp_path / "elsewhere")}))
     with pytest.raises(UserError, match="rank 1 .* does not see .*elsewhere"):

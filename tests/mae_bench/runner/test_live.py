@@ -102,7 +102,9 @@ def test_the_live_view_draws_bars_and_keeps_results(tmp_path: Path) -> None:
     assert "start" not in text, "the bar says so"
 
 
-def test_several_processes_are_counted_and_so_are_their_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_are_counted_and_so_are_their_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = StringIO()
     view = View(Console(file=text, width=120))
     view.start(tmp_path, "mae", processes=8, imgs_per_step=4096)

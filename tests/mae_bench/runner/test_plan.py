@@ -16,7 +16,10 @@ from mae_bench.suite.config import load_suite
 
 
 def states(suite: dict[str, Any], *overrides: str) -> dict[tuple[str, str], str]:
-    return {(cell["backbone"], cell["task"]): cell["state"] for cell in plan_of(load_suite(suite, overrides))["cells"]}
+    return {
+        (cell["backbone"], cell["task"]): cell["state"]
+        for cell in plan_of(load_suite(suite, overrides))["cells"]
+    }
 
 
 def text(suite: dict[str, Any], *overrides: str) -> str:
@@ -49,7 +52,9 @@ def test_data_that_the_suite_makes_is_no_reason_to_fail(suite: dict[str, Any], t
     assert set(states(suite, f"data.root={tmp_path}").values()) == {"left"}
 
 
-def test_what_is_not_installed_is_named_with_the_command(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_installed_is_named_with_the_command(
+    suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(EXTRAS, "odd", Extra(("no_such_module",), "odd tasks", "pip install odd"))
     monkeypatch.setitem(KINDS, "fake_transfer", Kind(**vars(KINDS["fake_transfer"]) | {"extra": "odd"}))
     assert states(suite)["good", "probe"] == "not installed"
@@ -70,14 +75,20 @@ def test_a_cell_that_is_left_beside_a_finished_one_says_what_differs(suite: dict
     assert "score: 1.0 (here 5.0)" in text(suite, "backbones.good.score=5")
 
 
-def test_a_pretraining_shows_its_batch_on_the_devices_at_hand(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    suite["backbones"] = {"mae": {"kind": "fake_pretraining", "global_batch_size": 64, "device_batch_size": 4}}
+def test_a_pretraining_shows_its_batch_on_the_devices_at_hand(
+    suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite["backbones"] = {
+        "mae": {"kind": "fake_pretraining", "global_batch_size": 64, "device_batch_size": 4}
+    }
     (cell, _) = plan_of(load_suite(suite, ["processes=2"]))["cells"]
     assert (cell["processes"], cell["state"]) == (2, "left")
     assert "mae: global batch 64 = 2 devices x 4 images x 8 accumulated" in text(suite, "processes=2")
     suite["tasks"] = {}
     monkeypatch.setattr("mae_bench.runner.plan.visible_gpus", lambda: ["0", "1", "2", "3"])
-    assert "64 = 4 devices x 4 images x 4 accumulated" in text(suite, "device=auto"), "all GPUs for a run of one cell"
+    assert "64 = 4 devices x 4 images x 4 accumulated" in text(suite, "device=auto"), (
+        "all GPUs for a run of one cell"
+    )
 
 
 def test_a_batch_that_the_devices_cannot_make_would_fail(suite: dict[str, Any]) -> None:
@@ -90,7 +101,9 @@ def test_counts() -> None:
     assert counts([{"state": "left"}, {"state": "done"}, {"state": "left"}]) == "3 cells: 1 done, 2 left"
 
 
-def test_a_distributed_kind_that_trains_nothing_has_no_batch(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_distributed_kind_that_trains_nothing_has_no_batch(
+    suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(KINDS, "fake_transfer", replace(KINDS["fake_transfer"], distributed=True))
     assert "left" in text(suite)
     found = [cell for cell in plan_of(load_suite(suite, ["processes=2"]))["cells"] if cell["task"] == "probe"]

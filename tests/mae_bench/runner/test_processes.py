@@ -26,11 +26,18 @@ from mae_bench.suite.config import load_suite
 @pytest.fixture
 def pretraining(suite: dict[str, Any]) -> dict[str, Any]:
     """One backbone, made by two processes."""
-    return suite | {"backbones": {"mae": {"kind": "fake_pretraining"}}, "tasks": {}, "processes": 2, "jobs": 1}
+    return suite | {
+        "backbones": {"mae": {"kind": "fake_pretraining"}},
+        "tasks": {},
+        "processes": 2,
+        "jobs": 1,
+    }
 
 
 def run(suite: dict[str, Any], *overrides: str) -> ResultRecord | Failure:
-    ((_, result),) = run_suite(load_suite(suite, overrides), View(Console(file=StringIO())), "mae-bench run toy.yaml")
+    ((_, result),) = run_suite(
+        load_suite(suite, overrides), View(Console(file=StringIO())), "mae-bench run toy.yaml"
+    )
     return result
 
 
@@ -70,7 +77,9 @@ def test_all_ranks_run_the_job_and_one_writes_the_record(pretraining: dict[str, 
     assert isinstance(record, ResultRecord)
     assert record.score.value == 2.0, "each step was taken by two"
     assert record.hardware["processes"] == 2
-    assert (folder_of(pretraining) / "events.jsonl").read_text().count('"load"') == 1, "rank 0 alone writes progress"
+    assert (folder_of(pretraining) / "events.jsonl").read_text().count('"load"') == 1, (
+        "rank 0 alone writes progress"
+    )
     assert run(pretraining | {"processes": 1}) == record, "the number of processes is no part of the cell"
 
 
@@ -82,7 +91,9 @@ def test_all_ranks_run_the_job_and_one_writes_the_record(pretraining: dict[str, 
         ("exit 3 on rank 1", "ended with exit code 3", "log.txt"),
     ],
 )
-def test_the_failure_of_any_rank_is_the_cells(pretraining: dict[str, Any], behave: str, reason: str, fix: str) -> None:
+def test_the_failure_of_any_rank_is_the_cells(
+    pretraining: dict[str, Any], behave: str, reason: str, fix: str
+) -> None:
     failure = run(pretraining, f"backbones.mae.behave={behave}")
     assert isinstance(failure, Failure)
     assert reason in failure.reason
@@ -112,7 +123,9 @@ def test_a_stopped_pretraining_saves_and_goes_on(
     assert len(list(Path(pretraining["out"]).rglob("record.json"))) == 1
 
 
-def test_a_rank_that_is_killed_ends_the_cell_and_the_same_command_goes_on(fake_kinds: Path, pretraining: dict[str, Any]) -> None:
+def test_a_rank_that_is_killed_ends_the_cell_and_the_same_command_goes_on(
+    fake_kinds: Path, pretraining: dict[str, Any]
+) -> None:
     pretraining["backbones"]["mae"]["behave"] = "wait"
     process = start(fake_kinds, pretraining, "--json")
     pids = pids_in_training(pretraining, process)
@@ -192,13 +205,22 @@ def test_a_rank_that_was_asked_to_stop_takes_the_others_along() -> None:
 
 @pytest.mark.parametrize(
     ("codes", "cause"),
-    [((1, -9), -9), ((-6, 1), 1), ((1, 3), 3), ((INTERRUPTED, 1), INTERRUPTED), ((-11, -6), -11), ((0, -6), -6)],
+    [
+        ((1, -9), -9),
+        ((-6, 1), 1),
+        ((1, 3), 3),
+        ((INTERRUPTED, 1), INTERRUPTED),
+        ((-11, -6), -11),
+        ((0, -6), -6),
+    ],
 )
 def test_the_cause_is_told_from_what_follows(codes: tuple[int, int], cause: int) -> None:
     assert Ranks([Fake(code) for code in codes]).poll() == cause
 
 
-def test_more_processes_than_gpus_are_refused(pretraining: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_processes_than_gpus_are_refused(
+    pretraining: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mae_bench.runner.runner.visible_gpus", lambda: ["0"])
     with pytest.raises(UserError, match="processes=2, but torch sees 1 GPU"):
         run(pretraining | {"device": "cuda"})

@@ -28,14 +28,18 @@ Results = dict[tuple[str, str, int], ResultRecord | Failure]
 def run(suite: dict[str, Any], *overrides: str) -> tuple[Results, str]:
     """Runs the suite here; returns the results and what the view printed."""
     text = StringIO()
-    results = run_suite(load_suite(suite, overrides), View(Console(file=text, width=300)), "mae-bench run toy.yaml")
+    results = run_suite(
+        load_suite(suite, overrides), View(Console(file=text, width=300)), "mae-bench run toy.yaml"
+    )
     return {(cell.backbone, cell.task, cell.seed): result for cell, result in results}, text.getvalue()
 
 
 def times_run(suite: dict[str, Any]) -> dict[str, int]:
     """How often each cell's job was started, by its folder below `cells`, less the key."""
     files = Path(suite["out"]).rglob("runs.txt")
-    return {f"{f.parent.parent.name}/{f.parent.name.rsplit('-', 1)[0]}": len(f.read_text().split()) for f in files}
+    return {
+        f"{f.parent.parent.name}/{f.parent.name.rsplit('-', 1)[0]}": len(f.read_text().split()) for f in files
+    }
 
 
 def test_every_cell_gets_a_record_that_explains_itself(suite: dict[str, Any]) -> None:
@@ -53,7 +57,9 @@ def test_every_cell_gets_a_record_that_explains_itself(suite: dict[str, Any]) ->
     assert record.versions["python"].startswith("3.")
     assert record.hardware["cores"] == num_cores()
     assert record.started <= record.finished
-    assert record.backbone_digest.startswith("good · fake_maker"), "the transfer was given its own backbone's export"
+    assert record.backbone_digest.startswith("good · fake_maker"), (
+        "the transfer was given its own backbone's export"
+    )
     assert record.conversion_report == {"source": "run:good"}, "no path of this machine"
     assert record.hardware["threads"] == 1
     assert printed.count("done") == 6
@@ -62,7 +68,12 @@ def test_every_cell_gets_a_record_that_explains_itself(suite: dict[str, Any]) ->
 def test_finished_cells_are_not_run_again(suite: dict[str, Any]) -> None:
     run(suite)
     _, printed = run(suite)
-    assert times_run(suite) == {"good/backbone-s0": 1, "base/backbone-s0": 1, "good/probe-s0": 1, "base/probe-s0": 1}
+    assert times_run(suite) == {
+        "good/backbone-s0": 1,
+        "base/backbone-s0": 1,
+        "good/probe-s0": 1,
+        "base/probe-s0": 1,
+    }
     assert "4 finished before, 0 to run" in printed
 
 
@@ -81,7 +92,12 @@ def test_a_changed_config_runs_what_depends_on_it_and_nothing_else(suite: dict[s
         ("user error", "failed", "a given thing (expected: another thing)", "mend it"),
         ("not installed", "not installed", "the module 'x' is not installed", "pip install x"),
         ("exception", "failed", "ZeroDivisionError: what nobody foresaw", "log.txt"),
-        ("SIGKILL", "failed", "killed by SIGKILL, most often because the system ran out of memory", "device_batch_size"),
+        (
+            "SIGKILL",
+            "failed",
+            "killed by SIGKILL, most often because the system ran out of memory",
+            "device_batch_size",
+        ),
         ("exit 3", "failed", "ended with exit code 3", "log.txt"),
     ],
 )
@@ -93,7 +109,12 @@ def test_a_cell_that_fails_says_why_and_the_others_still_run(
     results, printed = run(suite)
     failure = results["good", "bad", 0]
     assert isinstance(failure, Failure)
-    assert (failure.status, failure.backbone, failure.task, failure.protocol) == (status, "good", "imagenet", "bad")
+    assert (failure.status, failure.backbone, failure.task, failure.protocol) == (
+        status,
+        "good",
+        "imagenet",
+        "bad",
+    )
     assert reason in failure.reason
     assert fix in failure.fix
     assert isinstance(results["good", "probe", 0], ResultRecord)
@@ -113,7 +134,9 @@ def test_the_log_keeps_what_a_failure_leaves_out(suite: dict[str, Any]) -> None:
     assert "last words" in failure.reason
 
 
-def test_transfers_of_another_backbone_than_the_one_that_is_there_are_run_again(suite: dict[str, Any]) -> None:
+def test_transfers_of_another_backbone_than_the_one_that_is_there_are_run_again(
+    suite: dict[str, Any],
+) -> None:
     run(suite)
     (made,) = [path for path in Path(suite["out"]).rglob(RECORD_FILE) if "good/backbone" in str(path)]
     made.unlink()  # and so made again, with other weights
@@ -122,7 +145,12 @@ def test_transfers_of_another_backbone_than_the_one_that_is_there_are_run_again(
     assert isinstance(maker, ResultRecord)
     assert isinstance(transfer, ResultRecord)
     assert transfer.backbone_digest == maker.backbone_digest == "good · fake_maker · seed 0, run 2"
-    assert times_run(suite) == {"good/backbone-s0": 2, "base/backbone-s0": 1, "good/probe-s0": 2, "base/probe-s0": 1}
+    assert times_run(suite) == {
+        "good/backbone-s0": 2,
+        "base/backbone-s0": 1,
+        "good/probe-s0": 2,
+        "base/probe-s0": 1,
+    }
 
 
 def test_environment_variables_stay_literal_until_the_data_is_read(
@@ -137,7 +165,11 @@ def test_environment_variables_stay_literal_until_the_data_is_read(
     assert isinstance(record, ResultRecord)
     assert record.config["data"] == "$TOY_DATA/imagenet"
     assert record.notes == [f"{toy_data}/imagenet"], "where the job read it"
-    orders = [path.read_text() for path in Path(suite["out"]).rglob("*.json") if path.name in ("suite.json", CELL_FILE)]
+    orders = [
+        path.read_text()
+        for path in Path(suite["out"]).rglob("*.json")
+        if path.name in ("suite.json", CELL_FILE)
+    ]
     assert len(orders) == 5
     assert not [text for text in orders if str(toy_data) in text]
 
@@ -182,7 +214,10 @@ def test_missing_data_is_named_before_anything_runs(suite: dict[str, Any], tmp_p
 
 
 def test_one_runner_a_folder(suite: dict[str, Any]) -> None:
-    with locked(Path(suite["out"])), pytest.raises(UserError, match=f"process {os.getpid()} runs a suite there"):
+    with (
+        locked(Path(suite["out"])),
+        pytest.raises(UserError, match=f"process {os.getpid()} runs a suite there"),
+    ):
         run(suite)
     run(suite)
 
@@ -208,8 +243,15 @@ def test_slots(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         slots(suite, "device=cuda")
 
 
-def test_a_run_of_one_cell_takes_all_gpus_for_it(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = suite | {"backbones": {"mae": {"kind": "fake_pretraining"}}, "tasks": {}, "jobs": 1, "device": "auto"}
+def test_a_run_of_one_cell_takes_all_gpus_for_it(
+    suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = suite | {
+        "backbones": {"mae": {"kind": "fake_pretraining"}},
+        "tasks": {},
+        "jobs": 1,
+        "device": "auto",
+    }
     assert room_of(load_suite(alone)).processes == 1, "on a CPU"
     monkeypatch.setattr("mae_bench.runner.runner.visible_gpus", lambda: ["2", "5", "7"])
     assert room_of(load_suite(suite, ["device=auto"])).processes == 1, "several cells share the GPUs"
@@ -217,7 +259,9 @@ def test_a_run_of_one_cell_takes_all_gpus_for_it(suite: dict[str, Any], monkeypa
     assert room_of(load_suite(alone, ["processes=2"])).processes == 2
 
 
-def placed(suite: dict[str, Any], room: Room, started: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> Runner:
+def placed(
+    suite: dict[str, Any], room: Room, started: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> Runner:
     """A runner whose cells run until `kill`; `started` gets each cell's name and its GPUs."""
 
     def start(self: Runner, cell: Cell, slots: list[Slot], count: int) -> Any:
@@ -228,7 +272,9 @@ def placed(suite: dict[str, Any], room: Room, started: list[tuple[str, str]], mo
     return Runner(expand(load_suite(suite), {}), room, 1, "", View(Console(file=StringIO())))
 
 
-def test_a_cell_of_several_processes_takes_as_many_gpus(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_of_several_processes_takes_as_many_gpus(
+    suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     kinds = {"a": "fake_maker", "b": "fake_pretraining", "c": "fake_maker"}
     suite |= {"backbones": {name: {"kind": kind} for name, kind in kinds.items()}, "tasks": {}}
     started: list[tuple[str, str]] = []
@@ -249,7 +295,9 @@ def start(script: Path, suite: dict[str, Any], *arguments: str) -> subprocess.Po
     path = Path(suite["out"]).with_name("toy.yaml")
     path.write_text(json.dumps(suite))
     command = [sys.executable, str(script), "run", str(path), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+    )
 
 
 def hear_interrupts() -> None:
@@ -269,7 +317,9 @@ def waiting_worker(suite: dict[str, Any], process: subprocess.Popen[str]) -> Pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_a_stopped_run_saves_and_goes_on(fake_kinds: Path, suite: dict[str, Any], number: signal.Signals) -> None:
+def test_a_stopped_run_saves_and_goes_on(
+    fake_kinds: Path, suite: dict[str, Any], number: signal.Signals
+) -> None:
     suite["backbones"]["good"]["behave"] = "wait"
     process = start(fake_kinds, suite)
     folder = waiting_worker(suite, process)
@@ -286,7 +336,9 @@ def test_a_stopped_run_saves_and_goes_on(fake_kinds: Path, suite: dict[str, Any]
     assert times_run(suite)["good/backbone-s0"] == 2, "it went on from its state"
 
 
-def test_a_runner_that_is_killed_leaves_no_worker_behind_and_goes_on(fake_kinds: Path, suite: dict[str, Any]) -> None:
+def test_a_runner_that_is_killed_leaves_no_worker_behind_and_goes_on(
+    fake_kinds: Path, suite: dict[str, Any]
+) -> None:
     suite["backbones"]["good"]["behave"] = "wait"
     process = start(fake_kinds, suite)
     waiting_worker(suite, process)
@@ -311,7 +363,9 @@ def test_a_worker_that_others_stop_is_a_failure_and_goes_on(fake_kinds: Path, su
 
 
 def test_cells_know_their_place(suite: dict[str, Any]) -> None:
-    cell = Cell("mae", "linear", "imagenet", "fake_transfer", {"protocol": "linear-90ep"}, 1, "key", Path("there"))
+    cell = Cell(
+        "mae", "linear", "imagenet", "fake_transfer", {"protocol": "linear-90ep"}, 1, "key", Path("there")
+    )
     assert cell.name == "mae · linear · seed 1"
     assert cell.result() is None
     assert cell.failure("why").protocol == "linear-90ep"

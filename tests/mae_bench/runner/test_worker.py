@@ -30,7 +30,10 @@ def order(folder: Path, **config: Any) -> Order:
 
 def work(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "mae_bench.runner.worker", str(folder)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "mae_bench.runner.worker", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -47,9 +50,9 @@ def test_a_record_is_written_last(fake_kinds: Path, tmp_path: Path) -> None:
     assert work(tmp_path).returncode == 0
     record = read_record(tmp_path / "record.json")
     assert (record.backbone, record.seed, record.protocol, record.score.value) == ("mae", 3, "probe", 5.5)
-    assert record.config_digest == json_digest({"kind": "fake_transfer", "protocol": "probe", "score": 2.5}), (
-        "the folder of the data is no method"
-    )
+    assert record.config_digest == json_digest(
+        {"kind": "fake_transfer", "protocol": "probe", "score": 2.5}
+    ), "the folder of the data is no method"
     assert not (tmp_path / "failure.json").exists()
 
 
@@ -65,7 +68,9 @@ def test_a_failure_stands_in_the_records_place(fake_kinds: Path, tmp_path: Path,
     assert not (tmp_path / "record.json").exists()
 
 
-def test_a_full_disk_is_told_as_what_it_is_and_keeps_the_training_states(fake_kinds: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_told_as_what_it_is_and_keeps_the_training_states(
+    fake_kinds: Path, tmp_path: Path
+) -> None:
     order(tmp_path, behave="full disk")
     (tmp_path / STATES).mkdir()
     done = work(tmp_path)
@@ -97,7 +102,11 @@ def test_a_config_that_does_not_fit_is_named(fake_kinds: Path, tmp_path: Path) -
 def test_the_environment_holds_threads_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
     chosen = environment(2, "1")
-    assert (chosen["OMP_NUM_THREADS"], chosen["MKL_NUM_THREADS"], chosen["CUDA_VISIBLE_DEVICES"]) == ("2", "2", "1")
+    assert (chosen["OMP_NUM_THREADS"], chosen["MKL_NUM_THREADS"], chosen["CUDA_VISIBLE_DEVICES"]) == (
+        "2",
+        "2",
+        "1",
+    )
     assert environment(2, "")["CUDA_VISIBLE_DEVICES"] == ""
     assert "PATH" in chosen
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")

@@ -35,21 +35,32 @@ def test_cells_are_backbones_then_transfers_by_seed(suite: dict[str, Any]) -> No
     assert cells[0].family == "pretrain"
 
 
-def test_a_key_changes_with_what_decides_the_result(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_changes_with_what_decides_the_result(
+    suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     suite["backbones"]["base"]["score"] = 2.0
     before = keys(suite)
     probes = {("good", "probe", 0), ("base", "probe", 0)}
     assert changed(before, keys(suite, "tasks.probe.score=7")) == probes
-    assert changed(before, keys(suite, "backbones.good.score=7")) == {("good", "backbone", 0), ("good", "probe", 0)}
+    assert changed(before, keys(suite, "backbones.good.score=7")) == {
+        ("good", "backbone", 0),
+        ("good", "probe", 0),
+    }
     assert changed(before, keys(suite, digest="other")) == probes
     reseeded = keys(suite, "backbone_seed=1")
     assert not {reseeded[probe] for probe in probes} & set(before.values())
-    monkeypatch.setitem(KINDS, "fake_transfer", kind("fake_transfer").__class__(**vars(kind("fake_transfer")) | {"version": 2}))
+    monkeypatch.setitem(
+        KINDS,
+        "fake_transfer",
+        kind("fake_transfer").__class__(**vars(kind("fake_transfer")) | {"version": 2}),
+    )
     assert changed(before, keys(suite)) == probes
 
 
 def test_a_key_does_not_change_with_where_things_are(suite: dict[str, Any], toy_data: Path) -> None:
-    assert keys(suite) == keys(suite | {"out": "elsewhere", "data": {"imagenet": str(toy_data)}, "jobs": 1, "name": "other"})
+    assert keys(suite) == keys(
+        suite | {"out": "elsewhere", "data": {"imagenet": str(toy_data)}, "jobs": 1, "name": "other"}
+    )
 
 
 @pytest.mark.parametrize("form", ["{}", "file:{}"])
@@ -79,7 +90,10 @@ def test_a_key_does_not_change_with_how_the_work_is_done(tmp_path: Path) -> None
     value = {"name": "x", "data": {"root": str(tmp_path)}, "backbones": {"a": {"base": "pretrain/demo.yaml"}}}
     value["tasks"] = {"t": {"base": "tasks/coco/maskrcnn_demo.yaml"}}
     names = ("num_workers", "max_bad_images", "checkpoint_seconds", "num_reconstructions")
-    how = [f"backbones.a.{name}=1" for name in names] + ["tasks.t.num_workers=1", "tasks.t.checkpoint_period=7"]
+    how = [f"backbones.a.{name}=1" for name in names] + [
+        "tasks.t.num_workers=1",
+        "tasks.t.checkpoint_period=7",
+    ]
     assert keys(value, *how) == keys(value)
     assert keys(value, "backbones.a.mask_ratio=0.5") != keys(value)
 

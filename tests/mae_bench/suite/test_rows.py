@@ -25,7 +25,12 @@ def sources(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def test_checkpoints_are_named_after_their_files() -> None:
-    given = ["a/mae_vit_base.pth", "timm:vit_tiny", "runs/demo/cells/mae/backbone-s0-12ab/export", "file:b/mae_vit_base.pth"]
+    given = [
+        "a/mae_vit_base.pth",
+        "timm:vit_tiny",
+        "runs/demo/cells/mae/backbone-s0-12ab/export",
+        "file:b/mae_vit_base.pth",
+    ]
     assert sources(rows_of(given)) == {
         "mae_vit_base": given[0], "vit_tiny": given[1], "mae": given[2], "mae_vit_base-4": given[3],
     }  # fmt: skip
@@ -46,7 +51,11 @@ def test_a_name_is_the_most_telling_part(source: str, name: str) -> None:
 
 
 def test_a_pattern_is_all_that_it_matches(folder: Path) -> None:
-    assert sources(rows_of(["ckpts/*.pth", "timm:x"])) == {"a": "ckpts/a.pth", "b": "ckpts/b.pth", "x": "timm:x"}
+    assert sources(rows_of(["ckpts/*.pth", "timm:x"])) == {
+        "a": "ckpts/a.pth",
+        "b": "ckpts/b.pth",
+        "x": "timm:x",
+    }
     assert sources(rows_of(["file:ckpts/**/*.safetensors"])) == {"c": "file:ckpts/c/model.safetensors"}
     (folder / "ckpts" / "a[1].pth").touch()
     assert sources(rows_of(["ckpts/a[1].pth"])) == {"a[1]": "ckpts/a[1].pth"}, "a file of that very name"
@@ -62,16 +71,29 @@ def test_options_hold_for_what_is_given_on_the_command_line(folder: Path) -> Non
 
 
 def test_a_list_has_everything_that_a_row_needs(folder: Path) -> None:
-    row = {"name": "mine", "source": "ckpts/a.pth", "format": "dino", "sha256": "0" * 64, "spec": {"num_heads": 3}, "trust": True}
-    (folder / "list.yaml").write_text(json.dumps([row, "timm:vit_tiny", {"source": "ckpts/*.pth", "format": "timm"}]))
+    row = {
+        "name": "mine",
+        "source": "ckpts/a.pth",
+        "format": "dino",
+        "sha256": "0" * 64,
+        "spec": {"num_heads": 3},
+        "trust": True,
+    }
+    (folder / "list.yaml").write_text(
+        json.dumps([row, "timm:vit_tiny", {"source": "ckpts/*.pth", "format": "timm"}])
+    )
     rows = rows_of(["list.yaml", "ckpts/a.pth"])
     assert list(rows) == ["mine", "vit_tiny", "a", "b", "a-5"]
-    assert rows["mine"] == {"kind": "checkpoint"} | {key: value for key, value in row.items() if key != "name"}
+    assert rows["mine"] == {"kind": "checkpoint"} | {
+        key: value for key, value in row.items() if key != "name"
+    }
     assert rows["b"] == {"kind": "checkpoint", "source": "ckpts/b.pth", "format": "timm"}
 
 
 def test_a_given_name_is_kept_for_its_row(folder: Path) -> None:
-    (folder / "list.yaml").write_text(json.dumps([{"source": "ckpts/a.pth"}, {"source": "ckpts/b.pth", "name": "a"}]))
+    (folder / "list.yaml").write_text(
+        json.dumps([{"source": "ckpts/a.pth"}, {"source": "ckpts/b.pth", "name": "a"}])
+    )
     assert sources(rows_of(["list.yaml"])) == {"a-1": "ckpts/a.pth", "a": "ckpts/b.pth"}
 
 

@@ -25,10 +25,14 @@ def ade20k(tmp_path):
             label[2:-2, 2:-2] = 2
             label[2 : 10 + 3 * i, 2:-2] = 1
             label[20:30, 10 + i : 22 + i] = 3
-            image = np.array([[0, 0, 0], [90, 140, 250], [60, 160, 60], [220, 40, 40]])[label] + rng.integers(-9, 9, (40, 44, 3))
+            image = np.array([[0, 0, 0], [90, 140, 250], [60, 160, 60], [220, 40, 40]])[label] + rng.integers(
+                -9, 9, (40, 44, 3)
+            )
             Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / "images" / split / f"{i}.jpg")
             Image.fromarray(label).save(root / "annotations" / split / f"{i}.png")
-    (root / "objectInfo.txt").write_text("Idx\tName\n" + "".join(f"{i}\t{name}\n" for i, name in enumerate(CLASSES, 1)))
+    (root / "objectInfo.txt").write_text(
+        "Idx\tName\n" + "".join(f"{i}\t{name}\n" for i, name in enumerate(CLASSES, 1))
+    )
     return root
 
 

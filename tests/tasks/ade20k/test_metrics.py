@@ -22,7 +22,9 @@ IOU, ACC = (4 / 7, 3 / 5, 0.0), (4 / 6, 3 / 4)
 def evaluate(*pairs: tuple[torch.Tensor, torch.Tensor], cls=ExactIoUMetric):
     metric = cls(ignore_index=255)
     metric.dataset_meta = {"classes": ("a", "b", "c", "d")}
-    metric.process({}, [{"pred_sem_seg": {"data": pred}, "gt_sem_seg": {"data": label}} for pred, label in pairs])
+    metric.process(
+        {}, [{"pred_sem_seg": {"data": pred}, "gt_sem_seg": {"data": label}} for pred, label in pairs]
+    )
     return metric, metric.evaluate(len(pairs))
 
 
@@ -67,5 +69,10 @@ def test_per_class_has_no_number_for_what_was_not_measured():
     rows = per_class(evaluate((PRED, LABEL))[0].areas, ["a", "b", "c", "d"])
     assert [row["IoU"] for row in rows] == [pytest.approx(100 * 4 / 7), pytest.approx(60), 0, None]
     assert [row["Acc"] for row in rows] == [pytest.approx(100 * 4 / 6), pytest.approx(75), None, None]
-    assert [(row["intersect"], row["union"], row["label"]) for row in rows] == [(4, 7, 6), (3, 5, 4), (0, 1, 0), (0, 0, 0)]
+    assert [(row["intersect"], row["union"], row["label"]) for row in rows] == [
+        (4, 7, 6),
+        (3, 5, 4),
+        (0, 1, 0),
+        (0, 0, 0),
+    ]
     json.dumps(rows, allow_nan=False)

@@ -87,23 +87,38 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def test_outcome(work, tmp_path, capfd):
     progress = StopAfter()
     outcome = work(progress=progress, checkpoint_seconds=1000)
-    assert (outcome.task, outcome.split, outcome.num_samples, outcome.main_metric) == ("ade20k", "validation", 3, "mIoU")
+    assert (outcome.task, outcome.split, outcome.num_samples, outcome.main_metric) == (
+        "ade20k",
+        "validation",
+        3,
+        "mIoU",
+    )
     assert set(outcome.metrics) == {"mIoU", "mAcc", "aAcc"}
     assert all(0 <= metric.value <= 100 for metric in outcome.metrics.values())
     assert outcome.backbone_spec["embed_dim"] == 16
     assert len(outcome.backbone_digest) == 64
-    assert {"seconds_train", "seconds_eval", "images_per_second", "params", "peak_memory_mib"} <= set(outcome.cost)
+    assert {"seconds_train", "seconds_eval", "images_per_second", "params", "peak_memory_mib"} <= set(
+        outcome.cost
+    )
     assert [done for stage, done, _ in progress.seen if stage == "train"] == [1, 2, 3, 4]
     assert [done for stage, done, _ in progress.seen if stage == "evaluate"] == [1, 2, 3]
-    assert [values["lr"] for stage, _, values in progress.seen if stage == "train"] == pytest.approx([1e-9, 1e-3, 1e-3, 0])
+    assert [values["lr"] for stage, _, values in progress.seen if stage == "train"] == pytest.approx(
+        [1e-9, 1e-3, 1e-3, 0]
+    )
     assert "".join(capfd.readouterr()) == ""  # all that the frameworks say is in the log
     job = tmp_path / "job"
     assert "per class results" in (job / "mmseg.log").read_text()
     assert Config.fromfile(job / "mmseg_config.py").model.decode_head.num_classes == 3
-    assert [row["class"] for row in json.loads((job / "per_class.json").read_text())] == ["sky", "grass", "ball"]
+    assert [row["class"] for row in json.loads((job / "per_class.json").read_text())] == [
+        "sky",
+        "grass",
+        "ball",
+    ]
     with np.load(job / "per_image.npz") as saved:
         assert list(saved["names"]) == ["0.jpg", "1.jpg", "2.jpg"]
-        assert saved["areas"][:, 3].sum() == 3 * 36 * 40  # every labelled pixel at the images' own size, none of label 0
+        assert (
+            saved["areas"][:, 3].sum() == 3 * 36 * 40
+        )  # every labelled pixel at the images' own size, none of label 0
     assert all((job / path).is_file() for path in outcome.artefacts.values())
     assert not list(job.rglob("*.pth"))  # an outcome is there: nobody goes on from here
 
@@ -123,7 +138,10 @@ def test_a_stopped_run_goes_on_to_the_same_weights(work, train_only, tmp_path):
 
 
 def test_seed_decides(train_only):
-    runs = [train_only(folder, seed=seed, iterations=2, warmup_iterations=0) for folder, seed in (("a", 3), ("b", 3), ("c", 4))]
+    runs = [
+        train_only(folder, seed=seed, iterations=2, warmup_iterations=0)
+        for folder, seed in (("a", 3), ("b", 3), ("c", 4))
+    ]
     a, b, c = (run["decode_head.conv_seg.weight"] for run in runs)
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
@@ -145,7 +163,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(work
         step(loop, batch)
 
     monkeypatch.setattr(IterBasedTrainLoop, "run_iter", poison)
-    with pytest.raises(UserError, match=r"iteration 3 of 4: loss nan(.|\n)*last good checkpoint is .*checkpoint.pth"):
+    with pytest.raises(
+        UserError, match=r"iteration 3 of 4: loss nan(.|\n)*last good checkpoint is .*checkpoint.pth"
+    ):
         work()
     assert torch.load(tmp_path / "job" / "checkpoint.pth", weights_only=True)["meta"]["iter"] == 2
     assert all(value.isfinite().all() for value in weights(tmp_path / "job").values())
@@ -193,10 +213,21 @@ def test_images_that_mmsegmentation_would_pass_over_are_an_error(work, ade20k):
 
 
 def test_slide_and_bfloat16_on_images_that_the_patch_does_not_divide(work, ade20k):
-    Image.open(ade20k / "images" / "validation" / "0.jpg").resize((61, 47)).save(ade20k / "images" / "validation" / "0.jpg")
-    label = Image.open(ade20k / "annotations" / "validation" / "0.png").resize((61, 47), Image.Resampling.NEAREST)
+    Image.open(ade20k / "images" / "validation" / "0.jpg").resize((61, 47)).save(
+        ade20k / "images" / "validation" / "0.jpg"
+    )
+    label = Image.open(ade20k / "annotations" / "validation" / "0.png").resize(
+        (61, 47), Image.Resampling.NEAREST
+    )
     label.save(ade20k / "annotations" / "validation" / "0.png")
-    outcome = work(iterations=3, test_mode="slide", test_stride=24, amp_dtype="bfloat16", img_scale=(80, 45), aux_channels=0)
+    outcome = work(
+        iterations=3,
+        test_mode="slide",
+        test_stride=24,
+        amp_dtype="bfloat16",
+        img_scale=(80, 45),
+        aux_channels=0,
+    )
     assert outcome.num_samples == 3
 
 
@@ -212,7 +243,9 @@ def test_label_0_takes_no_part_in_the_loss(work, ade20k, tmp_path):
 def test_a_warmup_of_one_iteration_is_none(work):
     progress = StopAfter()
     work(progress=progress, iterations=3, warmup_iterations=1)
-    assert [values["lr"] for stage, _, values in progress.seen if stage == "train"] == pytest.approx([1e-3, 5e-4, 0])
+    assert [values["lr"] for stage, _, values in progress.seen if stage == "train"] == pytest.approx(
+        [1e-3, 5e-4, 0]
+    )
 
 
 def test_crop_must_fit_the_patch(work):
@@ -227,7 +260,9 @@ def test_contradictions_in_the_config_are_refused(wrong):
         build(UPerNetConfig, {**SETTINGS, "data": "x", **wrong}, "test")
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "tasks" / "ade20k").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((CONFIGS / "tasks" / "ade20k").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_packaged_configs_are_valid(path):
     assert build(UPerNetConfig, load_yaml(path, ["data=x"]), str(path)).kind == "upernet"
 

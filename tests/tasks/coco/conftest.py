@@ -18,7 +18,9 @@ from tasks.coco.config import MaskRCNNConfig
 CATEGORY_IDS = (3, 7)  # with gaps, as COCO's
 
 
-def _image(folder: Path, number: int, rng: np.random.Generator) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _image(
+    folder: Path, number: int, rng: np.random.Generator
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     pixels = rng.integers(0, 80, (40, 48, 3), dtype=np.uint8)
     annotations = []
     for place, category in enumerate(CATEGORY_IDS):
@@ -53,7 +55,9 @@ def coco(tmp_path: Path) -> Path:
 @pytest.fixture
 def backbone(tmp_path: Path) -> str:
     """An exported random ViT: patch 8, width 24, depth 2, with drop path at work in training."""
-    spec = BackboneSpec(arch="vit", img_size=(32, 32), patch_size=(8, 8), in_chans=3, embed_dim=24, depth=2, num_heads=2)
+    spec = BackboneSpec(
+        arch="vit", img_size=(32, 32), patch_size=(8, 8), in_chans=3, embed_dim=24, depth=2, num_heads=2
+    )
     write_export(tmp_path / "backbone", build_vit(spec).state_dict(), spec, {})
     return str(tmp_path / "backbone")
 

@@ -23,7 +23,9 @@ from tasks.coco.config import MaskRCNNConfig
         ({"amp_dtype": "float16"}, "amp_dtype"),
     ],
 )
-def test_contradictions_are_refused(make_config: Callable[..., MaskRCNNConfig], overrides: dict[str, Any], message: str) -> None:
+def test_contradictions_are_refused(
+    make_config: Callable[..., MaskRCNNConfig], overrides: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         make_config(**overrides)
 
@@ -39,7 +41,19 @@ def test_packaged_recipes_need_nothing_but_data(path: str) -> None:
 
 def test_the_vitdet_recipe_is_the_published_one() -> None:
     """arXiv 2203.16527 Table 11 and detectron2: 184,375 iterations of 64 images, lr / 10 at 163,889 and 177,546."""
-    config = build(MaskRCNNConfig, load_yaml("tasks/coco/maskrcnn_vitdet_100ep.yaml", ["data=somewhere"]), "recipe")
-    assert (config.iterations, config.global_batch_size, config.lr, config.weight_decay) == (184_375, 64, 1e-4, 0.1)
+    config = build(
+        MaskRCNNConfig, load_yaml("tasks/coco/maskrcnn_vitdet_100ep.yaml", ["data=somewhere"]), "recipe"
+    )
+    assert (config.iterations, config.global_batch_size, config.lr, config.weight_decay) == (
+        184_375,
+        64,
+        1e-4,
+        0.1,
+    )
     assert [round(step * config.iterations) for step in config.lr_steps] == [163_889, 177_546]
-    assert (config.layer_decay, config.drop_path, config.warmup_iterations, config.img_size) == (0.7, 0.1, 250, 1024)
+    assert (config.layer_decay, config.drop_path, config.warmup_iterations, config.img_size) == (
+        0.7,
+        0.1,
+        250,
+        1024,
+    )

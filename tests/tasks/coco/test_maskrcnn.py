@@ -56,12 +56,20 @@ def train_only(config: MaskRCNNConfig, folder: Path, backbone: str) -> dict[str,
 
 
 def test_a_run_ends_with_an_outcome(make_config: MakeConfig, backbone: str, tmp_path: Path) -> None:
-    outcome = maskrcnn.run(make_config(), job(tmp_path / "job", backbone), Progress(tmp_path / "events.jsonl"))
+    outcome = maskrcnn.run(
+        make_config(), job(tmp_path / "job", backbone), Progress(tmp_path / "events.jsonl")
+    )
     assert outcome.main_metric == "AP_box"
     assert {"AP_box", "AP50_box", "AP75_box", "AP_mask", "AP50_mask", "AP75_mask"} <= set(outcome.metrics)
     assert all(0 <= metric.value <= 100 and metric.unit == "%" for metric in outcome.metrics.values())
     assert (outcome.num_samples, outcome.split, outcome.notes) == (3, "val2017", [])
-    assert set(outcome.cost) == {"seconds_train", "seconds_eval", "images_per_second", "params", "peak_memory_mib"}
+    assert set(outcome.cost) == {
+        "seconds_train",
+        "seconds_eval",
+        "images_per_second",
+        "params",
+        "peak_memory_mib",
+    }
     assert all(value > 0 for value in outcome.cost.values())
     detections = json.loads((tmp_path / "job" / outcome.artefacts["detections"]).read_text())
     assert {detection["category_id"] for detection in detections} <= {3, 7}
@@ -71,7 +79,9 @@ def test_a_run_ends_with_an_outcome(make_config: MakeConfig, backbone: str, tmp_
     assert (tmp_path / "job" / "detectron2.log").stat().st_size > 0
 
 
-def test_the_dumped_setup_builds_the_same_model(make_config: MakeConfig, backbone: str, tmp_path: Path) -> None:
+def test_the_dumped_setup_builds_the_same_model(
+    make_config: MakeConfig, backbone: str, tmp_path: Path
+) -> None:
     weights = train_only(make_config(), tmp_path / "job", backbone)
     setup = LazyConfig.load(str(tmp_path / "job" / "detectron2.yaml"))
     instantiate(setup.model).load_state_dict(weights)
@@ -130,7 +140,9 @@ def test_the_seed_decides(make_config: MakeConfig, coco: Path) -> None:
     def first_ids(seed: int, start: int) -> list[list[int]]:
         return [
             [sample["image_id"] for sample in batch]
-            for batch, _ in zip(train_loader(make_config(), names.train, BadImages(0, 6), seed, start), range(6), strict=False)
+            for batch, _ in zip(
+                train_loader(make_config(), names.train, BadImages(0, 6), seed, start), range(6), strict=False
+            )
         ]
 
     assert first_ids(0, 0) == first_ids(0, 0) != first_ids(1, 0)
@@ -149,7 +161,9 @@ def test_images_enter_the_backbone_as_its_spec_says(make_config: MakeConfig, bac
 
 
 def test_parameter_groups(make_config: MakeConfig, backbone: str) -> None:
-    model, optimizer, _ = build(lazy_config(make_config(layer_decay=0.5), load_vit_backbone(backbone).spec, backbone, 2), "cpu")
+    model, optimizer, _ = build(
+        lazy_config(make_config(layer_decay=0.5), load_vit_backbone(backbone).spec, backbone, 2), "cpu"
+    )
     groups = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     found = {name: groups[id(p)] for name, p in model.named_parameters()}
     vit = "backbone.net.features.vit."
@@ -199,7 +213,9 @@ def test_divergence_names_the_iteration_and_keeps_the_last_good_checkpoint(
             return value * (math.nan if next(calls) == 2 else 1)
 
         if fault == "loss":  # of the class scores, which only training's third iteration sees spoiled
-            model.roi_heads.box_predictor.cls_score.register_forward_hook(lambda module, inputs, scores: spoil(scores))
+            model.roi_heads.box_predictor.cls_score.register_forward_hook(
+                lambda module, inputs, scores: spoil(scores)
+            )
         else:
             model.roi_heads.box_predictor.bbox_pred.bias.register_hook(spoil)
         return model, optimizer, multiplier
@@ -215,7 +231,9 @@ def test_divergence_names_the_iteration_and_keeps_the_last_good_checkpoint(
 
 def test_bfloat16_trains_on_the_cpu(make_config: MakeConfig, backbone: str, tmp_path: Path) -> None:
     config = make_config(amp_dtype="bfloat16")
-    assert all(weight.dtype == torch.float32 for weight in train_only(config, tmp_path / "job", backbone).values())
+    assert all(
+        weight.dtype == torch.float32 for weight in train_only(config, tmp_path / "job", backbone).values()
+    )
     outcome = maskrcnn.run(config, job(tmp_path / "job", backbone), Progress())
     assert math.isfinite(outcome.metrics["AP_box"].value)
 

@@ -25,20 +25,29 @@ def score(coco: Path, shift: float) -> dict[str, float]:
     truth = json.loads((coco / "annotations" / "instances_val2017.json").read_text())
     for image in truth["images"]:
         found = [a for a in truth["annotations"] if a["image_id"] == image["id"]]
-        boxes = torch.tensor([[x + shift, y, x + shift + w, y + h] for x, y, w, h in (a["bbox"] for a in found)])
+        boxes = torch.tensor(
+            [[x + shift, y, x + shift + w, y + h] for x, y, w, h in (a["bbox"] for a in found)]
+        )
         masks = torch.zeros(len(found), 40, 48, dtype=torch.bool)
         for mask, (x0, y0, x1, y1) in zip(masks, boxes.long().tolist(), strict=True):
             mask[y0:y1, x0:x1] = True
-        instances = Instances((40, 48), pred_boxes=Boxes(boxes), scores=torch.full((len(found),), 0.9), pred_masks=masks)
+        instances = Instances(
+            (40, 48), pred_boxes=Boxes(boxes), scores=torch.full((len(found),), 0.9), pred_masks=masks
+        )
         instances.pred_classes = torch.tensor([(3, 7).index(a["category_id"]) for a in found])
         evaluator.process([{"image_id": image["id"]}], [{"instances": instances}])
     with contextlib.redirect_stdout(io.StringIO()):
-        return {name: metric.value for name, metric in translate(evaluator.evaluate(), len(truth["annotations"])).items()}
+        return {
+            name: metric.value
+            for name, metric in translate(evaluator.evaluate(), len(truth["annotations"])).items()
+        }
 
 
 def test_perfect_detections_have_an_ap_of_100(coco: Path) -> None:
     names = [f"{ap}_{kind}" for kind in ("box", "mask") for ap in ("AP", "AP50", "AP75", "APs")]
-    assert score(coco, 0.0) == pytest.approx(dict.fromkeys(names, 100.0))  # no object is medium or large: absent, not 0
+    assert score(coco, 0.0) == pytest.approx(
+        dict.fromkeys(names, 100.0)
+    )  # no object is medium or large: absent, not 0
 
 
 def test_an_overlap_of_three_fifths_counts_at_three_of_ten_thresholds(coco: Path) -> None:

@@ -22,7 +22,10 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
 def sources(tmp_path_factory: pytest.TempPathFactory, backbone: str) -> dict[str, str]:
     """What each of PROTOCOLS starts from."""
     classifier = write_classifier(tmp_path_factory.mktemp("classifier"))
-    return {name: classifier if name == "eval_only" else "" if name == "supervised" else backbone for name in PROTOCOLS}
+    return {
+        name: classifier if name == "eval_only" else "" if name == "supervised" else backbone
+        for name in PROTOCOLS
+    }
 
 
 @pytest.fixture(scope="module")

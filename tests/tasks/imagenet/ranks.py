@@ -26,7 +26,10 @@ def together(folder: Path, size: int, runs: dict[str, dict[str, Any]]) -> Result
     port = free_port()
     processes = []
     for rank in range(size):
-        place = rank_variables(rank, size, rank, "127.0.0.1", port) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        place = rank_variables(rank, size, rank, "127.0.0.1", port) | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
         with open(path.with_suffix(f".{rank}"), "wb") as log:
             command = [sys.executable, __file__, str(path)]
             processes.append(subprocess.Popen(command, env=os.environ | place, stdout=log, stderr=log))
@@ -35,7 +38,9 @@ def together(folder: Path, size: int, runs: dict[str, dict[str, Any]]) -> Result
     finally:
         for process in processes:
             process.kill()
-    assert codes == [0] * size, "\n".join(path.with_suffix(f".{rank}").read_text()[-3000:] for rank in range(size))
+    assert codes == [0] * size, "\n".join(
+        path.with_suffix(f".{rank}").read_text()[-3000:] for rank in range(size)
+    )
     results: Results = json.loads(path.with_suffix(".results").read_text())
     return results
 

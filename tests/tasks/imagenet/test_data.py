@@ -31,11 +31,15 @@ WHOLE = dict(IMAGENET_SIZES)
 
 
 def report(classes: tuple[str, ...] | list[str], splits: dict[str, int] | None = None) -> LayoutReport:
-    return LayoutReport("imagenet", "set", Path("/data/set"), WHOLE if splits is None else splits, tuple(classes), "0" * 64)
+    return LayoutReport(
+        "imagenet", "set", Path("/data/set"), WHOLE if splits is None else splits, tuple(classes), "0" * 64
+    )
 
 
 def config(data: Path, **changes: Any) -> KnnConfig:
-    return build(KnnConfig, {"kind": "knn", "protocol": "toy", "data": str(data), "ks": [1], "k": 1, **changes}, "test")
+    return build(
+        KnnConfig, {"kind": "knn", "protocol": "toy", "data": str(data), "ks": [1], "k": 1, **changes}, "test"
+    )
 
 
 def test_the_known_digest_is_that_of_the_sorted_wordnet_ids() -> None:
@@ -47,7 +51,11 @@ def test_the_known_digest_is_that_of_the_sorted_wordnet_ids() -> None:
 @pytest.mark.parametrize(
     ("classes", "splits", "words"),
     [
-        (KNOWN[:-1], None, ["has 999 classes: 1 of ImageNet-1k are absent (n15075141), 0 are not of it (none)"]),
+        (
+            KNOWN[:-1],
+            None,
+            ["has 999 classes: 1 of ImageNet-1k are absent (n15075141), 0 are not of it (none)"],
+        ),
         ((*KNOWN[:5], "n00000000", *KNOWN[6:]), None, [f"absent ({KNOWN[5]})", "not of it (n00000000)"]),
         ((*KNOWN[:7], KNOWN[8], KNOWN[7], *KNOWN[9:]), None, [f"differently, from label 7 ({KNOWN[8]}) on"]),
         ([str(i) for i in range(1000)], None, ["1000 of ImageNet-1k are absent"]),
@@ -94,7 +102,9 @@ def test_transfer_sets_are_told_by_their_counts(name: str) -> None:
         (KNOWN, {"train": 12_811, "val": 50_000}, ["images are not", "12811 in train instead of 1281167"]),
     ],
 )
-def test_what_is_nearly_imagenet_is_told(classes: tuple[str, ...], splits: dict[str, int] | None, words: list[str]) -> None:
+def test_what_is_nearly_imagenet_is_told(
+    classes: tuple[str, ...], splits: dict[str, int] | None, words: list[str]
+) -> None:
     told = doubt(report(classes, splits))
     for word in words:
         assert word in told
@@ -134,11 +144,19 @@ def test_shared_images_stand_in_the_record(shared: Path, tmp_path: Path, backbon
 def test_a_set_as_its_publisher_lists_it_is_scored_under_its_name(tmp_path: Path, backbone: str) -> None:
     """Places365's files, with the toy's images and three classes in another order than the alphabet's."""
     root, classes = write_images(tmp_path / "set"), ["class2", "class0", "class1"]
-    (root / "categories_places365.txt").write_text("".join(f"/c/{name} {i}\n" for i, name in enumerate(classes)))
-    for split, folder, file in (("train", "data_256", "places365_train_standard.txt"), ("val", "val_256", "places365_val.txt")):
+    (root / "categories_places365.txt").write_text(
+        "".join(f"/c/{name} {i}\n" for i, name in enumerate(classes))
+    )
+    for split, folder, file in (
+        ("train", "data_256", "places365_train_standard.txt"),
+        ("val", "val_256", "places365_val.txt"),
+    ):
         (root / split).rename(root / folder)
         images = sorted((root / folder).rglob("*.png"))
-        lines = [f"/{path.relative_to(root / folder).as_posix()} {classes.index(path.parent.name)}\n" for path in images]
+        lines = [
+            f"/{path.relative_to(root / folder).as_posix()} {classes.index(path.parent.name)}\n"
+            for path in images
+        ]
         (root / file).write_text("".join(lines))
     outcome = knn.run(config(root), job(tmp_path / "cell", backbone), Progress())
     assert (outcome.dataset, outcome.num_samples, outcome.metrics["top1"].value) == ("Places365", 9, 100)

@@ -14,13 +14,17 @@ from tests.tasks.imagenet.toy import job, predictions_of, run_protocol, state_of
 
 
 @pytest.fixture(scope="module")
-def outcomes(faint: Path, sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Outcome]]:
+def outcomes(
+    faint: Path, sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Outcome]]:
     """finetune and probe, evaluated while training, or not."""
     folder, found = tmp_path_factory.mktemp("epochs"), {}
     for name in ("finetune", "probe"):
         for often, period in (("watched", 0.8), ("plain", None)):
             place = folder / f"{name} {often}"
-            outcome = run_protocol(name, faint, place, sources[name], eval_epochs=period, epochs=4, base_lr=1.0)
+            outcome = run_protocol(
+                name, faint, place, sources[name], eval_epochs=period, epochs=4, base_lr=1.0
+            )
             found[f"{name} {often}"] = place, outcome
     return found
 
@@ -42,36 +46,53 @@ def test_last_and_best_are_told_apart(outcomes: dict[str, tuple[Path, Outcome]],
     assert {name: outcome.metrics[name].value for name in ("top1", "top5", "loss")} == {
         k: last[k] for k in ("top1", "top5", "loss")
     }
-    assert (outcome.metrics["best_top1"].value, outcome.metrics["best_epoch"].value) == (best["top1"], best["epoch"])
+    assert (outcome.metrics["best_top1"].value, outcome.metrics["best_epoch"].value) == (
+        best["top1"],
+        best["epoch"],
+    )
     assert "the score is the last epoch's" in outcome.notes[0]
     assert outcome.artefacts["epochs"] == "epochs.json"
     _, plain = outcomes[f"{name} plain"]
-    assert plain.metrics == {key: value for key, value in outcome.metrics.items() if not key.startswith("best_")}
+    assert plain.metrics == {
+        key: value for key, value in outcome.metrics.items() if not key.startswith("best_")
+    }
 
 
 @pytest.mark.parametrize(
-    ("last", "best", "of"), [(70.0, 70.0, 3.0), (60.0, 60.0, 1.0), (50.0, 60.0, 1.0)], ids=["last", "first of equals", "earlier"]
+    ("last", "best", "of"),
+    [(70.0, 70.0, 3.0), (60.0, 60.0, 1.0), (50.0, 60.0, 1.0)],
+    ids=["last", "first of equals", "earlier"],
 )
 def test_the_last_epoch_may_be_the_best(tmp_path: Path, last: float, best: float, of: float) -> None:
     """Though none of the evaluations while training fell on it."""
-    (tmp_path / "epochs.json").write_text(json.dumps([{"epoch": 1.0, "top1": 60.0}, {"epoch": 2.5, "top1": 60.0}]))
+    (tmp_path / "epochs.json").write_text(
+        json.dumps([{"epoch": 1.0, "top1": 60.0}, {"epoch": 2.5, "top1": 60.0}])
+    )
     metrics, notes = best_epoch(job(tmp_path), 3.0, last)
     assert (metrics["best_top1"].value, metrics["best_epoch"].value) == (best, of)
     assert f"of epoch {of:g}" in notes[0]
 
 
 def test_what_another_run_left_is_not_told(faint: Path, sources: dict[str, str], tmp_path: Path) -> None:
-    stale = [{"step": step, "epoch": step / 3, "top1": 100.0, "top5": 100.0, "loss": 0.0} for step in (1, 4, 99)]
+    stale = [
+        {"step": step, "epoch": step / 3, "top1": 100.0, "top5": 100.0, "loss": 0.0} for step in (1, 4, 99)
+    ]
     for period in (1, None):
         (tmp_path / "epochs.json").write_text(json.dumps(stale))
         outcome = run_protocol("finetune", faint, tmp_path, sources["finetune"], eval_epochs=period)
-        assert all(entry["loss"] > 0 for entry in json.loads((tmp_path / "epochs.json").read_text())) if period else True
+        assert (
+            all(entry["loss"] > 0 for entry in json.loads((tmp_path / "epochs.json").read_text()))
+            if period
+            else True
+        )
         assert ("best_top1" in outcome.metrics) == bool(period)
         assert outcome.artefacts.keys() == {"predictions", "epochs"} if period else {"predictions"}
         shutil.rmtree(tmp_path / "checkpoints")
 
 
-def test_predictions_of_two_models_are_compared_image_by_image(outcomes: dict[str, tuple[Path, Outcome]]) -> None:
+def test_predictions_of_two_models_are_compared_image_by_image(
+    outcomes: dict[str, tuple[Path, Outcome]],
+) -> None:
     """McNemar's counts, from the files alone, agree with the difference of the scores."""
     one, other = (predictions_of(outcomes[f"{name} plain"][0]) for name in ("finetune", "probe"))
     assert (one["indices"] == other["indices"]).all()

@@ -41,7 +41,15 @@ def as_it_is(data: Path, folder: Path, backbone: str, **changes: Any) -> Outcome
 
 @pytest.mark.parametrize("pool", ["avg", "token"])
 def test_a_fine_tuned_model_scores_the_same_when_it_comes_back(data, tmp_path, backbone, pool):
-    values = {"kind": "finetune", "data": str(data), **TRAIN, **PLAIN, "base_lr": 0.3, "epochs": 6, "layer_decay": 0.9}
+    values = {
+        "kind": "finetune",
+        "data": str(data),
+        **TRAIN,
+        **PLAIN,
+        "base_lr": 0.3,
+        "epochs": 6,
+        "layer_decay": 0.9,
+    }
     config = build(FinetuneConfig, values | {"global_pool": pool, "export_classifier": True}, "test")
     trained = finetune.run(config, job(tmp_path / "cell", backbone), Progress())
     outcome = as_it_is(data, tmp_path / "again", row(tmp_path / "row", tmp_path / "cell/classifier"))
@@ -109,7 +117,9 @@ def test_what_is_no_classifier_of_these_classes_is_refused(data, tmp_path, backb
 
 
 def predictions(top1: list[int]) -> Predictions:
-    return Predictions(np.arange(len(top1)), np.zeros(len(top1), int), np.array(top1)[:, None], np.zeros(len(top1)))
+    return Predictions(
+        np.arange(len(top1)), np.zeros(len(top1), int), np.array(top1)[:, None], np.zeros(len(top1))
+    )
 
 
 class TestReal:
@@ -117,7 +127,9 @@ class TestReal:
 
     def test_any_accepted_label_counts_and_images_without_one_do_not(self):
         labels = [[5], [], [1, 2], [9]]  # of images 1 to 4
-        assert eval_only.real_accuracy(predictions([2, 5, 7, 8]), self.NAMES, labels) == pytest.approx(100 * 2 / 3)
+        assert eval_only.real_accuracy(predictions([2, 5, 7, 8]), self.NAMES, labels) == pytest.approx(
+            100 * 2 / 3
+        )
 
     @pytest.mark.parametrize("content", ["{", "{}", "[1, 2]"])
     def test_another_file_is_refused(self, tmp_path, content):
@@ -126,7 +138,9 @@ class TestReal:
             eval_only.read_real(tmp_path / "real.json")
 
     def test_other_classes_are_refused(self, data, tmp_path):
-        with pytest.raises(UserError, match="real=x.json and .* has 3 classes: 1000 of ImageNet-1k are absent"):
+        with pytest.raises(
+            UserError, match="real=x.json and .* has 3 classes: 1000 of ImageNet-1k are absent"
+        ):
             as_it_is(data, tmp_path, "", real="x.json")
 
     def test_images_that_are_not_imagenets_are_refused(self):
@@ -194,7 +208,9 @@ class TestSubsets:
         for place in places:
             (tmp_path / "set" / known[place]).mkdir(parents=True)
             for number in range(2):
-                Image.new("RGB", (16, 16), (place % 256, 10 * number, 0)).save(tmp_path / "set" / known[place] / f"{number}.png")
+                Image.new("RGB", (16, 16), (place % 256, 10 * number, 0)).save(
+                    tmp_path / "set" / known[place] / f"{number}.png"
+                )
         torch.manual_seed(0)
         model: Any = build_vit(SPEC, num_classes=1000, global_pool="avg")
         torch.nn.init.zeros_(model.head.weight)
@@ -205,7 +221,9 @@ class TestSubsets:
         torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
         source = row(tmp_path / "row", tmp_path / "x.pth", spec={"num_heads": 2})
         config = {"kind": "robustness", "set": "imagenet-a", "data": str(tmp_path / "set"), **COMMON}
-        outcome = robustness.run(build(RobustnessConfig, config, "test"), job(tmp_path / "cell", source), Progress())
+        outcome = robustness.run(
+            build(RobustnessConfig, config, "test"), job(tmp_path / "cell", source), Progress()
+        )
         assert outcome.metrics["top1"].value == 25.0
         assert outcome.num_samples == 8
         top5 = np.load(tmp_path / "cell/predictions.npz")["top5"]
@@ -227,7 +245,9 @@ class TestSubsets:
         torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
         source = row(tmp_path / "row", tmp_path / "x.pth", spec={"num_heads": 2})
         config = {"kind": "robustness", "set": "imagenet-c", "data": str(tmp_path / "set"), **COMMON}
-        outcome = robustness.run(build(RobustnessConfig, config, "test"), job(tmp_path / "cell", source), Progress())
+        outcome = robustness.run(
+            build(RobustnessConfig, config, "test"), job(tmp_path / "cell", source), Progress()
+        )
         assert outcome.main_metric == "mCE"
         assert outcome.metrics["mCE"].value == pytest.approx(100 * (0.5 / 0.5 + 0.5 / 0.25) / 2)
         assert outcome.num_samples == 20

@@ -28,7 +28,9 @@ def work_on(name: str, data: Path, folder: Path, backbone: str, **changes: Any) 
     (folder / "upstream").mkdir(parents=True, exist_ok=True)
     if not (folder / "upstream/export").exists():
         (folder / "upstream/export").symlink_to(backbone)
-    cell = Cell("mae", name, "imagenet", config["kind"], config, 0, "key", folder / "cell", folder / "upstream")
+    cell = Cell(
+        "mae", name, "imagenet", config["kind"], config, 0, "key", folder / "cell", folder / "upstream"
+    )
     cell.dir.mkdir(exist_ok=True)
     order = Order(cell, kind(config["kind"]), "cpu", 1, "mae-bench run x")
     (cell.dir / "failure.json").unlink(missing_ok=True)
@@ -118,7 +120,11 @@ def test_training_that_ends_early_leaves_no_record(data, tmp_path, backbone, mon
 
 def test_a_loss_that_is_not_finite_is_told(data, tmp_path, backbone):
     failure = work_on("finetune", data, tmp_path, backbone, base_lr=1e30, warmup_epochs=0)
-    assert "not finite" in failure["reason"] or "no longer finite" in failure["reason"] or "became nan" in failure["reason"]
+    assert (
+        "not finite" in failure["reason"]
+        or "no longer finite" in failure["reason"]
+        or "became nan" in failure["reason"]
+    )
     assert "lower base_lr (now 1e+30)" in failure["fix"]
 
 
@@ -131,8 +137,13 @@ def test_logits_that_are_not_finite_give_no_score():
 
 class TestHeadsThatDiverge:
     def test_they_are_told_and_not_chosen(self, data, tmp_path, backbone):
-        outcome = run_protocol("grid", data, tmp_path, backbone, lrs=[100.0, 1e12], pools=[], layers=[1], epochs=30)
-        told = {head["head"]: head["diverged"] for head in json.loads((tmp_path / "heads.json").read_text())["heads"]}
+        outcome = run_protocol(
+            "grid", data, tmp_path, backbone, lrs=[100.0, 1e12], pools=[], layers=[1], epochs=30
+        )
+        told = {
+            head["head"]: head["diverged"]
+            for head in json.loads((tmp_path / "heads.json").read_text())["heads"]
+        }
         assert told == {"avg-1, base_lr 100": False, "avg-1, base_lr 1e+12": True}
         assert "1 of 2 heads diverged and were not chosen from: avg-1, base_lr 1e+12" in outcome.notes
         assert outcome.notes[0].startswith("avg-1, base_lr 100: the best of 2 heads")

@@ -33,7 +33,15 @@ def run_knn(data: Path, folder: Path, backbone: str, **changes: Any) -> Outcome:
 
 
 def run_few_shot(data: Path, folder: Path, backbone: str, seed: int = 0, **changes: Any) -> Outcome:
-    values = {"kind": "few_shot", "data": str(data), **COMMON, "shots": [1, 3], "shares": [0.5], "score": "3shot", **changes}
+    values = {
+        "kind": "few_shot",
+        "data": str(data),
+        **COMMON,
+        "shots": [1, 3],
+        "shares": [0.5],
+        "score": "3shot",
+        **changes,
+    }
     return few_shot.run(build(FewShotConfig, values, "test"), job(folder, backbone, seed), Progress())
 
 
@@ -60,7 +68,14 @@ class TestCache:
 
     def test_a_probe_of_several_sets_shares_what_is_there(self, data, tmp_path, backbone, passes):
         run_knn(data, tmp_path / "a", backbone)
-        values = {"kind": "linear_probe", "data": str(data), **TRAIN, "crop_pct": 1.0, "features": "cached", "holdout": 0.25}
+        values = {
+            "kind": "linear_probe",
+            "data": str(data),
+            **TRAIN,
+            "crop_pct": 1.0,
+            "features": "cached",
+            "holdout": 0.25,
+        }
         config = build(LinearProbeConfig, values | {"pools": ["avg", "token"]}, "test")
         linear_probe.run(config, job(tmp_path / "b", backbone), Progress())
         assert sum(passes) == 66, "one pass for the set that was missing"
@@ -84,8 +99,12 @@ class TestCache:
         run_knn(write_images(tmp_path / "more", 27), tmp_path / "c", backbone)
         assert sum(passes) == 66 + 36
 
-    @pytest.mark.parametrize("change", [{"num_heads": 4}, {"norm_eps": 1e-2}, {"options": {"act_layer": "quick_gelu"}}])
-    def test_the_same_weights_of_another_shape_are_another_entry(self, data, tmp_path, backbone, passes, change):
+    @pytest.mark.parametrize(
+        "change", [{"num_heads": 4}, {"norm_eps": 1e-2}, {"options": {"act_layer": "quick_gelu"}}]
+    )
+    def test_the_same_weights_of_another_shape_are_another_entry(
+        self, data, tmp_path, backbone, passes, change
+    ):
         run_knn(data, tmp_path / "a", backbone)
         vit, spec, _ = load_backbone(backbone)
         write_export(tmp_path / "other", vit.state_dict(), replace(spec, **change), {})
@@ -94,7 +113,9 @@ class TestCache:
 
     def test_features_that_are_no_numbers_give_no_score(self, data, tmp_path, backbone):
         vit, spec, _ = load_backbone(backbone)
-        large = {name: tensor * (3e38 if name == "norm.weight" else 1) for name, tensor in vit.state_dict().items()}
+        large = {
+            name: tensor * (3e38 if name == "norm.weight" else 1) for name, tensor in vit.state_dict().items()
+        }
         write_export(tmp_path / "large", large, spec, {})
         with pytest.raises(UserError, match="features of .* images are not finite"):
             run_knn(data, tmp_path / "a", str(tmp_path / "large"))
@@ -123,7 +144,9 @@ class TestCache:
             assert outcome.num_samples == 11
             assert any("0.png" in note or "1 of 12" in note for note in outcome.notes), outcome.notes
 
-    def test_an_image_that_could_not_be_read_once_is_tried_again(self, data, tmp_path, backbone, passes, monkeypatch):
+    def test_an_image_that_could_not_be_read_once_is_tried_again(
+        self, data, tmp_path, backbone, passes, monkeypatch
+    ):
         real = loader.decode
         with monkeypatch.context() as away:
 
@@ -142,7 +165,10 @@ class TestCache:
 class TestKnn:
     def test_it_equals_brute_force_whatever_the_chunks(self):
         generator = torch.Generator().manual_seed(0)
-        train, labels = torch.randn(50, 8, generator=generator), torch.randint(0, 4, (50,), generator=generator)
+        train, labels = (
+            torch.randn(50, 8, generator=generator),
+            torch.randint(0, 4, (50,), generator=generator),
+        )
         queries = torch.randn(7, 8, generator=generator)
         similarity = F.normalize(queries, dim=1) @ F.normalize(train, dim=1).T
         for size in (1, 7, 50, 80):
@@ -161,13 +187,16 @@ class TestKnn:
 
     def test_separable_features_reach_100_for_every_k(self, data, tmp_path, backbone):
         outcome = run_knn(data, tmp_path / "run", backbone)
-        assert {name: outcome.metrics[name].value for name in ("top1", "top1_k1", "top1_k5")} == dict.fromkeys(
-            ("top1", "top1_k1", "top1_k5"), 100.0
-        )
+        assert {
+            name: outcome.metrics[name].value for name in ("top1", "top1_k1", "top1_k5")
+        } == dict.fromkeys(("top1", "top1_k1", "top1_k5"), 100.0)
         assert outcome.num_samples == 9
 
     def test_more_neighbours_than_images_is_refused(self, data, tmp_path, backbone):
-        for values, fix in (({"ks": [5, 24, 25]}, "ks=[5,24]"), ({"ks": [5, 25], "k": 25}, "ks=[5] tasks.NAME.k=5")):
+        for values, fix in (
+            ({"ks": [5, 24, 25]}, "ks=[5,24]"),
+            ({"ks": [5, 25], "k": 25}, "ks=[5] tasks.NAME.k=5"),
+        ):
             with pytest.raises(UserError, match="k 25 with 24") as caught:
                 run_knn(data, tmp_path / "run", backbone, **values)
             assert caught.value.fix == f"set tasks.NAME.{fix}"
@@ -188,14 +217,19 @@ class TestFewShot:
 
     def test_draws_follow_from_the_seed(self, tmp_path, backbone):
         data = write_images(tmp_path / "hard", 60, 60, signal=8)
-        runs = [run_few_shot(data, tmp_path / name, backbone, seed).metrics for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+        runs = [
+            run_few_shot(data, tmp_path / name, backbone, seed).metrics
+            for name, seed in (("a", 0), ("b", 0), ("c", 1))
+        ]
         assert runs[0] == runs[1] != runs[2]
 
     def test_the_solver_finds_the_minimum(self):
         """At the minimum the gradient of mean cross-entropy + decay / 2 |W|^2 is zero, and the weights shrink with the decay."""
         x, y = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
         norms = []
-        for decay, weight in zip([1.0, 0.1, 0.01], few_shot.decay_path(x, y, 3, [1.0, 0.1, 0.01]), strict=True):
+        for decay, weight in zip(
+            [1.0, 0.1, 0.01], few_shot.decay_path(x, y, 3, [1.0, 0.1, 0.01]), strict=True
+        ):
             w = weight.clone().requires_grad_(True)
             loss = F.cross_entropy(F.linear(x, w[:, :-1], w[:, -1]), y) + decay / 2 * w[:, :-1].square().sum()
             (gradient,) = torch.autograd.grad(loss, w)
@@ -213,7 +247,9 @@ class TestFewShot:
 
     def test_what_cannot_be_drawn_is_refused(self, data, tmp_path, backbone):
         for name, values, value in (("shares", [1.0], "1"), ("shots", [3, 8], "8")):
-            with pytest.raises(UserError, match=f"drawn by {name}={value}: the largest class has 8") as caught:
+            with pytest.raises(
+                UserError, match=f"drawn by {name}={value}: the largest class has 8"
+            ) as caught:
                 run_few_shot(data, tmp_path / "a", backbone, 0, **{name: values})
             assert caught.value.fix == f"leave {value} out of tasks.NAME.{name}"
         with pytest.raises(UserError, match="score '7shot'"):
@@ -248,18 +284,28 @@ def test_a_backbone_without_class_token(data, tmp_path):
         run_knn(data, tmp_path / "b", source, global_pool="token")
 
 
-@pytest.mark.parametrize(("change", "fix"), [({"depth": 3}, "[1,3]"), ({"arch": "sam", "num_prefix_tokens": 0}, "[1]")])
+@pytest.mark.parametrize(
+    ("change", "fix"), [({"depth": 3}, "[1,3]"), ({"arch": "sam", "num_prefix_tokens": 0}, "[1]")]
+)
 def test_layers_that_cannot_be_joined_are_refused(change, fix):
     spec = replace(SPEC, depth=5, global_pool="avg")
     with pytest.raises(UserError) as caught:
-        features.FrozenFeatures(build_vit(spec), replace(spec, **change), [features.FeatureSet("avg", n) for n in (1, 4)])
+        features.FrozenFeatures(
+            build_vit(spec), replace(spec, **change), [features.FeatureSet("avg", n) for n in (1, 4)]
+        )
     assert caught.value.fix == f"set tasks.NAME.layers={fix}"
 
 
 @pytest.mark.parametrize("registers", [0, 2])
 def test_a_grid_asks_for_no_class_token_that_is_not_there(registers):
     """A register is none."""
-    spec = replace(SPEC, num_prefix_tokens=registers, pos_embed="learned", global_pool="avg", options={"class_token": False})
+    spec = replace(
+        SPEC,
+        num_prefix_tokens=registers,
+        pos_embed="learned",
+        global_pool="avg",
+        options={"class_token": False},
+    )
     vit = build_vit(spec, global_pool="avg")
     with pytest.raises(UserError, match="no class token"):
         features.FrozenFeatures(vit, spec, [features.FeatureSet("avg"), features.FeatureSet("token")])
@@ -276,9 +322,13 @@ def test_several_layers_of_any_architecture(change):
     torch.manual_seed(0)
     vit, imgs = build_vit(spec), torch.randn(2, 3, 16, 16)
     for pool in ("token", "avg"):
-        both, last = (features.FrozenFeatures(vit, spec, [features.FeatureSet(pool, count)])(imgs) for count in (2, 1))
+        both, last = (
+            features.FrozenFeatures(vit, spec, [features.FeatureSet(pool, count)])(imgs) for count in (2, 1)
+        )
         torch.testing.assert_close(both[:, 16:], last)
         shorter = build_vit(replace(spec, depth=1))
-        shorter.load_state_dict({name: tensor for name, tensor in vit.state_dict().items() if not name.startswith("blocks.1.")})
+        shorter.load_state_dict(
+            {name: tensor for name, tensor in vit.state_dict().items() if not name.startswith("blocks.1.")}
+        )
         before = features.FrozenFeatures(shorter, replace(spec, depth=1), [features.FeatureSet(pool)])(imgs)
         torch.testing.assert_close(both[:, :16], before)

@@ -21,7 +21,12 @@ from tasks.imagenet.features import FeatureSet, FrozenFeatures
 from tasks.imagenet.lars import MOST, Lars
 from tests.tasks.imagenet.toy import TRAIN, job
 
-GRID: dict[str, Any] = {"lrs": [1.0, 50.0, 200.0], "pools": ["token", "avg"], "layers": [1, 2], "holdout": 0.25}
+GRID: dict[str, Any] = {
+    "lrs": [1.0, 50.0, 200.0],
+    "pools": ["token", "avg"],
+    "layers": [1, 2],
+    "holdout": 0.25,
+}
 
 
 def probe(data: Path, folder: Path, backbone: str, **changes: Any) -> Outcome:
@@ -82,7 +87,14 @@ def test_choosing_on_val_is_refused():
 
 
 def test_a_norm_over_all_heads_is_refused():
-    values = {"kind": "linear_probe", "data": "", **TRAIN, "lrs": [1.0, 2.0], "holdout": 0.1, "clip_grad": 1.0}
+    values = {
+        "kind": "linear_probe",
+        "data": "",
+        **TRAIN,
+        "lrs": [1.0, 2.0],
+        "holdout": 0.1,
+        "clip_grad": 1.0,
+    }
     with pytest.raises(UserError, match="clip_grad with 2 heads"):
         build(LinearProbeConfig, values, "test")
 
@@ -114,7 +126,12 @@ def test_features_of_the_last_layers(backbone):
         x = model._pos_embed(model.patch_embed(imgs))
         first = model.blocks[0](x)
         tokens = [model.norm(first), model.norm(model.blocks[1](first))]
-        expected = [tokens[1][:, 0], tokens[1][:, 1:].mean(1), tokens[0][:, 1:].mean(1), tokens[1][:, 1:].mean(1)]
+        expected = [
+            tokens[1][:, 0],
+            tokens[1][:, 1:].mean(1),
+            tokens[0][:, 1:].mean(1),
+            tokens[1][:, 1:].mean(1),
+        ]
     torch.testing.assert_close(found, torch.cat(expected, dim=1))
     with pytest.raises(UserError, match="depth 2"):
         FrozenFeatures(vit, spec, [FeatureSet("avg", 3)])
@@ -155,7 +172,10 @@ def test_lars_equals_timms():
     ours, theirs = torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(4, 3, bias=False)
     theirs.load_state_dict(ours.state_dict())
     steps_of(Lars([{"params": [ours.weight]}], lr=3.0, momentum=0.9, weight_decay=0.0), ours)
-    steps_of(TimmLars([{"params": [theirs.weight], "always_adapt": True}], lr=3.0, momentum=0.9, weight_decay=0.0), theirs)
+    steps_of(
+        TimmLars([{"params": [theirs.weight], "always_adapt": True}], lr=3.0, momentum=0.9, weight_decay=0.0),
+        theirs,
+    )
     torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-6, atol=1e-7)
 
 
@@ -185,6 +205,8 @@ def test_images_held_out_are_the_same_for_every_seed(data, tmp_path, backbone, m
     monkeypatch.setattr(linear_probe, "train_heads", keep)
     for seed in (0, 1):
         values = {"kind": "linear_probe", "data": str(data), **TRAIN, "epochs": 1, "holdout": 0.25}
-        linear_probe.run(build(LinearProbeConfig, values, "test"), job(tmp_path / str(seed), backbone, seed), Progress())
+        linear_probe.run(
+            build(LinearProbeConfig, values, "test"), job(tmp_path / str(seed), backbone, seed), Progress()
+        )
     assert np.array_equal(seen[0], seen[1])
     assert len(seen[0]) == 18

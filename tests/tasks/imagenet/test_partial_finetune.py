@@ -19,7 +19,14 @@ from tasks.imagenet.classify import Classifier
 from tasks.imagenet.config import PartialFinetuneConfig
 from tests.tasks.imagenet.toy import PLAIN, SPEC, TRAIN, job
 
-VALUES: dict[str, Any] = {"kind": "partial_finetune", **TRAIN, **PLAIN, "base_lr": 0.3, "epochs": 2, "layer_decay": 0.9}
+VALUES: dict[str, Any] = {
+    "kind": "partial_finetune",
+    **TRAIN,
+    **PLAIN,
+    "base_lr": 0.3,
+    "epochs": 2,
+    "layer_decay": 0.9,
+}
 BLOCKS: dict[str, Any] = {"blocks": [0, 0.5, 1, 2, 12], "linear": {"base_lr": 200.0, "epochs": 5}}
 
 
@@ -43,19 +50,29 @@ def test_the_curve(data, tmp_path, backbone):
     ("count", "trained"),
     [
         (0.5, {"blocks.1.norm2", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2"}),
-        (1, {f"blocks.1.{part}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")}),
+        (
+            1,
+            {
+                f"blocks.1.{part}"
+                for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+            },
+        ),
     ],
 )
 def test_what_is_trained(backbone, count, trained):
     vit, spec, _ = load_backbone(backbone, drop_path_rate=0.5)
     model = Classifier(vit, spec, 3, "avg", fc_norm=True)
     model.freeze(count)
-    names = {name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names = {
+        name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     assert names == {f"vit.{part}" for part in trained} | {"fc_norm", "head"}
 
 
 def test_half_a_block_of_beits_has_its_scale():
-    spec = replace(SPEC, arch="beit", pos_embed="relative", options={"init_values": 0.1, "use_rel_pos_bias": True})
+    spec = replace(
+        SPEC, arch="beit", pos_embed="relative", options={"init_values": 0.1, "use_rel_pos_bias": True}
+    )
     model = Classifier(build_vit(spec), spec, 3, "avg", fc_norm=True)
     model.freeze(0.5)
     trained = {name for name, parameter in model.vit.blocks.named_parameters() if parameter.requires_grad}
@@ -78,9 +95,13 @@ def test_frozen_parts_drop_no_paths_and_stay(backbone):
     for _ in range(5):  # drop path may leave out the MLP of every image once
         model(torch.randn(8, 3, 16, 16)).square().sum().backward()
     optimizer.step()
-    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    changed = {
+        name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
+    }
     assert {name for name in changed if name.startswith("vit.")} == {
-        f"vit.blocks.1.{part}.{kind}" for part in ("norm2", "mlp.fc1", "mlp.fc2") for kind in ("weight", "bias")
+        f"vit.blocks.1.{part}.{kind}"
+        for part in ("norm2", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
     }
 
 
@@ -89,7 +110,12 @@ def test_all_blocks_are_trained_as_such(backbone):
     model = Classifier(vit, spec, 3, "avg", fc_norm=True)
     model.freeze(2)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert frozen == {"vit.cls_token", "vit.pos_embed", "vit.patch_embed.proj.weight", "vit.patch_embed.proj.bias"}
+    assert frozen == {
+        "vit.cls_token",
+        "vit.pos_embed",
+        "vit.patch_embed.proj.weight",
+        "vit.patch_embed.proj.bias",
+    }
 
 
 def test_what_is_finished_is_not_trained_again(data, tmp_path, backbone, monkeypatch):
@@ -123,7 +149,10 @@ def test_what_cannot_be_tuned_is_refused(change, told):
 def test_no_blocks_are_pooled_as_the_others_unless_told():
     values = {**VALUES, **BLOCKS, "data": "", "global_pool": "token", "linear": {}}
     assert build(PartialFinetuneConfig, values, "test").probe().global_pool == "token"
-    assert build(PartialFinetuneConfig, {**values, "linear": {"global_pool": "avg"}}, "test").probe().global_pool == "avg"
+    assert (
+        build(PartialFinetuneConfig, {**values, "linear": {"global_pool": "avg"}}, "test").probe().global_pool
+        == "avg"
+    )
 
 
 def test_a_score_beyond_the_depth_is_refused(data, tmp_path, backbone):

@@ -36,7 +36,9 @@ def test_every_protocol_in_bfloat16(faint: Path, tmp_path: Path, sources: dict[s
     trains = "epochs" in PROTOCOLS[name]
     assert outcome.cost.keys() >= COSTS | ({"seconds_train"} if trains else set())
     assert all(math.isfinite(value) and value > 0 for value in outcome.cost.values())
-    metrics = {"top1_3shot"} if name == "few_shot" else {"top1", "top5"} | ({"loss"} if name != "knn" else set())
+    metrics = (
+        {"top1_3shot"} if name == "few_shot" else {"top1", "top5"} | ({"loss"} if name != "knn" else set())
+    )
     assert outcome.metrics.keys() >= metrics
     found = predictions_of((tmp_path / "cell" / outcome.artefacts["predictions"]).parent)
     assert found["top5"].shape == (11, 3)
@@ -49,7 +51,9 @@ def test_predictions_are_those_of_the_score(faint: Path, tmp_path: Path, sources
     """Of nearest neighbours with config.k, of few labels in the first draw of config.score."""
     knn = run_protocol("knn", faint, tmp_path / "knn", sources["knn"], ks=[1, 9], k=9)
     found = predictions_of(tmp_path / "knn")
-    assert 100 * np.mean(found["top5"][:, 0] == found["targets"]) == pytest.approx(knn.metrics["top1_k9"].value)
+    assert 100 * np.mean(found["top5"][:, 0] == found["targets"]) == pytest.approx(
+        knn.metrics["top1_k9"].value
+    )
     assert ((found["margin"] >= 0) & (found["margin"] <= 1)).all(), "shares of votes"
     run_protocol("few_shot", faint, tmp_path / "few", sources["few_shot"])
     found = predictions_of(tmp_path / "few")

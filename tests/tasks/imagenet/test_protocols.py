@@ -29,7 +29,9 @@ from tests.tasks.imagenet.toy import MODEL, PLAIN, SPEC, TRAIN, job
 
 def probe(data: Path, folder: Path, backbone: str, **changes: object) -> Outcome:
     config = build(
-        LinearProbeConfig, {"kind": "linear_probe", "data": str(data), **TRAIN, "base_lr": 200.0, "epochs": 30, **changes}, "test"
+        LinearProbeConfig,
+        {"kind": "linear_probe", "data": str(data), **TRAIN, "base_lr": 200.0, "epochs": 30, **changes},
+        "test",
     )
     return linear_probe.run(config, job(folder, backbone), Progress())
 
@@ -45,11 +47,21 @@ def test_layer_ids_of_the_reference() -> None:
         "head.bias",
     ]
     assert [layer_id(name, 12) for name in names] == [0, 0, 0, 1, 12, 13, 13]
-    assert pytest.approx(3.70e-3, rel=1e-2) == 0.65 ** (13 - 0), "ViT-B's patch embedding (mae.md, from util/lr_decay.py)"
+    assert pytest.approx(3.70e-3, rel=1e-2) == 0.65 ** (13 - 0), (
+        "ViT-B's patch embedding (mae.md, from util/lr_decay.py)"
+    )
 
 
 def test_finetune_trains_everything_and_beats_chance(data: Path, tmp_path: Path, backbone: str) -> None:
-    values = {"kind": "finetune", "data": str(data), **TRAIN, **PLAIN, "base_lr": 0.3, "epochs": 8, "layer_decay": 0.9}
+    values = {
+        "kind": "finetune",
+        "data": str(data),
+        **TRAIN,
+        **PLAIN,
+        "base_lr": 0.3,
+        "epochs": 8,
+        "layer_decay": 0.9,
+    }
     outcome = finetune.run(build(FinetuneConfig, values, "test"), job(tmp_path, backbone), Progress())
     assert outcome.metrics["top1"].value > 60
     predictions = np.load(tmp_path / "predictions.npz")
@@ -59,11 +71,21 @@ def test_finetune_trains_everything_and_beats_chance(data: Path, tmp_path: Path,
 
 
 def test_finetune_is_reproducible_and_depends_on_the_seed(data: Path, tmp_path: Path, backbone: str) -> None:
-    values = {"kind": "finetune", "data": str(data), **TRAIN, "base_lr": 0.3, "epochs": 2, "mixup": 0.8, "random_erasing": 0.25}
+    values = {
+        "kind": "finetune",
+        "data": str(data),
+        **TRAIN,
+        "base_lr": 0.3,
+        "epochs": 2,
+        "mixup": 0.8,
+        "random_erasing": 0.25,
+    }
     config = build(FinetuneConfig, values, "test")
     losses = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        losses.append(finetune.run(config, job(tmp_path / name, backbone, seed), Progress()).metrics["loss"].value)
+        losses.append(
+            finetune.run(config, job(tmp_path / name, backbone, seed), Progress()).metrics["loss"].value
+        )
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -88,7 +110,9 @@ def test_supervised_exports_what_it_trained(data: Path, tmp_path: Path) -> None:
     assert not torch.equal(vit.state_dict()[name], build_vit(spec).state_dict()[name])
 
 
-def test_evaluation_counts_each_image_once_whatever_the_batch(data: Path, tmp_path: Path, backbone: str) -> None:
+def test_evaluation_counts_each_image_once_whatever_the_batch(
+    data: Path, tmp_path: Path, backbone: str
+) -> None:
     vit, spec, _ = load_backbone(backbone)
     torch.manual_seed(0)
     model = Classifier(vit, spec, 3, "avg", fc_norm=False)

@@ -46,7 +46,10 @@ def alone(place: Path, faint: Path, sources: dict[str, str]) -> dict[str, Outcom
     runs = {name: (name, place / "alone" / name, RUNS[name]) for name in RUNS}
     runs |= {f"copied {name}": (name.split()[0], place / "copied" / name, COPIES[name]) for name in COPIES}
     runs["one by one"] = ("eval_only", place / "alone" / "one by one", {"eval_batch_size": 1})
-    return {key: run_protocol(name, faint, folder, sources[name], **more) for key, (name, folder, more) in runs.items()}
+    return {
+        key: run_protocol(name, faint, folder, sources[name], **more)
+        for key, (name, folder, more) in runs.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +58,35 @@ def three(place: Path, faint: Path, sources: dict[str, str], alone: dict[str, Ou
     runs = {name: {"name": name, "folder": place / "three" / name, **RUNS[name]} for name in RUNS}
     for name in ("finetune", "grid", "cached"):
         shutil.copytree(place / "alone" / name / "checkpoints", place / "three" / name / "checkpoints")
-    runs |= {f"copied {name}": {"name": name.split()[0], "folder": place / "copies" / name, **COPIES[name]} for name in COPIES}
+    runs |= {
+        f"copied {name}": {"name": name.split()[0], "folder": place / "copies" / name, **COPIES[name]}
+        for name in COPIES
+    }
     runs["one by one"] = {"name": "eval_only", "folder": place / "three" / "one by one", "eval_batch_size": 1}
-    runs |= {key: {"name": "partial", "folder": place / "partial", "global_batch_size": 12} for key in ("partial", "again")}
+    runs |= {
+        key: {"name": "partial", "folder": place / "partial", "global_batch_size": 12}
+        for key in ("partial", "again")
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MAE_BENCH_CACHE", str(place / "cache 3"))
-        return together(place, 3, {key: run | {"data": faint, "backbone": sources[run["name"]]} for key, run in runs.items()})
+        return together(
+            place,
+            3,
+            {key: run | {"data": faint, "backbone": sources[run["name"]]} for key, run in runs.items()},
+        )
 
 
 @pytest.mark.parametrize("name", [*RUNS, "one by one"])
-def test_three_processes_evaluate_what_one_does(name: str, alone: dict[str, Outcome], three: Results, place: Path) -> None:
+def test_three_processes_evaluate_what_one_does(
+    name: str, alone: dict[str, Outcome], three: Results, place: Path
+) -> None:
     """11 images in batches of 2 are 4, 4 and 3 a process. How many images stand together moves the last bit of a logit; where
     they are evaluated one by one, everything is the same bit for bit."""
     assert len({json.dumps(each["metrics"]) for each in three[name]}) == 1, "every process knows the sums"
     found = {metric: each["value"] for metric, each in three[name][0]["metrics"].items()}
-    expected = {metric: each.value for metric, each in alone[name].metrics.items() if not metric.startswith("best_")}
+    expected = {
+        metric: each.value for metric, each in alone[name].metrics.items() if not metric.startswith("best_")
+    }
     bits = 0.0 if name == "one by one" else 1e-5
     assert found.pop("loss", 0) == pytest.approx(expected.pop("loss", 0), rel=bits, abs=0)
     assert found == expected
@@ -78,10 +95,14 @@ def test_three_processes_evaluate_what_one_does(name: str, alone: dict[str, Outc
     assert one.keys() == several.keys()
     assert list(one["indices"]) == list(range(11))
     for key in one:
-        np.testing.assert_allclose(several[key], one[key], rtol=bits, atol=bits if key in ("margin", "loss") else 0)
+        np.testing.assert_allclose(
+            several[key], one[key], rtol=bits, atol=bits if key in ("margin", "loss") else 0
+        )
 
 
-def test_features_of_three_processes_are_those_of_one(alone: dict[str, Outcome], three: Results, place: Path) -> None:
+def test_features_of_three_processes_are_those_of_one(
+    alone: dict[str, Outcome], three: Results, place: Path
+) -> None:
     one = {path.relative_to(place / "cache 1"): path for path in place.glob("cache 1/features/**/*.npy")}
     several = {path.relative_to(place / "cache 3"): path for path in place.glob("cache 3/features/**/*.npy")}
     assert one.keys() == several.keys()
@@ -91,14 +112,18 @@ def test_features_of_three_processes_are_those_of_one(alone: dict[str, Outcome],
 
 
 @pytest.mark.parametrize("name", COPIES)
-def test_three_processes_train_what_one_trains(name: str, alone: dict[str, Outcome], three: Results, place: Path) -> None:
+def test_three_processes_train_what_one_trains(
+    name: str, alone: dict[str, Outcome], three: Results, place: Path
+) -> None:
     """One process takes the images of three as micro-batches: each BatchNorm sees the same images, each gradient is their mean.
 
     Not compared are statistics, which are the first process's as the reference's, and biases of attention's keys: their gradient
     is zero, and AdamW makes steps of its rounding."""
     one, several = state_of(place / "copied" / name), state_of(place / "copies" / name)
     assert one.keys() == several.keys()
-    compared = [key for key in one if not any(part in key for part in ("running_", "num_batches", "qkv.bias"))]
+    compared = [
+        key for key in one if not any(part in key for part in ("running_", "num_batches", "qkv.bias"))
+    ]
     for key in compared:
         torch.testing.assert_close(several[key], one[key], rtol=1e-4, atol=1e-5)
     momenta = [key for key in compared if key.startswith("optimizer.heads.")]

@@ -68,8 +68,15 @@ def test_a_run_in_pieces_equals_a_whole_one(faint, tmp_path, sources, name, kill
     assert found[0].keys() == found[1].keys()
     assert all(np.array_equal(found[0][key], found[1][key]) for key in found[0])
     for file in [*tmp_path.glob("whole/**/*.json")]:
-        if "checkpoints" not in file.parts and file.name in ("epochs.json", "heads.json", "draws.json", "curve.json"):
-            assert file.read_text() == (tmp_path / "pieces" / file.relative_to(tmp_path / "whole")).read_text(), file
+        if "checkpoints" not in file.parts and file.name in (
+            "epochs.json",
+            "heads.json",
+            "draws.json",
+            "curve.json",
+        ):
+            assert (
+                file.read_text() == (tmp_path / "pieces" / file.relative_to(tmp_path / "whole")).read_text()
+            ), file
     if name in TRAINS and name != "partial":
         one, other = state_of(tmp_path / "whole"), state_of(tmp_path / "pieces")
         assert one.keys() == other.keys()

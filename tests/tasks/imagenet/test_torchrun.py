@@ -16,10 +16,24 @@ LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def test_a_grid_of_heads(faint: Path, tmp_path: Path, backbone: str) -> None:
     values: dict[str, Any] = {**PROTOCOLS["grid"], "data": "???"}
     (tmp_path / "probe.yaml").write_text(json.dumps(values))
-    command = [*LAUNCHER, "-m", "mae_bench.cli", "evaluate", "--checkpoint", backbone, "--tasks", str(tmp_path / "probe.yaml")]
+    command = [
+        *LAUNCHER,
+        "-m",
+        "mae_bench.cli",
+        "evaluate",
+        "--checkpoint",
+        backbone,
+        "--tasks",
+        str(tmp_path / "probe.yaml"),
+    ]
     given = [f"data.imagenet={faint}", "device=cpu", "--out", str(tmp_path / "run"), "--json"]
     done = subprocess.run(
-        [*command, *given], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240, check=False
+        [*command, *given],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=240,
+        check=False,
     )
     assert [cell["state"] for cell in json.loads(done.stdout)["cells"]] == ["done", "done"], done.stderr
     (path,) = (path for path in tmp_path.rglob("record.json") if "probe" in path.parent.name)

@@ -40,11 +40,15 @@ def loss_of(imgs: torch.Tensor, seed: int = 3, **changes: Any) -> tuple[torch.Te
     config = build(FinetuneConfig, {"kind": "finetune", "data": "", **TRAIN, **PLAIN, **changes}, "test")
     seed_everything(seed)
     model = Seen()
-    return MixedLoss(config, SPEC, 3, torch.device("cpu"))(model, Batch(imgs, TARGETS, TARGETS), 0), model.imgs
+    return MixedLoss(config, SPEC, 3, torch.device("cpu"))(
+        model, Batch(imgs, TARGETS, TARGETS), 0
+    ), model.imgs
 
 
 def noise(size: int = 16) -> torch.Tensor:
-    return torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (4, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def mixed_loss(lam: float, smoothing: float) -> torch.Tensor:
@@ -55,7 +59,9 @@ def mixed_loss(lam: float, smoothing: float) -> torch.Tensor:
 
 
 @pytest.fixture
-def built(data: Path, tmp_path: Path, backbone: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Classifier, torch.optim.Optimizer]:
+def built(
+    data: Path, tmp_path: Path, backbone: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Classifier, torch.optim.Optimizer]:
     """The model and the optimizer that fine-tuning makes."""
     made: list[Any] = []
 
@@ -74,18 +80,26 @@ def test_layer_decay_equals_timms(built: tuple[Classifier, torch.optim.Optimizer
     """But for the final norm, which timm counts to the last block and the authors' code (util/lr_decay.py) to the head."""
     model, optimizer = built
     theirs = build_vit(SPEC, num_classes=3)
-    groups = param_groups_layer_decay(theirs, weight_decay=0.05, no_weight_decay_list=theirs.no_weight_decay(), layer_decay=0.65)
+    groups = param_groups_layer_decay(
+        theirs, weight_decay=0.05, no_weight_decay_list=theirs.no_weight_decay(), layer_decay=0.65
+    )
     names = {id(parameter): name for name, parameter in theirs.named_parameters()}
-    expected = {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    expected = {
+        names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]
+    }
     expected = {name: values for name, values in expected.items() if not name.startswith("norm.")}
     ours = {id(parameter): name.removeprefix("vit.") for name, parameter in model.named_parameters()}
-    found = {ours[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    found = {
+        ours[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]
+    }
     assert found.keys() == set(ours.values()), "every weight is trained"
     assert (found.pop("fc_norm.weight"), found.pop("fc_norm.bias")) == ((1.0, 0.0), (1.0, 0.0))
     assert found.keys() == expected.keys()
     for name, values in found.items():
         assert values == pytest.approx(expected[name]), name
-    assert found["pos_embed"] == pytest.approx((0.65**3, 0.0)), "of two blocks, position table and stem are the third layer down"
+    assert found["pos_embed"] == pytest.approx((0.65**3, 0.0)), (
+        "of two blocks, position table and stem are the third layer down"
+    )
 
 
 def test_drop_path_grows_with_depth(built: tuple[Classifier, torch.optim.Optimizer]) -> None:

@@ -23,7 +23,14 @@ from mae_bench.spec import BackboneSpec
 
 SPEC = BackboneSpec("vit", (16, 16), (8, 8), 3, embed_dim=16, depth=2, num_heads=2, pos_embed="sincos")
 MODEL = {"img_size": (16, 16), "patch_size": (8, 8), "embed_dim": 16, "depth": 2, "num_heads": 2}
-TRAIN = {"protocol": "toy", "epochs": 4, "base_lr": 1.0, "global_batch_size": 8, "crop_scale": (0.9, 1.0), "crop_pct": 1.0}
+TRAIN = {
+    "protocol": "toy",
+    "epochs": 4,
+    "base_lr": 1.0,
+    "global_batch_size": 8,
+    "crop_scale": (0.9, 1.0),
+    "crop_pct": 1.0,
+}
 COMMON: dict[str, Any] = {"protocol": "toy", "crop_pct": 1.0, "eval_batch_size": 2}
 PLAIN = {"auto_augment": None, "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0, "drop_path": 0.0}
 
@@ -32,20 +39,25 @@ TUNED = TRAINED | {"mixup": 0.8, "random_erasing": 0.25, "drop_path": 0.2, "ema_
 GRID = {"lrs": [1.0, 100.0], "pools": ["token", "avg"], "layers": [1, 2], "holdout": 0.25}
 LABELS = {"shots": [1, 3], "shares": [0.5], "score": "3shot", "draws": 2, "weight_decays": [0.01, 1.0]}
 LINEAR = {"base_lr": 100.0, "epochs": 2}
-PROTOCOLS: dict[str, dict[str, Any]] = {  # each with everything that could depend on processes, on batches or on a stop
+PROTOCOLS: dict[
+    str, dict[str, Any]
+] = {  # each with everything that could depend on processes, on batches or on a stop
     "finetune": TUNED | {"kind": "finetune"},
     "supervised": TUNED | {"kind": "supervised", "model": MODEL},
     "probe": TRAINED | LINEAR | {"kind": "linear_probe", "eval_epochs": 0.7},
     "grid": TRAINED | LINEAR | GRID | {"kind": "linear_probe"},
     "cached": TRAINED | LINEAR | GRID | {"kind": "linear_probe", "features": "cached"},
-    "partial": TUNED | {"kind": "partial_finetune", "ema_decay": None, "blocks": [0, 0.5, 2], "score": 0.5, "linear": LINEAR},
+    "partial": TUNED
+    | {"kind": "partial_finetune", "ema_decay": None, "blocks": [0, 0.5, 2], "score": 0.5, "linear": LINEAR},
     "knn": COMMON | {"kind": "knn", "ks": [1, 5], "k": 5},
     "few_shot": COMMON | LABELS | {"kind": "few_shot"},
     "eval_only": COMMON | {"kind": "eval_only"},
 }
 
 
-def run_protocol(name: str, data: Path, folder: Path, backbone: str, progress: Progress | None = None, **changes: Any) -> Outcome:
+def run_protocol(
+    name: str, data: Path, folder: Path, backbone: str, progress: Progress | None = None, **changes: Any
+) -> Outcome:
     """Runs one of PROTOCOLS in `folder`, as the worker does."""
     values = {**PROTOCOLS[name], **changes, "data": str(data)}
     table = kind(values["kind"])

@@ -28,8 +28,12 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Noise of many scales, with clipped lights and shadows."""
     draw, total = np.random.default_rng(seed), np.zeros((height, width, 3), np.float32)
     for scale in (1, 2, 4, 8, 16, 32):
-        small = (draw.normal(size=(3, height // scale + 2, width // scale + 2)) * scale**0.7).astype(np.float32)
-        resized = [np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC)) for c in small]
+        small = (draw.normal(size=(3, height // scale + 2, width // scale + 2)) * scale**0.7).astype(
+            np.float32
+        )
+        resized = [
+            np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC)) for c in small
+        ]
         total += np.stack(resized, axis=2)
     return np.clip(128 + 22 * total, 0, 255).astype(np.uint8)
 
@@ -43,13 +47,19 @@ def boxes(height: int, width: int, img_size: tuple[int, int], count: int, seed: 
             h = min(height, img_size[0])
         if number % 7 == 0:
             w = min(width, img_size[1])
-        found.append(Crop(draw.randint(0, height - h), draw.randint(0, width - w), h, w, img_size, flip=number % 2 == 1))
+        found.append(
+            Crop(
+                draw.randint(0, height - h), draw.randint(0, width - w), h, w, img_size, flip=number % 2 == 1
+            )
+        )
     return found
 
 
 def pillow(pixels: np.ndarray, crop: Crop, mode: str = "bicubic") -> np.ndarray:
     """The box resized by Pillow and flipped, (h, w, C)."""
-    image = Image.fromarray(pixels).crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
+    image = Image.fromarray(pixels).crop(
+        (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+    )
     resized = np.asarray(image.resize(crop.size[::-1], MODES[mode])).astype(int)
     return resized[:, ::-1] if crop.flip else resized
 
@@ -91,13 +101,17 @@ def test_a_batch_on_the_device_equals_pillow(img_size: tuple[int, int], mode: st
         error = np.abs(img.permute(1, 2, 0).numpy() - pillow(pixels, crop, mode))
         assert error.max() <= 1
         assert error.mean() < 0.02
-    assert len({crop.vertical_first for crop in crops}) == 2 or not Crop(0, 0, 300, 10, (10, 10)).vertical_first
+    assert (
+        len({crop.vertical_first for crop in crops}) == 2 or not Crop(0, 0, 300, 10, (10, 10)).vertical_first
+    )
 
 
 def test_a_batch_of_windows_equals_each_alone() -> None:
     pixels, img_size = photo(150, 200), (56, 40)
     crops = [fixed_size_crop(150, 200, img_size, random.Random(seed)) for seed in range(6)]
-    found = resample_batch(padded([take_box(pixels, crop)[0] for crop in crops]), torch.tensor([*map(describe, crops)]), img_size)
+    found = resample_batch(
+        padded([take_box(pixels, crop)[0] for crop in crops]), torch.tensor([*map(describe, crops)]), img_size
+    )
     for img, crop in zip(found, crops, strict=True):
         error = (img.int() - resample_exact(pixels, crop, img_size).int()).abs()
         assert error.max() <= 1
@@ -112,7 +126,9 @@ def test_deep_images_keep_their_dtype_and_agree_on_both_routes(dtype: str) -> No
     batch = resample_batch(take_box(deep, crop), torch.tensor([describe(crop)]), (32, 32))[0]
     assert str(alone.dtype) == str(batch.dtype) == f"torch.{dtype}"
     assert alone.shape == (5, 32, 32)
-    torch.testing.assert_close(alone.float(), batch.float(), rtol=1e-5, atol=1.001 if dtype == "uint16" else 0.05)
+    torch.testing.assert_close(
+        alone.float(), batch.float(), rtol=1e-5, atol=1.001 if dtype == "uint16" else 0.05
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])
@@ -126,7 +142,14 @@ def test_any_number_of_channels_is_resampled_alike(channels: int) -> None:
 
 def statistics(crops: list[tuple[int, int, int, int]], height: int, width: int) -> np.ndarray:
     top, left, h, w = np.array(crops, float).T
-    values = np.stack([h * w / (height * width), np.log(w / h), top / np.maximum(1, height - h), left / np.maximum(1, width - w)])
+    values = np.stack(
+        [
+            h * w / (height * width),
+            np.log(w / h),
+            top / np.maximum(1, height - h),
+            left / np.maximum(1, width - w),
+        ]
+    )
     return np.concatenate([values.mean(1), np.quantile(values, (0.05, 0.25, 0.75, 0.95), axis=1).ravel()])
 
 
@@ -135,7 +158,9 @@ def test_boxes_fall_as_torchvisions(height: int, width: int) -> None:
     torch.manual_seed(0)
     image = torch.zeros(3, height, width)
     theirs = [RandomResizedCrop.get_params(image, [*RIGHT], [3 / 4, 4 / 3]) for _ in range(3000)]
-    draws = [random_resized_crop(height, width, (224, 224), RIGHT, random.Random(seed)) for seed in range(3000)]
+    draws = [
+        random_resized_crop(height, width, (224, 224), RIGHT, random.Random(seed)) for seed in range(3000)
+    ]
     ours = [(crop.top, crop.left, crop.height, crop.width) for crop in draws]
     np.testing.assert_allclose(statistics(ours, height, width), statistics(theirs, height, width), atol=0.05)
     assert 0.45 < np.mean([crop.flip for crop in draws]) < 0.55
@@ -153,7 +178,9 @@ def test_the_fixed_size_crop_is_of_the_resized_image(height: int, width: int) ->
     resized = tv.resize(Image.fromarray(pixels), 256, tv.InterpolationMode.BICUBIC)
     want = tv.crop(resized, *crop.offset, 224, 224)
     want = tv.hflip(want) if crop.flip else want
-    np.testing.assert_array_equal(resample_exact(pixels, crop, (224, 224)).permute(1, 2, 0).numpy(), np.asarray(want))
+    np.testing.assert_array_equal(
+        resample_exact(pixels, crop, (224, 224)).permute(1, 2, 0).numpy(), np.asarray(want)
+    )
 
 
 @pytest.mark.parametrize("img_size", [(224, 224), (64, 128), (128, 64)])

@@ -31,7 +31,9 @@ def images(tmp_path: Path) -> ImageSource:
 
 def test_every_image_once_an_epoch_over_any_number_of_processes() -> None:
     for world_size in (1, 2, 4):
-        orders = [TrainingOrder(18, 8, seed=3, rank=rank, world_size=world_size) for rank in range(world_size)]
+        orders = [
+            TrainingOrder(18, 8, seed=3, rank=rank, world_size=world_size) for rank in range(world_size)
+        ]
         steps = [
             [
                 sorted(i for order in parts for _, i, _ in order)
@@ -104,7 +106,9 @@ def test_evaluation_sees_each_image_once(images: ImageSource, world_size: int, b
     assert sorted(seen) == list(range(14))
 
 
-def test_bad_image_gives_its_place_in_training_and_none_in_evaluation(images: ImageSource, tmp_path: Path) -> None:
+def test_bad_image_gives_its_place_in_training_and_none_in_evaluation(
+    images: ImageSource, tmp_path: Path
+) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (24, 20)).save(buffer, format="PNG")
     (tmp_path / "train" / "class0" / "04.png").write_bytes(buffer.getvalue()[:40])
@@ -125,7 +129,10 @@ def test_a_file_that_cannot_be_read_counts_as_bad(images: ImageSource, tmp_path:
 
 def test_a_long_run_is_not_laid_out_in_memory(images: ImageSource) -> None:
     order = TrainingOrder(len(images), 7, seed=1)
-    assert len(next(training_batches(images, eval_transform((16, 16)), order, 0, 10**12, num_workers=0)).targets) == 7
+    assert (
+        len(next(training_batches(images, eval_transform((16, 16)), order, 0, 10**12, num_workers=0)).targets)
+        == 7
+    )
 
 
 def test_evaluation_resizes_the_short_side_and_crops_the_centre() -> None:
@@ -144,7 +151,9 @@ def test_seeds_do_not_collide_and_are_stable() -> None:
 @pytest.mark.parametrize("crop_on", ["cpu", "device"])
 def test_pretraining_batches_depend_on_the_step_alone(images: ImageSource, crop_on: str) -> None:
     transform = PretrainTransform((16, 16), crop_on=crop_on)  # type: ignore[arg-type]
-    whole = list(training_batches(images, transform, TrainingOrder(len(images), 6, seed=1), 0, 4, num_workers=0))
+    whole = list(
+        training_batches(images, transform, TrainingOrder(len(images), 6, seed=1), 0, 4, num_workers=0)
+    )
     for world_size, num_workers in [(1, 2), (2, 1), (3, 0)]:
         orders = [TrainingOrder(len(images), 6, 1, rank, world_size) for rank in range(world_size)]
         ranks = [list(training_batches(images, transform, order, 1, 4, num_workers)) for order in orders]
@@ -158,13 +167,20 @@ def test_pretraining_batches_depend_on_the_step_alone(images: ImageSource, crop_
                 assert batch.imgs.dtype == torch.uint8
             else:
                 assert batch.crops is not None
-                assert torch.equal(torch.cat([part.crops for part in parts if part.crops is not None]), batch.crops)
+                assert torch.equal(
+                    torch.cat([part.crops for part in parts if part.crops is not None]), batch.crops
+                )
                 assert all(0 < height <= 24 and 0 < width <= 20 for height, width, *_ in batch.crops.tolist())
 
 
 def test_a_batch_splits_into_consecutive_parts() -> None:
     batch = Batch(
-        torch.arange(5).view(5, 1, 1, 1), torch.arange(5), torch.arange(5) * 2, [("a", "b")], 10, torch.arange(5)[:, None]
+        torch.arange(5).view(5, 1, 1, 1),
+        torch.arange(5),
+        torch.arange(5) * 2,
+        [("a", "b")],
+        10,
+        torch.arange(5)[:, None],
     )
     parts = list(batch.split([2, 3]))
     assert [part.start for part in parts] == [10, 12]
@@ -211,8 +227,14 @@ def test_multispectral_arrays_travel_in_their_dtype(dtype: str) -> None:
 
 
 def test_raw_pixels_serve_every_transform() -> None:
-    source = Arrays([np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8) for i in range(4)], raw=True)
-    for transform in (PretrainTransform((16, 16)), train_transform((16, 16), (0.2, 1.0)), eval_transform((16, 16))):
+    source = Arrays(
+        [np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8) for i in range(4)], raw=True
+    )
+    for transform in (
+        PretrainTransform((16, 16)),
+        train_transform((16, 16), (0.2, 1.0)),
+        eval_transform((16, 16)),
+    ):
         batch = next(training_batches(source, transform, TrainingOrder(4, 4, seed=0), 0, 1, 0))
         assert batch.imgs.shape == (4, 3, 16, 16)
         assert not batch.bad
@@ -221,7 +243,9 @@ def test_raw_pixels_serve_every_transform() -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_set_of_other_channels_is_one_clear_error(num_workers: int) -> None:
     source = Arrays([np.zeros((20, 24, 2), np.uint8)] * 150)
-    batches = training_batches(source, PretrainTransform((16, 16), in_chans=5), TrainingOrder(150, 4, 0), 0, 2, num_workers)
+    batches = training_batches(
+        source, PretrainTransform((16, 16), in_chans=5), TrainingOrder(150, 4, 0), 0, 2, num_workers
+    )
     with pytest.raises(
         UserError, match=r"none of 100 images in a row.*\(20, 24, 2\) of uint8, the model takes 5 channels"
     ) as caught:
@@ -272,5 +296,7 @@ class Signalled:
 
 
 def test_workers_leave_the_answer_to_a_stop_to_their_main_process(images: ImageSource) -> None:
-    batches = training_batches(images, Signalled(), TrainingOrder(len(images), 7, seed=1), 0, 2, num_workers=1)
+    batches = training_batches(
+        images, Signalled(), TrainingOrder(len(images), 7, seed=1), 0, 2, num_workers=1
+    )
     assert [len(batch.targets) for batch in batches] == [7, 7]

@@ -21,7 +21,9 @@ def photo(height: int = 150, width: int = 200, channels: int = 3) -> np.ndarray:
     draw = np.random.default_rng(0)
     rows, columns = np.mgrid[0:height, 0:width]
     waves = [128 + 90 * np.sin(rows / (7 + c)) * np.cos(columns / (9 + c)) for c in range(channels)]
-    return np.clip(np.stack(waves, 2) + draw.normal(0, 12, (height, width, channels)), 0, 255).astype(np.uint8)
+    return np.clip(np.stack(waves, 2) + draw.normal(0, 12, (height, width, channels)), 0, 255).astype(
+        np.uint8
+    )
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -125,7 +127,9 @@ def test_what_does_not_go_together_is_refused() -> None:
 def test_normalize_equals_the_formula() -> None:
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     imgs = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    want = (imgs.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(3, 1, 1)
+    want = (imgs.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(
+        std
+    ).double().view(3, 1, 1)
     for layout in (torch.contiguous_format, torch.channels_last):
         found = normalize(imgs.contiguous(memory_format=layout), mean, std)
         torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-5)
@@ -134,7 +138,9 @@ def test_normalize_equals_the_formula() -> None:
 
 def test_deep_images_are_normalised_in_their_own_unit() -> None:
     imgs = torch.tensor([0, 3000], dtype=torch.uint16).view(1, 2, 1, 1)
-    torch.testing.assert_close(normalize(imgs, (1000.0, 1000.0), (500.0, 1000.0)).flatten(), torch.tensor([-2.0, 2.0]))
+    torch.testing.assert_close(
+        normalize(imgs, (1000.0, 1000.0), (500.0, 1000.0)).flatten(), torch.tensor([-2.0, 2.0])
+    )
 
 
 def test_constants_made_in_inference_mode_serve_training() -> None:

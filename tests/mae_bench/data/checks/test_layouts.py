@@ -102,7 +102,12 @@ def test_a_wrong_level_is_corrected(layout, data):
 
 @pytest.mark.parametrize(
     ("layout", "folder"),
-    [("imagenet", "val"), ("coco", "val2017"), ("ade20k", "images/validation"), ("ade20k", "annotations/training")],
+    [
+        ("imagenet", "val"),
+        ("coco", "val2017"),
+        ("ade20k", "images/validation"),
+        ("ade20k", "annotations/training"),
+    ],
 )
 def test_a_missing_or_empty_split_is_named(layout, folder, data):
     path = data / layout / folder
@@ -178,7 +183,13 @@ def test_coco_file_that_is_missing_or_cut_short(data):
 
 
 def test_odd_boxes_are_a_note(data):
-    edit(data, lambda c: (c["annotations"][0].update(bbox=[40, 40, 20, 20]), c["annotations"][1].update(bbox=[5, 5, 0, 3])))
+    edit(
+        data,
+        lambda c: (
+            c["annotations"][0].update(bbox=[40, 40, 20, 20]),
+            c["annotations"][1].update(bbox=[5, 5, 0, 3]),
+        ),
+    )
     notes = check_layout("coco", data / "coco").notes
     assert len(notes) == 1
     assert notes[0].startswith("2 of ")

@@ -62,7 +62,11 @@ FORMS: dict[str, Callable[[Path, Path], Path]] = {
 def test_every_form_finds_the_same(form: str, root: Path, tmp_path: Path) -> None:
     train, val = splits(FORMS[form](root, tmp_path / form))
     assert overlap(train, val) == EXPECTED
-    assert overlap(val, train) == [("a/2.png", "y/10.png"), ("b/5.png", "x/9.png"), ("b/again.png", "x/9.png")]
+    assert overlap(val, train) == [
+        ("a/2.png", "y/10.png"),
+        ("b/5.png", "x/9.png"),
+        ("b/again.png", "x/9.png"),
+    ]
 
 
 def test_a_source_that_only_reads_is_enough(root: Path) -> None:
@@ -95,7 +99,12 @@ def test_few_bytes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Images of no size that the other split has are not touched; of the rest one block, and whole files where blocks agree."""
     generator = np.random.default_rng(0)
     long, short = (generator.bytes(size) for size in (50_000, 30_000))
-    given = {"train/a/1.jpg": long, "train/a/2.jpg": generator.bytes(50_000), "train/a/3.jpg": short, "val/a/4.jpg": long}
+    given = {
+        "train/a/1.jpg": long,
+        "train/a/2.jpg": generator.bytes(50_000),
+        "train/a/3.jpg": short,
+        "val/a/4.jpg": long,
+    }
     for name, content in given.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
@@ -167,7 +176,9 @@ def test_the_note_counts_images_of_val_and_names_some(root: Path) -> None:
     shutil.copytree(root / "train" / "a", root / "val" / "z")
     pairs = overlap(*splits(root))
     note = overlap_note(pairs, 8)
-    assert note.startswith("6 of 8 images of val are in train too, byte for byte: x/9.png is b/5.png, y/10.png is a/2.png, ")
+    assert note.startswith(
+        "6 of 8 images of val are in train too, byte for byte: x/9.png is b/5.png, y/10.png is a/2.png, "
+    )
     assert note.endswith(", ...")
     assert overlap_note(EXPECTED, 4) == (
         "2 of 4 images of val are in train too, byte for byte: x/9.png is b/5.png, y/10.png is a/2.png"

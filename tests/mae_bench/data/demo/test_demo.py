@@ -7,12 +7,22 @@ import pytest
 from PIL import Image
 
 from mae_bench.data.checks.layouts import check_layout
-from mae_bench.data.demo.demo import CATEGORY_IDS, DemoConfig, DemoSet, annotated, dense_recipe, label_map, make_demo_data
+from mae_bench.data.demo.demo import (
+    CATEGORY_IDS,
+    DemoConfig,
+    DemoSet,
+    annotated,
+    dense_recipe,
+    label_map,
+    make_demo_data,
+)
 from mae_bench.data.demo.scenes import STUFF, THINGS, Recipe, make_scene, scene_rng
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.progress import Progress
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools 2.0.11, numpy 2
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # pycocotools 2.0.11, numpy 2
 SMALL = DemoConfig(
     imagenet=DemoSet(img_size=32, num_train=20, num_val=10),
     coco=DemoSet(img_size=64, num_train=16, num_val=4),
@@ -28,7 +38,11 @@ def data(tmp_path_factory):
 
 
 def contents(root: Path) -> dict[str, str]:
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(root.rglob("*"))
+        if p.is_file()
+    }
 
 
 class StopAfter(Progress):

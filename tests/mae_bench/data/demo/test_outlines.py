@@ -3,7 +3,9 @@ import pytest
 
 from mae_bench.data.demo.outlines import box, polygons, run_lengths
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools 2.0.11, numpy 2
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # pycocotools 2.0.11, numpy 2
 
 
 def random_masks():

@@ -45,7 +45,9 @@ def test_visible_masks_are_disjoint_and_within_the_full_shape():
 
 @pytest.mark.parametrize("label", range(len(THINGS)))
 def test_a_whole_thing_is_its_outline(label):
-    drawn = make_scene(scene_rng(0, "a", "b", label), Recipe(96, num_things=(1, 1), radius=(0.3, 0.3), max_bars=0), label)
+    drawn = make_scene(
+        scene_rng(0, "a", "b", label), Recipe(96, num_things=(1, 1), radius=(0.3, 0.3), max_bars=0), label
+    )
     full, mask = inside(drawn.things[0].outlines[0], 96), drawn.things[0].mask
     assert (full & mask).sum() > 0.9 * (full | mask).sum()
 
@@ -77,7 +79,12 @@ def test_things_have_outlines_in_the_order_of_their_names():
 def test_neither_position_nor_colour_tells_the_class():
     """Nearest class mean on raw pixels stays near chance (10 %)."""
     recipe = Recipe(32, num_things=(1, 1), radius=(0.26, 0.48), max_grounds=2, max_bars=1)
-    pixels = np.stack([make_scene(scene_rng(0, "p", "q", i), recipe, i % 10).image for i in range(600)]).reshape(600, -1) / 255.0
+    pixels = (
+        np.stack([make_scene(scene_rng(0, "p", "q", i), recipe, i % 10).image for i in range(600)]).reshape(
+            600, -1
+        )
+        / 255.0
+    )
     means = np.stack([pixels[:400][np.arange(400) % 10 == k].mean(axis=0) for k in range(10)])
     nearest = ((pixels[400:, None] - means[None]) ** 2).sum(axis=2).argmin(axis=1)
     assert (nearest == np.arange(400, 600) % 10).mean() < 0.25

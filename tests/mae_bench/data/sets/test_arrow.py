@@ -26,7 +26,10 @@ FEATURES = {"image": {"_type": "Image"}, "label": {"names": ["ant", "bee"], "_ty
 def table(numbers: range, picture: Picture, features: dict[str, Any] | None = FEATURES, **more: Any) -> Any:
     """Rows as the datasets library writes them; the metadata holds the features."""
     images = [{"bytes": picture(n), "path": f"{n}.jpg" if n % 2 else None} for n in numbers]
-    columns = {"image": pa.array(images, IMAGE), "label": pa.array([n % 2 for n in numbers], pa.int64())} | more
+    columns = {
+        "image": pa.array(images, IMAGE),
+        "label": pa.array([n % 2 for n in numbers], pa.int64()),
+    } | more
     metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()} if features else None
     return pa.table(columns).replace_schema_metadata(metadata)
 
@@ -37,9 +40,15 @@ def save_to_disk(folder: Path, rows: Any, num_files: int = 2, batch: int = 2, **
     names = [f"data-{i:05}-of-{num_files:05}.arrow" for i in range(num_files)]
     step = -(-len(rows) // num_files)
     for i, name in enumerate(names):
-        with pa.ipc.new_stream(folder / name, rows.schema, options=pa.ipc.IpcWriteOptions(**options)) as stream:
+        with pa.ipc.new_stream(
+            folder / name, rows.schema, options=pa.ipc.IpcWriteOptions(**options)
+        ) as stream:
             stream.write_table(rows.slice(i * step, step), max_chunksize=batch)
-    state = {"_data_files": [{"filename": name} for name in names], "_indices_data_files": None, "_split": None}
+    state = {
+        "_data_files": [{"filename": name} for name in names],
+        "_indices_data_files": None,
+        "_split": None,
+    }
     (folder / "state.json").write_text(json.dumps(state))
     (folder / "dataset_info.json").write_text(json.dumps({"features": FEATURES}))
 
@@ -73,7 +82,9 @@ def test_a_saved_set_is_read_in_place(saved: Path, picture: Picture) -> None:
 
 
 @pytest.mark.usefixtures("keeps")
-def test_once_indexed_it_needs_no_pyarrow(saved: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_once_indexed_it_needs_no_pyarrow(
+    saved: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     open_images(saved, "train")
     monkeypatch.setattr("mae_bench.data.sets.arrow._pyarrow", lambda: pytest.fail("pyarrow is asked for"))
     images = open_images(saved, "train")
@@ -93,12 +104,18 @@ def test_the_file_format_and_the_cache_of_the_library(tmp_path: Path, picture: P
     assert contents(open_images(tmp_path, "train")) == expected(range(3), picture)
 
 
-@pytest.mark.parametrize("inside", ["data/train-00000-of-00002.parquet", "train-0.parquet", "train/0000.parquet"])
-def test_parquet_is_unpacked_once(tmp_path: Path, picture: Picture, inside: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "inside", ["data/train-00000-of-00002.parquet", "train-0.parquet", "train/0000.parquet"]
+)
+def test_parquet_is_unpacked_once(
+    tmp_path: Path, picture: Picture, inside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / inside
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table(range(5), picture), path, row_group_size=2)
-    second = path.with_name(path.name.replace("00000-of", "00001-of").replace("train-0.", "train-1.").replace("0000.", "0001."))
+    second = path.with_name(
+        path.name.replace("00000-of", "00001-of").replace("train-0.", "train-1.").replace("0000.", "0001.")
+    )
     if second != path:
         pq.write_table(table(range(5, 8), picture), second, row_group_size=2)
     images = open_images(tmp_path, "train")
@@ -124,7 +141,9 @@ def test_plain_bytes_and_labels_of_every_kind(tmp_path: Path, picture: Picture) 
         "kept_back": (pa.array([-1, -1]), [""]),
     }
     for name, (labels, classes) in kinds.items():
-        columns = {"image": pa.array([picture(1), picture(2)], pa.large_binary())} | ({"label": labels} if labels else {})
+        columns = {"image": pa.array([picture(1), picture(2)], pa.large_binary())} | (
+            {"label": labels} if labels else {}
+        )
         save_to_disk(tmp_path / name / "train", pa.table(columns), num_files=1)
         (tmp_path / name / "train" / "dataset_info.json").write_text("{}")
         images = open_images(tmp_path / name, "train")
@@ -133,7 +152,9 @@ def test_plain_bytes_and_labels_of_every_kind(tmp_path: Path, picture: Picture) 
 
 
 def test_an_image_that_is_missing_is_a_bad_one(tmp_path: Path, picture: Picture) -> None:
-    rows = pa.table({"image": pa.array([{"bytes": None, "path": "x.jpg"}, {"bytes": picture(1), "path": None}], IMAGE)})
+    rows = pa.table(
+        {"image": pa.array([{"bytes": None, "path": "x.jpg"}, {"bytes": picture(1), "path": None}], IMAGE)}
+    )
     save_to_disk(tmp_path / "train", rows, num_files=1)
     images = open_images(tmp_path, "train")
     assert [images.read(0), images.read(1)] == [b"", picture(1)]
@@ -162,7 +183,9 @@ def damage(saved: Path, change: str, picture: Picture) -> None:
         options: dict[str, Any] = {"compression": "zstd"} if change == "compressed" else {}
         save_to_disk(folder, rows, num_files=1, **options)
         if change == "indices":
-            state = json.loads((folder / "state.json").read_text()) | {"_indices_data_files": [{"filename": "indices.arrow"}]}
+            state = json.loads((folder / "state.json").read_text()) | {
+                "_indices_data_files": [{"filename": "indices.arrow"}]
+            }
             (folder / "state.json").write_text(json.dumps(state))
 
 

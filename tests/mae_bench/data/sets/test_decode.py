@@ -48,7 +48,9 @@ FILES: dict[str, Callable[[], bytes]] = {
     "PNG": lambda: saved(photo(), "PNG"),
     "alpha": lambda: saved(photo().convert("RGBA"), "PNG"),
     "palette": lambda: saved(photo().convert("P"), "PNG"),
-    "16-bit PNG": lambda: saved(Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100), "PNG"),
+    "16-bit PNG": lambda: saved(
+        Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100), "PNG"
+    ),
     "WebP": lambda: saved(photo(), "WEBP"),
     "one pixel": lambda: saved(photo(1, 1), "JPEG"),
 }
@@ -160,7 +162,11 @@ def test_arrays_keep_their_channels_and_depth(dtype: str, channels: int) -> None
 def test_arrays_of_other_shapes() -> None:
     assert decode_pixels(stored(np.ones((5, 6), np.uint8)), 1).shape == (5, 6, 1)
     assert decode_pixels(stored(np.ones((5, 6, 2), np.float64)), 2).dtype == np.float32
-    for array in (np.ones((5, 6, 2, 2), np.uint8), np.ones((5, 6, 2), np.int64), np.ones((0, 6, 2), np.uint8)):
+    for array in (
+        np.ones((5, 6, 2, 2), np.uint8),
+        np.ones((5, 6, 2), np.int64),
+        np.ones((0, 6, 2), np.uint8),
+    ):
         with pytest.raises(BadImage, match="expected .height, width, channels."):
             decode_pixels(stored(array), 2)
     with pytest.raises(BadImage, match="no whole .npy file"):

@@ -84,7 +84,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def test_shards_by_url_are_brought_once(server: Server, picture: Callable[..., bytes]) -> None:
     for split, count in (("train", 3), ("val", 1)):
         for number in range(count):
-            members = {f"{i}.{kind}": content for i in range(2) for kind, content in (("jpg", picture(i)), ("cls", b"%d" % i))}
+            members = {
+                f"{i}.{kind}": content
+                for i in range(2)
+                for kind, content in (("jpg", picture(i)), ("cls", b"%d" % i))
+            }
             server.files[f"/set/{split}-{number:03}.tar"] = tar_of(members)
     url = server.url("/set/train-{000..002}.tar")
     images = open_images(url, "train")
@@ -134,7 +138,9 @@ def test_what_is_not_there_is_named_at_once(server: Server, cache: Path) -> None
     assert not list(cache.rglob("a-1.tar"))
 
 
-def test_one_that_fails_stops_the_others(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_fails_stops_the_others(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fetching, "BLOCK", 100)
     server.files["/endless.tar"] = b"x" * 100_000_000
     with pytest.raises(UserError, match="404"):
@@ -172,7 +178,9 @@ def test_no_url_leads_out_of_the_cache(server: Server, path: str) -> None:
     assert found.resolve().parent.parent == (fetching.cache_folder() / "fetched").resolve()
 
 
-def test_a_cache_that_cannot_be_written_is_named(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_named(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("MAE_BENCH_CACHE", str(tmp_path / "file" / "x"))
     with pytest.raises(UserError, match="MAE_BENCH_CACHE"):

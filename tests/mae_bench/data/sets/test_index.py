@@ -111,12 +111,16 @@ def test_a_file_overwritten_in_place_is_seen_when_asked(root: Path, monkeypatch:
     before = check_layout("imagenet", root).digest
     path = root / "train" / "a" / "1.png"
     path.write_bytes(path.read_bytes() + b" ")
-    assert check_layout("imagenet", root).digest == before, "its folder does not change: the price of not asking a million files"
+    assert check_layout("imagenet", root).digest == before, (
+        "its folder does not change: the price of not asking a million files"
+    )
     assert check_layout("imagenet", root, thorough=True).digest != before
     assert check_layout("imagenet", root).digest != before, "and is known from then on"
 
 
-def test_small_and_unsettled_sets_are_not_kept(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_and_unsettled_sets_are_not_kept(
+    root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     open_images(root, "train")
     monkeypatch.setattr(index, "MIN_KEPT", 1)
     open_images(root, "train")
@@ -127,7 +131,9 @@ def test_small_and_unsettled_sets_are_not_kept(root: Path, cache: Path, monkeypa
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 40, None])
-def test_a_damaged_index_is_made_again(root: Path, keeps: Path, scans: list[Path], damage: bytes | None) -> None:
+def test_a_damaged_index_is_made_again(
+    root: Path, keeps: Path, scans: list[Path], damage: bytes | None
+) -> None:
     open_images(root, "train")
     (path,) = keeps.rglob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-8] if damage is None else damage)
@@ -136,7 +142,9 @@ def test_a_damaged_index_is_made_again(root: Path, keeps: Path, scans: list[Path
     assert len(scans) == 2
 
 
-def test_without_a_cache_that_can_be_written_all_works(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_that_can_be_written_all_works(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(index, "MIN_KEPT", 1)
     monkeypatch.setattr(index, "SETTLED_SECONDS", 0.0)
     (tmp_path / "file").write_text("no folder can be made below it")
@@ -169,7 +177,9 @@ def test_a_kept_index_is_mapped_and_travels_as_its_path(root: Path) -> None:
     assert len(sent) < 2000
     copy = pickle.loads(sent)
     assert names(copy) == names(images)
-    assert [copy.read(i) for i in range(4)] == [(root / "train" / name).read_bytes() for name in names(images)]
+    assert [copy.read(i) for i in range(4)] == [
+        (root / "train" / name).read_bytes() for name in names(images)
+    ]
     assert images.index.path is not None
     os.unlink(images.index.path)
     with pytest.raises(UserError, match="changed while it was in use"):

@@ -17,7 +17,11 @@ from mae_bench.data.sets.source import ImageSource
 from mae_bench.errors import UserError
 
 Picture = Callable[..., bytes]
-SPECIES = ["Zonotrichia leucophrys", "Acer rubrum", "Danaus plexippus"]  # in the order of their ids, which is not the alphabet's
+SPECIES = [
+    "Zonotrichia leucophrys",
+    "Acer rubrum",
+    "Danaus plexippus",
+]  # in the order of their ids, which is not the alphabet's
 SCENES = ["a/airfield", "a/apartment_building/outdoor", "z/zen_garden"]
 TRAIN, VAL = [2, 0, 1, 1, 0, 2, 0], [1, 0, 2, 0]  # labels in the order of the lists
 
@@ -47,7 +51,8 @@ def inaturalist(root: Path, picture: Picture, year: int) -> Path:
             ],
             "licenses": [],
             "annotations": [
-                {"id": n, "image_id": n, "category_id": label} for n, label in reversed(list(zip(ids, labels, strict=True)))
+                {"id": n, "image_id": n, "category_id": label}
+                for n, label in reversed(list(zip(ids, labels, strict=True)))
             ],
             "categories": [categories[2], categories[0], categories[1]],
         }
@@ -124,7 +129,11 @@ def test_images_labels_and_classes_are_the_publishers(name: str, tmp_path: Path,
         assert images.classes == SETS[name][1]
         assert contents(images) == [picture(first + i) for i in range(len(labels))]
     report = check_layout("imagenet", root)
-    assert (report.name, report.splits, report.classes) == (name, {"train": 7, "val": 4}, tuple(SETS[name][1]))
+    assert (report.name, report.splits, report.classes) == (
+        name,
+        {"train": 7, "val": 4},
+        tuple(SETS[name][1]),
+    )
     assert report.notes == ()
     assert splits_in(root) == ["train", "val"]
     assert check_layout("imagenet_val", root).splits == {"val": 4}
@@ -153,7 +162,9 @@ def test_the_next_start_reads_no_list(
 
 
 @each_set
-def test_the_digest_follows_labels_and_content_not_the_place(name: str, tmp_path: Path, picture: Picture) -> None:
+def test_the_digest_follows_labels_and_content_not_the_place(
+    name: str, tmp_path: Path, picture: Picture
+) -> None:
     root, moved = make(name, tmp_path / "a", picture), make(name, tmp_path / "b", picture)
     digest = check_layout("imagenet", root).digest
     assert check_layout("imagenet", moved).digest == digest
@@ -184,14 +195,20 @@ def test_images_that_no_list_names_are_noted(name: str, tmp_path: Path, picture:
     stray = (root / open_images(root, "train").name(0)).with_name("stray.jpg")
     stray.write_bytes(picture(50))
     report = check_layout("imagenet", root)
-    assert report.notes == (f"1 images that no list names are left out: {stray.relative_to(root).as_posix()}",)
+    assert report.notes == (
+        f"1 images that no list names are left out: {stray.relative_to(root).as_posix()}",
+    )
     assert report.splits == {"train": 7, "val": 4}
 
 
 @each_set
-def test_a_list_without_its_images_says_where_they_belong(name: str, tmp_path: Path, picture: Picture) -> None:
+def test_a_list_without_its_images_says_where_they_belong(
+    name: str, tmp_path: Path, picture: Picture
+) -> None:
     root = make(name, tmp_path, picture)
-    for folder in [path for path in root.iterdir() if path.is_dir() and path.name != "trainvalsplit_places205"]:
+    for folder in [
+        path for path in root.iterdir() if path.is_dir() and path.name != "trainvalsplit_places205"
+    ]:
         shutil.rmtree(folder)
     refused(root, root, "7 images that are not in" if name.startswith("iNat") else "no images of it")
 
@@ -217,9 +234,15 @@ def test_it_packs_with_its_labels(name: str, tmp_path: Path, picture: Picture) -
     [
         (lambda value: value["annotations"].pop(), ["1 images without an annotation", f"{0:032x}.jpg"]),
         (lambda value: value["annotations"][0].update(category_id=3), ["unknown category_id 3", "image 45"]),
-        (lambda value: value["annotations"].append({"image_id": 3, "category_id": 1}), ["image 3", "several categories"]),
+        (
+            lambda value: value["annotations"].append({"image_id": 3, "category_id": 1}),
+            ["image 3", "several categories"],
+        ),
         (lambda value: value["annotations"].append({"image_id": 4, "category_id": 1}), ["unknown images: 4"]),
-        (lambda value: value["images"].append(value["images"][0] | {"id": 3}), ["more than once", f"{0:032x}.jpg"]),
+        (
+            lambda value: value["images"].append(value["images"][0] | {"id": 3}),
+            ["more than once", f"{0:032x}.jpg"],
+        ),
         (lambda value: value["images"][0].pop("file_name"), ["'images'", "file_name"]),
         (lambda value: value["images"][0].update(id=[3]), ["'images'", "[3]"]),
         (lambda value: value.pop("categories"), ["no categories"]),
@@ -227,7 +250,10 @@ def test_it_packs_with_its_labels(name: str, tmp_path: Path, picture: Picture) -
             lambda value: value["categories"][0].update(name="Homo sapiens"),
             ["only in train: Homo sapiens", f"only in val: {SPECIES[2]}"],
         ),
-        (lambda value: value["categories"].append({"id": 3, "name": "Homo sapiens"}), ["only in train: Homo sapiens"]),
+        (
+            lambda value: value["categories"].append({"id": 3, "name": "Homo sapiens"}),
+            ["only in train: Homo sapiens"],
+        ),
         (
             lambda value: [each.update(id=2 - each["id"]) for each in value["categories"]],
             ["label 0 is Danaus plexippus in train and Zonotrichia leucophrys in val"],
@@ -245,7 +271,10 @@ def test_what_is_wrong_with_inaturalists_list(
 def test_a_category_without_an_image_is_named(tmp_path: Path, picture: Picture) -> None:
     root = inaturalist(tmp_path, picture, 2019)
     for split in ("train", "val"):
-        edit(root / f"{split}2019.json", lambda value: value["categories"].append({"id": 3, "name": "Homo sapiens"}))
+        edit(
+            root / f"{split}2019.json",
+            lambda value: value["categories"].append({"id": 3, "name": "Homo sapiens"}),
+        )
     refused(root, "no image of train with the class Homo sapiens")
 
 
@@ -253,7 +282,11 @@ def test_categories_of_one_name_stay_apart(tmp_path: Path, picture: Picture) -> 
     root = inaturalist(tmp_path, picture, 2018)
     for split in ("train", "val"):
         edit(root / f"{split}2018.json", lambda value: value["categories"][0].update(name=SPECIES[0]))
-    assert check_layout("imagenet", root).classes == (f"{SPECIES[0]} (0)", f"{SPECIES[1]} (1)", f"{SPECIES[0]} (2)")
+    assert check_layout("imagenet", root).classes == (
+        f"{SPECIES[0]} (0)",
+        f"{SPECIES[1]} (1)",
+        f"{SPECIES[0]} (2)",
+    )
 
 
 def test_a_cut_list_is_named(tmp_path: Path, picture: Picture) -> None:
@@ -275,7 +308,12 @@ def test_a_cut_list_is_named(tmp_path: Path, picture: Picture) -> None:
         ("places365_val.txt", "00000002.jpg 0", "00000002.jpg -1", ["line 2", "00000002.jpg -1"]),
         ("places365_val.txt", "00000002.jpg 0", "00000002.jpg", ["line 2", "00000002.jpg"]),
         ("places365_val.txt", "00000002.jpg", "00000001.jpg", ["more than once", "00000001.jpg"]),
-        ("places365_val.txt", "00000003.jpg 2", "00000003.jpg 1", ["no image of val with the class z/zen_garden"]),
+        (
+            "places365_val.txt",
+            "00000003.jpg 2",
+            "00000003.jpg 1",
+            ["no image of val with the class z/zen_garden"],
+        ),
         ("categories_places365.txt", "zen_garden 2", "zen_garden 3", ["does not number its classes"]),
         ("categories_places365.txt", "airfield 0", "airfield 1", ["does not number its classes"]),
     ],
@@ -329,7 +367,11 @@ def test_commas_part_as_well_as_blanks(tmp_path: Path, picture: Picture) -> None
 
 def test_class_folders_come_before_a_list_beside_them(tmp_path: Path, picture: Picture) -> None:
     root = inaturalist(tmp_path, picture, 2018)
-    write(root, [f"{split}/{name}/{i}.jpg" for split in ("train", "val") for i, name in enumerate("ab")], picture)
+    write(
+        root,
+        [f"{split}/{name}/{i}.jpg" for split in ("train", "val") for i, name in enumerate("ab")],
+        picture,
+    )
     assert check_layout("imagenet", root).splits == {"train": 2, "val": 2}
 
 
@@ -345,7 +387,11 @@ def test_a_list_of_one_split_gives_that_split_alone(tmp_path: Path, picture: Pic
 
 
 def test_inaturalist_2021_is_class_folders_in_the_order_of_its_ids(tmp_path: Path, picture: Picture) -> None:
-    folders = ["00000_Animalia_Annelida_Clitellata_Lumbricus_terrestris", "00001_Animalia_Aves_Abrornis", "00010_Plantae_Acer"]
+    folders = [
+        "00000_Animalia_Annelida_Clitellata_Lumbricus_terrestris",
+        "00001_Animalia_Aves_Abrornis",
+        "00010_Plantae_Acer",
+    ]
     for split in ("train", "val"):
         write(tmp_path, [f"{split}/{folder}/{i}.jpg" for i, folder in enumerate(folders)], picture)
         (tmp_path / f"{split}.json").write_text("{}")

@@ -47,7 +47,9 @@ def refused(layout: str, root: Path, *words: str) -> None:
 )
 @pytest.mark.parametrize("inside", ["", "train/"])
 @pytest.mark.usefixtures("keeps")
-def test_ones_own_images_need_no_classes(tmp_path: Path, picture: Picture, given: list[str], inside: str) -> None:
+def test_ones_own_images_need_no_classes(
+    tmp_path: Path, picture: Picture, given: list[str], inside: str
+) -> None:
     fill(tmp_path, [inside + name for name in given], picture)
     (tmp_path / "notes.txt").write_text("no image")
     fill(tmp_path, [f"{inside}.thumbs/t.jpg", f"{inside}.hidden.jpg"], picture)
@@ -74,7 +76,11 @@ def test_a_validation_split_is_taken_where_it_is(tmp_path: Path, picture: Pictur
 def test_class_folders_are_images_too_with_one_digest(tmp_path: Path, picture: Picture) -> None:
     fill(tmp_path, [f"{split}/{name}/1.jpg" for split in ("train", "val") for name in "ab"], picture)
     images, imagenet = check_layout("images", tmp_path), check_layout("imagenet", tmp_path)
-    assert (images.digest, images.classes, images.splits) == (imagenet.digest, imagenet.classes, imagenet.splits)
+    assert (images.digest, images.classes, images.splits) == (
+        imagenet.digest,
+        imagenet.classes,
+        imagenet.splits,
+    )
     shutil.rmtree(tmp_path / "val")
     assert check_layout("images", tmp_path).splits == {"train": 2}
     refused("imagenet", tmp_path, "val is missing")
@@ -98,7 +104,9 @@ def test_places_without_images_are_named(tmp_path: Path, picture: Picture) -> No
         (tmp_path / "bad" / f"{number}.jpg").write_bytes(b"no image")
     refused("images", tmp_path / "bad", "none of 3 images of train can be read", "2.jpg")
     (tmp_path / "bad" / "3.jpg").write_bytes(picture(0))
-    assert check_layout("images", tmp_path / "bad").splits == {"train": 4}, "what does not decode is counted by the job"
+    assert check_layout("images", tmp_path / "bad").splits == {"train": 4}, (
+        "what does not decode is counted by the job"
+    )
 
 
 def test_splits_are_found_by_name(tmp_path: Path, picture: Picture) -> None:
@@ -120,7 +128,9 @@ def test_every_form_feeds_the_loader_the_same_batches(tmp_path: Path, picture: P
     for split in ("train", "val"):
         for form in ("tars", "shards"):
             (tmp_path / form).mkdir(exist_ok=True)
-            with tarfile.open(tmp_path / form / (f"{split}.tar" if form == "tars" else f"{split}-000.tar"), "w") as tar:
+            with tarfile.open(
+                tmp_path / form / (f"{split}.tar" if form == "tars" else f"{split}-000.tar"), "w"
+            ) as tar:
                 for path in sorted((root / split).rglob("*.png")):
                     tar.add(path, path.relative_to(root / split).as_posix())
                     if form == "shards":

@@ -67,7 +67,9 @@ def test_resized_images_are_those_of_pillow(source: Path, tmp_path: Path) -> Non
     assert decode(open_images(tmp_path / "out", "val").read(0)).size == (20, 50), "never enlarged"
 
 
-def test_images_that_need_no_resizing_keep_their_bytes_unless_a_quality_is_asked_for(source: Path, tmp_path: Path) -> None:
+def test_images_that_need_no_resizing_keep_their_bytes_unless_a_quality_is_asked_for(
+    source: Path, tmp_path: Path
+) -> None:
     val = open_images(source, "val")
     pack_set(source, tmp_path / "kept", short_side=20)
     pack_set(source, tmp_path / "encoded", short_side=20, quality=50)
@@ -112,7 +114,9 @@ class Stopped(BaseException):
     pass
 
 
-@pytest.mark.parametrize(("stop_at", "kept"), [(1, 0), (3, 3), (4, 3), (7, 6), (8, 8), (12, 11)])  # 3 + 3 + 2 images a split
+@pytest.mark.parametrize(
+    ("stop_at", "kept"), [(1, 0), (3, 3), (4, 3), (7, 6), (8, 8), (12, 11)]
+)  # 3 + 3 + 2 images a split
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_stopped_pack_goes_on(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, kept: int, torn: bool
@@ -147,7 +151,9 @@ def test_a_stopped_pack_goes_on(
     assert len(seen) == 16 - kept, "what was written is not encoded again"
 
 
-def test_a_pack_stopped_before_its_header_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pack_stopped_before_its_header_goes_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(packed, "write_json", lambda *_: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
@@ -165,7 +171,9 @@ def test_another_way_or_another_source_starts_anew_or_is_refused(
     monkeypatch.setattr(packed, "WINDOW", 3)
     with monkeypatch.context() as patched:
         original = packed._encode
-        patched.setattr(packed, "_encode", lambda *g: original(*g) if g[-1] < 4 else (_ for _ in ()).throw(Stopped))
+        patched.setattr(
+            packed, "_encode", lambda *g: original(*g) if g[-1] < 4 else (_ for _ in ()).throw(Stopped)
+        )
         with pytest.raises(Stopped):
             pack_set(source, tmp_path / "out", short_side=10)
     pack_set(source, tmp_path / "out")
@@ -233,7 +241,9 @@ def test_a_damaged_set_is_named(source: Path, tmp_path: Path) -> None:
         ({"short_side": 20, "raw": True}, "toys-20px-raw"),
     ],
 )
-def test_the_name_says_what_was_done_to_the_images(source: Path, tmp_path: Path, how: dict[str, Any], name: str) -> None:
+def test_the_name_says_what_was_done_to_the_images(
+    source: Path, tmp_path: Path, how: dict[str, Any], name: str
+) -> None:
     (source / "dataset.json").write_text('{"name": "toys"}')
     pack_set(source, tmp_path / "out", **how)
     assert check_layout("imagenet", tmp_path / "out").name == name

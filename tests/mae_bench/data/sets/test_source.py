@@ -73,7 +73,9 @@ def test_a_file_that_is_no_tar_is_named(tmp_path):
         open_images(tmp_path, "train")
 
 
-@pytest.mark.parametrize(("mode", "form"), [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("1", "PNG")])
+@pytest.mark.parametrize(
+    ("mode", "form"), [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("1", "PNG")]
+)
 def test_every_mode_becomes_rgb(mode, form):
     image = decode(jpeg(50, mode, form=form))
     assert (image.mode, image.size) == ("RGB", (16, 12))

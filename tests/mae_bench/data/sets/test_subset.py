@@ -10,7 +10,9 @@ from mae_bench.data.sets.subset import Subset, drawn_a_class
 TARGETS = np.repeat([0, 1, 2], [10, 20, 3])
 
 
-@pytest.mark.parametrize(("amount", "counts"), [(2, [2, 2, 2]), (5, [5, 5, 3]), (0.1, [1, 2, 1]), (0.5, [5, 10, 2])])
+@pytest.mark.parametrize(
+    ("amount", "counts"), [(2, [2, 2, 2]), (5, [5, 5, 3]), (0.1, [1, 2, 1]), (0.5, [5, 10, 2])]
+)
 def test_so_many_of_each_class(amount, counts):
     drawn = drawn_a_class(TARGETS, amount, seed=0)
     assert np.bincount(TARGETS[drawn]).tolist() == counts

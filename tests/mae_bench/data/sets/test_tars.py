@@ -50,7 +50,13 @@ def root(tmp_path: Path, picture: Picture) -> Path:
 
 def forms(root: Path) -> list[str]:
     train, val = f"{root}/train-{{000000..000001}}.tar", f"{root}/val-*.tar"
-    return [str(root), train, f"{root}/train-*.tar", f"{root}/train-00000[01].tar", f"train={train},val={val}"]
+    return [
+        str(root),
+        train,
+        f"{root}/train-*.tar",
+        f"{root}/train-00000[01].tar",
+        f"train={train},val={val}",
+    ]
 
 
 def test_every_way_to_name_shards_opens_the_same(root: Path, picture: Picture) -> None:
@@ -58,9 +64,15 @@ def test_every_way_to_name_shards_opens_the_same(root: Path, picture: Picture) -
     for given in forms(root):
         assert contents(open_images(given, "train")) == expected
     for given in (forms(root)[0], forms(root)[-1]):
-        assert [image for _, image, _ in contents(open_images(given, "val"))] == [picture(n) for n in (6, 7, 8)]
+        assert [image for _, image, _ in contents(open_images(given, "val"))] == [
+            picture(n) for n in (6, 7, 8)
+        ]
         report = check_layout("imagenet", given)
-        assert (report.splits, report.classes, report.name) == ({"train": 6, "val": 3}, ("0", "1", "2"), root.name)
+        assert (report.splits, report.classes, report.name) == (
+            {"train": 6, "val": 3},
+            ("0", "1", "2"),
+            root.name,
+        )
     assert check_layout("images", forms(root)[1]).splits == {"train": 6}
     assert len(open_images(root / "train-000001.tar", "train")) == 3, "one shard alone"
     with pytest.raises(UserError, match="no shards for val"):
@@ -89,7 +101,10 @@ def test_braces_expand_as_in_a_shell() -> None:
     assert list(expand_braces("a-{08..11}.tar")) == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert list(expand_braces("{9..10}/{x,y}")) == ["9/x", "9/y", "10/x", "10/y"]
     assert list(expand_braces("{0..1}")) == ["0", "1"]
-    assert expand_pattern("https:/host/train-{0..1}.tar", "train") == ["https://host/train-0.tar", "https://host/train-1.tar"]
+    assert expand_pattern("https:/host/train-{0..1}.tar", "train") == [
+        "https://host/train-0.tar",
+        "https://host/train-1.tar",
+    ]
 
 
 def test_a_missing_shard_is_named(root: Path) -> None:
@@ -178,10 +193,14 @@ def test_a_shard_that_shrank_since_is_a_bad_image_not_garbage(root: Path) -> Non
 
 
 @pytest.mark.usefixtures("keeps")
-def test_shards_are_indexed_once_until_one_changes(root: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_indexed_once_until_one_changes(
+    root: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = open_images(root, "train")
     with monkeypatch.context() as patched:
-        patched.setattr("mae_bench.data.sets.tars.read_members", lambda path: pytest.fail(f"{path} is read again"))
+        patched.setattr(
+            "mae_bench.data.sets.tars.read_members", lambda path: pytest.fail(f"{path} is read again")
+        )
         images = open_images(root, "train")
         assert contents(images) == contents(first)
         assert isinstance(images, IndexedImages)
