@@ -9,6 +9,13 @@ import pytest
 LONGEST = ("test_demo_claim.py", "test_end_to_end.py")
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name data after its parameter (pytest numbers them): an id says which case it is, and is the same in every process."""
+    if isinstance(val, bytes) or (isinstance(val, str) and not val.isprintable()):
+        return argname
+    return None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST)  # stable: all else keeps its order
 
