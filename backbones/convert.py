@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from backbones.load import FILLED, check_fit, make_report, stored_pooling, translate
+from backbones.load import FILLED, check_fit, make_report, translate
 from backbones.reading.source import open_source
 from backbones.target import check_target
-from backbones.translating.detect import format_named
+from backbones.translating.detect import get_format
 from backbones.translating.report import ConversionReport
+from backbones.translating.structure import infer_global_pool
 from mae_bench.errors import UserError
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
@@ -31,7 +32,7 @@ def convert(
 ) -> ConversionReport:
     """Writes the backbone of `source` to `out` in the format `to`, in its stored precision; returns how it was read.
 
-    One file or a folder, as `backbones.translating.detect.WRITTEN` says. What is written is read back and must be bit-equal, or it is removed
+    One file or a folder, as `backbones.translating.detect.WRITABLE` says. What is written is read back and must be bit-equal, or it is removed
     again. UserError for an `out` that exists, and for a backbone that the format cannot express.
     """
     target = Path(out)
@@ -39,10 +40,10 @@ def convert(
     checkpoint = open_source(source, sha256, weights, trust=trust)
     name, translation, spec = translate(checkpoint, format, overrides)
     with torch.device("meta" if spec.arch in FILLED else "cpu"):
-        model = build_vit(spec, global_pool=stored_pooling(translation.weights))
+        model = build_vit(spec, global_pool=infer_global_pool(translation.weights))
     check_fit(model, translation.weights, checkpoint.source, name)
     report = make_report(checkpoint, name, translation)
-    format_named(to).write(translation.weights, spec, target, {"converted": asdict(report)})
+    get_format(to).write(translation.weights, spec, target, {"converted": asdict(report)})
     try:
         checkpoint.check_unchanged()
         _prove(target, to, translation.weights, spec)

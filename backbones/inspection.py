@@ -15,10 +15,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from backbones.load import check_fit, make_report, stored_pooling, translate
+from backbones.load import check_fit, make_report, translate
 from backbones.reading.source import Checkpoint, open_source
 from backbones.reading.unwrap import SeveralSets
-from backbones.translating.origins import family_of, origins, published
+from backbones.translating.origins import find_family, find_origins, get_published
+from backbones.translating.structure import infer_global_pool
 from mae_bench.errors import UserError
 from mae_bench.models.vit import ARCHS, build_vit
 from mae_bench.spec import BackboneSpec
@@ -69,7 +70,7 @@ def inspect_checkpoint(
         return _describe_sets(source, several.labels, format, overrides, trust)
     name, translation, spec = translate(checkpoint, format, overrides)
     with torch.device("meta" if spec.arch == "vit" else "cpu"):
-        model = build_vit(spec, global_pool=stored_pooling(translation.weights))
+        model = build_vit(spec, global_pool=infer_global_pool(translation.weights))
     check_fit(model, translation.weights, checkpoint.source, name)
     report = make_report(checkpoint, name, translation).to_dict()
     return {
@@ -90,8 +91,8 @@ def inspect_checkpoint(
         "wrapper": checkpoint.wrapper,
         "extras": {str(key): _summary(value) for key, value in checkpoint.extras.items()},
         "spec": spec.to_dict(),
-        "origins": origins(name, translation, checkpoint, spec, overrides),
-        "published": published(family_of(name, translation.assumed)),
+        "origins": find_origins(name, translation, checkpoint, spec, overrides),
+        "published": get_published(find_family(name, translation.assumed)),
         "report": report,
     }
 

@@ -10,10 +10,11 @@ import torch
 from backbones.reading.safe import check_values
 from backbones.reading.source import Checkpoint, open_source
 from backbones.reading.trust import TRUSTED
-from backbones.translating.detect import detect, fitting, format_named
+from backbones.translating.detect import detect, find_formats, get_format
 from backbones.translating.infer import infer_spec
 from backbones.translating.report import ConversionReport
 from backbones.translating.resample import resample
+from backbones.translating.structure import infer_global_pool
 from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
 from mae_bench.models.create import Size, height_and_width
@@ -101,7 +102,7 @@ def translate(
     The account names the tensors as the file does: with their prefix, and with those that stand outside of it.
     """
     name = format or checkpoint.format or detect(checkpoint)
-    translation = format_named(name).read(checkpoint)
+    translation = get_format(name).read(checkpoint)
     _check_blocks(checkpoint, translation)
     if lost := sorted(set(checkpoint.tensors) - set(translation.renamed) - set(translation.dropped)):
         raise UserError(
@@ -131,7 +132,7 @@ def translate(
 
 
 def _only_fit(checkpoint: Checkpoint) -> str:
-    found = fitting(checkpoint)
+    found = find_formats(checkpoint)
     return found[0] if len(found) == 1 else ""
 
 
@@ -172,14 +173,7 @@ def _fit_pooling(translation: Translation, global_pool: str | None, source: str,
             )
             translation.new[f"fc_norm.{key}"] = "a fresh LayerNorm behind the average pooling"
             weights[f"fc_norm.{key}"] = torch.full((spec.embed_dim,), 1.0 if key == "weight" else 0.0)
-    return global_pool or stored_pooling(weights)
-
-
-def stored_pooling(weights: Mapping[str, torch.Tensor]) -> str:
-    """timm's pooling for the layout that the weights are in; "" (none) keeps the norm of a ViT without a class token."""
-    if "fc_norm.weight" in weights:
-        return "avg"
-    return "token" if "cls_token" in weights else ""
+    return global_pool or infer_global_pool(weights)
 
 
 def check_fit(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], source: str, format: str) -> None:

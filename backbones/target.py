@@ -2,20 +2,20 @@
 
 from pathlib import Path
 
-from backbones.translating.detect import FORMATS, WRITTEN
+from backbones.translating.detect import FORMATS, WRITABLE
 from mae_bench.errors import UserError, did_you_mean
 
 
 def check_target(out: Path, to: str) -> None:
     """UserError for a format that is not written, for an `out` that exists, and for a file of another suffix."""
-    if to not in WRITTEN:
+    if to not in WRITABLE:
         known = f"the format {to!r} is only read" if to in FORMATS else f"unknown format {to!r}"
         raise UserError(
-            known, expected=f"one that is written: {', '.join(WRITTEN)}", fix=did_you_mean(to, WRITTEN)
+            known, expected=f"one that is written: {', '.join(WRITABLE)}", fix=did_you_mean(to, WRITABLE)
         )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already", fix="remove it or name another")
-    if (suffixes := WRITTEN[to]) and out.suffix not in suffixes:
+    if (suffixes := WRITABLE[to]) and out.suffix not in suffixes:
         raise UserError(
             f"the format {to} is one file, and {out} has not its suffix",
             expected=f"a name that ends in {' or '.join(suffixes)}",

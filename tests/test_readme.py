@@ -64,7 +64,7 @@ def test_tables_are_the_committed_ones() -> None:
 
 def test_the_table_of_formats_is_the_codes() -> None:
     """Exactly the formats that are read, written as `convert` writes them, each with a test that names it."""
-    from backbones.translating.detect import FORMATS, WRITTEN
+    from backbones.translating.detect import FORMATS, WRITABLE
 
     rows = re.findall(
         r"^\| `(\w+)` \| (.+) \| (folder|file|-) \| (.+): \[.+\]\((.+)\) \|$",
@@ -72,7 +72,7 @@ def test_the_table_of_formats_is_the_codes() -> None:
         re.MULTILINE,
     )
     assert sorted(name for name, *_ in rows) == sorted(FORMATS)
-    as_written = {name: "file" if suffixes else "folder" for name, suffixes in WRITTEN.items()}
+    as_written = {name: "file" if suffixes else "folder" for name, suffixes in WRITABLE.items()}
     assert {name: written for name, _, written, *_ in rows} == {
         name: as_written.get(name, "-") for name in FORMATS
     }

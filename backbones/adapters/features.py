@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mae_bench.errors import UserError
-from mae_bench.models.vit import ViT
+from mae_bench.models.vit import ViT, quarter_indices
 from mae_bench.spec import BackboneSpec
 
 
@@ -36,11 +36,6 @@ class FeatureMaps(nn.Module):
         taps = sorted(set(self.out_indices))  # timm gives each block's map once, in the blocks' order
         maps = vit.forward_intermediates(imgs, indices=taps, norm=self.norm, intermediates_only=True)
         return [maps[taps.index(i)] for i in self.out_indices]
-
-
-def quarter_indices(depth: int) -> list[int]:
-    """The last block of each quarter, 0-based: 2, 5, 8, 11 for depth 12 (Li et al. 2021, arXiv 2111.11429)."""
-    return [(depth * quarter) // 4 - 1 for quarter in (1, 2, 3, 4)] if depth >= 4 else [depth - 1] * 4
 
 
 def layer_id(name: str, depth: int) -> int:

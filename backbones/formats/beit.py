@@ -5,7 +5,7 @@ from typing import Any
 
 from backbones.families import family
 from backbones.reading.source import Checkpoint
-from backbones.translating.structure import INDEX, INDEX_REASON, TABLE, beit_facts, is_beit, is_eva
+from backbones.translating.structure import INDEX, INDEX_REASON, TABLE, infer_beit_facts, is_beit, is_eva
 from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, keep_names
 from mae_bench.errors import UserError
 
@@ -24,10 +24,10 @@ DROP = {
 
 def fits(checkpoint: Checkpoint) -> bool:
     """A ViT of BEiT's layout whose marks do not tell another family."""
-    return "beit" in possible(checkpoint)
+    return "beit" in possible_families(checkpoint)
 
 
-def possible(checkpoint: Checkpoint) -> tuple[str, ...]:
+def possible_families(checkpoint: Checkpoint) -> tuple[str, ...]:
     """The families that a file of BEiT's layout may be of: one where it bears a mark, several for a fine-tuned BEiT.
 
     Marks: SimMIM pretrains inside `encoder.` and saves `max_accuracy`; BEiT v2 has layers for its class token; data2vec
@@ -74,7 +74,7 @@ def read_as(name: str, checkpoint: Checkpoint) -> Translation:
             expected="blocks.N.attn.q_bias or a relative bias table",
         )
     result = keep_names(checkpoint.tensors, DROP)
-    result.facts = beit_facts(result.weights, checkpoint.source) | _fed(checkpoint)
+    result.facts = infer_beit_facts(result.weights, checkpoint.source) | _read_preprocessing(checkpoint)
     result.assumed = family(name) | {"norm_eps": 1e-6}
     if "fc_norm.weight" in result.weights:
         result.assumed["pretrain_method"] += ", fine-tuned"
@@ -86,7 +86,7 @@ def read_as(name: str, checkpoint: Checkpoint) -> Translation:
     return result
 
 
-def _fed(checkpoint: Checkpoint) -> dict[str, Any]:
+def _read_preprocessing(checkpoint: Checkpoint) -> dict[str, Any]:
     """mean and std as the trainer's arguments say, where they were saved."""
     args = checkpoint.extras.get("args")
     told = vars(args).get("imagenet_default_mean_and_std") if isinstance(args, argparse.Namespace) else None

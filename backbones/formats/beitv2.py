@@ -1,13 +1,13 @@
 """beitv2: files of microsoft/unilm's BEiT v2 (pretrained with vector-quantised tokens, fine-tuned), in BEiT's layout."""
 
-from backbones.formats.beit import possible, read_as
+from backbones.formats.beit import possible_families, read_as
 from backbones.reading.source import Checkpoint
 from backbones.translating.translation import Translation
 
 
 def fits(checkpoint: Checkpoint) -> bool:
     """BEiT's layout with beitv2's marks, or with none."""
-    return "beitv2" in possible(checkpoint)
+    return "beitv2" in possible_families(checkpoint)
 
 
 def read(checkpoint: Checkpoint) -> Translation:

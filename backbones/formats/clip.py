@@ -9,7 +9,7 @@ import torch
 from backbones.families import family
 from backbones.reading.source import OPEN_CLIP_CONFIG, Checkpoint
 from backbones.translating.naming import Naming
-from backbones.translating.translation import Translation, numbers
+from backbones.translating.translation import Translation, parse_numbers
 from mae_bench.errors import UserError
 
 NAMES = Naming(
@@ -59,7 +59,7 @@ def read(checkpoint: Checkpoint) -> Translation:
     Weights of GELU and of quick GELU look the same, and the wrong one costs accuracy without any error: where neither OpenAI's
     marks nor OpenCLIP's config tell, the user must.
     """
-    source, vision = checkpoint.source, _section(checkpoint, "model_cfg", "vision_cfg")
+    source, vision = checkpoint.source, _get_section(checkpoint, "model_cfg", "vision_cfg")
     if vision.get("act_kwargs") or any(name.startswith("attn_pool.") for name in checkpoint.tensors):
         raise UserError(
             f"{source}: an activation of its own, or pooling by attention (CoCa)", expected="CLIP's own tower"
@@ -72,12 +72,12 @@ def read(checkpoint: Checkpoint) -> Translation:
         raise UserError(f"{source} has no usable conv1.weight", expected="the image tower of CLIP")
     add_axes(result)
     if "norm_pre.weight" not in result.weights:
-        _without_pre_norm(result, source, vision)
+        _add_patch_bias(result, source, vision)
     result.outside = {name: TEXT for name in checkpoint.outside if ".visual." not in f".{name}"}
     result.outside |= dict.fromkeys(OPENAI_MARKS & set(checkpoint.outside), "a size of the model: no weights")
     result.assumed, result.needed = family("clip"), ("act_layer",)
-    result.facts = _facts(checkpoint, result.weights, vision) | {
-        "options": _options(checkpoint, result.weights)
+    result.facts = _read_facts(checkpoint, result.weights, vision) | {
+        "options": _infer_options(checkpoint, result.weights)
     }
     return result
 
@@ -90,7 +90,7 @@ def add_axes(result: Translation) -> None:
             result.reshaped[name] = "leading axes added"
 
 
-def _without_pre_norm(result: Translation, source: str, vision: Mapping[str, Any]) -> None:
+def _add_patch_bias(result: Translation, source: str, vision: Mapping[str, Any]) -> None:
     """CLIPA's towers have no norm in front of the blocks; timm's patch embedding then has a bias."""
     if not vision:
         raise UserError(
@@ -103,18 +103,20 @@ def _without_pre_norm(result: Translation, source: str, vision: Mapping[str, Any
     result.new["patch_embed.proj.bias"] = "zeros: the layout has no bias here"
 
 
-def _options(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _infer_options(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Options of our spec; a layer scale's initial value only says that there is one."""
     options: dict[str, Any] = {"pre_norm": True} if "norm_pre.weight" in weights else {}
     options |= {"init_values": 1.0} if "blocks.0.ls1.gamma" in weights else {}
     if OPEN_CLIP_CONFIG in checkpoint.beside:
-        options["act_layer"] = "quick_gelu" if _section(checkpoint, "model_cfg").get("quick_gelu") else "gelu"
+        options["act_layer"] = (
+            "quick_gelu" if _get_section(checkpoint, "model_cfg").get("quick_gelu") else "gelu"
+        )
     elif OPENAI_MARKS & {*checkpoint.outside, *checkpoint.extras}:
         options["act_layer"] = "quick_gelu"
     return options
 
 
-def _facts(
+def _read_facts(
     checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], vision: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Heads by the width where no config says them; the rest from OpenCLIP's config."""
@@ -125,15 +127,17 @@ def _facts(
     facts: dict[str, Any] = {"num_heads": width // head_width} if head_width else {}
     facts |= {"global_pool": "avg"} if vision.get("pool_type") == "avg" else {}
     if size is not None:
-        facts["img_size"] = numbers(size if isinstance(size, list) else [size, size], "image_size", source)
-    return facts | fed(checkpoint)
+        facts["img_size"] = parse_numbers(
+            size if isinstance(size, list) else [size, size], "image_size", source
+        )
+    return facts | read_preprocessing(checkpoint)
 
 
-def fed(checkpoint: Checkpoint) -> dict[str, Any]:
+def read_preprocessing(checkpoint: Checkpoint) -> dict[str, Any]:
     """Mean, std and interpolation as OpenCLIP's config says them, of its own towers and of timm's in its files."""
-    feed = _section(checkpoint, "preprocess_cfg")
+    feed = _get_section(checkpoint, "preprocess_cfg")
     facts: dict[str, Any] = {
-        key: numbers(feed[key], key, checkpoint.source) for key in ("mean", "std") if key in feed
+        key: parse_numbers(feed[key], key, checkpoint.source) for key in ("mean", "std") if key in feed
     }
     return facts | (
         {"interpolation": feed["interpolation"]}
@@ -142,7 +146,7 @@ def fed(checkpoint: Checkpoint) -> dict[str, Any]:
     )
 
 
-def _section(checkpoint: Checkpoint, *keys: str) -> dict[str, Any]:
+def _get_section(checkpoint: Checkpoint, *keys: str) -> dict[str, Any]:
     """A part of open_clip_config.json, empty where there is none."""
     part: Any = checkpoint.beside.get(OPEN_CLIP_CONFIG, {})
     for key in keys:

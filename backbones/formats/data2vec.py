@@ -1,13 +1,13 @@
 """data2vec: files of facebookresearch/data2vec_vision (pretrained, fine-tuned), in BEiT's layout with one shared bias table."""
 
-from backbones.formats.beit import possible, read_as
+from backbones.formats.beit import possible_families, read_as
 from backbones.reading.source import Checkpoint
 from backbones.translating.translation import Translation
 
 
 def fits(checkpoint: Checkpoint) -> bool:
     """BEiT's layout with data2vec's marks, or with none."""
-    return "data2vec" in possible(checkpoint)
+    return "data2vec" in possible_families(checkpoint)
 
 
 def read(checkpoint: Checkpoint) -> Translation:

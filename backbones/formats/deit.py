@@ -4,10 +4,10 @@ from backbones.reading.source import Checkpoint
 from backbones.translating.translation import (
     HEAD,
     Translation,
-    has_moco_table,
-    is_official_vit,
+    has_moco_pos_embed,
+    is_plain_vit,
     is_sincos,
-    plain,
+    read_timm_vit,
 )
 
 DROP = {r"head\.": HEAD, r"head_dist\.": "classifier of the distillation token: every task trains its own"}
@@ -17,11 +17,11 @@ WRAPPERS = ("model", "model_ema")
 def fits(checkpoint: Checkpoint) -> bool:
     """A marked file, or `model` alone with classifier and a learned table, as it is published; fine-tuned MAEs look the same."""
     keys = checkpoint.tensors
-    if not is_official_vit(keys, r"dist_token$", *DROP) or not {"cls_token", "pos_embed"} <= set(keys):
+    if not is_plain_vit(keys, r"dist_token$", *DROP) or not {"cls_token", "pos_embed"} <= set(keys):
         return False
     published = checkpoint.wrapper == "model" and not checkpoint.extras and "head.weight" in keys
     return is_marked(checkpoint) or (
-        published and not is_sincos(keys["pos_embed"]) and not has_moco_table(keys)
+        published and not is_sincos(keys["pos_embed"]) and not has_moco_pos_embed(keys)
     )
 
 
@@ -37,7 +37,7 @@ def is_marked(checkpoint: Checkpoint) -> bool:
 
 def read(checkpoint: Checkpoint) -> Translation:
     """The names are timm's; the distillation token stands behind the class token, as a register does."""
-    result = plain(checkpoint, "deit", DROP, rename={r"dist_token$": "reg_token"})
+    result = read_timm_vit(checkpoint, "deit", DROP, rename={r"dist_token$": "reg_token"})
     if "reg_token" in result.weights:
         result.assumed["pretrain_method"] = "supervised, distilled"
         result.notes.append(

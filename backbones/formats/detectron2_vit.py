@@ -10,13 +10,13 @@ import torch.nn.functional as F
 
 from backbones.families import family
 from backbones.reading.source import SPEC_KEY, Checkpoint
-from backbones.translating.structure import by_timm
+from backbones.translating.structure import has_timm_description
 from backbones.translating.translation import (
     Translation,
-    has_last_norm,
+    has_final_norm,
     is_timm_vit,
     keep_names,
-    require_plain,
+    require_plain_vit,
 )
 from mae_bench.errors import UserError
 from mae_bench.export import SPEC_FILE
@@ -24,7 +24,7 @@ from mae_bench.files import write_atomic
 from mae_bench.spec import BackboneSpec
 
 PREFIX = "backbone.net."  # of a detector's SimpleFeaturePyramid around the ViT
-BESIDE = "beside_the_model"  # of our own files: class token and last norm of a plain ViT, which detectron2's has not
+PLAIN_VIT_PARTS = "beside_the_model"  # of our own files: class token and last norm of a plain ViT, which detectron2's has not
 WINDOWS = ("window_size", "global_attn_indexes")
 OUTSIDE = {
     r"(backbone\.)?simfp_": "feature pyramid of the detector: every task trains its own",
@@ -37,11 +37,11 @@ OUTSIDE = {
 def fits(checkpoint: Checkpoint) -> bool:
     """timm's names without class token, last norm and neck, in a file that does not say that it is another's."""
     keys = checkpoint.tensors
-    if SPEC_FILE in checkpoint.beside or by_timm(checkpoint):
+    if SPEC_FILE in checkpoint.beside or has_timm_description(checkpoint):
         return False
     return (
         is_timm_vit(keys)
-        and not has_last_norm(keys)
+        and not has_final_norm(keys)
         and "cls_token" not in keys
         and "neck.0.weight" not in keys
     )
@@ -56,8 +56,8 @@ def read(checkpoint: Checkpoint) -> Translation:
     for name in checkpoint.outside:
         if reason := next((reason for pattern, reason in OUTSIDE.items() if re.match(pattern, name)), None):
             result.outside[name] = reason
-    if BESIDE in checkpoint.extras:
-        return _with_what_stands_beside(result, checkpoint)
+    if PLAIN_VIT_PARTS in checkpoint.extras:
+        return _add_plain_vit_parts(result, checkpoint)
     weights, source = result.weights, checkpoint.source
     result.assumed = family("detectron2")
     options: dict[str, Any] = {
@@ -69,18 +69,18 @@ def read(checkpoint: Checkpoint) -> Translation:
     result.facts = {"arch": "sam", "options": options}
     grid = None
     if options["use_rel_pos"]:
-        width, *patch = _embedding(weights, source)
-        windows, grid, head_dim = _told_by_tables(weights, source)
+        width, *patch = _measure_patch_embed(weights, source)
+        windows, grid, head_dim = _infer_windows(weights, source)
         options |= windows
         result.facts |= {"num_heads": width // head_dim, "img_size": (grid[0] * patch[0], grid[1] * patch[1])}
     else:
         result.needed = WINDOWS
     if options["use_abs_pos"]:
-        _place_table(result, grid, source)
+        _convert_pos_embed(result, grid, source)
     return result
 
 
-def _embedding(weights: Mapping[str, torch.Tensor], source: str) -> tuple[int, int, int]:
+def _measure_patch_embed(weights: Mapping[str, torch.Tensor], source: str) -> tuple[int, int, int]:
     """Width, and height and width of a patch."""
     proj = weights["patch_embed.proj.weight"]
     if proj.ndim != 4:
@@ -91,7 +91,7 @@ def _embedding(weights: Mapping[str, torch.Tensor], source: str) -> tuple[int, i
     return proj.shape[0], proj.shape[2], proj.shape[3]
 
 
-def _told_by_tables(
+def _infer_windows(
     weights: Mapping[str, torch.Tensor], source: str
 ) -> tuple[dict[str, Any], tuple[int, int], int]:
     """Options of the windows, the global blocks' grid and the channels of a head.
@@ -104,7 +104,9 @@ def _told_by_tables(
         for name, tensor in weights.items()
         if re.match(r"blocks\.\d+\.attn\.rel_pos_[hw]$", name)
     }
-    grids = {int(name.split(".")[1]): _grid(name, shapes, source) for name in shapes if name.endswith("h")}
+    grids = {
+        int(name.split(".")[1]): _infer_grid(name, shapes, source) for name in shapes if name.endswith("h")
+    }
     grid, window = max(grids.values()), min(grids.values())
     head_dims = {shape[-1] for shape in shapes.values()}
     if (
@@ -122,7 +124,7 @@ def _told_by_tables(
     return {"window_size": 0, "global_attn_indexes": []} if window == grid else windows, grid, head_dims.pop()
 
 
-def _grid(name: str, shapes: Mapping[str, tuple[int, ...]], source: str) -> tuple[int, int]:
+def _infer_grid(name: str, shapes: Mapping[str, tuple[int, ...]], source: str) -> tuple[int, int]:
     down, across = shapes[name], shapes.get(name[:-1] + "w", ())
     if (len(down), len(across)) != (2, 2) or not (down[0] % 2 and across[0] % 2):
         raise UserError(
@@ -132,7 +134,7 @@ def _grid(name: str, shapes: Mapping[str, tuple[int, ...]], source: str) -> tupl
     return (down[0] + 1) // 2, (across[0] + 1) // 2
 
 
-def _place_table(result: Translation, grid: tuple[int, int] | None, source: str) -> None:
+def _convert_pos_embed(result: Translation, grid: tuple[int, int] | None, source: str) -> None:
     """The table (1, [1 +] L, D) of the pretraining as (1, H, W, D): without the class token's row, at the given grid."""
     table = result.weights["pos_embed"]
     length = table.shape[1] if table.ndim == 3 else 0
@@ -156,20 +158,20 @@ def _place_table(result: Translation, grid: tuple[int, int] | None, source: str)
     result.reshaped["pos_embed"] = "; ".join(["to (1, height, width, channels)", *done])
 
 
-def _with_what_stands_beside(result: Translation, checkpoint: Checkpoint) -> Translation:
+def _add_plain_vit_parts(result: Translation, checkpoint: Checkpoint) -> Translation:
     """The plain ViT that `write` was given."""
-    beside = checkpoint.extras[BESIDE]
-    width, *_ = _embedding(checkpoint.tensors, checkpoint.source)
+    beside = checkpoint.extras[PLAIN_VIT_PARTS]
+    width, *_ = _measure_patch_embed(checkpoint.tensors, checkpoint.source)
     shapes = {"cls_token": (1, 1, width), "norm.weight": (width,), "norm.bias": (width,)}
     for name, shape in shapes.items():
         tensor = beside.get(name) if isinstance(beside, dict) else None
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shape:
             raise UserError(
-                f"{checkpoint.source}: {BESIDE} has no {name} of shape {shape}",
+                f"{checkpoint.source}: {PLAIN_VIT_PARTS} has no {name} of shape {shape}",
                 expected="a file that mae-bench wrote",
             )
         result.weights[name] = tensor
-        result.new[name] = f"from {BESIDE!r}: detectron2's ViT has no place for it"
+        result.new[name] = f"from {PLAIN_VIT_PARTS!r}: detectron2's ViT has no place for it"
     result.facts = {"arch": "vit", "options": {}}
     return result
 
@@ -191,7 +193,9 @@ def write(
         if "pos_embed" in model:
             model["pos_embed"] = model["pos_embed"].flatten(1, 2)
     else:
-        require_plain(spec, weights, "detectron2", fc_norm=False)
-        content[BESIDE] = {name: model.pop(name) for name in ("cls_token", "norm.weight", "norm.bias")}
+        require_plain_vit(spec, weights, "detectron2", fc_norm=False)
+        content[PLAIN_VIT_PARTS] = {
+            name: model.pop(name) for name in ("cls_token", "norm.weight", "norm.bias")
+        }
     content["model"] = {PREFIX + name: tensor for name, tensor in model.items()}
     write_atomic(out, lambda file: torch.save(content, file))

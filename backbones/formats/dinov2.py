@@ -9,7 +9,7 @@ from backbones.families import family
 from backbones.reading.source import Checkpoint
 from backbones.translating.naming import Naming
 from backbones.translating.structure import is_gated
-from backbones.translating.translation import Translation, drop_empty_registers, width
+from backbones.translating.translation import Translation, drop_empty_registers, get_embed_dim
 from mae_bench.errors import UserError
 
 HEAD_DIM = 64  # channels of a head, in every size of the family (dinov2/models/vision_transformer.py)
@@ -53,12 +53,12 @@ def read(checkpoint: Checkpoint) -> Translation:
         plain[ours], theirs[ours] = tensor, name
     result = NAMES.read(plain, checkpoint.source)
     result.renamed = {theirs[name]: ours for name, ours in result.renamed.items()}
-    result.outside = projections(checkpoint)
+    result.outside = explain_projections(checkpoint)
     describe(result, checkpoint.source)
     return result
 
 
-def projections(checkpoint: Checkpoint) -> dict[str, str]:
+def explain_projections(checkpoint: Checkpoint) -> dict[str, str]:
     """Reasons for the heads that stand beside a backbone in a training's file."""
     return {name: PROJECTION for name in checkpoint.outside if re.search(r"(^|\.)(dino|ibot)_head\.", name)}
 
@@ -74,9 +74,9 @@ def describe(result: Translation, source: str) -> None:
         options |= SWIGLU
     if "blocks.0.attn.qkv.bias" not in weights:
         options["qkv_bias"] = False
-    result.assumed = family("dinov2") | {"num_heads": width(weights) // HEAD_DIM}
+    result.assumed = family("dinov2") | {"num_heads": get_embed_dim(weights) // HEAD_DIM}
     if "reg_token" in weights:
-        _join_class_row(result, source)
+        _add_class_row(result, source)
         options["no_embed_class"] = True
         result.assumed["pos_resample"] = (
             "bicubic_antialias"  # as the models with registers do (dinov2/hub/backbones.py)
@@ -84,7 +84,7 @@ def describe(result: Translation, source: str) -> None:
     result.facts = {"options": options}
 
 
-def _join_class_row(result: Translation, source: str) -> None:
+def _add_class_row(result: Translation, source: str) -> None:
     token, table = result.weights.get("cls_token"), result.weights.get("pos_embed")
     registers = result.weights["reg_token"]
     if (

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from backbones.families import family
-from backbones.formats.dinov2 import MASK_TOKEN, projections
+from backbones.formats.dinov2 import MASK_TOKEN, explain_projections
 from backbones.reading.source import Checkpoint
 from backbones.translating.naming import Naming
-from backbones.translating.translation import Translation, drop_empty_registers, width
+from backbones.translating.translation import Translation, drop_empty_registers, get_embed_dim
 from mae_bench.errors import UserError
 
 HEADS_OF_7B = {4096: 32}  # the other sizes have heads of 64 channels (dinov3/models/vision_transformer.py)
@@ -62,20 +62,20 @@ def read(checkpoint: Checkpoint) -> Translation:
     result = NAMES.read(keys, source)
     drop_empty_registers(result)
     _apply_bias_masks(result, keys, source)
-    result.outside = projections(checkpoint)
-    result.facts = {"arch": "eva", "pos_embed": "rope", "options": options_of(result.weights)}
-    result.assumed = family("dinov3") | {"num_heads": standard_heads(result.weights)}
+    result.outside = explain_projections(checkpoint)
+    result.facts = {"arch": "eva", "pos_embed": "rope", "options": infer_options(result.weights)}
+    result.assumed = family("dinov3") | {"num_heads": get_num_heads(result.weights)}
     result.notes.append(SAT493M)
     if PERIODS in keys:
-        result.facts["num_heads"] = _heads(keys[PERIODS], width(result.weights), source)
-        if not torch.allclose(keys[PERIODS].float(), _periods(keys[PERIODS].numel()), rtol=1e-5):
+        result.facts["num_heads"] = _infer_num_heads(keys[PERIODS], get_embed_dim(result.weights), source)
+        if not torch.allclose(keys[PERIODS].float(), _compute_periods(keys[PERIODS].numel()), rtol=1e-5):
             result.notes.append(
                 "the file's rotary periods are rounded; the model's are of float32, as timm's and transformers'"
             )
     return result
 
 
-def options_of(
+def infer_options(
     weights: Mapping[str, torch.Tensor], base: float = BASE, init_values: float = INIT_VALUES
 ) -> dict[str, Any]:
     """Keywords of timm's Eva that the names of the weights, in ours, tell; here and in transformers' layout.
@@ -94,9 +94,9 @@ def options_of(
     }
 
 
-def standard_heads(weights: Mapping[str, torch.Tensor]) -> int:
+def get_num_heads(weights: Mapping[str, torch.Tensor]) -> int:
     """Heads of the family's model of this width."""
-    channels = width(weights)
+    channels = get_embed_dim(weights)
     return HEADS_OF_7B.get(channels, channels // HEAD_DIM)
 
 
@@ -123,18 +123,18 @@ def _apply_bias_masks(result: Translation, tensors: Mapping[str, torch.Tensor], 
         result.reshaped[f"{ours}q_bias"] = "the first third of the file's qkv.bias"
 
 
-def _periods(number: int) -> torch.Tensor:
+def _compute_periods(number: int) -> torch.Tensor:
     return BASE ** (torch.arange(number) / number)
 
 
-def _heads(periods: torch.Tensor, channels: int, source: str) -> int:
+def _infer_num_heads(periods: torch.Tensor, channels: int, source: str) -> int:
     """A head of 4 n channels has n periods, BASE ** (i / n), for each direction; UserError for others."""
     number = periods.numel()
     if periods.ndim != 1 or not number or channels % (4 * number):
         raise UserError(
             f"{source}: {PERIODS} is {tuple(periods.shape)}", expected=f"a divisor of {channels} / 4"
         )
-    if not torch.allclose(periods.float(), _periods(number), rtol=ROUNDED):
+    if not torch.allclose(periods.float(), _compute_periods(number), rtol=ROUNDED):
         raise UserError(
             f"{source}: its rotary periods go from {periods[0]:.4g} to {periods[-1]:.4g}",
             expected=f"those of base {BASE:.0f}, as in all published models",

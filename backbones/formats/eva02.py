@@ -8,7 +8,7 @@ import torch
 from backbones.families import family
 from backbones.reading.source import Checkpoint
 from backbones.translating.naming import Naming
-from backbones.translating.structure import eva_options
+from backbones.translating.structure import infer_eva_options
 from backbones.translating.translation import HEAD, MASK_TOKEN, Translation
 from mae_bench.errors import UserError
 
@@ -53,8 +53,8 @@ def read(checkpoint: Checkpoint) -> Translation:
     result = Naming(top={}, block=block, blocks=("blocks.{}.",), drop=DROP).read(tensors, source)
     result.facts = {
         "arch": "eva",
-        "options": eva_options(result.weights)
-        | {"use_rot_pos_emb": True, "ref_feat_shape": [_seq_len(tensors, source)] * 2},
+        "options": infer_eva_options(result.weights)
+        | {"use_rot_pos_emb": True, "ref_feat_shape": [_infer_seq_len(tensors, source)] * 2},
         "pos_embed": "rope",
     }
     result.assumed = family("eva02") | {"norm_eps": 1e-6}
@@ -63,7 +63,7 @@ def read(checkpoint: Checkpoint) -> Translation:
     return result
 
 
-def _seq_len(tensors: Mapping[str, torch.Tensor], source: str) -> int:
+def _infer_seq_len(tensors: Mapping[str, torch.Tensor], source: str) -> int:
     """Patches a side that the rotations count in, by the stored angles (L, head width): between two neighbours in a row they
     turn by `seq_len` over the side of their grid times the frequency. The family's where none are stored."""
     if not set(FREQS) <= set(tensors):

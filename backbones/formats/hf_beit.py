@@ -14,14 +14,14 @@ from backbones.translating.hugging_face import (
     BLOCKS,
     QKV,
     TOP,
-    config_of,
-    facts_of,
-    model_type,
-    processor_of,
-    silence,
+    build_config,
+    build_processor_config,
+    get_model_type,
+    note_missing_files,
+    read_facts,
 )
 from backbones.translating.naming import Naming
-from backbones.translating.structure import INDEX, INDEX_REASON, TABLE, beit_facts
+from backbones.translating.structure import INDEX, INDEX_REASON, TABLE, infer_beit_facts
 from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, not_expressible
 from backbones.writing import write_safetensors
 from mae_bench.files import write_json
@@ -69,7 +69,7 @@ def fits(checkpoint: Checkpoint) -> bool:
         for blocks in BLOCKS
         for q, k, _ in QKV
     )
-    return ANCHOR in keys and biased and model_type(checkpoint) in (None, *TYPES)
+    return ANCHOR in keys and biased and get_model_type(checkpoint) in (None, *TYPES)
 
 
 def read(checkpoint: Checkpoint) -> Translation:
@@ -81,15 +81,15 @@ def read(checkpoint: Checkpoint) -> Translation:
             result.outside[name] = reason
     if not {"norm.weight", "fc_norm.weight"} & set(result.weights) and "lm_head.weight" in checkpoint.outside:
         _take_outer_norm(result, checkpoint)
-    told = facts_of(checkpoint, DEFAULT_EPS)
-    facts = beit_facts(result.weights, checkpoint.source)
+    told = read_facts(checkpoint, DEFAULT_EPS)
+    facts = infer_beit_facts(result.weights, checkpoint.source)
     config = checkpoint.beside.get(CONFIG_FILE, {})
     if "use_mean_pooling" in config:
         told["global_pool"] = "avg" if config["use_mean_pooling"] else "token"
     result.facts = facts | told | {"options": facts["options"] | told.get("options", {})}
-    is_data2vec = model_type(checkpoint) == "data2vec-vision" or checkpoint.prefix == "data2vec_vision."
+    is_data2vec = get_model_type(checkpoint) == "data2vec-vision" or checkpoint.prefix == "data2vec_vision."
     result.assumed = {"norm_eps": DEFAULT_EPS} | family("data2vec" if is_data2vec else "hf_beit")
-    result.notes = silence(checkpoint, "BEiT", DEFAULT_EPS)
+    result.notes = note_missing_files(checkpoint, "BEiT", DEFAULT_EPS)
     return result
 
 
@@ -113,7 +113,7 @@ def write(
         or not (pooled or "norm.weight" in weights)
     ):
         raise not_expressible(spec, "hf_beit", "a BEiT with biases and a last norm")
-    config = config_of(spec, "BeitModel", "beit") | {
+    config = build_config(spec, "BeitModel", "beit") | {
         "use_absolute_position_embeddings": "pos_embed" in weights,
         "use_relative_position_bias": f"blocks.0.attn.{TABLE}" in weights,
         "use_shared_relative_position_bias": f"rel_pos_bias.{TABLE}" in weights,
@@ -123,6 +123,7 @@ def write(
     del config["qkv_bias"]
     write_safetensors(out / "model.safetensors", NAMES.write(weights), spec, provenance)
     write_json(
-        out / PREPROCESSOR_FILE, dict(processor_of(spec)) | {"image_processor_type": "BeitImageProcessor"}
+        out / PREPROCESSOR_FILE,
+        dict(build_processor_config(spec)) | {"image_processor_type": "BeitImageProcessor"},
     )
     write_json(out / CONFIG_FILE, config)

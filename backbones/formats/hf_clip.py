@@ -3,7 +3,7 @@
 from backbones.families import family
 from backbones.formats.clip import add_axes
 from backbones.reading.source import CONFIG_FILE, Checkpoint
-from backbones.translating.hugging_face import facts_of, model_type, silence
+from backbones.translating.hugging_face import get_model_type, note_missing_files, read_facts
 from backbones.translating.naming import Naming
 from backbones.translating.translation import Translation
 
@@ -35,7 +35,7 @@ NAMES = Naming(
 def fits(checkpoint: Checkpoint) -> bool:
     """The names of transformers' CLIP image tower (SigLIP has no class embedding)."""
     keys = checkpoint.tensors
-    told = model_type(checkpoint)
+    told = get_model_type(checkpoint)
     return (
         "embeddings.class_embedding" in keys
         and "pre_layrnorm.weight" in keys
@@ -51,11 +51,11 @@ def read(checkpoint: Checkpoint) -> Translation:
     add_axes(result)
     result.outside = dict.fromkeys(checkpoint.outside, "text tower, projections and logits' scale")
     result.assumed, result.needed = family("clip"), ("act_layer",)
-    result.facts = facts_of(checkpoint, DEFAULT_EPS, hidden_act="quick_gelu")
+    result.facts = read_facts(checkpoint, DEFAULT_EPS, hidden_act="quick_gelu")
     options = {"pre_norm": True} | result.facts.get("options", {})
     if CONFIG_FILE in checkpoint.beside:
         result.facts = {"num_heads": DEFAULT_HEADS} | result.facts
         options = {"act_layer": "gelu"} | options
     result.facts["options"] = options
-    result.notes = silence(checkpoint, "CLIP", DEFAULT_EPS)
+    result.notes = note_missing_files(checkpoint, "CLIP", DEFAULT_EPS)
     return result

@@ -7,10 +7,18 @@ import torch
 
 from backbones.formats.dinov2 import MASK_TOKEN, SWIGLU, describe
 from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
-from backbones.translating.hugging_face import ANCHOR, QKV, TOP, config_of, facts_of, model_type, processor_of
+from backbones.translating.hugging_face import (
+    ANCHOR,
+    QKV,
+    TOP,
+    build_config,
+    build_processor_config,
+    get_model_type,
+    read_facts,
+)
 from backbones.translating.naming import Naming
 from backbones.translating.structure import is_gated
-from backbones.translating.translation import HEAD, Translation, not_expressible, numbers
+from backbones.translating.translation import HEAD, Translation, not_expressible, parse_numbers
 from backbones.writing import write_safetensors
 from mae_bench.errors import UserError
 from mae_bench.files import write_json
@@ -33,7 +41,7 @@ PLAIN = {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 GATED = {"mlp.weights_in": "mlp.fc1", "mlp.weights_out": "mlp.fc2", "mlp.down_proj": "mlp.fc2"}
 
 
-def _naming(mlp: dict[str, str]) -> Naming:
+def _build_naming(mlp: dict[str, str]) -> Naming:
     top = TOP | {"embeddings.register_tokens": "reg_token"}
     drop = {r"embeddings\.mask_token$": MASK_TOKEN}
     return Naming(top, NAMES_OF_BLOCK | mlp, ("encoder.layer.{}.",), QKV, drop)
@@ -44,24 +52,24 @@ def fits(checkpoint: Checkpoint) -> bool:
     keys = checkpoint.tensors
     if ANCHOR not in keys or "embeddings.position_embeddings" not in keys:
         return False
-    if told := model_type(checkpoint):
+    if told := get_model_type(checkpoint):
         return told in ("dinov2", "dinov2_with_registers")
     return any(name.endswith("layer_scale1.lambda1") for name in keys)
 
 
 def read(checkpoint: Checkpoint) -> Translation:
     """Query, key and value are stacked, and so are the halves of a SwiGLU; what the JSON files say comes before the family."""
-    result = _naming(PLAIN | GATED).read(checkpoint.tensors, checkpoint.source)
+    result = _build_naming(PLAIN | GATED).read(checkpoint.tensors, checkpoint.source)
     _stack_halves(result, checkpoint.source)
     result.outside = {name: HEAD for name in checkpoint.outside if name.startswith("classifier.")}
     describe(result, checkpoint.source)
-    facts = facts_of(checkpoint, DEFAULT_EPS)
+    facts = read_facts(checkpoint, DEFAULT_EPS)
     options = (
         facts.pop("options", {}) | result.facts["options"]
     )  # transformers gates by SiLU whatever hidden_act says
     if "init_values" in options and CONFIG_FILE in checkpoint.beside:
         value = checkpoint.beside[CONFIG_FILE].get("layerscale_value", 1.0)
-        options["init_values"] = float(*numbers([value], "layerscale_value", checkpoint.source))
+        options["init_values"] = float(*parse_numbers([value], "layerscale_value", checkpoint.source))
     result.facts = facts | {"options": options}
     return result
 
@@ -96,10 +104,10 @@ def write(
     if registers:  # the class token has taken its row of the table
         table = weights["pos_embed"]
         apart["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
-    theirs = _naming(GATED if gated else PLAIN).write(apart)
+    theirs = _build_naming(GATED if gated else PLAIN).write(apart)
     theirs["embeddings.mask_token"] = torch.zeros(1, spec.embed_dim, dtype=weights["cls_token"].dtype)
-    model_type, architecture = MODELS[registers > 0]
-    config = config_of(spec, architecture, model_type) | {
+    get_model_type, architecture = MODELS[registers > 0]
+    config = build_config(spec, architecture, get_model_type) | {
         "mlp_ratio": _mlp_ratio(spec, gated),
         "use_swiglu_ffn": gated,
         "layerscale_value": spec.options["init_values"],
@@ -108,7 +116,7 @@ def write(
     }
     del config["intermediate_size"]  # a Dinov2Config has the ratio
     write_safetensors(out / "model.safetensors", theirs, spec, provenance)
-    write_json(out / PREPROCESSOR_FILE, processor_of(spec))
+    write_json(out / PREPROCESSOR_FILE, build_processor_config(spec))
     write_json(out / CONFIG_FILE, config)
 
 

@@ -7,11 +7,21 @@ import torch
 
 from backbones.families import family
 from backbones.formats.dinov2 import MASK_TOKEN
-from backbones.formats.dinov3 import BASE, INIT_VALUES, SAT493M, options_of, standard_heads
+from backbones.formats.dinov3 import BASE, INIT_VALUES, SAT493M, get_num_heads, infer_options
 from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
-from backbones.translating.hugging_face import config_of, facts_of, model_type, processor_of
+from backbones.translating.hugging_face import (
+    build_config,
+    build_processor_config,
+    get_model_type,
+    read_facts,
+)
 from backbones.translating.naming import Naming
-from backbones.translating.translation import Translation, drop_empty_registers, not_expressible, numbers
+from backbones.translating.translation import (
+    Translation,
+    drop_empty_registers,
+    not_expressible,
+    parse_numbers,
+)
 from backbones.writing import write_safetensors
 from mae_bench.errors import UserError
 from mae_bench.files import write_json
@@ -40,7 +50,7 @@ GATED = {"mlp.gate_proj": "mlp.fc1_g", "mlp.up_proj": "mlp.fc1_x"}
 NO_KEY_BIAS = {"attention.q_proj.bias": "attn.q_bias", "attention.v_proj.bias": "attn.v_bias"}
 
 
-def _naming(gated: bool, key_bias: bool) -> Naming:
+def _build_naming(gated: bool, key_bias: bool) -> Naming:
     block = BLOCK | (GATED if gated else PLAIN) | ({} if key_bias else NO_KEY_BIAS)
     return Naming(TOP, block, BLOCKS, QKV, {r"embeddings\.mask_token$": MASK_TOKEN})
 
@@ -51,7 +61,7 @@ def fits(checkpoint: Checkpoint) -> bool:
     return (
         ANCHOR in keys
         and "embeddings.register_tokens" in keys
-        and model_type(checkpoint) in (None, "dinov3_vit")
+        and get_model_type(checkpoint) in (None, "dinov3_vit")
     )
 
 
@@ -60,17 +70,17 @@ def read(checkpoint: Checkpoint) -> Translation:
     keys = checkpoint.tensors
     gated = any(name.endswith("mlp.gate_proj.weight") for name in keys)
     key_bias = any(name.endswith("k_proj.bias") for name in keys)
-    result = _naming(gated, key_bias).read(keys, checkpoint.source)
+    result = _build_naming(gated, key_bias).read(keys, checkpoint.source)
     drop_empty_registers(result)
-    result.assumed = family("dinov3") | {"num_heads": standard_heads(result.weights)}
-    result.facts = _facts(checkpoint, result.weights, gated)
+    result.assumed = family("dinov3") | {"num_heads": get_num_heads(result.weights)}
+    result.facts = _read_facts(checkpoint, result.weights, gated)
     if PREPROCESSOR_FILE not in checkpoint.beside:
         result.notes.append(SAT493M)
     return result
 
 
-def _facts(checkpoint: Checkpoint, weights: dict[str, torch.Tensor], gated: bool) -> dict[str, Any]:
-    facts = facts_of(checkpoint, DEFAULT_EPS)
+def _read_facts(checkpoint: Checkpoint, weights: dict[str, torch.Tensor], gated: bool) -> dict[str, Any]:
+    facts = read_facts(checkpoint, DEFAULT_EPS)
     config = checkpoint.beside.get(CONFIG_FILE, {})
     activation = config.get("hidden_act", "gelu")
     if config and activation != (expected := "silu" if gated else "gelu"):
@@ -79,8 +89,8 @@ def _facts(checkpoint: Checkpoint, weights: dict[str, torch.Tensor], gated: bool
             expected=f"{expected!r}, as in the published models",
         )
     base, init_values = config.get("rope_theta", BASE), config.get("layerscale_value", INIT_VALUES)
-    stated = numbers([base, init_values], "rope_theta and layerscale_value", checkpoint.source)
-    options = options_of(weights, *map(float, stated))
+    stated = parse_numbers([base, init_values], "rope_theta and layerscale_value", checkpoint.source)
+    options = infer_options(weights, *map(float, stated))
     return facts | {"arch": "eva", "pos_embed": "rope", "options": options}
 
 
@@ -95,19 +105,19 @@ def write(
     if (
         spec.arch != "eva"
         or not init_values
-        or options_of(weights, base, init_values) != spec.options
+        or infer_options(weights, base, init_values) != spec.options
         or "norm.weight" not in weights
     ):
         raise not_expressible(spec, "hf_dinov3", "a DINOv3: rotary positions, layer scale, a final norm")
     gated, registers = "swiglu_mlp" in spec.options, spec.num_prefix_tokens - 1
     bias, key_bias = spec.options["qkv_bias"], "attn_type" in spec.options
-    theirs = _naming(gated, key_bias).write(weights)
+    theirs = _build_naming(gated, key_bias).write(weights)
     empty = weights["cls_token"].new_zeros
     theirs = {
         "embeddings.register_tokens": empty(1, 0, spec.embed_dim),
         "embeddings.mask_token": empty(1, 1, spec.embed_dim),
     } | theirs
-    config = config_of(spec, "DINOv3ViTModel", "dinov3_vit") | {
+    config = build_config(spec, "DINOv3ViTModel", "dinov3_vit") | {
         "hidden_act": "silu" if gated else "gelu",
         "use_gated_mlp": gated,
         "layerscale_value": init_values,
@@ -119,5 +129,5 @@ def write(
     }
     del config["qkv_bias"]  # a DINOv3ViTConfig has three
     write_safetensors(out / "model.safetensors", theirs, spec, provenance)
-    write_json(out / PREPROCESSOR_FILE, processor_of(spec))
+    write_json(out / PREPROCESSOR_FILE, build_processor_config(spec))
     write_json(out / CONFIG_FILE, config)

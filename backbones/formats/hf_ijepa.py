@@ -2,7 +2,7 @@
 
 from backbones.families import family
 from backbones.reading.source import Checkpoint
-from backbones.translating.hugging_face import VIT, facts_of, is_plain, model_type, silence
+from backbones.translating.hugging_face import VIT, get_model_type, is_hf_vit, note_missing_files, read_facts
 from backbones.translating.naming import Naming
 from backbones.translating.translation import HEAD, Translation
 
@@ -19,9 +19,9 @@ NAMES = Naming(
 def fits(checkpoint: Checkpoint) -> bool:
     """The names of transformers' ViT without a class token."""
     return (
-        is_plain(checkpoint)
+        is_hf_vit(checkpoint)
         and "embeddings.cls_token" not in checkpoint.tensors
-        and model_type(checkpoint) in (None, "ijepa")
+        and get_model_type(checkpoint) in (None, "ijepa")
     )
 
 
@@ -30,6 +30,6 @@ def read(checkpoint: Checkpoint) -> Translation:
     result = NAMES.read(checkpoint.tensors, checkpoint.source)
     result.outside = {name: HEAD for name in checkpoint.outside if name.startswith("classifier.")}
     result.assumed = {"norm_eps": DEFAULT_EPS} | family("ijepa")
-    result.facts = facts_of(checkpoint, DEFAULT_EPS)
-    result.notes = silence(checkpoint, "I-JEPA", DEFAULT_EPS)
+    result.facts = read_facts(checkpoint, DEFAULT_EPS)
+    result.notes = note_missing_files(checkpoint, "I-JEPA", DEFAULT_EPS)
     return result

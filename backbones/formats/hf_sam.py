@@ -2,10 +2,15 @@
 
 from backbones.families import family
 from backbones.reading.source import Checkpoint
-from backbones.translating.hugging_face import facts_of, model_type, silence, vision_config
+from backbones.translating.hugging_face import (
+    get_model_type,
+    get_vision_config,
+    note_missing_files,
+    read_facts,
+)
 from backbones.translating.naming import Naming
 from backbones.translating.translation import Translation
-from backbones.translating.windows import windowed_facts
+from backbones.translating.windows import infer_window_facts
 
 DEFAULT_EPS = 1e-6  # of SamVisionConfig
 NAMES = Naming(
@@ -24,7 +29,11 @@ MARKS = {"patch_embed.projection.weight", "pos_embed", "neck.conv1.weight", "lay
 
 def fits(checkpoint: Checkpoint) -> bool:
     """The names of transformers' SAM encoder."""
-    return set(checkpoint.tensors) >= MARKS and model_type(checkpoint) in (None, "sam", "sam_vision_model")
+    return set(checkpoint.tensors) >= MARKS and get_model_type(checkpoint) in (
+        None,
+        "sam",
+        "sam_vision_model",
+    )
 
 
 def read(checkpoint: Checkpoint) -> Translation:
@@ -34,8 +43,8 @@ def read(checkpoint: Checkpoint) -> Translation:
         checkpoint.outside, "prompt encoder and mask decoder: no part of the image backbone"
     )
     result.assumed = {"norm_eps": DEFAULT_EPS} | family("sam")
-    shapes = windowed_facts(result, checkpoint.source, vision_config(checkpoint))
-    told = facts_of(checkpoint, DEFAULT_EPS)
+    shapes = infer_window_facts(result, checkpoint.source, get_vision_config(checkpoint))
+    told = read_facts(checkpoint, DEFAULT_EPS)
     result.facts = shapes | told | {"options": shapes["options"] | told.get("options", {})}
-    result.notes = silence(checkpoint, "SAM", DEFAULT_EPS)
+    result.notes = note_missing_files(checkpoint, "SAM", DEFAULT_EPS)
     return result

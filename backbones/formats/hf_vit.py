@@ -10,16 +10,16 @@ from backbones.families import family
 from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
 from backbones.translating.hugging_face import (
     VIT,
-    config_of,
-    facts_of,
-    is_plain,
-    model_type,
-    processor_of,
-    silence,
-    vit_marks,
+    build_config,
+    build_processor_config,
+    get_model_type,
+    infer_model_type,
+    is_hf_vit,
+    note_missing_files,
+    read_facts,
 )
 from backbones.translating.naming import Naming
-from backbones.translating.translation import HEAD, Translation, require_plain
+from backbones.translating.translation import HEAD, Translation, require_plain_vit
 from backbones.writing import write_safetensors
 from mae_bench.files import write_json
 from mae_bench.spec import BackboneSpec
@@ -44,10 +44,10 @@ NAMES = Naming(
 
 def fits(checkpoint: Checkpoint) -> bool:
     """transformers' names with its ViT or DeiT config, or with what ViTMAE lacks; without either, ViTMAE's files look alike."""
-    if not is_plain(checkpoint) or "embeddings.cls_token" not in checkpoint.tensors:
+    if not is_hf_vit(checkpoint) or "embeddings.cls_token" not in checkpoint.tensors:
         return False
-    told = model_type(checkpoint)
-    return told in ("vit", "deit") if told else vit_marks(checkpoint) != "vit_mae"
+    told = get_model_type(checkpoint)
+    return told in ("vit", "deit") if told else infer_model_type(checkpoint) != "vit_mae"
 
 
 def read(checkpoint: Checkpoint) -> Translation:
@@ -60,8 +60,8 @@ def read(checkpoint: Checkpoint) -> Translation:
     result.assumed = {"norm_eps": DEFAULT_EPS} | family(
         "deit" if DISTILLATION in checkpoint.tensors else "hf_vit"
     )
-    result.facts = facts_of(checkpoint, DEFAULT_EPS)
-    result.notes = silence(checkpoint, "ViT", DEFAULT_EPS)
+    result.facts = read_facts(checkpoint, DEFAULT_EPS)
+    result.notes = note_missing_files(checkpoint, "ViT", DEFAULT_EPS)
     return result
 
 
@@ -71,8 +71,10 @@ def write(
     """A folder that `ViTModel.from_pretrained` loads (its pooler is new), with one register `DeiTModel.from_pretrained`; its
     tensors' metadata carry spec and provenance."""
     is_deit = "reg_token" in weights and spec.num_prefix_tokens == 2
-    require_plain(replace(spec, num_prefix_tokens=1) if is_deit else spec, weights, "hf_vit", fc_norm=False)
-    config = config_of(spec, "DeiTModel", "deit") if is_deit else config_of(spec, "ViTModel", "vit")
+    require_plain_vit(
+        replace(spec, num_prefix_tokens=1) if is_deit else spec, weights, "hf_vit", fc_norm=False
+    )
+    config = build_config(spec, "DeiTModel", "deit") if is_deit else build_config(spec, "ViTModel", "vit")
     write_safetensors(out / "model.safetensors", NAMES.write(weights), spec, provenance)
-    write_json(out / PREPROCESSOR_FILE, processor_of(spec))
+    write_json(out / PREPROCESSOR_FILE, build_processor_config(spec))
     write_json(out / CONFIG_FILE, config)

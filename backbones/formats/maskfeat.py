@@ -3,7 +3,7 @@
 import re
 
 from backbones.reading.source import Checkpoint
-from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, is_official_vit, plain
+from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, is_plain_vit, read_timm_vit
 
 DROP = {
     r"mask_token$": MASK_TOKEN,
@@ -20,13 +20,13 @@ def fits(checkpoint: Checkpoint) -> bool:
     marked = "pred_head.projections.0.weight" in keys or (
         checkpoint.wrapper == "model_state" and "head.projection.weight" in keys
     )
-    return marked and is_official_vit(keys, r"pred_head\.transforms\.", *DROP)
+    return marked and is_plain_vit(keys, r"pred_head\.transforms\.", *DROP)
 
 
 def read(checkpoint: Checkpoint) -> Translation:
     """A pretrained encoder ends in the norm before its predictions; a fine-tuned one has its norm behind the average pooling."""
     if "norm.weight" not in checkpoint.tensors:
-        result = plain(checkpoint, "maskfeat", DROP, rename={LAST_NORM: r"norm.\1"})
+        result = read_timm_vit(checkpoint, "maskfeat", DROP, rename={LAST_NORM: r"norm.\1"})
         result.notes.append(
             "the norm in front of the HOG predictions is taken as the final norm; its fine-tuning draws a new one"
         )
@@ -34,6 +34,6 @@ def read(checkpoint: Checkpoint) -> Translation:
     pooled = not re.search(
         r"\bUSE_MEAN_POOLING: false\b", str(checkpoint.extras.get("cfg", "")), re.IGNORECASE
     )
-    result = plain(checkpoint, "maskfeat", DROP, rename={r"norm\.": "fc_norm."} if pooled else {})
+    result = read_timm_vit(checkpoint, "maskfeat", DROP, rename={r"norm\.": "fc_norm."} if pooled else {})
     result.assumed |= {"global_pool": "avg" if pooled else "token", "pretrain_method": "maskfeat, fine-tuned"}
     return result

@@ -2,9 +2,9 @@
 
 from backbones.families import family
 from backbones.reading.source import Checkpoint
-from backbones.translating.open_mmlab import config_of, is_segmentation, is_vit
-from backbones.translating.open_mmlab import read as read_open_mmlab
-from backbones.translating.translation import Translation, has_moco_table, width
+from backbones.translating.open_mmlab import is_mmlab_vit, is_mmseg, parse_config
+from backbones.translating.open_mmlab import read_mmlab_vit as read_open_mmlab
+from backbones.translating.translation import Translation, get_embed_dim, has_moco_pos_embed
 
 PRETRAINED = {  # beside the backbone -> by which method it was trained
     "neck.decoder_blocks.0.attn.qkv.": "mae",  # MILAN's decoder has other attention
@@ -16,19 +16,19 @@ SMALL = 384  # channels: MoCo v3's ViT has 12 heads there, where everyone else's
 
 def fits(checkpoint: Checkpoint) -> bool:
     """OpenMMLab's names without a mark of mmsegmentation, whose BEiT has the same ones and the same forward."""
-    return is_vit(checkpoint.tensors) and not is_segmentation(checkpoint)
+    return is_mmlab_vit(checkpoint.tensors) and not is_mmseg(checkpoint)
 
 
-def read(checkpoint: Checkpoint) -> Translation:
+def read_mmlab_vit(checkpoint: Checkpoint) -> Translation:
     """eps 1e-6 and the mean and std of ImageNet are the library's defaults; the config inside the file goes before them."""
     result = read_open_mmlab(checkpoint, "mmpretrain")
     for start, method in PRETRAINED.items():
         if any(name.startswith(start) for name in checkpoint.outside):
             result.assumed["pretrain_method"] = method
-    if width(result.weights) == SMALL and not config_of(checkpoint.extras):
+    if get_embed_dim(result.weights) == SMALL and not parse_config(checkpoint.extras):
         if result.assumed["pretrain_method"] == "moco_v3":
             result.assumed["num_heads"] = family("moco_v3")["num_heads"]
-        elif has_moco_table(result.weights):
+        elif has_moco_pos_embed(result.weights):
             result.needed = (*result.needed, "num_heads")
     if "blocks.0.ls1.gamma" in result.weights and result.facts["options"].get("no_embed_class"):
         result.assumed["pretrain_method"] = "supervised"

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from backbones.reading.source import SPEC_KEY, Checkpoint
-from backbones.translating.open_mmlab import VIT, is_segmentation, is_vit
-from backbones.translating.open_mmlab import read as read_open_mmlab
+from backbones.translating.open_mmlab import VIT, is_mmlab_vit, is_mmseg
+from backbones.translating.open_mmlab import read_mmlab_vit as read_open_mmlab
 from backbones.translating.translation import Translation, not_expressible
 from mae_bench.errors import UserError
 from mae_bench.files import write_atomic
@@ -18,10 +18,10 @@ CONFIG = {"final_norm", "pre_norm", "qkv_bias"}  # options of a spec that a conf
 
 def fits(checkpoint: Checkpoint) -> bool:
     """OpenMMLab's names with torch's own attention, or with a segmentation head beside the backbone."""
-    return is_vit(checkpoint.tensors) and is_segmentation(checkpoint)
+    return is_mmlab_vit(checkpoint.tensors) and is_mmseg(checkpoint)
 
 
-def read(checkpoint: Checkpoint) -> Translation:
+def read_mmlab_vit(checkpoint: Checkpoint) -> Translation:
     """A backbone without final norm stays without one: the heads take its maps as they are."""
     return read_open_mmlab(checkpoint, "mmseg")
 

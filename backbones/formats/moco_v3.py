@@ -5,9 +5,9 @@ from backbones.translating.translation import (
     HEAD,
     PROJECTOR,
     Translation,
-    has_moco_table,
-    is_official_vit,
-    plain,
+    has_moco_pos_embed,
+    is_plain_vit,
+    read_timm_vit,
 )
 
 ENCODERS = ("base_encoder", "momentum_encoder")
@@ -21,15 +21,15 @@ PREDICTOR = r"(?:module\.)?predictor\."
 
 def fits(checkpoint: Checkpoint) -> bool:
     """The base or momentum encoder of a training file, or (a probe's file) an encoder with MoCo v3's fixed position table."""
-    if not is_official_vit(checkpoint.tensors, *DROP):
+    if not is_plain_vit(checkpoint.tensors, *DROP):
         return False
     if set(ENCODERS) & set(checkpoint.prefix.split(".")):
         return True
     described = checkpoint.stated_spec or checkpoint.beside  # by whoever converted it
-    return checkpoint.prefix in ("", "module.") and not described and has_moco_table(checkpoint.tensors)
+    return checkpoint.prefix in ("", "module.") and not described and has_moco_pos_embed(checkpoint.tensors)
 
 
 def read(checkpoint: Checkpoint) -> Translation:
     """The names are timm's. Its ViTs of 384 and of 768 channels both have 12 heads (vits.py; families.yaml)."""
     outside = {PREDICTOR: "predictor of the pretraining: no part of the backbone"}
-    return plain(checkpoint, "moco_v3", DROP, outside=outside, heads=LARGER)
+    return read_timm_vit(checkpoint, "moco_v3", DROP, outside=outside, heads=LARGER)

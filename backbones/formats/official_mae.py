@@ -10,10 +10,10 @@ from backbones.reading.source import SPEC_KEY, Checkpoint
 from backbones.translating.translation import (
     HEAD,
     Translation,
-    is_official_vit,
+    is_plain_vit,
     is_sincos,
-    plain,
-    require_plain,
+    read_timm_vit,
+    require_plain_vit,
 )
 from mae_bench.files import write_atomic
 from mae_bench.spec import BackboneSpec
@@ -28,7 +28,7 @@ WRAPPERS = ("model", "model_ema")
 def fits(checkpoint: Checkpoint) -> bool:
     """Names of its ViT with MAE's decoder, or wrapped as its scripts (and others') save them, with no other family's mark."""
     keys = checkpoint.tensors
-    if not is_official_vit(keys, r"fc_norm\.", *DROP) or not {"cls_token", "pos_embed"} <= set(keys):
+    if not is_plain_vit(keys, r"fc_norm\.", *DROP) or not {"cls_token", "pos_embed"} <= set(keys):
         return False
     if "mask_token" in keys and "decoder_embed.weight" in keys:
         return True
@@ -52,15 +52,15 @@ def is_marked(checkpoint: Checkpoint) -> bool:
 
 def read(checkpoint: Checkpoint) -> Translation:
     """The encoder keeps its names; decoder and head are dropped."""
-    result = plain(checkpoint, "official_mae", DROP)
-    if fine_tuned(checkpoint.tensors):
+    result = read_timm_vit(checkpoint, "official_mae", DROP)
+    if is_fine_tuned(checkpoint.tensors):
         result.assumed["pretrain_method"] = "mae, fine-tuned"
     if "fc_norm.weight" in result.weights:
         result.assumed["global_pool"] = "avg"
     return result
 
 
-def fine_tuned(tensors: dict[str, torch.Tensor]) -> bool:
+def is_fine_tuned(tensors: dict[str, torch.Tensor]) -> bool:
     """Whether the encoder was trained with labels; a probe's head (head.1 behind a BatchNorm) leaves it as it was."""
     return "head.weight" in tensors
 
@@ -69,6 +69,6 @@ def write(
     weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
 ) -> None:
     """`{"model": weights, "spec": ..., "provenance": ...}`; the reference's scripts read `model` alone."""
-    require_plain(spec, weights, "official_mae", fc_norm=True)
+    require_plain_vit(spec, weights, "official_mae", fc_norm=True)
     content = {"model": weights, SPEC_KEY: spec.to_dict(), "provenance": provenance}
     write_atomic(out, lambda file: torch.save(content, file))

@@ -3,9 +3,9 @@
 from backbones.families import family
 from backbones.reading.source import Checkpoint
 from backbones.translating.naming import Naming
-from backbones.translating.structure import by_timm
+from backbones.translating.structure import has_timm_description
 from backbones.translating.translation import Translation
-from backbones.translating.windows import windowed_facts
+from backbones.translating.windows import infer_window_facts
 from mae_bench.export import SPEC_FILE
 
 NAMES = Naming(
@@ -29,7 +29,11 @@ OUTSIDE = {
 
 def fits(checkpoint: Checkpoint) -> bool:
     """Relative positions in the blocks and a convolutional neck behind them, with the names of SAM's repository or of timm."""
-    return set(checkpoint.tensors) >= MARKS and SPEC_FILE not in checkpoint.beside and not by_timm(checkpoint)
+    return (
+        set(checkpoint.tensors) >= MARKS
+        and SPEC_FILE not in checkpoint.beside
+        and not has_timm_description(checkpoint)
+    )
 
 
 def read(checkpoint: Checkpoint) -> Translation:
@@ -39,5 +43,5 @@ def read(checkpoint: Checkpoint) -> Translation:
         if reason := next((reason for start, reason in OUTSIDE.items() if start in name), None):
             result.outside[name] = reason
     result.assumed = {"norm_eps": 1e-6} | family("sam")
-    result.facts = windowed_facts(result, checkpoint.source)
+    result.facts = infer_window_facts(result, checkpoint.source)
     return result

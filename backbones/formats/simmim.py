@@ -1,6 +1,6 @@
 """simmim: ViTs of microsoft/SimMIM (pretrained, with the decoder beside the encoder; fine-tuned), in BEiT's layout."""
 
-from backbones.formats.beit import possible, read_as
+from backbones.formats.beit import possible_families, read_as
 from backbones.reading.source import Checkpoint
 from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
@@ -10,7 +10,7 @@ DECODER = "decoder of the pretraining, one linear layer to pixels: no part of th
 
 def fits(checkpoint: Checkpoint) -> bool:
     """BEiT's layout with SimMIM's marks, or with none; and its Swin Transformers, to say that they are none."""
-    return "simmim" in possible(checkpoint) or _is_swin(checkpoint)
+    return "simmim" in possible_families(checkpoint) or _is_swin(checkpoint)
 
 
 def read(checkpoint: Checkpoint) -> Translation:

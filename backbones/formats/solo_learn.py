@@ -5,10 +5,10 @@ from backbones.translating.translation import (
     HEAD,
     PROJECTOR,
     Translation,
-    has_moco_table,
-    is_official_vit,
+    has_moco_pos_embed,
+    is_plain_vit,
     is_sincos,
-    plain,
+    read_timm_vit,
 )
 
 PREFIXES = (
@@ -30,7 +30,7 @@ def fits(checkpoint: Checkpoint) -> bool:
         checkpoint.wrapper == "state_dict"
         and checkpoint.prefix in PREFIXES
         and "classifier.weight" in checkpoint.outside
-        and is_official_vit(checkpoint.tensors, r"head\.")
+        and is_plain_vit(checkpoint.tensors, r"head\.")
     )
 
 
@@ -44,13 +44,13 @@ def read(checkpoint: Checkpoint) -> Translation:
         "mae"
         if table is not None and is_sincos(table)
         else "moco_v3"
-        if has_moco_table(checkpoint.tensors)
+        if has_moco_pos_embed(checkpoint.tensors)
         else None
     )
     if not method and any(name.startswith("head.last_layer.") for name in checkpoint.outside):
         method = "dino"
     fixed = method in ("mae", "moco_v3")
-    result = plain(
+    result = read_timm_vit(
         checkpoint,
         "solo_learn",
         {r"head\.": HEAD},

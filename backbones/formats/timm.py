@@ -10,19 +10,19 @@ from backbones.families import family
 from backbones.formats import clip
 from backbones.formats.official_mae import WRAPPERS, is_marked
 from backbones.reading.source import CONFIG_FILE, Checkpoint
-from backbones.translating.detect import format_named
+from backbones.translating.detect import get_format
 from backbones.translating.structure import (
-    beit_facts,
-    by_timm,
-    eva_options,
     has_post_norms,
+    has_timm_description,
+    infer_beit_facts,
+    infer_eva_options,
+    infer_vit_options,
     is_beit,
     is_eva,
     is_rotary,
-    vit_options,
 )
-from backbones.translating.timm_models import facts_by_name
-from backbones.translating.translation import HEAD, Translation, is_sincos, is_vit, keep_names, numbers
+from backbones.translating.timm_models import infer_named_facts
+from backbones.translating.translation import HEAD, Translation, is_sincos, is_vit, keep_names, parse_numbers
 from backbones.writing import write_safetensors
 from mae_bench.errors import UserError
 from mae_bench.export import SPEC_FILE
@@ -32,7 +32,7 @@ from mae_bench.spec import BackboneSpec
 FAMILIES = ("dino", "ibot", "moco_v3", "deit", "deit3", "ijepa", "maskfeat", "lightly", "solo_learn")
 OWN_WRAPPERS = ("", "state_dict", "state_dict_ema")  # of timm's releases and of its train.py
 TRUNK = "visual.trunk."  # before timm's names in OpenCLIP's files
-UNTOLD = "nothing in the file says how images are fed: mean and std of ImageNet are assumed; many of timm's ViTs want 0.5"
+UNKNOWN_PREPROCESSING = "nothing in the file says how images are fed: mean and std of ImageNet are assumed; many of timm's ViTs want 0.5"
 POST_NORMS = f"arch=vit if norms stand before attention and MLP; if behind them (ResPostBlock), timm's {CONFIG_FILE} beside it tells"
 DROP = {r"head\.": HEAD, r"attn_pool\.": "attention pooling: a part of the classifier"}
 
@@ -48,13 +48,13 @@ def fits(checkpoint: Checkpoint) -> bool:
         or any("relative_position_index" in key for key in keys)
     ):
         return False
-    if by_timm(checkpoint):
+    if has_timm_description(checkpoint):
         return "patch_embed.proj.weight" in keys and any(key.startswith("blocks.0.norm") for key in keys)
     if is_beit(keys) or is_eva(keys) or is_rotary(keys):
         return checkpoint.wrapper in OWN_WRAPPERS and any(
             key.startswith(("norm.", "fc_norm.")) for key in keys
         )
-    if not is_vit(keys) or any(format_named(name).fits(checkpoint) for name in FAMILIES):
+    if not is_vit(keys) or any(get_format(name).fits(checkpoint) for name in FAMILIES):
         return False
     return checkpoint.wrapper not in WRAPPERS or not is_marked(checkpoint)
 
@@ -74,60 +74,60 @@ def read(checkpoint: Checkpoint) -> Translation:
     }
     if "fc_norm.weight" in weights or "cls_token" not in weights:
         result.assumed["global_pool"] = "avg"
-    result.facts = _fed(config, checkpoint.source)
+    result.facts = _read_preprocessing(config, checkpoint.source)
     if checkpoint.prefix.endswith(
         TRUNK
     ):  # fed as CLIP, but SigLIP's towers, and those have a config that says so
         result.assumed |= {key: value for key, value in family("clip").items() if key != "norm_eps"}
-        result.facts |= clip.fed(checkpoint)
+        result.facts |= clip.read_preprocessing(checkpoint)
     if "architecture" in config:
-        result.facts |= _named(config, weights, checkpoint.source)
+        result.facts |= _infer_named(config, weights, checkpoint.source)
     else:
-        _shown(result, checkpoint)
+        _infer_structure(result, checkpoint)
         if not checkpoint.stated_spec and not checkpoint.prefix.endswith(TRUNK):
-            result.notes.append(UNTOLD)
+            result.notes.append(UNKNOWN_PREPROCESSING)
     return result
 
 
-def _fed(config: dict[str, Any], source: str) -> dict[str, Any]:
+def _read_preprocessing(config: dict[str, Any], source: str) -> dict[str, Any]:
     """What timm's config.json says of how the model is fed."""
     cfg = config.get("pretrained_cfg") or {}
     if not isinstance(cfg, dict):
         raise UserError(f"{source}: pretrained_cfg is {cfg!r}", expected="an object")
     facts: dict[str, Any] = {
-        key: numbers(cfg[key], key, source) for key in ("mean", "std") if cfg.get(key) is not None
+        key: parse_numbers(cfg[key], key, source) for key in ("mean", "std") if cfg.get(key) is not None
     }
     return facts | ({"interpolation": str(cfg["interpolation"])} if cfg.get("interpolation") else {})
 
 
-def _named(config: dict[str, Any], weights: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
+def _infer_named(config: dict[str, Any], weights: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
     """What the architecture's name, with the arguments that the file gives, says of how the model is built."""
     args = config.get("model_args") or {}
     if not isinstance(args, dict):
         raise UserError(f"{source}: model_args is {args!r}", expected="an object")
-    return facts_by_name(str(config["architecture"]), args, weights, source)
+    return infer_named_facts(str(config["architecture"]), args, weights, source)
 
 
-def _shown(result: Translation, checkpoint: Checkpoint) -> None:
+def _infer_structure(result: Translation, checkpoint: Checkpoint) -> None:
     """What names and shapes show of the architecture; what they do not show is needed from the user or the carried spec."""
     weights = result.weights
     if is_rotary(checkpoint.tensors):
         _require_description(checkpoint)
-        result.assumed |= {"arch": "eva", "options": eva_options(weights)}
+        result.assumed |= {"arch": "eva", "options": infer_eva_options(weights)}
     elif is_beit(weights) and not is_eva(weights):
-        result.assumed |= beit_facts(weights, checkpoint.source)
+        result.assumed |= infer_beit_facts(weights, checkpoint.source)
     elif is_eva(weights):
-        result.assumed |= {"arch": "eva", "options": eva_options(weights)}
+        result.assumed |= {"arch": "eva", "options": infer_eva_options(weights)}
         rotary = (
             "use_rot_pos_emb",
             "ref_feat_shape",
         )  # the grid that rotations count in, null where it is the image's
         result.needed = rotary if "swiglu_mlp" in result.assumed["options"] else (*rotary, "use_post_norm")
     else:
-        result.assumed["options"] = vit_options(weights)
+        result.assumed["options"] = infer_vit_options(weights)
         if has_post_norms(weights):
             result.needed, result.hint = ("arch",), POST_NORMS
-        if not by_timm(checkpoint) and _may_be_clip(checkpoint.tensors):
+        if not has_timm_description(checkpoint) and _may_be_clip(checkpoint.tensors):
             result.needed = (*result.needed, "act_layer")  # CLIP's and SigLIP's differ in their GELU
             result.assumed["norm_eps"] = 1e-5 if "norm_pre.weight" in weights else 1e-6
 

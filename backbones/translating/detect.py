@@ -46,7 +46,7 @@ FORMATS: dict[str, str] = {
 
 
 TORCH_FILE = (".pth", ".pt")
-WRITTEN: dict[str, tuple[str, ...]] = {  # the formats that `convert` writes: suffixes of the file, () for a folder
+WRITABLE: dict[str, tuple[str, ...]] = {  # the formats that `convert` writes: suffixes of the file, () for a folder
     "mae_bench": (), "official_mae": TORCH_FILE, "timm": (".safetensors",), "hf_vitmae": (), "hf_beit": (), "hf_dinov2": (),
     "hf_dinov3": (), "hf_vit": (), "mmseg": TORCH_FILE, "detectron2": TORCH_FILE,
 }  # fmt: skip
@@ -62,20 +62,20 @@ def check_format(name: str) -> None:
         )
 
 
-def format_named(name: str) -> "Format":
+def get_format(name: str) -> "Format":
     """The translator of that name; UserError lists the known ones."""
     check_format(name)
     return cast("Format", import_module(FORMATS[name]))
 
 
-def fitting(checkpoint: "Checkpoint") -> list[str]:
+def find_formats(checkpoint: "Checkpoint") -> list[str]:
     """The formats that the checkpoint fits by its keys, its shapes and what lies beside it."""
-    return [name for name in FORMATS if format_named(name).fits(checkpoint)]
+    return [name for name in FORMATS if get_format(name).fits(checkpoint)]
 
 
 def detect(checkpoint: "Checkpoint") -> str:
     """The one format that the checkpoint fits; UserError lists what was found if there is none or more than one."""
-    fit = fitting(checkpoint)
+    fit = find_formats(checkpoint)
     if len(fit) == 1:
         return fit[0]
     keys = list(checkpoint.tensors)

@@ -5,7 +5,7 @@ from typing import Any
 
 from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
 from backbones.translating.naming import Naming
-from backbones.translating.translation import is_sincos, numbers
+from backbones.translating.translation import is_sincos, parse_numbers
 from mae_bench.errors import UserError
 from mae_bench.spec import BackboneSpec
 
@@ -39,7 +39,7 @@ ACTIVATIONS = {  # hidden_act -> option of our spec; the plain GELU needs none
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def is_plain(checkpoint: Checkpoint) -> bool:
+def is_hf_vit(checkpoint: Checkpoint) -> bool:
     """Whether the names are those that transformers' ViT, ViTMAE, DeiT and I-JEPA share (BEiT has more, DINOv2 others)."""
     keys = checkpoint.tensors
     more = any("lambda_" in name or "relative_position" in name for name in keys)
@@ -51,7 +51,7 @@ def is_plain(checkpoint: Checkpoint) -> bool:
     )
 
 
-def vit_marks(checkpoint: Checkpoint) -> str | None:
+def infer_model_type(checkpoint: Checkpoint) -> str | None:
     """What tells ViT's and ViTMAE's files apart without a config: "vit", "vit_mae" or None."""
     keys, outside = checkpoint.tensors, checkpoint.outside
     if any(
@@ -69,13 +69,13 @@ def vit_marks(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def model_type(checkpoint: Checkpoint) -> str | None:
+def get_model_type(checkpoint: Checkpoint) -> str | None:
     """What config.json calls the model; None without a config."""
     config = checkpoint.beside.get(CONFIG_FILE)
     return None if config is None else str(config.get("model_type"))
 
 
-def vision_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
+def get_vision_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """config.json, or its part for the image tower; None without a config."""
     config = checkpoint.beside.get(CONFIG_FILE)
     part = config.get("vision_config", config) if config else config
@@ -84,12 +84,12 @@ def vision_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return part
 
 
-def facts_of(checkpoint: Checkpoint, default_eps: float, hidden_act: str = "gelu") -> dict[str, Any]:
+def read_facts(checkpoint: Checkpoint, default_eps: float, hidden_act: str = "gelu") -> dict[str, Any]:
     """Fields of the BackboneSpec that config.json and preprocessor_config.json state.
 
     default_eps, hidden_act: of the model's config class. UserError for an activation that we do not have."""
-    source, facts = checkpoint.source, _fed(checkpoint)
-    config = vision_config(checkpoint)
+    source, facts = checkpoint.source, _read_preprocessing(checkpoint)
+    config = get_vision_config(checkpoint)
     if config is None:
         return facts
     activation = config.get("hidden_act", hidden_act)
@@ -100,7 +100,7 @@ def facts_of(checkpoint: Checkpoint, default_eps: float, hidden_act: str = "gelu
         options["qkv_bias"] = False
     size = config.get("image_size", 224)
     facts["norm_eps"] = config.get("layer_norm_eps", default_eps)
-    facts["img_size"] = numbers(size if isinstance(size, list) else [size, size], "image_size", source)
+    facts["img_size"] = parse_numbers(size if isinstance(size, list) else [size, size], "image_size", source)
     if "num_attention_heads" in config:
         facts["num_heads"] = config["num_attention_heads"]
     if not isinstance(facts["norm_eps"], int | float) or not isinstance(facts.get("num_heads", 1), int):
@@ -110,7 +110,7 @@ def facts_of(checkpoint: Checkpoint, default_eps: float, hidden_act: str = "gelu
     return facts | ({"options": options} if options else {})
 
 
-def silence(checkpoint: Checkpoint, model: str, eps: float) -> list[str]:
+def note_missing_files(checkpoint: Checkpoint, model: str, eps: float) -> list[str]:
     """Notes on what is assumed where the JSON files are not beside the weights."""
     notes = {
         CONFIG_FILE: f"eps {eps} is the default of transformers' {model}",
@@ -121,11 +121,11 @@ def silence(checkpoint: Checkpoint, model: str, eps: float) -> list[str]:
     ]
 
 
-def _fed(checkpoint: Checkpoint) -> dict[str, Any]:
+def _read_preprocessing(checkpoint: Checkpoint) -> dict[str, Any]:
     """How images are fed, by preprocessor_config.json."""
     processor = checkpoint.beside.get(PREPROCESSOR_FILE, {})
     facts: dict[str, Any] = {
-        ours: numbers(processor[theirs], theirs, checkpoint.source)
+        ours: parse_numbers(processor[theirs], theirs, checkpoint.source)
         for theirs, ours in (("image_mean", "mean"), ("image_std", "std"))
         if theirs in processor
     }
@@ -134,7 +134,7 @@ def _fed(checkpoint: Checkpoint) -> dict[str, Any]:
     return facts
 
 
-def config_of(spec: BackboneSpec, architecture: str, model_type: str) -> dict[str, Any]:
+def build_config(spec: BackboneSpec, architecture: str, get_model_type: str) -> dict[str, Any]:
     """config.json of a plain ViT; UserError for what is not square."""
     if len(set(spec.img_size)) > 1 or len(set(spec.patch_size)) > 1:
         raise UserError(
@@ -143,7 +143,7 @@ def config_of(spec: BackboneSpec, architecture: str, model_type: str) -> dict[st
         )
     return {
         "architectures": [architecture],
-        "model_type": model_type,
+        "model_type": get_model_type,
         "hidden_size": spec.embed_dim,
         "num_hidden_layers": spec.depth,
         "num_attention_heads": spec.num_heads,
@@ -157,7 +157,7 @@ def config_of(spec: BackboneSpec, architecture: str, model_type: str) -> dict[st
     }
 
 
-def processor_of(spec: BackboneSpec) -> Mapping[str, Any]:
+def build_processor_config(spec: BackboneSpec) -> Mapping[str, Any]:
     """preprocessor_config.json: how images are fed."""
     resample = {name: number for number, name in RESAMPLE.items()}.get(spec.interpolation)
     return {

@@ -53,7 +53,7 @@ def infer_spec(
 def _infer(
     translation: Translation, source: str, stated: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> BackboneSpec:
-    layers = (translation.assumed, _tuples(stated), translation.facts, _checked(overrides))
+    layers = (translation.assumed, _to_tuples(stated), translation.facts, _check_overrides(overrides))
     given = {key: value for layer in layers for key, value in layer.items()}
     stated_or_assumed = (
         layers[1] if "options" in stated else layers[0]
@@ -73,7 +73,7 @@ def _infer(
             ),
             fix=" and ".join(GIVE.format(field) for field in asked),
         )
-    shapes = shape_facts(translation.weights, source, given)
+    shapes = infer_shape_facts(translation.weights, source, given)
     if wrong := {
         key: (given[key], value) for key, value in shapes.items() if key in given and given[key] != value
     }:
@@ -82,22 +82,22 @@ def _infer(
         )
         raise UserError(f"{source}: {told}", expected="a description that fits the weights")
     merged = {"arch": "vit", **given, **shapes}
-    merged.setdefault("pos_embed", pos_embed_kind(translation.weights, merged))
+    merged.setdefault("pos_embed", infer_pos_embed(translation.weights, merged))
     if "num_heads" not in merged:
-        merged["num_heads"] = _standard_heads(merged["embed_dim"], source)
+        merged["num_heads"] = _assume_num_heads(merged["embed_dim"], source)
         translation.notes.append(
             f"{merged['num_heads']} heads, as is standard for its width: nothing in the file says it"
         )
     return BackboneSpec(**merged)
 
 
-def _checked(overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(overrides) - set(NAMES)):
         raise UserError(f"a BackboneSpec has no {', '.join(unknown)}", expected=f"some of {', '.join(NAMES)}")
-    return {key: _checked_value(key, value) for key, value in overrides.items()}
+    return {key: _check_override(key, value) for key, value in overrides.items()}
 
 
-def _checked_value(key: str, value: Any) -> Any:
+def _check_override(key: str, value: Any) -> Any:
     """A given value in its field's type: a UserError blames the argument, not the file. Of a size one number is enough."""
     if key in SIZES:
         return height_and_width(value, key)
@@ -115,13 +115,13 @@ def _checked_value(key: str, value: Any) -> Any:
     return tuple(value) if key in CHANNELS else value
 
 
-def _tuples(value: Mapping[str, Any]) -> dict[str, Any]:
+def _to_tuples(value: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: tuple(item) if key in PAIRS and isinstance(item, list) else item for key, item in value.items()
     }
 
 
-def _standard_heads(embed_dim: int, source: str) -> int:
+def _assume_num_heads(embed_dim: int, source: str) -> int:
     if embed_dim not in HEADS:
         raise UserError(
             f"{source}: nothing tells how many heads its {embed_dim} channels are split into",
@@ -131,7 +131,9 @@ def _standard_heads(embed_dim: int, source: str) -> int:
     return HEADS[embed_dim]
 
 
-def shape_facts(weights: Mapping[str, torch.Tensor], source: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def infer_shape_facts(
+    weights: Mapping[str, torch.Tensor], source: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """Fields that the tensors' shapes decide. A table that is not square needs `img_size` in `given`."""
     try:
         proj = weights["patch_embed.proj.weight"]
@@ -160,18 +162,18 @@ def shape_facts(weights: Mapping[str, torch.Tensor], source: str, given: Mapping
         "in_chans": in_chans,
         "embed_dim": embed_dim,
         "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
-        "mlp_ratio": _ratio(fc1.shape[0] // _halves(weights, given), embed_dim),
+        "mlp_ratio": _infer_mlp_ratio(fc1.shape[0] // _num_fc1_halves(weights, given), embed_dim),
         "num_prefix_tokens": prefix,
     }
     if given.get("arch", "vit") in ARCHS and (table := weights.get("pos_embed")) is not None:
         rows = table.flatten(1, -2) if table.ndim > 2 else table
-        facts["img_size"] = _img_size(rows, in_table, tuple(patch), given.get("img_size"), source)
+        facts["img_size"] = _infer_img_size(rows, in_table, tuple(patch), given.get("img_size"), source)
     if "img_size" not in facts:
-        _check_size(given.get("img_size"), source)
+        _check_img_size(given.get("img_size"), source)
     return facts
 
 
-def _check_size(size: Any, source: str) -> None:
+def _check_img_size(size: Any, source: str) -> None:
     """Without a table the description alone tells the image size, and a rotary embedding is made for it."""
     if size is None:
         raise UserError(
@@ -183,7 +185,7 @@ def _check_size(size: Any, source: str) -> None:
         )
 
 
-def _halves(weights: Mapping[str, torch.Tensor], given: Mapping[str, Any]) -> int:
+def _num_fc1_halves(weights: Mapping[str, torch.Tensor], given: Mapping[str, Any]) -> int:
     """2 where fc1 of an Eva makes gate and value at once: timm's Eva counts one of them, its VisionTransformer both."""
     fc1, fc2 = (weights.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
     packed = (
@@ -195,13 +197,13 @@ def _halves(weights: Mapping[str, torch.Tensor], given: Mapping[str, Any]) -> in
     return 2 if packed else 1
 
 
-def _ratio(hidden: int, width: int) -> float:
+def _infer_mlp_ratio(hidden: int, width: int) -> float:
     """The ratio from which timm computes `hidden`: it cuts the product off, which is 487.99... for 488 / 224 * 224."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def _img_size(
+def _infer_img_size(
     table: torch.Tensor, prefix: int, patch: tuple[int, ...], given: Any, source: str
 ) -> tuple[int, int]:
     """Image size of a table (1, prefix + L, D): the given one if it has L patches, else the square one. `prefix` counts the
@@ -219,7 +221,7 @@ def _img_size(
     return side * patch[0], side * patch[1]
 
 
-def pos_embed_kind(weights: Mapping[str, torch.Tensor], spec: Mapping[str, Any]) -> str:
+def infer_pos_embed(weights: Mapping[str, torch.Tensor], spec: Mapping[str, Any]) -> str:
     """ "sincos" if the table is MAE's fixed one, "learned" for another table, "none" without one."""
     if "pos_embed" not in weights:
         return "none"

@@ -65,8 +65,8 @@ class Naming:
                 for modules in self.qkv:
                     if module in modules and tensor in TENSORS and inside not in self.block:
                         return f"blocks.{number}.attn.qkv.{tensor}", modules.index(module)
-                return f"blocks.{number}.{_renamed(inside, self.block)}", None
-        return _renamed(name, self.top), None
+                return f"blocks.{number}.{_rename(inside, self.block)}", None
+        return _rename(name, self.top), None
 
     def write(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The reverse of `read`; UserError for a tensor that this layout has no name for."""
@@ -84,7 +84,7 @@ class Naming:
                 for part, value in zip(self.qkv[0], tensor.chunk(3), strict=True):
                     result[f"{place}{part}.{kind}"] = value.clone()
                 continue
-            theirs = _renamed(inside, table)
+            theirs = _rename(inside, table)
             if inside not in table and module not in table:
                 raise UserError(f"{name} has no name in this format", fix="write it as mae_bench or timm")
             result[place + theirs] = tensor
@@ -101,7 +101,7 @@ class Naming:
         return torch.cat([found[part] for part in range(3)])
 
 
-def _renamed(name: str, table: Mapping[str, str]) -> str:
+def _rename(name: str, table: Mapping[str, str]) -> str:
     """The other name of a tensor, by its own entry or by its module's."""
     if name in table:
         return table[name]

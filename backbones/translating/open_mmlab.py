@@ -10,8 +10,8 @@ import torch
 from backbones.families import family
 from backbones.reading.source import Checkpoint
 from backbones.translating.naming import Naming
-from backbones.translating.structure import INDEX, INDEX_REASON, TABLE, beit_facts, vit_options
-from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, width
+from backbones.translating.structure import INDEX, INDEX_REASON, TABLE, infer_beit_facts, infer_vit_options
+from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, get_embed_dim
 from mae_bench.errors import UserError
 
 ANCHOR = "layers.0.ffn.layers.0.0.weight"
@@ -65,23 +65,23 @@ MAX_CONFIG = 1 << 20  # characters
 SMALL = (768, 8, 8)  # width, depth and heads of the arch "small" there, which is unlike everyone else's ViT-S
 
 
-def is_vit(tensors: Mapping[str, torch.Tensor]) -> bool:
+def is_mmlab_vit(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether these are the names of an OpenMMLab ViT."""
     return "patch_embed.projection.weight" in tensors and (ANCHOR in tensors or GATED in tensors)
 
 
-def is_segmentation(checkpoint: Checkpoint) -> bool:
+def is_mmseg(checkpoint: Checkpoint) -> bool:
     """mmsegmentation's mark: torch's own attention in the blocks, or a segmentation head beside the backbone."""
     heads = any(name.startswith(("decode_head.", "auxiliary_head.")) for name in checkpoint.outside)
     return heads or "layers.0.attn.attn.in_proj_weight" in checkpoint.tensors
 
 
-def read(checkpoint: Checkpoint, library: str) -> Translation:
+def read_mmlab_vit(checkpoint: Checkpoint, library: str) -> Translation:
     """Our names, the architecture that the names show, and what the config of the training inside the file says.
 
     library: its entry in families.yaml. UserError for other names, and for a config that the model cannot follow.
     """
-    if not is_vit(checkpoint.tensors):
+    if not is_mmlab_vit(checkpoint.tensors):
         raise UserError(
             f"{checkpoint.source} has no OpenMMLab names", expected="patch_embed.projection and layers.N.ffn"
         )
@@ -91,19 +91,19 @@ def read(checkpoint: Checkpoint, library: str) -> Translation:
             result.outside[name] = reason
     result.assumed = family(library)
     if any(name.endswith(TABLE) for name in result.weights):
-        result.facts = _beit(result, checkpoint.source)
+        result.facts = _infer_beit(result, checkpoint.source)
     else:
         if library == "mmseg":
             _add_patch_bias(result)
-        result.assumed |= _heads(result.weights)
-        result.facts = {"arch": "vit", "options": vit_options(result.weights)}
+        result.assumed |= _assume_num_heads(result.weights)
+        result.facts = {"arch": "vit", "options": infer_vit_options(result.weights)}
     if "fc_norm.weight" in result.weights:
         result.assumed["global_pool"] = "avg"
         _drop_second_norm(result)
-    config = config_of(checkpoint.extras)
-    result.facts |= _described(config, checkpoint.source, result)
+    config = parse_config(checkpoint.extras)
+    result.facts |= _read_config(config, checkpoint.source, result)
     if "norm_pre.weight" in result.weights and not (
-        _inside(config, "model", "backbone") or checkpoint.stated_spec
+        _get_section(config, "model", "backbone") or checkpoint.stated_spec
     ):
         result.needed = (
             "act_layer",
@@ -123,9 +123,9 @@ def _add_patch_bias(result: Translation) -> None:
         result.new["patch_embed.proj.bias"] = "zeros: the file's patch embedding has no bias"
 
 
-def _heads(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _assume_num_heads(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     channels, depth = (
-        width(weights),
+        get_embed_dim(weights),
         len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
     )
     if (channels, depth) == SMALL[:2]:
@@ -133,10 +133,10 @@ def _heads(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     return {"num_heads": HEADS[channels]} if channels in HEADS else {}
 
 
-def _beit(result: Translation, source: str) -> dict[str, Any]:
+def _infer_beit(result: Translation, source: str) -> dict[str, Any]:
     for name in [name for name in result.weights if name.endswith("attn.qkv.bias")]:
         _split_bias(result, name, source)
-    facts = beit_facts(result.weights, source)
+    facts = infer_beit_facts(result.weights, source)
     if not {"norm.weight", "fc_norm.weight"} & set(result.weights):
         facts["options"]["final_norm"] = False
     return facts
@@ -167,7 +167,7 @@ def _drop_second_norm(result: Translation) -> None:
             result.dropped[theirs] = "a second norm, behind the average pooling: part of the classifier"
 
 
-def config_of(extras: Mapping[str, Any]) -> dict[str, Any]:
+def parse_config(extras: Mapping[str, Any]) -> dict[str, Any]:
     """The config's text in `meta`, as data: {} where there is none or where it is not made of literals and dict() alone."""
     meta = extras.get("meta")
     text = (meta.get("cfg") or meta.get("config")) if isinstance(meta, dict) else None
@@ -177,30 +177,30 @@ def config_of(extras: Mapping[str, Any]) -> dict[str, Any]:
         lines = [
             (line.targets[0], line.value) for line in ast.parse(text).body if isinstance(line, ast.Assign)
         ]
-        return {name.id: _value(value) for name, value in lines if isinstance(name, ast.Name)}
+        return {name.id: _parse_value(value) for name, value in lines if isinstance(name, ast.Name)}
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return {}
 
 
-def _value(node: ast.expr) -> Any:
+def _parse_value(node: ast.expr) -> Any:
     """A literal, or a call of dict with keywords; None for whatever else (nothing is run)."""
     if isinstance(node, ast.Call):
         is_dict = isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args
-        return {word.arg: _value(word.value) for word in node.keywords} if is_dict else None
+        return {word.arg: _parse_value(word.value) for word in node.keywords} if is_dict else None
     if isinstance(node, ast.List | ast.Tuple):
-        return [_value(item) for item in node.elts]
+        return [_parse_value(item) for item in node.elts]
     if isinstance(node, ast.Dict):
         pairs = zip(node.keys, node.values, strict=True)
-        return {key.value: _value(value) for key, value in pairs if isinstance(key, ast.Constant)}
+        return {key.value: _parse_value(value) for key, value in pairs if isinstance(key, ast.Constant)}
     try:
         return ast.literal_eval(node)
     except ValueError:
         return None
 
 
-def _described(config: dict[str, Any], source: str, result: Translation) -> dict[str, Any]:
+def _read_config(config: dict[str, Any], source: str, result: Translation) -> dict[str, Any]:
     """Facts of a config: heads, eps, mean and std; the activation becomes an option. UserError for an unknown activation."""
-    backbone = _inside(config, "model", "backbone")
+    backbone = _get_section(config, "model", "backbone")
     facts: dict[str, Any] = {}
     arch = backbone.get("arch")
     named = NAMED_HEADS.get(arch) if isinstance(arch, str) else None
@@ -211,10 +211,10 @@ def _described(config: dict[str, Any], source: str, result: Translation) -> dict
         raise UserError(
             f"{source}: its config leaves the class token out that the file has", expected="one that is used"
         )
-    if isinstance(eps := _inside(backbone, "norm_cfg").get("eps"), float):
+    if isinstance(eps := _get_section(backbone, "norm_cfg").get("eps"), float):
         facts["norm_eps"] = eps
-    for layers in (backbone, _inside(backbone, "layer_cfgs")):
-        activation = _inside(layers, "act_cfg").get("type", "GELU")
+    for layers in (backbone, _get_section(backbone, "layer_cfgs")):
+        activation = _get_section(layers, "act_cfg").get("type", "GELU")
         if activation not in ACTIVATIONS:
             raise UserError(
                 f"{source}: its config's activation is {activation!r}",
@@ -225,7 +225,7 @@ def _described(config: dict[str, Any], source: str, result: Translation) -> dict
     for place in (
         config.get("img_norm_cfg"),
         config.get("data_preprocessor"),
-        _inside(config, "model").get("data_preprocessor"),
+        _get_section(config, "model").get("data_preprocessor"),
     ):
         if isinstance(place, dict):
             facts |= {
@@ -238,7 +238,7 @@ def _described(config: dict[str, Any], source: str, result: Translation) -> dict
     return facts
 
 
-def _inside(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+def _get_section(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     value: Any = config
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None

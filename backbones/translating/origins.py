@@ -6,7 +6,7 @@ from typing import Any
 
 from backbones.families import families, family, published_in
 from backbones.reading.source import Checkpoint
-from backbones.translating.infer import shape_facts
+from backbones.translating.infer import infer_shape_facts
 from backbones.translating.translation import Translation
 from mae_bench.spec import BackboneSpec
 
@@ -22,7 +22,7 @@ GIVEN, FILE, TENSORS = "given", "stated by the file", "told by the tensors"
 UNNAMED = ("unknown", "none", "supervised")  # methods of many families
 
 
-def origins(
+def find_origins(
     format: str,
     translation: Translation,
     checkpoint: Checkpoint,
@@ -30,11 +30,11 @@ def origins(
     overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """A phrase for each field of the spec, in the order in which `backbones.translating.infer` prefers them."""
-    name = family_of(format, translation.assumed)
+    name = find_family(format, translation.assumed)
     described = FILE if checkpoint.beside or checkpoint.stated_spec else TENSORS
     known = (
         dict.fromkeys(overrides or {}, GIVEN),
-        dict.fromkeys(shape_facts(translation.weights, checkpoint.source, vars(spec)), TENSORS),
+        dict.fromkeys(infer_shape_facts(translation.weights, checkpoint.source, vars(spec)), TENSORS),
         dict.fromkeys(translation.facts, described),
         dict.fromkeys(checkpoint.stated_spec, FILE),
         _of_family(name, translation.assumed),
@@ -58,7 +58,7 @@ def _of_family(name: str, assumed: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def family_of(format: str, assumed: Mapping[str, Any]) -> str:
+def find_family(format: str, assumed: Mapping[str, Any]) -> str:
     """The entry of families.yaml for a file of that format: by the format's name, else by its method; "" where none is known."""
     called = (format, format.removeprefix("hf_"), format.partition("_")[0])
     if found := next((name for name in called if name in families()), ""):
@@ -70,7 +70,7 @@ def family_of(format: str, assumed: Mapping[str, Any]) -> str:
     return fitting[0] if len(fitting) == 1 else ""
 
 
-def published(name: str) -> dict[str, Any]:
+def get_published(name: str) -> dict[str, Any]:
     """How a family's authors feed and pool, with the place that says so, JSON-ready; {} for no family."""
     if not name:
         return {}

@@ -32,7 +32,9 @@ def resample(
     if patch_resample not in PATCH_RESAMPLE:
         raise UserError(f"patch_resample {patch_resample!r}", expected=f"one of {', '.join(PATCH_RESAMPLE)}")
     patch_size = patch_size or spec.patch_size
-    new = replace(spec, img_size=img_size or _rounded(spec.img_size, patch_size), patch_size=patch_size)
+    new = replace(
+        spec, img_size=img_size or _round_img_size(spec.img_size, patch_size), patch_size=patch_size
+    )
     if new.patch_size != spec.patch_size:
         if spec.arch not in ARCHS:
             raise UserError(
@@ -51,7 +53,7 @@ def resample(
     return replace(new, pos_embed="learned") if changed and spec.pos_embed == "sincos" else new
 
 
-def _rounded(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+def _round_img_size(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
     height, width = (
         max(1, round(size / patch)) * patch for size, patch in zip(img_size, patch_size, strict=True)
     )
@@ -61,7 +63,7 @@ def _rounded(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[in
 def _resample_filters(translation: Translation, new: BackboneSpec, method: str) -> None:
     filters = translation.weights[FILTERS]
     translation.weights[FILTERS] = resize_filters(filters, new.patch_size, method)
-    _say(
+    _note(
         translation,
         FILTERS,
         f"{_sides(filters.shape[2:])} -> {_sides(new.patch_size)} pixels ({PATCH_RESAMPLE[method]})",
@@ -83,7 +85,7 @@ def _resample_tables(translation: Translation, spec: BackboneSpec, new: Backbone
             side = grid["hw".index(match[1])]
             weights[name], how = resize_distances(table, 2 * side - 1), "linear"
         if how:
-            _say(translation, name, f"{_sides(old_grid)} -> {_sides(grid)} patches ({how})")
+            _note(translation, name, f"{_sides(old_grid)} -> {_sides(grid)} patches ({how})")
     return TABLE in weights
 
 
@@ -94,7 +96,7 @@ def _is_global(name: str, options: dict[str, Any]) -> bool:
     )
 
 
-def _say(translation: Translation, name: str, what: str) -> None:
+def _note(translation: Translation, name: str, what: str) -> None:
     before = translation.reshaped.get(name)
     translation.reshaped[name] = f"{before}; {what}" if before else what
 

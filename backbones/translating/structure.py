@@ -17,7 +17,7 @@ INDEX_REASON = (
 TABLE = "relative_position_bias_table"
 
 
-def by_timm(checkpoint: Checkpoint) -> bool:
+def has_timm_description(checkpoint: Checkpoint) -> bool:
     """Whether timm's config.json lies beside a bare state_dict, or our spec stands in it: other families' marks do not count."""
     told = bool(checkpoint.stated_spec) or "architecture" in checkpoint.beside.get(CONFIG_FILE, {})
     return told and not checkpoint.wrapper and not checkpoint.prefix
@@ -36,7 +36,7 @@ def is_eva(weights: Weights) -> bool:
         return False
     split = "blocks.0.attn.q_proj.weight" in weights
     gated = "blocks.0.mlp.fc1_g.weight" in weights
-    return split or gated or ("blocks.0.attn.q_bias" in weights and relative_table(weights) is None)
+    return split or gated or ("blocks.0.attn.q_bias" in weights and find_bias_table(weights) is None)
 
 
 def is_rotary(weights: Weights) -> bool:
@@ -44,7 +44,7 @@ def is_rotary(weights: Weights) -> bool:
 
     Its other ViTs call layer scales ls1.gamma. BEiTs, whose layer scales are gamma_1 too, have bias tables, or a position table
     with biases of query and value. Which rotations they are does not show."""
-    beit = relative_table(weights) is not None or {"pos_embed", "blocks.0.attn.q_bias"} <= set(weights)
+    beit = find_bias_table(weights) is not None or {"pos_embed", "blocks.0.attn.q_bias"} <= set(weights)
     perceives = "norm_pre.weight" in weights and any(name.startswith("attn_pool.") for name in weights)
     vit = {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= set(weights)
     return vit and not beit and ("blocks.0.gamma_1" in weights or perceives)
@@ -56,12 +56,23 @@ def has_post_norms(weights: Weights) -> bool:
     return not {"cls_token", "reg_token", "blocks.0.attn.qkv.bias"} & set(weights)
 
 
-def relative_table(weights: Weights) -> torch.Tensor | None:
+def find_bias_table(weights: Weights) -> torch.Tensor | None:
     """A relative position bias table ((2h - 1) (2w - 1) + 3, heads): the shared one or the first block's."""
     return weights.get(f"rel_pos_bias.{TABLE}", weights.get(f"blocks.0.attn.{TABLE}"))
 
 
-def vit_options(weights: Weights) -> dict[str, Any]:
+def infer_global_pool(weights: Weights) -> str:
+    """Return timm's `global_pool` for the layout of the weights.
+
+    "avg" with `fc_norm`, else "token" with a class token, else "" (no pooling), which keeps the final norm of a ViT without a
+    class token.
+    """
+    if "fc_norm.weight" in weights:
+        return "avg"
+    return "token" if "cls_token" in weights else ""
+
+
+def infer_vit_options(weights: Weights) -> dict[str, Any]:
     """Options of timm's VisionTransformer as far as tensors show them; activations do not show."""
     options: dict[str, Any] = {}
     if "blocks.0.attn.qkv.bias" not in weights:
@@ -78,10 +89,10 @@ def vit_options(weights: Weights) -> dict[str, Any]:
         options["final_norm"] = False
     if is_gated(weights):
         options |= {"mlp_layer": "swiglu_packed", "act_layer": "silu"}
-    return options | _class_token(weights) | _class_rows(weights)
+    return options | _class_token_option(weights) | _no_embed_class_option(weights)
 
 
-def beit_facts(weights: Weights, source: str) -> dict[str, Any]:
+def infer_beit_facts(weights: Weights, source: str) -> dict[str, Any]:
     """arch, options, and what the bias tables show of heads and grid, for a BEiT in timm's names.
 
     UserError for a table that is for no square grid: such a file needs img_size."""
@@ -95,7 +106,7 @@ def beit_facts(weights: Weights, source: str) -> dict[str, Any]:
     if "blocks.0.gamma_1" in weights:
         options["init_values"] = INIT_VALUES
     facts: dict[str, Any] = {"arch": "beit", "options": options}
-    table, proj = relative_table(weights), weights["patch_embed.proj.weight"]
+    table, proj = find_bias_table(weights), weights["patch_embed.proj.weight"]
     if table is not None and table.ndim != 2:
         raise UserError(
             f"{source}: a relative bias table of shape {tuple(table.shape)}", expected="(rows, heads)"
@@ -112,7 +123,7 @@ def beit_facts(weights: Weights, source: str) -> dict[str, Any]:
     )
 
 
-def eva_options(weights: Weights) -> dict[str, Any]:
+def infer_eva_options(weights: Weights) -> dict[str, Any]:
     """Options of timm's Eva as far as tensors show them; rotary positions do not show."""
     options: dict[str, Any] = {"use_abs_pos_emb": "pos_embed" in weights}
     if "blocks.0.attn.q_proj.weight" in weights:
@@ -134,10 +145,10 @@ def eva_options(weights: Weights) -> dict[str, Any]:
         options["init_values"] = INIT_VALUES
     if "norm_pre.weight" in weights:
         options["use_pre_transformer_norm"] = True
-    return options | _class_token(weights) | _class_rows(weights)
+    return options | _class_token_option(weights) | _no_embed_class_option(weights)
 
 
-def _class_token(weights: Weights) -> dict[str, Any]:
+def _class_token_option(weights: Weights) -> dict[str, Any]:
     """class_token, where registers are the only prefix tokens."""
     return {"class_token": False} if "reg_token" in weights and "cls_token" not in weights else {}
 
@@ -150,7 +161,7 @@ def is_gated(weights: Weights) -> bool:
     )
 
 
-def _class_rows(weights: Weights) -> dict[str, Any]:
+def _no_embed_class_option(weights: Weights) -> dict[str, Any]:
     """no_embed_class, where the position table has a square number of rows only without the prefix tokens'.
 
     In a ViT without registers and layer scales that may as well be a table of oblong images: there it is the user's to say."""

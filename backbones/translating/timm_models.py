@@ -12,10 +12,15 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
-from backbones.load import stored_pooling
 from backbones.reading.source import VIT_CLASSES
 from backbones.translating.infer import infer_spec
-from backbones.translating.structure import Weights, beit_facts, eva_options, vit_options
+from backbones.translating.structure import (
+    Weights,
+    infer_beit_facts,
+    infer_eva_options,
+    infer_global_pool,
+    infer_vit_options,
+)
 from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
 from mae_bench.models.vit import LAYERS, OPTIONS, build_vit
@@ -39,20 +44,20 @@ NOT_FEATURES = {
 }  # fmt: skip
 
 
-def facts_by_name(name: str, args: Mapping[str, Any], weights: Weights, source: str) -> dict[str, Any]:
+def infer_named_facts(name: str, args: Mapping[str, Any], weights: Weights, source: str) -> dict[str, Any]:
     """Fields of the BackboneSpec for timm's model `name` with the keywords `args`; `arch` is the name itself where the fields
     cannot rebuild it. UserError for a model that timm does not know, that is no ViT or that cannot be built."""
-    layout = stored_pooling(weights)
+    layout = infer_global_pool(weights)
     as_published = _build(name, args, _depth(weights), source)
     pool = {"global_pool": as_published.global_pool} if as_published.global_pool in ("token", "avg") else {}
     model = _build(
         name, {**args, "global_pool": layout}, _depth(weights), source
     )  # without attention pooling
-    facts = _facts(model) | pool
+    facts = _collect_facts(model) | pool
     spec = infer_spec(Translation(weights=dict(weights), facts={"pos_embed": "learned", **facts}), source)
     with torch.device("meta"):
         ours = build_vit(spec, global_pool=layout, dynamic_img_size=getattr(model, "dynamic_img_size", False))
-    if not differences(model, ours):
+    if not find_differences(model, ours):
         return facts
     if args or isinstance(model, Beit | VisionTransformerSAM):
         raise UserError(
@@ -90,7 +95,7 @@ def _depth(weights: Weights) -> int:
     return len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
 
 
-def _facts(model: Any) -> dict[str, Any]:
+def _collect_facts(model: Any) -> dict[str, Any]:
     weights = model.state_dict()
     block, patch = model.blocks[0], model.patch_embed.patch_size
     facts: dict[str, Any] = {
@@ -109,38 +114,38 @@ def _facts(model: Any) -> dict[str, Any]:
         "norm_eps": getattr(getattr(block, "norm1", None), "eps", 1e-6),
     }
     if isinstance(model, VisionTransformer):
-        return facts | _vit(model, weights)
+        return facts | _vit_facts(model, weights)
     if isinstance(model, Beit):
-        return facts | beit_facts(weights, "timm") | {"img_size": facts["img_size"]}
+        return facts | infer_beit_facts(weights, "timm") | {"img_size": facts["img_size"]}
     if isinstance(model, Eva):
-        return facts | _eva(model, weights)
-    return facts | _sam(model)
+        return facts | _eva_facts(model, weights)
+    return facts | _sam_facts(model)
 
 
-def _vit(model: Any, weights: Weights) -> dict[str, Any]:
-    options = vit_options(weights) | _activation(model.blocks[0])
-    return {"arch": "vit", "options": options | _class_rows(options, model)}
+def _vit_facts(model: Any, weights: Weights) -> dict[str, Any]:
+    options = infer_vit_options(weights) | _activation_option(model.blocks[0])
+    return {"arch": "vit", "options": options | _no_embed_class_option(options, model)}
 
 
-def _eva(model: Any, weights: Weights) -> dict[str, Any]:
-    options = eva_options(weights)
-    options |= _class_rows(options, model)
+def _eva_facts(model: Any, weights: Weights) -> dict[str, Any]:
+    options = infer_eva_options(weights)
+    options |= _no_embed_class_option(options, model)
     if isinstance(model.blocks[0].attn, AttentionRope):
         options["attn_type"] = "rope"
     if isinstance(model.blocks[0], EvaBlockPostNorm):
         options["use_post_norm"] = True
     if model.rope is not None:
-        options |= _rope(model.rope)
+        options |= _rope_options(model.rope)
     return {"arch": "eva", "options": options, "pos_embed": "learned" if model.rope is None else "rope"}
 
 
-def _class_rows(options: dict[str, Any], model: Any) -> dict[str, Any]:
+def _no_embed_class_option(options: dict[str, Any], model: Any) -> dict[str, Any]:
     """no_embed_class as the model has it, in place of what the table's shape suggests."""
     options.pop("no_embed_class", None)
     return {"no_embed_class": True} if model.no_embed_class and model.num_prefix_tokens else {}
 
 
-def _rope(rope: Any) -> dict[str, Any]:
+def _rope_options(rope: Any) -> dict[str, Any]:
     """Options of Eva for its rotary positions; those that have timm's default are left out."""
     options: dict[str, Any] = {"use_rot_pos_emb": True}
     if (kind := ROPES.get(type(rope).__name__, "cat")) != "cat":
@@ -155,9 +160,9 @@ def _rope(rope: Any) -> dict[str, Any]:
     return options | {key: value for key, value in found.items() if value != ROPE_DEFAULTS[key]}
 
 
-def _sam(model: Any) -> dict[str, Any]:
+def _sam_facts(model: Any) -> dict[str, Any]:
     neck = model.neck[0].out_channels if isinstance(model.neck, nn.Sequential) else 0
-    options = _activation(model.blocks[0]) | {
+    options = _activation_option(model.blocks[0]) | {
         "use_abs_pos": model.pos_embed is not None,
         "use_rel_pos": model.blocks[0].attn.use_rel_pos,
         "window_size": max(block.window_size for block in model.blocks),
@@ -167,14 +172,18 @@ def _sam(model: Any) -> dict[str, Any]:
     return {"arch": "sam", "options": options, "pos_embed": "relative"}
 
 
-def _activation(block: Any) -> dict[str, Any]:
+def _activation_option(block: Any) -> dict[str, Any]:
     """The option act_layer; timm's default, GELU, is left out."""
-    found = _kind(getattr(getattr(block, "mlp", None), "act", nn.GELU()))
-    known = {_kind(layer()): name for name, layer in LAYERS.items() if name not in ("gelu", "swiglu_packed")}
+    found = _describe_module(getattr(getattr(block, "mlp", None), "act", nn.GELU()))
+    known = {
+        _describe_module(layer()): name
+        for name, layer in LAYERS.items()
+        if name not in ("gelu", "swiglu_packed")
+    }
     return {"act_layer": known[found]} if found in known else {}
 
 
-def differences(theirs: nn.Module, ours: nn.Module) -> list[str]:
+def find_differences(theirs: nn.Module, ours: nn.Module) -> list[str]:
     """Names of the modules in which two models differ: by class, by a number or word that they keep, by a tensor's shape."""
     mine, his = (
         {
@@ -187,21 +196,21 @@ def differences(theirs: nn.Module, ours: nn.Module) -> list[str]:
     found = sorted(set(mine) ^ set(his))
     for name in his:
         if name in mine and (
-            _kept(his[name]) != _kept(mine[name], his[name])
-            or (name and _kind(his[name]) != _kind(mine[name]))
+            _collect_values(his[name]) != _collect_values(mine[name], his[name])
+            or (name and _describe_module(his[name]) != _describe_module(mine[name]))
         ):
             found.append(name or "(the model itself)")
     return found
 
 
-def _kind(module: nn.Module) -> str:
+def _describe_module(module: nn.Module) -> str:
     """What a module computes: the class's name, for an activation its setting too."""
     if isinstance(module, GELUTanh):
-        return _kind(nn.GELU(approximate="tanh"))
+        return _describe_module(nn.GELU(approximate="tanh"))
     return repr(module) if isinstance(module, nn.GELU) else type(module).__name__.removeprefix("AnySize")
 
 
-def _kept(module: nn.Module, other: nn.Module | None = None) -> dict[str, Any]:
+def _collect_values(module: nn.Module, other: nn.Module | None = None) -> dict[str, Any]:
     """Plain values and tensors' shapes that a module keeps; of those in `other`, where it is given."""
     plain = {
         key: tuple(value) if isinstance(value, list | tuple) else value

@@ -20,7 +20,7 @@ PROJECTOR = "projection head of the pretraining: no part of the backbone"
 MASK_TOKEN = "mask token of the pretraining: no part of the backbone"
 # The ViT of arXiv 2010.11929 as timm names it.
 BLOCK = r"(?:norm[12]|attn\.(?:qkv|proj)|mlp\.fc[12])"
-OFFICIAL = rf"(?:cls_token|pos_embed|(?:patch_embed\.proj|norm|blocks\.\d+\.{BLOCK})\.(?:weight|bias))$"
+PLAIN_VIT = rf"(?:cls_token|pos_embed|(?:patch_embed\.proj|norm|blocks\.\d+\.{BLOCK})\.(?:weight|bias))$"
 
 
 @dataclass
@@ -93,7 +93,7 @@ def drop_empty_registers(result: Translation) -> None:
         result.dropped[stored] = "empty: this backbone has no registers"
 
 
-def plain(
+def read_timm_vit(
     checkpoint: Checkpoint,
     name: str,
     drop: Mapping[str, str],
@@ -116,7 +116,7 @@ def plain(
         if re.match(pattern, key)
     }
     result.assumed = family(name)
-    if num_heads := (heads or {}).get(width(checkpoint.tensors)):
+    if num_heads := (heads or {}).get(get_embed_dim(checkpoint.tensors)):
         result.assumed["num_heads"] = num_heads
     if "blocks.0.ls1.gamma" in result.weights:
         result.facts["options"] = {
@@ -125,7 +125,7 @@ def plain(
     return result
 
 
-def width(tensors: Mapping[str, torch.Tensor]) -> int:
+def get_embed_dim(tensors: Mapping[str, torch.Tensor]) -> int:
     """Channels of a token, by the patch embedding; 0 where there is none."""
     weight = tensors.get("patch_embed.proj.weight")
     return weight.shape[0] if weight is not None and weight.ndim else 0
@@ -133,7 +133,7 @@ def width(tensors: Mapping[str, torch.Tensor]) -> int:
 
 def is_vit(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether these are the names of a plain timm VisionTransformer (and of everything that grew from it and has its norm)."""
-    return is_timm_vit(tensors) and has_last_norm(tensors)
+    return is_timm_vit(tensors) and has_final_norm(tensors)
 
 
 def is_timm_vit(tensors: Mapping[str, torch.Tensor]) -> bool:
@@ -141,14 +141,14 @@ def is_timm_vit(tensors: Mapping[str, torch.Tensor]) -> bool:
     return {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"} <= set(tensors)
 
 
-def has_last_norm(tensors: Mapping[str, torch.Tensor]) -> bool:
+def has_final_norm(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether a norm stands behind the blocks or behind the pooling; the encoders of detectors have none."""
     return any(name.startswith(("norm.", "fc_norm.")) for name in tensors)
 
 
-def is_official_vit(tensors: Mapping[str, torch.Tensor], *others: str) -> bool:
+def is_plain_vit(tensors: Mapping[str, torch.Tensor], *others: str) -> bool:
     """Whether there is a ViT of arXiv 2010.11929 under timm's names and nothing else but keys that match patterns of `others`."""
-    return is_timm_vit(tensors) and all(re.match("|".join((OFFICIAL, *others)), name) for name in tensors)
+    return is_timm_vit(tensors) and all(re.match("|".join((PLAIN_VIT, *others)), name) for name in tensors)
 
 
 def is_sincos(
@@ -169,7 +169,7 @@ def is_sincos(
     )
 
 
-def has_moco_table(tensors: Mapping[str, torch.Tensor]) -> bool:
+def has_moco_pos_embed(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether the position table is MoCo v3's: MAE's with its halves swapped, down before across (facebookresearch/moco-v3
     vits.py)."""
     table = tensors.get("pos_embed")
@@ -178,7 +178,7 @@ def has_moco_table(tensors: Mapping[str, torch.Tensor]) -> bool:
     return is_sincos(table.roll(table.shape[2] // 2, dims=2))
 
 
-def numbers(value: Any, what: str, source: str) -> tuple[Any, ...]:
+def parse_numbers(value: Any, what: str, source: str) -> tuple[Any, ...]:
     """A JSON list of numbers as a tuple; UserError for other things, and for what is no size, mean or base: infinities."""
     if not isinstance(value, list | tuple) or not all(
         isinstance(item, int | float) and abs(item) < HUGE for item in value
@@ -199,7 +199,9 @@ def not_expressible(spec: BackboneSpec, to: str, expected: str) -> UserError:
     )
 
 
-def require_plain(spec: BackboneSpec, weights: Mapping[str, torch.Tensor], to: str, *, fc_norm: bool) -> None:
+def require_plain_vit(
+    spec: BackboneSpec, weights: Mapping[str, torch.Tensor], to: str, *, fc_norm: bool
+) -> None:
     """UserError where a format of the official ViT (one class token, no registers) cannot express the backbone."""
     if spec.arch != "vit" or spec.options or spec.num_prefix_tokens != 1 or "pos_embed" not in weights:
         raise not_expressible(spec, to, "a plain ViT with one class token and a position table")

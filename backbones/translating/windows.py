@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from backbones.adapters.features import quarter_indices
 from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
+from mae_bench.models.vit import quarter_indices
 
 Side = tuple[int, int]
 
 
-def windowed_facts(
+def infer_window_facts(
     result: Translation, source: str, stated: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Fields of the BackboneSpec of a translated encoder with relative positions in every block.
@@ -22,9 +22,9 @@ def windowed_facts(
     """
     stated = stated or {}
     try:
-        grid, sides, heads, neck_chans = _measured(result.weights)
+        grid, sides, heads, neck_chans = _measure(result.weights)
         patch = result.weights["patch_embed.proj.weight"].shape[2:]
-        seeing_all = _seeing_all(grid, sides, stated.get("global_attn_indexes"))
+        seeing_all = _find_global_blocks(grid, sides, stated.get("global_attn_indexes"))
     except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"{source}: no usable {error}", expected="position tables as SAM's image encoder has them"
@@ -55,7 +55,7 @@ def windowed_facts(
     }
 
 
-def _measured(weights: Mapping[str, torch.Tensor]) -> tuple[Side, list[Side], int, int]:
+def _measure(weights: Mapping[str, torch.Tensor]) -> tuple[Side, list[Side], int, int]:
     """Patches (down, across) of the image and of what each block's tables are for, heads, channels of the neck.
 
     Tables have 2 n - 1 rows for n patches, each of the width of a head."""
@@ -66,7 +66,7 @@ def _measured(weights: Mapping[str, torch.Tensor]) -> tuple[Side, list[Side], in
     return (down, across), sides, width // tables[0][0][1], weights["neck.0.weight"].shape[0]
 
 
-def _seeing_all(grid: Side, sides: list[Side], stated: Any) -> list[int]:
+def _find_global_blocks(grid: Side, sides: list[Side], stated: Any) -> list[int]:
     """The blocks that see all patches. Where every table is the square image's, windows make no difference at this size: then
     those that are stated, or else the last of every quarter, as in SAM."""
     found, depth = [i for i, side in enumerate(sides) if side == grid], len(sides)

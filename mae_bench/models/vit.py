@@ -105,6 +105,11 @@ def build_vit(
     return model
 
 
+def quarter_indices(depth: int) -> list[int]:
+    """Return the 0-based index of the last block of each quarter, [2, 5, 8, 11] for depth 12 (arXiv 2111.11429)."""
+    return [(depth * quarter) // 4 - 1 for quarter in (1, 2, 3, 4)] if depth >= 4 else [depth - 1] * 4
+
+
 def has_class_token(spec: BackboneSpec) -> bool:
     """Whether the prefix tokens begin with a class token; a model that its name alone rebuilds says so by its pooling."""
     if spec.arch not in ARCHS:

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from backbones.convert import convert
 from backbones.load import load_backbone, translate
 from backbones.reading.source import open_source
-from backbones.translating.detect import FORMATS, WRITTEN, format_named
+from backbones.translating.detect import FORMATS, WRITABLE, get_format
 from mae_bench.errors import UserError
 from mae_bench.spec import BackboneSpec
 
@@ -40,7 +40,7 @@ HELD = {  # a toy of each kind of backbone -> the formats that have a place for 
 
 def place(folder: Path, to: str, name: str = "out") -> Path:
     """A name for what is written in a format: with its suffix, where it is one file."""
-    return folder / (name + (WRITTEN[to] or ("",))[0])
+    return folder / (name + (WRITABLE[to] or ("",))[0])
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def kinds(tmp_path_factory) -> dict[str, tuple[Path, dict[str, Any]]]:
     return found
 
 
-@pytest.mark.parametrize("to", WRITTEN)
+@pytest.mark.parametrize("to", WRITABLE)
 @pytest.mark.parametrize("kind", HELD)
 def test_there_and_back_again_or_refused_before_anything_is_written(tmp_path, kinds, kind, to):
     out, (path, options) = place(tmp_path, to), kinds[kind]
@@ -141,13 +141,13 @@ def test_wrong_targets_are_refused_before_anything_is_read(tmp_path, files):
 
 
 def test_the_formats_that_are_written_are_listed(tmp_path):
-    only_read = sorted(set(FORMATS) - set(WRITTEN))
-    assert list(WRITTEN) == [name for name in FORMATS if hasattr(format_named(name), "write")]
+    only_read = sorted(set(FORMATS) - set(WRITABLE))
+    assert list(WRITABLE) == [name for name in FORMATS if hasattr(get_format(name), "write")]
     assert only_read
     for to in (*only_read, "onnx"):
         with pytest.raises(UserError) as refused:
             convert(tmp_path / "nothing", tmp_path / "x", to)
-        assert refused.value.expected == f"one that is written: {', '.join(WRITTEN)}"
+        assert refused.value.expected == f"one that is written: {', '.join(WRITABLE)}"
 
 
 @pytest.mark.parametrize("to", ["timm", "hf_vit"])

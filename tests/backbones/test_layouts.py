@@ -6,8 +6,9 @@ Counts of tensors and parameters: facebookresearch/mae models_mae.py and models_
 import pytest
 import torch
 
-from backbones.load import check_fit, stored_pooling, translate
+from backbones.load import check_fit, translate
 from backbones.reading.source import Checkpoint
+from backbones.translating.structure import infer_global_pool
 from mae_bench.models.vit import build_vit
 
 # width, depth, heads, patch, tensors (encoder, with decoder), parameters (encoder, decoder)
@@ -42,7 +43,7 @@ def test_every_key_of_the_published_sizes_finds_its_place(layouts, size):
     assert set(translation.dropped) == set(decoder)
     with torch.device("meta"):
         check_fit(
-            build_vit(spec, global_pool=stored_pooling(translation.weights)),
+            build_vit(spec, global_pool=infer_global_pool(translation.weights)),
             translation.weights,
             "released.pth",
             name,

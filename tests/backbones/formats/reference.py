@@ -7,9 +7,10 @@ from unittest import mock
 import torch
 from torch import nn
 
-from backbones.load import check_fit, stored_pooling, translate
+from backbones.load import check_fit, translate
 from backbones.reading.source import Checkpoint
 from backbones.reading.unwrap import unwrap
+from backbones.translating.structure import infer_global_pool
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
 
@@ -62,7 +63,7 @@ def check_real_size(
     assert name == format
     with torch.device("meta"):
         check_fit(
-            build_vit(spec, global_pool=stored_pooling(translation.weights)),
+            build_vit(spec, global_pool=infer_global_pool(translation.weights)),
             translation.weights,
             "real size",
             name,

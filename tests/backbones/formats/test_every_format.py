@@ -10,7 +10,7 @@ import torch
 from backbones.adapters.features import FeatureMaps
 from backbones.load import load_backbone
 from backbones.reading.source import open_source
-from backbones.translating.detect import FORMATS, detect, format_named
+from backbones.translating.detect import FORMATS, detect, get_format
 from mae_bench.export import write_export
 
 HERE = Path(__file__).parent
@@ -29,9 +29,9 @@ def test_one_format_fits(toys):
     for name, (path, options) in files.items():
         checkpoint = open_source(path, weights=options.get("weights"))
         if "format" in options:  # the layout of several families: the user says which
-            assert format_named(options["format"]).fits(checkpoint) or format == options["format"], name
+            assert get_format(options["format"]).fits(checkpoint) or format == options["format"], name
         else:
-            assert [other for other in FORMATS if format_named(other).fits(checkpoint)] == [format], name
+            assert [other for other in FORMATS if get_format(other).fits(checkpoint)] == [format], name
             assert detect(checkpoint) == format
 
 

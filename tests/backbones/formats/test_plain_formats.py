@@ -12,7 +12,7 @@ from backbones.convert import convert
 from backbones.load import load_backbone
 from backbones.reading.safe import read_file
 from backbones.reading.unwrap import SeveralSets
-from backbones.translating.translation import has_moco_table
+from backbones.translating.translation import has_moco_pos_embed
 from mae_bench.errors import UserError
 from mae_bench.models.cost import backbone_gmacs
 from tests.backbones.formats import (
@@ -313,12 +313,12 @@ def test_maskfeats_table_is_resized_as_that_of_a_film_of_one_frame(written):
 
 def test_moco_v3s_table_is_no_other():
     table = toys_moco_v3.weights()["pos_embed"]
-    assert has_moco_table({"pos_embed": table})
-    assert has_moco_table({"pos_embed": table.half()})
-    assert not has_moco_table({"pos_embed": sincos(192, 4, down_first=False, class_row=True)})
-    assert not has_moco_table({"pos_embed": torch.randn(1, 17, 192)})
-    assert not has_moco_table({"pos_embed": sincos(192, 4, down_first=True, class_row=False)})
-    assert not has_moco_table({})
+    assert has_moco_pos_embed({"pos_embed": table})
+    assert has_moco_pos_embed({"pos_embed": table.half()})
+    assert not has_moco_pos_embed({"pos_embed": sincos(192, 4, down_first=False, class_row=True)})
+    assert not has_moco_pos_embed({"pos_embed": torch.randn(1, 17, 192)})
+    assert not has_moco_pos_embed({"pos_embed": sincos(192, 4, down_first=True, class_row=False)})
+    assert not has_moco_pos_embed({})
 
 
 @pytest.mark.parametrize("format", FAMILIES)

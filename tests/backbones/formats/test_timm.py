@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from backbones.convert import convert
-from backbones.load import check_fit, load_backbone, stored_pooling, translate
+from backbones.load import check_fit, load_backbone, translate
 from backbones.reading.source import Checkpoint
-from backbones.translating.timm_models import differences
+from backbones.translating.structure import infer_global_pool
+from backbones.translating.timm_models import find_differences
 from mae_bench.errors import UserError
 from mae_bench.models.cost import backbone_gmacs, num_params
 from mae_bench.models.vit import build_vit
@@ -107,7 +108,7 @@ def test_a_name_of_the_registry_tells_how_to_rebuild_the_model(name):
     assert (format, spec.arch) == ("timm", arch)
     assert {key: spec.options.get(key) for key in options} == options
     with torch.device("meta"):
-        model = build_vit(spec, global_pool=stored_pooling(translation.weights))
+        model = build_vit(spec, global_pool=infer_global_pool(translation.weights))
     check_fit(model, translation.weights, name, format)
 
 
@@ -132,8 +133,8 @@ def test_published_sizes_without_a_description(size):
 def test_models_that_compute_something_else_differ(name, options):
     with torch.device("meta"):
         sizes: dict[str, Any] = {"depth": 1}
-        assert not differences(timm.create_model(name, **sizes), timm.create_model(name, **sizes))
-        assert differences(timm.create_model(name, **sizes), timm.create_model(name, **sizes | options))
+        assert not find_differences(timm.create_model(name, **sizes), timm.create_model(name, **sizes))
+        assert find_differences(timm.create_model(name, **sizes), timm.create_model(name, **sizes | options))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_what_is_written_is_loaded_by_timm(files, tmp_path, name):
     convert(files[name][0], out, "timm")
     model, spec, report = load_backbone(out)  # by its own description, without config.json
     architecture, options = FOLDERS[name] if name in FOLDERS else BARE[name]
-    pool = {} if name == "sam" else {"global_pool": stored_pooling(model.state_dict())}
+    pool = {} if name == "sam" else {"global_pool": infer_global_pool(model.state_dict())}
     theirs = timm.create_model(
         architecture,
         checkpoint_path=str(out),
