@@ -2,8 +2,7 @@
 
 from backbones.families import family
 from backbones.reading.source import Checkpoint
-from backbones.translating.open_mmlab import is_mmlab_vit, is_mmseg, parse_config
-from backbones.translating.open_mmlab import read_mmlab_vit as read_open_mmlab
+from backbones.translating.open_mmlab import is_mmlab_vit, is_mmseg, parse_config, read_mmlab_vit
 from backbones.translating.translation import Translation, get_embed_dim, has_moco_pos_embed
 
 PRETRAINED = {  # beside the backbone -> by which method it was trained
@@ -19,9 +18,9 @@ def fits(checkpoint: Checkpoint) -> bool:
     return is_mmlab_vit(checkpoint.tensors) and not is_mmseg(checkpoint)
 
 
-def read_mmlab_vit(checkpoint: Checkpoint) -> Translation:
+def read(checkpoint: Checkpoint) -> Translation:
     """eps 1e-6 and the mean and std of ImageNet are the library's defaults; the config inside the file goes before them."""
-    result = read_open_mmlab(checkpoint, "mmpretrain")
+    result = read_mmlab_vit(checkpoint, "mmpretrain")
     for start, method in PRETRAINED.items():
         if any(name.startswith(start) for name in checkpoint.outside):
             result.assumed["pretrain_method"] = method

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from backbones.reading.source import SPEC_KEY, Checkpoint
-from backbones.translating.open_mmlab import VIT, is_mmlab_vit, is_mmseg
-from backbones.translating.open_mmlab import read_mmlab_vit as read_open_mmlab
+from backbones.translating.open_mmlab import VIT, is_mmlab_vit, is_mmseg, read_mmlab_vit
 from backbones.translating.translation import Translation, not_expressible
 from mae_bench.errors import UserError
 from mae_bench.files import write_atomic
@@ -21,9 +20,9 @@ def fits(checkpoint: Checkpoint) -> bool:
     return is_mmlab_vit(checkpoint.tensors) and is_mmseg(checkpoint)
 
 
-def read_mmlab_vit(checkpoint: Checkpoint) -> Translation:
+def read(checkpoint: Checkpoint) -> Translation:
     """A backbone without final norm stays without one: the heads take its maps as they are."""
-    return read_open_mmlab(checkpoint, "mmseg")
+    return read_mmlab_vit(checkpoint, "mmseg")
 
 
 def write(
