@@ -1,10 +1,11 @@
 """Typed, closed configs: YAML files, `base:` inheritance, `key=value` overrides, and errors that name the nearest known key."""
 
 import difflib
-import glob
 import os
 import re
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -88,18 +89,34 @@ def expand_variables(path: str) -> str:
 
 
 def resolve_path(name: str | Path, beside: Path | None = None) -> Path:
-    """The config file that `name` means: a path, a path relative to `beside`, or one of the packaged `configs/`."""
+    """Return the config file that `name` means; a variant of a grid is the path of a file that it stands for.
+
+    `name` is looked for in the folder `beside`, in the working folder and in the packaged `configs/`. The working folder
+    is left out for what a packaged file names, so that no folder of the user's replaces a part of a packaged config.
+    """
     path = Path(name)
-    places = [p for p in (beside and beside / path, path, CONFIGS / path) if p]
+    packaged = beside is not None and beside.resolve().is_relative_to(CONFIGS)
+    places = [CONFIGS / path] if packaged else [path, CONFIGS / path]
+    if beside is not None:
+        places.insert(0, beside / path)
     for place in places:
-        if place.is_file():
+        if place.is_file() or find_variant(place) is not None:
             return place
-    known = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
     raise UserError(
         f"no config file {name}",
         expected=f"a YAML file at {' or '.join(map(str, places))}",
-        fix=did_you_mean(str(path), known, cutoff=0.3) or "mae-bench plan --help shows where configs live",
+        fix=did_you_mean(str(path), list_configs(), cutoff=0.3)
+        or "mae-bench list tasks, suites, recipes or models",
     )
+
+
+def list_configs(folder: str = "") -> list[str]:
+    """Return the names of the packaged configs below `folder`, each variant of a grid by its own name."""
+    names: list[str] = []
+    for path in (CONFIGS / folder).rglob("*.yaml"):
+        stems = list(find_variants(path)) or [path.stem]
+        names += [str(path.with_name(f"{stem}.yaml").relative_to(CONFIGS)) for stem in stems]
+    return sorted(names)
 
 
 def task_file(name: str) -> str:
@@ -107,17 +124,15 @@ def task_file(name: str) -> str:
     if name.endswith((".yaml", ".yml")):
         return name
     own = f"tasks/{name}.yaml"
-    found = (
-        []
-        if "/" in name or Path(own).is_file()
-        else sorted(CONFIGS.glob(f"tasks/*/{glob.escape(name)}.yaml"))
-    )
+    if "/" in name or Path(own).is_file():
+        return own
+    found = [path for path in list_configs("tasks") if Path(path).stem == name]
     if len(found) > 1:
-        families = " or ".join(f"{path.parent.name}/{name}" for path in found)
+        families = " or ".join(f"{Path(path).parent.name}/{name}" for path in found)
         raise UserError(
             f"several tasks are called {name}", expected="a name with its family", fix=f"say {families}"
         )
-    return str(found[0].relative_to(CONFIGS)) if found else own
+    return found[0] if found else own
 
 
 def load_yaml(name: str | Path, overrides: Sequence[str] = (), beside: Path | None = None) -> dict[str, Any]:
@@ -162,13 +177,97 @@ def resolve(
 
 
 def _read(path: Path) -> tuple[Any, Path]:
+    """Return the content of a config, a variant of a grid included, and the folder that its `base:` is relative to."""
+    if not path.is_file():
+        return find_variant(path), path.parent
+    variants = list(find_variants(path))
+    if variants:
+        raise UserError(
+            f"{path} is a grid of {len(variants)} configs",
+            expected="one of them by its name",
+            fix=f"for example {path.with_name(f'{variants[0]}.yaml')}",
+        )
+    return _read_file(path), path.parent
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     try:
         value = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except Exception as error:  # the YAML reader has many error types; each is the file's author's mistake
+    except Exception as error:  # the YAML reader has many error types; each is a mistake in the file
         raise UserError(f"{path} is not a YAML config: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}", expected="a mapping of keys to values")
-    return value, path.parent
+    return {str(key): item for key, item in value.items()}
+
+
+def find_variant(path: Path) -> dict[str, Any] | None:
+    """Return the config called `path` that a grid in its folder stands for, or None."""
+    if path.suffix not in (".yaml", ".yml"):
+        return None
+    for file in sorted(path.parent.glob("*.yaml")):
+        variants = find_variants(file)
+        if path.stem in variants:
+            return variants[path.stem]
+    return None
+
+
+def find_variants(file: Path) -> dict[str, dict[str, Any]]:
+    """Return the configs that a file stands for, by name: those of a grid, or none for any other file."""
+    try:
+        status = file.stat()
+    except OSError:
+        return {}
+    return _find_variants(file.resolve(), status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _find_variants(file: Path, mtime_ns: int, size: int) -> dict[str, dict[str, Any]]:
+    """Cache the grids: a suite of 28 ablations reads each file some hundred times. The result is never changed."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return {}
+    return expand_grid(_read_file(file)) if any(line.startswith("grid:") for line in lines) else {}
+
+
+def expand_grid(grid: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the variants of a grid by name: one config for each combination of the values of its axes.
+
+    `grid` is the template of the names, for example "vit_{size}_{epochs}ep". `axes` has for each axis either a list of
+    values or a mapping from value to the keys that it sets. Every other key is common to all variants. "{axis}" in a string
+    is replaced by the axis's value; a string that is nothing but "{axis}" takes the value's type.
+    """
+    axes = grid.get("axes")
+    if not isinstance(grid["grid"], str) or not isinstance(axes, dict) or not axes:
+        raise UserError(
+            f"grid: {grid['grid']!r} with axes: {axes!r}",
+            expected='a template such as "vit_{size}" and axes: {size: {base: {...}, large: {...}}}',
+        )
+    common = {key: value for key, value in grid.items() if key not in ("grid", "axes")}
+    variants: dict[str, dict[str, Any]] = {}
+    for values in product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        config: Any = OmegaConf.create(common)
+        for axis, value in chosen.items():
+            if isinstance(axes[axis], dict):
+                config = OmegaConf.merge(config, OmegaConf.create(axes[axis][value] or {}))
+        variants[str(_substitute(grid["grid"], chosen))] = _substitute(OmegaConf.to_container(config), chosen)
+    return variants
+
+
+def _substitute(value: Any, chosen: dict[str, Any]) -> Any:
+    """Replace "{axis}" in every string of `value` by the chosen value of that axis."""
+    if isinstance(value, dict):
+        return {key: _substitute(item, chosen) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_substitute(item, chosen) for item in value]
+    if not isinstance(value, str):
+        return value
+    for axis, choice in chosen.items():
+        if value == f"{{{axis}}}":
+            return choice
+        value = value.replace(f"{{{axis}}}", str(choice))
+    return value
 
 
 def _expand(source: tuple[Any, Path], chain: tuple[Path, ...] = ()) -> Any:

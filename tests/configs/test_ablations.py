@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from leaderboard.published import published_rows
-from mae_bench.config import CONFIGS, load_yaml
+from mae_bench.config import CONFIGS, list_configs, load_yaml
 from mae_bench.runner.plan import plan_of
 from mae_bench.suite.config import complete_job, load_suite
 
@@ -57,7 +57,7 @@ def test_the_default_is_table_1s() -> None:
 
 
 def test_every_ablation_is_a_config_of_its_own() -> None:
-    assert {path.stem for path in CONFIGS.glob("ablations/*.yaml")} == set(CHANGES)
+    assert {Path(name).stem for name in list_configs("ablations")} == set(CHANGES)
 
 
 @pytest.mark.parametrize("name", CHANGES)

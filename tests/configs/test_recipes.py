@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 from leaderboard.published import published_rows
-from mae_bench.config import CONFIGS, build, load_yaml
+from mae_bench.config import CONFIGS, build, find_variants, list_configs, load_yaml
 from mae_bench.data.sets.listed import PUBLISHED
 from mae_bench.pretrain.config import ModelConfig, PretrainConfig
 from mae_bench.suite.config import complete_job, load_suite
@@ -19,7 +20,8 @@ from tasks.imagenet.data import TRANSFER_SETS
 
 GIVEN = {"target_tokens": ["tokenizer=file.pt"]}  # what a config leaves to the command
 FILES = sorted(path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml"))
-JOBS = [path for path in FILES if path.parts[0] in ("pretrain", "ablations", "tasks")]
+NAMES = [Path(name) for name in list_configs()]
+JOBS = [path for path in NAMES if path.parts[0] in ("pretrain", "ablations", "tasks")]
 SIZES = {
     "tiny": (192, 12, 3, 16),
     "small": (384, 12, 6, 16),
@@ -31,13 +33,41 @@ SIZE_NAMES = {"base": "ViT-B/16", "large": "ViT-L/16", "huge": "ViT-H/14"}
 EXPECTED = {"imagenet-1k": "ImageNet-1K", "places205": "Places205", "places365": "Places365"}
 EXPECTED |= {f"inat-{year}": f"iNaturalist {year}" for year in (2017, 2018, 2019)}
 TRANSFERS = {name.replace("-", ""): name for name in EXPECTED if name != "imagenet-1k"}
-PAPER = sorted(path.stem for path in CONFIGS.glob("pretrain/vit_*.yaml"))
+PAPER = [path.stem for path in NAMES if path.match("pretrain/vit_*")]
 
 
 @cache
 def job(path: Path | str) -> dict[str, Any]:
     value = load_yaml(str(path), GIVEN.get(Path(path).stem, []))
     return complete_job(str(path), value if value["kind"] == "random" else value | {"data": "somewhere"})
+
+
+def test_every_name_still_resolves() -> None:
+    """Commands in papers and scripts go on working: a name may be added, never lost."""
+    names = (Path(__file__).parent / "names.txt").read_text(encoding="utf-8").split()
+    assert set(names) <= {str(path) for path in NAMES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_copied_config_resolves_anywhere(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(CONFIGS / path, tmp_path / path.name)
+    for stem in list(find_variants(CONFIGS / path))[:1] or [path.stem]:
+        own, packaged = Path(f"{stem}.yaml"), path.with_name(f"{stem}.yaml")
+        overrides = ["data.root=x"] if path.parts[0] == "suites" else GIVEN.get(stem, [])
+        assert load_yaml(own, overrides) == load_yaml(packaged, overrides)
+
+
+def test_folders_of_the_user_replace_no_part_of_a_packaged_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = load_yaml("pretrain/own_images.yaml")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "vit_base_patch16.yaml").write_text("depth: 1\n")
+    assert load_yaml("pretrain/own_images.yaml") == before
 
 
 def without(value: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -66,7 +96,9 @@ def test_every_config_opens_with_what_it_is_and_a_command_that_names_it(path: Pa
     command = re.search(r"# Command:  (mae-bench .*)", head[0])
     assert command
     words = shlex.split(command[1].split("        ")[0])
-    own = str(path) if words[1] != "evaluate" else str(path.relative_to("tasks").with_suffix(""))
+    template = re.search(r"^grid: (.*)", (CONFIGS / path).read_text(encoding="utf-8"), re.MULTILINE)
+    named = path.with_name(f"{template[1]}.yaml") if template else path  # a grid's command has its axes in it
+    own = str(named) if words[1] != "evaluate" else str(named.relative_to("tasks").with_suffix(""))
     assert own in words or words[1:] == ["demo"]
     assert re.search(r"^# (Cost|Expect)", head[0], re.MULTILINE)
 
@@ -194,7 +226,7 @@ def test_supervised_training_is_table_11(size: str, epochs: int, drop_path: floa
 
 @pytest.mark.parametrize(
     "path",
-    sorted(CONFIGS.glob("tasks/imagenet/*_vit_*.yaml")) + [CONFIGS / "tasks/imagenet/linear_paper.yaml"],
+    [path for path in NAMES if path.match("tasks/imagenet/*_vit_*")] + ["tasks/imagenet/linear_paper.yaml"],
 )
 def test_a_published_recipe_is_called_as_its_published_numbers(path: Path) -> None:
     """Scores of ours then stand under the name that the quoted rows have."""
@@ -215,7 +247,15 @@ def test_a_transfer_is_the_recipe_of_imagenet_under_a_name_of_its_own(dataset: s
         for row in published_rows()
         if (row.dataset, row.backbone) == (EXPECTED[TRANSFERS[dataset]], backbone)
     )
-    assert f": {quoted} top1 (Table 6)" in (CONFIGS / own).read_text(encoding="utf-8")
+    header, *lines = (
+        (CONFIGS / "tasks/imagenet/transfer.yaml")
+        .read_text(encoding="utf-8")
+        .split("# Expect")[1]
+        .splitlines()
+    )
+    names = next(line for line in lines if line.startswith("#      ")).strip("# ").split()
+    (row,) = (line.split()[2:] for line in lines if line.startswith(f"#   {dataset} "))
+    assert dict(zip(names, row, strict=True))[f"vit_{size}"] == str(quoted)
 
 
 @pytest.mark.parametrize("dataset", TRANSFERS)

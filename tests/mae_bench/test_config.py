@@ -1,11 +1,21 @@
 """YAML with bases, references and overrides; errors that name the nearest key."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from mae_bench.config import Config, build, expand_variables, load_yaml, resolve, resolve_path, task_file
+from mae_bench.config import (
+    Config,
+    build,
+    expand_variables,
+    find_variants,
+    load_yaml,
+    resolve,
+    resolve_path,
+    task_file,
+)
 from mae_bench.errors import UserError
 
 
@@ -155,3 +165,51 @@ def test_what_fits_is_frozen() -> None:
     assert config.inner.width == 3
     with pytest.raises(ValueError, match="frozen"):
         config.lr = 1.0  # type: ignore[misc]
+
+
+GRID = """
+grid: vit_{size}_{epochs}ep{norm}
+axes:
+  size: {base: {model: {width: 768}}, huge: {model: {width: 1280, name: "vit-{size}"}}}
+  epochs: [400, 800]
+  norm:
+    "": {protocol: "mae-{epochs}ep"}
+    _norm: {protocol: "mae-{epochs}ep-norm", norm: true}
+epochs: "{epochs}"
+files: "images-{000..003}.tar"
+model: {depth: 12}
+"""
+
+
+def test_a_grid_stands_for_every_combination_of_its_axes(tmp_path: Path) -> None:
+    write(tmp_path, recipes=GRID)
+    variants = find_variants(tmp_path / "recipes.yaml")
+    assert len(variants) == 2 * 2 * 2
+    assert load_yaml(tmp_path / "vit_huge_800ep_norm.yaml") == {
+        "epochs": 800,  # of the axis's type
+        "files": "images-{000..003}.tar",  # braces that name no axis stay
+        "model": {"depth": 12, "width": 1280, "name": "vit-huge"},
+        "protocol": "mae-800ep-norm",
+        "norm": True,
+    }
+    assert load_yaml(tmp_path / "vit_base_400ep.yaml", ["model.depth=3"])["model"] == {
+        "depth": 3,
+        "width": 768,
+    }
+
+
+def test_a_file_stands_before_a_variant_of_its_name_and_a_changed_grid_is_read_again(tmp_path: Path) -> None:
+    write(tmp_path, recipes=GRID, vit_base_400ep="mine: true")
+    assert load_yaml(tmp_path / "vit_base_400ep.yaml") == {"mine": True}
+    assert load_yaml(tmp_path / "vit_base_800ep.yaml")["model"]["depth"] == 12
+    write(tmp_path, recipes=GRID.replace("depth: 12", "depth: 24"))
+    os.utime(tmp_path / "recipes.yaml", ns=(0, 0))
+    assert load_yaml(tmp_path / "vit_base_800ep.yaml")["model"]["depth"] == 24
+
+
+def test_a_grid_itself_is_no_config(tmp_path: Path) -> None:
+    write(tmp_path, recipes=GRID, bad="grid: 3")
+    with pytest.raises(UserError, match=r"a grid of 8 configs(?s:.)*for example .*vit_base_400ep\.yaml"):
+        load_yaml(tmp_path / "recipes.yaml")
+    with pytest.raises(UserError, match="grid: 3 with axes: None"):
+        load_yaml(tmp_path / "bad.yaml")
