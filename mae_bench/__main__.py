@@ -1,7 +1,6 @@
-"""`python -m mae_bench`: the command line, for launchers that start a module: torchrun ... -m mae_bench pretrain CONFIG."""
+"""Start the command line as `python -m mae_bench`, the form that torchrun needs (torchrun ... -m mae_bench pretrain)."""
 
-import runpy
+from mae_bench.cli.app import main
 
-runpy.run_module(
-    "mae_bench.cli", run_name="__main__", alter_sys=True
-)  # not an import: nobody imports the roof
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from backbones.config import CheckpointConfig
-from mae_bench.cli import app
+from mae_bench.cli.app import app
 from mae_bench.config import CONFIGS
 from mae_bench.suite.rows import rows_of
 

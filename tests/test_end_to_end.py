@@ -19,7 +19,7 @@ SCORES = {
     "maskrcnn-smoke": "AP_box",
     "upernet-smoke": "mIoU",
 }
-COMMAND = [sys.executable, "-m", "mae_bench.cli", "run", "suites/smoke.yaml"]
+COMMAND = [sys.executable, "-m", "mae_bench", "run", "suites/smoke.yaml"]
 
 
 def run(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -109,7 +109,7 @@ def test_plan_says_that_all_is_done(interrupted_then_finished: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "mae_bench.cli",
+        "mae_bench",
         "plan",
         "suites/smoke.yaml",
         "--out",

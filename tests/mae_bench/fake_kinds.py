@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from mae_bench.cli import main
+from mae_bench.cli.app import main
 from mae_bench.config import Config
 from mae_bench.errors import NotInstalled, UserError
 from mae_bench.job import EXPORT, Job, Outcome

@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from mae_bench.cli import app, main
+from mae_bench.cli.app import app, main
 from mae_bench.files import file_digest
 
-MAIN = ("-m", "mae_bench.cli")
+MAIN = ("-m", "mae_bench")
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
 
 
@@ -46,7 +46,7 @@ def toy(suite: dict[str, Any], tmp_path: Path) -> Path:
 
 def test_help_imports_no_framework() -> None:
     code = (
-        "import sys; from mae_bench.cli import main; sys.argv = ['mae-bench', *sys.argv[1:]]\n"
+        "import sys; from mae_bench.cli.app import main; sys.argv = ['mae-bench', *sys.argv[1:]]\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "heavy = {'torch', 'numpy', 'timm', 'omegaconf', 'detectron2', 'mmseg', 'PIL'} & set(sys.modules)\n"
@@ -64,6 +64,11 @@ def test_help_imports_no_framework() -> None:
         )
         assert done.returncode == 0, done.stderr
         assert "Usage: mae-bench" in done.stdout
+
+
+def test_short_option_for_help() -> None:
+    for command in ([], ["plan"], ["data", "check"]):
+        assert mae_bench(*command, "-h").stdout == mae_bench(*command, "--help").stdout
 
 
 def test_version() -> None:
@@ -103,7 +108,7 @@ def test_version() -> None:
         (["data", "check", "cocoa", "/nowhere"], "one of imagenet, coco, ade20k"),
         (["data", "check", "imagnet", "/nowhere"], "did you mean imagenet"),
         (["data", "pack", "/nowhere", "out"], "/nowhere"),
-        (["data", "pack", "/nowhere", "out", "--original", "--short-side", "32"], "--original alone"),
+        (["data", "pack", "/nowhere", "out", "--original", "--short-side", "32"], "--original without them"),
         (["data", "prepare", "imagenet", "/nowhere", "out"], "ILSVRC2012_img_train.tar"),
         (["pretrain", "pretrain/demo.yaml", "data=x", "--processes", "0"], "--processes"),
         (
@@ -213,7 +218,7 @@ def test_what_needs_no_torch_is_refused_before_it_is_imported(
 ) -> None:
     (tmp_path / "there").write_text("mine")
     code = (
-        "import sys; from mae_bench.cli import main; sys.argv = ['mae-bench', *sys.argv[1:]]\n"
+        "import sys; from mae_bench.cli.app import main; sys.argv = ['mae-bench', *sys.argv[1:]]\n"
         "try: main()\n"
         "except SystemExit as end: assert end.code == 2, end.code\n"
         "assert 'torch' not in sys.modules"
@@ -232,7 +237,7 @@ def test_a_plan_imports_no_torch(fake_kinds: Path, toy: Path, suite: dict[str, A
     toy.write_text(json.dumps(suite | {"backbones": {"mae": {"kind": "fake_pretraining"}}}))
     code = (
         "import sys; import fake_kinds; from mae_bench.registry import KINDS; KINDS.update(fake_kinds.FAKES)\n"
-        "from mae_bench.cli import main; sys.argv = ['mae-bench', *sys.argv[1:]]\n"
+        "from mae_bench.cli.app import main; sys.argv = ['mae-bench', *sys.argv[1:]]\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "assert 'torch' not in sys.modules"
@@ -309,7 +314,7 @@ def test_data_is_packed(toy_data: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "packed")
-    assert "train: 2 images, 0 that do not decode" in done.stdout
+    assert "train: 2 images, 0 left out" in done.stdout
     found = json.loads(mae_bench("data", "check", "imagenet", str(tmp_path / "packed"), "--json").stdout)
     assert found["splits"] == {"train": 2, "val": 2}
 
@@ -327,7 +332,7 @@ def test_images_that_do_not_decode_are_named(toy_data: Path, tmp_path: Path) -> 
     packed = mae_bench("data", "pack", str(broken), str(tmp_path / "packed"), "--num-workers", "0")
     assert packed.returncode == 0
     assert "left out of train: a/broken.jpg: no image format" in packed.stderr
-    assert "train: 2 images, 1 that do not decode left out" in packed.stdout
+    assert "train: 2 images, 1 left out because" in packed.stdout
 
 
 def test_a_backbone_that_was_not_made_is_a_failure(toy_data: Path, tmp_path: Path) -> None:

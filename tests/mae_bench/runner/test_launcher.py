@@ -72,7 +72,7 @@ def test_torchrun_that_is_stopped_saves(
     folder = wait_for_training(suite, process)
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
-    assert "goes on from here" in err
+    assert "Re-run the same command to resume" in err
     assert (folder / "state").is_file()
     assert not (folder / "failure.json").exists()
     assert not [path for path in folder.glob("pid-*") if Path(f"/proc/{path.read_text()}").exists()]
@@ -85,7 +85,7 @@ def test_tasks_of_slurm_stop_at_its_warning_and_go_on(fake_kinds: Path, suite: d
     tasks[1].send_signal(signal.SIGUSR1)  # Slurm warns all; one is enough
     answers = [task.communicate(timeout=120) for task in tasks]
     assert [task.returncode for task in tasks] == [130, 130]
-    assert "goes on from here" in answers[0][1]
+    assert "Re-run the same command to resume" in answers[0][1]
     assert answers[1] == ("", "")
     assert (folder / "state").is_file()
     tasks = srun(fake_kinds, suite, 13)

@@ -113,7 +113,7 @@ def test_a_stopped_pretraining_saves_and_goes_on(
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "goes on from here" in err
+    assert "Re-run the same command to resume" in err
     assert not [pid for pid in pids if is_there(pid)]
     assert not (folder_of(pretraining) / FAILURE_FILE).exists()
     done = int((folder_of(pretraining) / "state").read_text().split()[0])

@@ -326,7 +326,7 @@ def test_a_stopped_run_saves_and_goes_on(
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "goes on from here" in err
+    assert "Re-run the same command to resume" in err
     assert "Traceback" not in err
     assert (folder / "state").is_file()
     assert not list(Path(suite["out"]).rglob(FAILURE_FILE))

@@ -19,7 +19,7 @@ def test_a_grid_of_heads(faint: Path, tmp_path: Path, backbone: str) -> None:
     command = [
         *LAUNCHER,
         "-m",
-        "mae_bench.cli",
+        "mae_bench",
         "evaluate",
         "--checkpoint",
         backbone,

@@ -1,0 +1,90 @@
+"""The command line `mae-bench`: the list of its commands, its exit codes and its error output."""
+
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from mae_bench.cli import checkpoints, data, suites
+from mae_bench.cli.options import Json
+from mae_bench.cli.output import FAILED, INTERRUPTED, USAGE_ERROR, print_answer, print_json
+from mae_bench.errors import Interrupted, UserError
+
+app = typer.Typer(
+    name="mae-bench",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 success, 1 a cell failed, 2 usage error, 130 interrupted."""
+    try:
+        app()
+    except UserError as error:
+        _exit_with(error)
+    except OSError as error:  # for example a folder that cannot be written; the message includes its path
+        _exit_with(UserError(str(error)))
+    except Interrupted:
+        if os.environ.get("RANK", "0") == "0":
+            print("Stopped; finished work is saved. Re-run the same command to resume.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _exit_with(error: UserError) -> NoReturn:
+    """Print the error to stderr, and with `--json` also as JSON to stdout, then exit with 2."""
+    print(f"Error: {error}", file=sys.stderr)
+    if "--json" in sys.argv:
+        print_json({"error": error.given, "expected": error.expected, "fix": error.fix})
+    sys.exit(USAGE_ERROR)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        from importlib.metadata import version
+
+        print(f"mae-bench {version('mae_bench')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Downstream transfer benchmark for masked autoencoders: pretrain, transfer, compare.
+
+    Exit codes: 0 success, 1 a cell failed (the others still ran), 2 usage error, 130 interrupted.
+    """
+
+
+def doctor(as_json: Json = False) -> None:
+    """Print versions, devices and installed optional packages, with the install command for missing ones."""
+    from mae_bench.environment.doctor import examine, render
+
+    found = examine()
+    print_answer(found, render(found), as_json)
+    if found["problems"]:
+        raise typer.Exit(FAILED)
+
+
+for command in (
+    suites.demo,
+    suites.run,
+    suites.pretrain,
+    suites.evaluate,
+    suites.plan,
+    suites.report,
+    checkpoints.inspect,
+    checkpoints.convert,
+    checkpoints.verify,
+    checkpoints.reconstruct,
+    doctor,
+):
+    app.command()(command)
+app.add_typer(data.app, name="data")
