@@ -17,7 +17,7 @@ from backbones.translating.resample import resample
 from backbones.translating.structure import infer_global_pool
 from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
-from mae_bench.models.create import Size, height_and_width
+from mae_bench.models.create import Size, parse_size
 from mae_bench.models.vit import ARCHS, ViT, build_vit
 from mae_bench.spec import BackboneSpec
 
@@ -81,7 +81,7 @@ def load_backbone(
 
 
 def _pair(size: Size | None, what: str) -> tuple[int, int] | None:
-    return None if size is None else height_and_width(size, what)
+    return None if size is None else parse_size(size, what)
 
 
 def _fill_buffers(model: torch.nn.Module) -> None:

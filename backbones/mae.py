@@ -17,6 +17,7 @@ from backbones.reading.safe import check_tensors, check_values, read_file
 from backbones.reading.source import CONFIG_FILE, Checkpoint, open_source
 from mae_bench.errors import UserError
 from mae_bench.models.mae import MAE
+from mae_bench.models.options import MAEOptions
 from mae_bench.models.resampling import resize_table
 from mae_bench.pretrain.reconstruct import MAE_FILE
 from mae_bench.spec import BackboneSpec
@@ -68,10 +69,10 @@ def _hollow(spec: BackboneSpec, options: Mapping[str, Any], path: str | Path) ->
     """The model without memory for its weights: those of the file take their place."""
     try:
         with torch.device("meta"):
-            return MAE(spec, **options)
+            return MAE(spec, MAEOptions(**options))
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: its description cannot be read: {error}", expected="the keywords of MAE"
+            f"{path}: its description cannot be read: {error}", expected="the fields of MAEOptions"
         ) from error
 
 

@@ -41,7 +41,7 @@ def keep_freed_memory() -> None:
 def step(model: MAE, imgs: torch.Tensor, noise: torch.Tensor) -> None:
     """Forward and backward pass. The optimizer is left out: it does the same for both, and at a tiny batch it would be most of
     the time."""
-    model(imgs, MASK_RATIO, noise)[0].backward()
+    model(imgs, MASK_RATIO, noise, scored_only=True)[0].backward()
     model.zero_grad(set_to_none=True)
 
 

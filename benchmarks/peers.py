@@ -14,6 +14,7 @@ from torch import nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from mae_bench.models.mae import MAE
+from mae_bench.models.options import MAEOptions
 from mae_bench.spec import BackboneSpec
 
 SIZES = {  # patch side, embed_dim, depth, num_heads, decoder_depth
@@ -57,14 +58,14 @@ def decoder_depth_of(size: str) -> int:
 
 def build_ours(spec: BackboneSpec, decoder_depth: int, **more: Any) -> MAE:
     """Our MAE with the paper's decoder, normalised pixels."""
-    return MAE(
-        spec,
+    options = MAEOptions(
         decoder_embed_dim=DECODER_DIM,
         decoder_depth=decoder_depth,
         decoder_num_heads=DECODER_HEADS,
         norm_pix_loss=True,
         **more,
-    ).train()
+    )
+    return MAE(spec, options).train()
 
 
 def build_hf(ours: MAE, attention: str) -> ViTMAEForPreTraining:

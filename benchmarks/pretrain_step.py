@@ -66,7 +66,7 @@ def _compile(model: nn.Module, compiled: bool) -> Callable:
 
 
 def _ours(model: Callable) -> Loss:
-    return lambda imgs, noise: model(imgs, MASK_RATIO, noise)[0]
+    return lambda imgs, noise: model(imgs, MASK_RATIO, noise, scored_only=True)[0]
 
 
 def _hf(model: Callable) -> Loss:

@@ -109,8 +109,8 @@ def test_both_designs_share_their_blocks_and_train(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(asymmetric, "step", lambda model, imgs, noise: seen.append(model))
     asymmetric.measure("toy", 1, batch_size=2, repeats=1)
     ours, full = seen[:2]
-    assert full.encoder_mask_tokens
-    assert not ours.encoder_mask_tokens
+    assert full.options.encoder_mask_tokens
+    assert not ours.options.encoder_mask_tokens
     assert ours.encoder is full.encoder
     assert full(torch.zeros(2, 3, 64, 64), MASK_RATIO)[0].isfinite()
 

@@ -9,7 +9,7 @@ import torch
 
 from backbones.translating.translation import Translation, is_sincos
 from mae_bench.errors import UserError
-from mae_bench.models.create import height_and_width
+from mae_bench.models.create import parse_size
 from mae_bench.models.vit import ARCHS, LAYERS
 from mae_bench.spec import BackboneSpec
 
@@ -100,7 +100,7 @@ def _check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
 def _check_override(key: str, value: Any) -> Any:
     """A given value in its field's type: a UserError blames the argument, not the file. Of a size one number is enough."""
     if key in SIZES:
-        return height_and_width(value, key)
+        return parse_size(value, key)
     kind = TYPES[key]
     if words := get_args(kind) if get_origin(kind) is Literal else ():
         fits, expected = value in words, f"one of {', '.join(words)}"

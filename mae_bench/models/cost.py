@@ -1,7 +1,6 @@
-"""What a model costs: parameters, multiply-adds, memory."""
+"""Cost of a model: parameters, multiply-adds, memory."""
 
 import resource
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -15,39 +14,44 @@ from mae_bench.spec import BackboneSpec
 
 
 def num_params(model: nn.Module) -> int:
-    """Parameters, trained or not."""
+    """Return the number of parameters, trainable or not."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def backbone_gmacs(spec: BackboneSpec, img_size: tuple[int, int] | None = None) -> float:
-    """Multiply-adds of one image's forward pass in 10^9, counted by torch on the meta device (a fused attention is counted
-    too)."""
+    """Return the multiply-adds of one image's forward pass, in 10^9.
+
+    Counted by torch on the meta device, fused attention included.
+    """
     with torch.device("meta"):
         model: VisionTransformer = build_vit(spec, dynamic_img_size=img_size is not None)
         imgs = torch.empty(1, spec.in_chans, *(img_size or spec.img_size))
     with FlopCounterMode(display=False) as counter:
         model.forward_features(imgs)
-    return counter.get_total_flops() / 2e9
+    flops: int = counter.get_total_flops()
+    return flops / 2e9
 
 
 def training_flops(model: MAE, mask_ratio: float) -> float:
-    """Floating-point operations of one image's forward and backward pass: three times the forward's products in training mode.
+    """Return the floating-point operations of one image's forward and backward pass in pretraining.
 
-    What activation checkpointing computes again is not counted, as is usual for the MFU (arXiv 2204.02311, appendix B).
+    Three times the products of the forward pass. Operations repeated by activation checkpointing are not counted, as
+    usual for MFU (arXiv 2204.02311, appendix B).
     """
-    options: Any = model.options
     with torch.device("meta"):
-        shape = MAE(model.spec, **options).train()
+        shape = MAE(model.spec, model.options).train()
         imgs = torch.empty(1, model.spec.in_chans, *model.spec.img_size)
         noise = torch.empty(1, model.spec.num_patches)
     masking = build_masking(noise, mask_ratio)
     with FlopCounterMode(display=False) as counter:
-        shape.forward_decoder(shape.forward_encoder(shape.split_patches(imgs), masking), masking)
-    return 3.0 * counter.get_total_flops()
+        latent = shape.encode(shape.split_patches(imgs), masking)
+        shape.decode(latent, masking, scored_only=True)
+    flops: int = counter.get_total_flops()
+    return 3.0 * flops
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Peak of this process so far: device memory on a GPU, resident memory on the CPU."""
+    """Return the peak memory of this process so far: device memory on a GPU, resident memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts KiB

@@ -1,10 +1,10 @@
-"""What the decoder predicts of a removed patch (arXiv 2111.06377, Table 1d): pixels, PCA coefficients, HOG, discrete tokens.
+"""Prediction targets of the decoder (arXiv 2111.06377, Table 1d): pixels, PCA coefficients, HOG, discrete tokens.
 
-Legend: N images, L patches, M patches that are scored, C channels, p patch side, dim numbers a patch.
+Legend: N batch, L patches, M scored patches, C channels, H W image, h w grid of patches, p patch side,
+dim predicted values per patch.
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,18 @@ from torch import nn
 
 from mae_bench.errors import UserError
 from mae_bench.models.masking import gather_tokens
+from mae_bench.models.options import MAEOptions
 from mae_bench.spec import BackboneSpec
 
-TargetName = Literal["pixels", "pca", "hog", "tokens"]
-NORM_EPS = 1e-6  # under the root of a patch's variance (facebookresearch/mae models_mae.py)
+NORM_EPS = 1e-6  # added to the variance of a patch (facebookresearch/mae models_mae.py)
 
 
 class Target(nn.Module):
-    """One kind of target. dim: numbers that the decoder predicts a patch; is_picture: whether they can be drawn."""
+    """One kind of target.
+
+    dim: number of values that the decoder predicts per patch.
+    is_picture: whether predictions can be shown as an image.
+    """
 
     is_picture = False
 
@@ -30,23 +34,29 @@ class Target(nn.Module):
     def forward(
         self, imgs: torch.Tensor, patches: torch.Tensor, targets: torch.Tensor | None, ids: torch.Tensor
     ) -> torch.Tensor:
-        """imgs (N, C, H, W), the same as patches (N, L, C p p), targets (N, L) -> what stands in the patches ids (N, M)."""
+        """Return the targets of the patches ids (N, M).
+
+        imgs: (N, C, H, W); patches: the same pixels as (N, L, C p p); targets: ids (N, L) of a tokenizer, or None.
+        """
         raise NotImplementedError
 
     def loss(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """pred (N, M, dim) -> (); the mean squared error but where a target says otherwise."""
+        """pred (N, M, dim), target as returned by `forward` -> (): the mean squared error by default."""
         return F.mse_loss(pred, target)
 
     def to_pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """pred (N, L, dim) and the image's own patches (N, L, p p C) -> pixels (N, L, p p C); UserError if not a picture."""
+        """pred (N, L, dim), patches (N, L, p p C) of the image -> pixels (N, L, p p C).
+
+        Raise UserError if the target is not a picture.
+        """
         raise UserError(
             f"a model that predicts {type(self).__name__} has no picture to draw",
-            expected="one that predicts pixels or PCA",
+            expected="a model that predicts pixels or PCA coefficients",
         )
 
 
 class Pixels(Target):
-    """Pixels (dim p p C), with `norm` normalised by the patch's own mean and unbiased variance (section 3)."""
+    """Pixels, optionally normalised by the mean and unbiased variance of the patch (section 3); dim p p C."""
 
     is_picture = True
 
@@ -57,28 +67,29 @@ class Pixels(Target):
     def forward(
         self, imgs: torch.Tensor, patches: torch.Tensor, targets: torch.Tensor | None, ids: torch.Tensor
     ) -> torch.Tensor:
-        """(N, M, p p C)"""
+        """Return (N, M, p p C)."""
         target = channel_last(gather_tokens(patches, ids), self.spec.in_chans).float()
         if self.norm:
-            target = (target - target.mean(dim=-1, keepdim=True)) / (
-                target.var(dim=-1, keepdim=True) + NORM_EPS
-            ).sqrt()
+            mean = target.mean(dim=-1, keepdim=True)
+            var = target.var(dim=-1, keepdim=True)
+            target = (target - mean) / (var + NORM_EPS).sqrt()
         return target
 
     def to_pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Normalised predictions are given the patch's own mean and deviation back, which the model never saw."""
+        """Undo the normalisation with the mean and deviation of the true patch, which the model never saw."""
         if not self.norm:
             return pred
-        return pred * (patches.var(dim=-1, keepdim=True) + NORM_EPS).sqrt() + patches.mean(
-            dim=-1, keepdim=True
-        )
+        mean = patches.mean(dim=-1, keepdim=True)
+        var = patches.var(dim=-1, keepdim=True)
+        return pred * (var + NORM_EPS).sqrt() + mean
 
 
 class PCA(Target):
-    """The largest PCA coefficients of a patch's pixels (section 4, 'Reconstruction target': 96 of them; dim num).
+    """The largest PCA coefficients of a patch's pixels (section 4, "Reconstruction target": 96 of them); dim num.
 
-    The paper says no more than that PCA is done in the space of patches. Here: patches of all three channels together, their
-    mean taken off, coefficients in the scale of pixels (not whitened). `fit` once before training; until then the loss is NaN.
+    The paper only states that PCA is done in the space of patches. Here: patches of all channels together, with their
+    mean subtracted, and coefficients in the scale of pixels (not whitened). Call `fit` once before training; until then
+    the loss is NaN.
     """
 
     is_picture = True
@@ -88,34 +99,36 @@ class PCA(Target):
     def __init__(self, spec: BackboneSpec, num: int):
         values = patch_values(spec)
         if num > values:
-            raise UserError(f"num_pca {num} of a patch of {values} values", expected=f"at most {values}")
+            raise UserError(f"num_pca {num} for patches of {values} values", expected=f"at most {values}")
         super().__init__(spec, num)
         self.register_buffer("mean", torch.full((values,), math.nan))
         self.register_buffer("basis", torch.full((num, values), math.nan))
 
     def fit(self, patches: torch.Tensor) -> None:
-        """patches (n, p p C) as `MAE.patchify` gives them, sampled from the training images as the model sees them."""
-        for own, fitted in zip((self.mean, self.basis), fit_pca(patches, self.dim), strict=True):
-            own.copy_(fitted)
+        """Fit the basis to patches (n, p p C), as returned by `MAE.patchify`, of normalised training images."""
+        mean, basis = fit_pca(patches, self.dim)
+        self.mean.copy_(mean)
+        self.basis.copy_(basis)
 
     def forward(
         self, imgs: torch.Tensor, patches: torch.Tensor, targets: torch.Tensor | None, ids: torch.Tensor
     ) -> torch.Tensor:
-        """(N, M, num)"""
+        """Return coefficients (N, M, num), in full precision under autocast too."""
         pixels = channel_last(gather_tokens(patches, ids), self.spec.in_chans).float()
         with torch.autocast(imgs.device.type, enabled=False):
             return (pixels - self.mean) @ self.basis.T
 
     def to_pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """The patches that have these coefficients and are average in every other direction."""
+        """Return the patches with these coefficients and the mean in all other directions."""
         return pred @ self.basis + self.mean
 
 
 class HOG(Target):
-    """Histograms of oriented gradients, as MaskFeat predicts them (arXiv 2112.09133, section 3.2); dim cells x C x 9.
+    """Histograms of oriented gradients as in MaskFeat (arXiv 2112.09133, section 3.2); dim cells x C x 9.
 
-    Sobel gradients of each channel, their lengths summed in 9 bins of unsigned orientation over cells of 8 x 8 pixels (or the
-    largest cell under that which divides the patch), each histogram divided by its L2 norm; no weighting inside a cell.
+    Sobel gradients per channel; their lengths are summed in 9 bins of unsigned orientation over cells of 8 x 8 pixels
+    (or the largest smaller cell that divides the patch); each histogram is divided by its L2 norm. Pixels are not
+    weighted within a cell.
     """
 
     bins = 9
@@ -129,26 +142,29 @@ class HOG(Target):
     def forward(
         self, imgs: torch.Tensor, patches: torch.Tensor, targets: torch.Tensor | None, ids: torch.Tensor
     ) -> torch.Tensor:
-        """(N, M, dim): a cell after the other, in it a channel after the other, in it the bins."""
+        """Return (N, M, dim), ordered by cell, then channel, then bin."""
         return gather_tokens(self.histograms(imgs.float()), ids)
 
     @torch.no_grad()
     def histograms(self, imgs: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) -> (N, L, dim); gradients see the pixels beside a cell, those at the border their mirror image."""
+        """imgs (N, C, H, W) -> (N, L, dim). Gradients cross cell borders; image borders are reflected."""
+        # Gradient of each pixel: orientation bin and length, both (N, C, H, W)
         down, across = _sobel(imgs)
         bins = (torch.atan2(down, across) * (self.bins / math.pi)).floor() % self.bins
         length = torch.hypot(down, across)
+        # Sum the lengths per bin within each cell: (N, C, h, a, w, b), for a x b cells per patch
         (h, w), (p, q), (n, c) = self.spec.grid_size, self.cell_size, imgs.shape[:2]
         a, b = self.spec.patch_size[0] // p, self.spec.patch_size[1] // q
         in_cells = [
             ((bins == i) * length).reshape(n, c, h, a, p, w, b, q).sum(dim=(4, 7)) for i in range(self.bins)
         ]
+        # Normalise each histogram and group by patch
         histograms = F.normalize(torch.stack(in_cells, dim=-1), dim=-1)  # (N, C, h, a, w, b, bins)
         return histograms.permute(0, 2, 4, 3, 5, 1, 6).reshape(n, h * w, self.dim)
 
 
 class Tokens(Target):
-    """The ids (N, L) that a tokenizer gives the patches, told apart by cross-entropy as in BEiT (Table 1d: dVAE; dim ids)."""
+    """Token ids of a tokenizer, classified by cross-entropy as in BEiT (Table 1d: dVAE); dim size of the vocabulary."""
 
     def __init__(self, spec: BackboneSpec, num: int):
         super().__init__(spec, num)
@@ -156,35 +172,35 @@ class Tokens(Target):
     def forward(
         self, imgs: torch.Tensor, patches: torch.Tensor, targets: torch.Tensor | None, ids: torch.Tensor
     ) -> torch.Tensor:
-        """(N, M)"""
+        """Return the token ids (N, M)."""
         if targets is None or targets.shape != patches.shape[:2]:
-            given = "none" if targets is None else f"shape {tuple(targets.shape)}"
+            given = "no targets" if targets is None else f"targets of shape {tuple(targets.shape)}"
             raise UserError(
-                f"the target 'tokens' with targets of {given}", expected=f"ids {tuple(patches.shape[:2])}"
+                f"the target 'tokens' got {given}", expected=f"token ids of shape {tuple(patches.shape[:2])}"
             )
         return targets.gather(1, ids)
 
     def loss(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of pred (N, M, ids)."""
+        """pred (N, M, dim), target (N, M) -> (): cross-entropy."""
         return F.cross_entropy(pred.flatten(0, 1), target.flatten())
 
 
 def patch_values(spec: BackboneSpec) -> int:
-    """p p C"""
+    """Return the number of values per patch, p p C."""
     return spec.patch_size[0] * spec.patch_size[1] * spec.in_chans
 
 
 def channel_last(patches: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """(N, M, C p p) -> (N, M, p p C)"""
+    """(N, M, C p p) -> (N, M, p p C)."""
     n, m, _ = patches.shape
     return patches.reshape(n, m, in_chans, -1).transpose(2, 3).reshape(n, m, -1)
 
 
 @torch.no_grad()
 def fit_pca(patches: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """patches (n, dim) -> mean (dim,) and the `num` directions of largest variance (num, dim), computed in float64.
+    """patches (n, p p C) -> mean (p p C,) and the `num` directions of largest variance (num, p p C).
 
-    Of each direction and its opposite the one is taken whose largest component is positive.
+    Computed in float64. The sign of each direction is chosen so that its largest component is positive.
     """
     if len(patches) <= num:
         raise UserError(
@@ -198,7 +214,7 @@ def fit_pca(patches: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _sobel(imgs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, C, H, W) -> derivative down and across, of the same shape."""
+    """imgs (N, C, H, W) -> derivatives down and across, each (N, C, H, W)."""
     x = F.pad(imgs, (1, 1, 1, 1), mode="reflect")
     down, across = x[..., 2:, :] - x[..., :-2, :], x[..., 2:] - x[..., :-2]
     return (
@@ -207,16 +223,14 @@ def _sobel(imgs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def build_target(
-    name: TargetName, spec: BackboneSpec, *, norm_pix_loss: bool, num_pca: int, num_tokens: int
-) -> Target:
-    """The target of that name; norm_pix_loss is for pixels, num_pca and num_tokens for theirs."""
-    if name == "pixels":
-        return Pixels(spec, norm_pix_loss)
-    if name == "pca":
-        return PCA(spec, num_pca)
-    if name == "hog":
+def build_target(spec: BackboneSpec, options: MAEOptions) -> Target:
+    """Build the target that `options.target` names; raise UserError for an unknown name."""
+    if options.target == "pixels":
+        return Pixels(spec, options.norm_pix_loss)
+    if options.target == "pca":
+        return PCA(spec, options.num_pca)
+    if options.target == "hog":
         return HOG(spec)
-    if name == "tokens":
-        return Tokens(spec, num_tokens)
-    raise UserError(f"target {name!r}", expected="pixels, pca, hog or tokens")
+    if options.target == "tokens":
+        return Tokens(spec, options.num_tokens)
+    raise UserError(f"target {options.target!r}", expected="pixels, pca, hog or tokens")

@@ -1,11 +1,13 @@
 """Configs of the jobs that make a backbone without labels: MAE pretraining and the random floor."""
 
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from mae_bench.config import Config, TrainConfig
 from mae_bench.errors import UserError
+from mae_bench.models.options import LossOn, MAEOptions, Sampling, TargetName
 from mae_bench.spec import BackboneSpec
 
 
@@ -54,21 +56,23 @@ class PretrainConfig(TrainConfig):
 
     kind: Literal["pretrain"]
     model: ModelConfig
-    decoder_embed_dim: int = Field(512, gt=0, multiple_of=4)
-    decoder_depth: int = Field(8, ge=1)
-    decoder_num_heads: PositiveInt = 16
+    decoder_embed_dim: int = Field(MAEOptions.decoder_embed_dim, gt=0, multiple_of=4)
+    decoder_depth: int = Field(MAEOptions.decoder_depth, ge=1)
+    decoder_num_heads: PositiveInt = MAEOptions.decoder_num_heads
     mask_ratio: float = Field(0.75, gt=0, lt=1)
-    mask_sampling: Literal["random", "block", "grid"] = "random"
+    mask_sampling: Sampling = MAEOptions.mask_sampling
     encoder_mask_tokens: bool = Field(
-        False, description="the encoder sees mask tokens in the place of removed patches (Table 1c)"
+        MAEOptions.encoder_mask_tokens, description="let the encoder see mask tokens too (Table 1c)"
     )
-    target: Literal["pixels", "pca", "hog", "tokens"] = "pixels"
+    target: TargetName = MAEOptions.target
     norm_pix_loss: bool = Field(True, description="pixels, normalised a patch; for the target 'pixels'")
-    num_pca: PositiveInt = Field(96, description="PCA coefficients that the target 'pca' keeps (Table 1d)")
+    num_pca: PositiveInt = Field(
+        MAEOptions.num_pca, description="number of coefficients of the target 'pca' (Table 1d)"
+    )
     tokenizer: str | None = Field(
         None, description="checkpoint of the discrete tokenizer, for the target 'tokens'"
     )
-    loss_on: Literal["masked", "all"] = "masked"
+    loss_on: LossOn = MAEOptions.loss_on
     augment: Literal["none", "crop", "resized_crop"] = Field(
         "resized_crop", description="Table 1e; none is a centre crop, no flip"
     )
@@ -85,12 +89,19 @@ class PretrainConfig(TrainConfig):
         None, gt=0, lt=1, description="export averaged weights; the paper does not"
     )
     activation_checkpointing: bool = Field(
-        False, description="recompute each block in the backward pass: less memory, more time"
+        MAEOptions.activation_checkpointing,
+        description="recompute each block in the backward pass: less memory, more time",
     )
     num_reconstructions: int = Field(8, ge=1, description="validation images drawn")
     reconstruct_epochs: float | None = Field(
         None, gt=0, description="draw them every so many epochs too, not at the end alone"
     )
+
+    def mae_options(self) -> MAEOptions:
+        """Return the options of the model; `num_tokens` keeps its default, as only the tokenizer knows it."""
+        names = [field.name for field in fields(MAEOptions) if field.name in type(self).model_fields]
+        options = MAEOptions(**{name: getattr(self, name) for name in names})
+        return replace(options, norm_pix_loss=self.norm_pix_loss and self.target == "pixels")
 
     @model_validator(mode="after")
     def _decoder_divides(self) -> "PretrainConfig":

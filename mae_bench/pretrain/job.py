@@ -140,21 +140,9 @@ def train(
 
 
 def build_mae(config: PretrainConfig, spec: BackboneSpec, tokenizer: Tokenizer | None = None) -> MAE:
-    """The autoencoder of a pretraining config, freshly initialised; of a tokenizer it predicts as many tokens as that knows."""
-    return MAE(
-        spec,
-        decoder_embed_dim=config.decoder_embed_dim,
-        decoder_depth=config.decoder_depth,
-        decoder_num_heads=config.decoder_num_heads,
-        norm_pix_loss=config.norm_pix_loss and config.target == "pixels",
-        target=config.target,
-        num_pca=config.num_pca,
-        **({"num_tokens": tokenizer.num_tokens} if tokenizer else {}),
-        loss_on=config.loss_on,
-        mask_sampling=config.mask_sampling,
-        encoder_mask_tokens=config.encoder_mask_tokens,
-        activation_checkpointing=config.activation_checkpointing,
-    )
+    """Build the autoencoder of a pretraining config with fresh weights; the tokenizer sets its vocabulary size."""
+    options = config.mae_options()
+    return MAE(spec, replace(options, num_tokens=tokenizer.num_tokens) if tokenizer else options)
 
 
 def transform_of(config: PretrainConfig, spec: BackboneSpec) -> PretrainTransform:
@@ -216,9 +204,8 @@ class PretrainLoss:
         imgs = _cropped(batch, self.spec, self.device)
         targets = self.tokenizer(imgs, self.spec.grid_size) if self.tokenizer else None
         noise = self._noise_of(step)[batch.start : batch.start + len(imgs)].to(self.device, non_blocking=True)
-        loss: torch.Tensor = model(
-            normalize(imgs, self.spec.mean, self.spec.std), self.config.mask_ratio, noise, targets
-        )[0]
+        inputs = normalize(imgs, self.spec.mean, self.spec.std)
+        loss: torch.Tensor = model(inputs, self.config.mask_ratio, noise, targets, scored_only=True)[0]
         return loss
 
     def _noise_of(self, step: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ def save_mae(model: MAE, folder: Path) -> None:
     metadata = {
         "format": "pt",
         "spec": json.dumps(model.spec.to_dict()),
-        "decoder": json.dumps(model.options),
+        "decoder": json.dumps(asdict(model.options)),
     }
     write_atomic(folder / MAE_FILE, lambda file: file.write(save(weights, metadata=metadata)))
 
@@ -55,7 +56,7 @@ def reconstruct(
     """
     if not model.can_reconstruct:
         raise UserError(
-            f"a model that predicts {model.options['target']} has no picture to draw",
+            f"a model that predicts {model.options.target} has no picture to draw",
             expected="one that predicts pixels or pca",
         )
     model.eval()
@@ -196,5 +197,8 @@ def _noise(model: MAE, indices: Sequence[int], mask_ratio: float, seed: int) -> 
     """(N, L), a row an image index."""
     generators = (torch.Generator().manual_seed(seed_of(seed, index, -4)) for index in indices)
     return torch.cat(
-        [sample_noise(model.mask_sampling, 1, model.spec.grid_size, mask_ratio, g) for g in generators]
+        [
+            sample_noise(model.options.mask_sampling, 1, model.spec.grid_size, mask_ratio, g)
+            for g in generators
+        ]
     )

@@ -14,6 +14,7 @@ from mae_bench.errors import UserError
 from mae_bench.export import write_export
 from mae_bench.files import file_digest
 from mae_bench.models.mae import MAE
+from mae_bench.models.options import MAEOptions
 from mae_bench.pretrain.reconstruct import save_mae
 from mae_bench.spec import BackboneSpec
 from tests.backbones.formats.plain_vit import published_vit
@@ -96,7 +97,7 @@ def test_our_pretraining_file_with_its_decoder_is_one_of_the_official_layout(tmp
     spec = BackboneSpec(
         "vit", (32, 32), (8, 8), 3, 48, 2, 4, mean=(0.5,) * 3, pos_embed="sincos", pretrain_method="mae"
     )
-    mae = MAE(spec, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2).eval()
+    mae = MAE(spec, MAEOptions(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)).eval()
     save_mae(mae, tmp_path)
     model, same_spec, report = load_backbone(tmp_path / "mae.safetensors")
     assert (report.format, same_spec) == ("official_mae", spec)

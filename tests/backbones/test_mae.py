@@ -16,6 +16,7 @@ from backbones.mae import load_mae
 from mae_bench.errors import UserError
 from mae_bench.export import write_export
 from mae_bench.models.mae import MAE
+from mae_bench.models.options import MAEOptions
 from mae_bench.pretrain.reconstruct import reconstruct, save_mae
 from mae_bench.spec import BackboneSpec
 
@@ -180,7 +181,7 @@ def test_equals_the_reference(tmp_path, toys, file, norm_pix_loss):
     torch.save(content, tmp_path / file)
     given = {} if file == "checkpoint-7.pth" else {"norm_pix_loss": norm_pix_loss}
     model = load_mae(tmp_path / file, **given)
-    assert (model.options["decoder_num_heads"], model.options["norm_pix_loss"]) == (16, norm_pix_loss)
+    assert (model.options.decoder_num_heads, model.options.norm_pix_loss) == (16, norm_pix_loss)
     imgs, noise = drawn((32, 32), 16)
     with torch.no_grad():
         loss, pred, mask = model(imgs, 0.75, noise)
@@ -191,13 +192,13 @@ def test_equals_the_reference(tmp_path, toys, file, norm_pix_loss):
     torch.testing.assert_close(pred, want_pred, rtol=1e-4, atol=1e-5)
     assert torch.equal(mask, want_mask)
     other_heads = load_mae(tmp_path / file, decoder_num_heads=4, **given)
-    assert other_heads.options["decoder_num_heads"] == 4
+    assert other_heads.options.decoder_num_heads == 4
     assert not torch.equal(other_heads(imgs, 0.75, noise)[1], pred)
 
 
 def test_a_file_that_is_silent_takes_the_constructors_default(files):
-    assert not load_mae(files["full"][0]).options["norm_pix_loss"]
-    assert load_mae(files["checkpoint-7"][0]).options["norm_pix_loss"], "its saved arguments say so"
+    assert not load_mae(files["full"][0]).options.norm_pix_loss
+    assert load_mae(files["checkpoint-7"][0]).options.norm_pix_loss, "its saved arguments say so"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_a_file_that_is_silent_takes_the_constructors_default(files):
 )
 def test_our_file_gives_the_same_model_back(tmp_path, options):
     torch.manual_seed(0)
-    model = randomise(MAE(SPEC, **SMALL, **options)).eval()
+    model = randomise(MAE(SPEC, MAEOptions(**SMALL, **options))).eval()
     imgs, noise = drawn(SPEC.img_size, SPEC.num_patches)
     if options.get("target") == "pca":
         model.target.fit(model.patchify(torch.randn(9, 3, 32, 16)).flatten(0, 1))
@@ -229,7 +230,7 @@ def test_our_file_gives_the_same_model_back(tmp_path, options):
 
 
 def test_a_renamed_file_of_ours_is_known_by_its_content(tmp_path):
-    save_mae(MAE(SPEC, **SMALL), tmp_path)
+    save_mae(MAE(SPEC, MAEOptions(**SMALL)), tmp_path)
     (tmp_path / "mae.safetensors").rename(tmp_path / "mine.safetensors")
     assert load_mae(tmp_path / "mine.safetensors").spec == SPEC
 
@@ -260,7 +261,7 @@ def test_another_image_size_resamples_both_tables(tmp_path, toys, theirs):
 
 
 def test_a_file_without_a_decoder_says_so(tmp_path, files):
-    mae = MAE(SPEC, **SMALL)
+    mae = MAE(SPEC, MAEOptions(**SMALL))
     write_export(tmp_path / "export", mae.encoder.state_dict(), SPEC, {})
     sources = [
         files["encoder"][0],
@@ -290,7 +291,7 @@ def test_damaged_files_are_refused(tmp_path, toys, theirs):
     refuse(full | {"decoder_extra": torch.zeros(2)}, "unexpected: decoder_extra")
     refuse(full | {"decoder_pred.bias": torch.full((192,), math.nan)}, "NaN")
     refuse(full | {"decoder_pred.bias": torch.zeros(3)}, "another shape")
-    save_mae(MAE(SPEC, **SMALL), tmp_path)
+    save_mae(MAE(SPEC, MAEOptions(**SMALL)), tmp_path)
     weights = load_file(tmp_path / "mae.safetensors")
     save_file(
         weights,
@@ -306,7 +307,7 @@ def test_damaged_files_are_refused(tmp_path, toys, theirs):
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_a_perfect_prediction_is_drawn_as_the_image(norm_pix_loss, monkeypatch):
-    model = MAE(SPEC, **SMALL, norm_pix_loss=norm_pix_loss)
+    model = MAE(SPEC, MAEOptions(**SMALL, norm_pix_loss=norm_pix_loss))
     pixels = torch.randint(
         0, 256, (2, 3, 32, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -323,7 +324,7 @@ def test_a_perfect_prediction_is_drawn_as_the_image(norm_pix_loss, monkeypatch):
 def test_what_is_no_picture_is_not_drawn():
     with pytest.raises(UserError, match="no picture"):
         reconstruct(
-            MAE(SPEC, **SMALL, target="hog"),
+            MAE(SPEC, MAEOptions(**SMALL, target="hog")),
             torch.zeros(1, 3, 32, 16, dtype=torch.uint8),
             0.75,
             torch.rand(1, 8),

@@ -1,4 +1,4 @@
-"""create_mae: the reference's names and sizes, timm's ViTs, and what it says of names and sizes that cannot be."""
+"""create_mae: the reference's names and sizes, timm's ViTs, and errors for impossible names and sizes."""
 
 import subprocess
 import sys
@@ -34,14 +34,14 @@ def test_the_references_names_have_its_sizes(name, suffix):
         model = create_mae(name + suffix)
     assert (count(model.encoder), count(model), len(model.state_dict())) == PUBLISHED[name]
     assert model.spec.num_patches == (256 if "huge" in name else 196)
-    assert not model.options["norm_pix_loss"]
+    assert not model.options.norm_pix_loss
 
 
 def test_the_name_says_the_decoder():
     with torch.device("meta"):
         model = create_mae("mae_vit_tiny_patch16_dec128d2b", norm_pix_loss=True)
-        assert create_mae("mae_vit_tiny_patch16_dec128d2b", decoder_depth=3).options["decoder_depth"] == 3
-    assert (model.options["decoder_embed_dim"], model.options["decoder_depth"]) == (128, 2)
+        assert create_mae("mae_vit_tiny_patch16_dec128d2b", decoder_depth=3).options.decoder_depth == 3
+    assert (model.options.decoder_embed_dim, model.options.decoder_depth) == (128, 2)
     assert model.target.norm
 
 

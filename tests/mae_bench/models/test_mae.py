@@ -11,16 +11,21 @@ import torch
 from mae_bench.engine.optim import param_groups, pretrain_no_decay
 from mae_bench.errors import UserError
 from mae_bench.models.mae import MAE
-from mae_bench.models.masking import build_masking
+from mae_bench.models.masking import build_masking, gather_tokens
+from mae_bench.models.options import MAEOptions
 from mae_bench.models.pos_embed import sincos_2d
 from mae_bench.spec import BackboneSpec
 
 SPEC = BackboneSpec("vit", (32, 48), (8, 8), 3, embed_dim=32, depth=2, num_heads=2, pos_embed="sincos")
 
 
-def make(norm_pix_loss: bool = True, spec: BackboneSpec = SPEC) -> MAE:
+def small_decoder(**options: Any) -> MAEOptions:
+    return MAEOptions(**{"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2} | options)
+
+
+def make(norm_pix_loss: bool = True, spec: BackboneSpec = SPEC, **options: Any) -> MAE:
     torch.manual_seed(0)
-    model = MAE(spec, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, norm_pix_loss=norm_pix_loss)
+    model = MAE(spec, small_decoder(norm_pix_loss=norm_pix_loss, **options))
     for parameter in model.parameters():  # zeros and ones hide mistakes
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -94,7 +99,7 @@ def reference(
     pred = linear(norm(decoded, "decoder_norm"), "decoder_pred")[:, 1:]
 
     target = patches
-    if model.norm_pix_loss:
+    if model.options.norm_pix_loss:
         target = (patches - patches.mean(-1, keepdims=True)) / np.sqrt(
             patches.var(-1, ddof=1, keepdims=True) + 1e-6
         )
@@ -115,13 +120,13 @@ def test_equals_the_equations(norm_pix_loss: bool, mask_ratio: float) -> None:
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_training_path_has_the_same_loss_and_gradients(norm_pix_loss: bool) -> None:
+def test_the_path_of_scored_patches_has_the_same_loss_and_gradients(norm_pix_loss: bool) -> None:
     model = make(norm_pix_loss)
     imgs, noise = inputs()
     gradients = []
-    for mode in (True, False):
-        model.train(mode).zero_grad()
-        loss = model(imgs, 0.75, noise)[0]
+    for scored_only in (True, False):
+        model.zero_grad()
+        loss = model(imgs, 0.75, noise, scored_only=scored_only)[0]
         loss.backward()
         gradients.append(
             {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -141,7 +146,46 @@ def test_prediction_of_visible_patches_does_not_touch_the_loss() -> None:
     removed = masking.ids_masked[0, 0]
     changed[0, removed] += torch.randn(changed.shape[-1])
     assert model(model.unpatchify(changed), 0.75, noise)[0] != loss, "a removed patch is a target"
-    assert model.train()(imgs, 0.75, noise)[1].shape[1] == masking.ids_masked.shape[1]
+    pred = model(imgs, 0.75, noise)[1]
+    scored = model(imgs, 0.75, noise, scored_only=True)[1]
+    torch.testing.assert_close(scored, gather_tokens(pred, masking.ids_masked))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"loss_on": "all"}, {"encoder_mask_tokens": True}])
+def test_the_references_methods_make_up_forward(training: bool, options: dict[str, Any]) -> None:
+    """Shapes and signatures of facebookresearch/mae models_mae.py, in training and in evaluation mode."""
+    model = make(**options).train(training)
+    imgs, noise = inputs()
+    latent, mask, ids_restore = model.forward_encoder(imgs, 0.75, noise)
+    assert latent.shape == (3, 1 + (24 if options.get("encoder_mask_tokens") else 6), SPEC.embed_dim)
+    assert mask.shape == ids_restore.shape == (3, 24)
+    pred = model.forward_decoder(latent, ids_restore)
+    assert pred.shape == (3, 24, 8 * 8 * 3)
+    found = (model.forward_loss(imgs, pred, mask), pred, mask)
+    for one, other in zip(found, model(imgs, 0.75, noise), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_forward_loss_of_tokens() -> None:
+    model = make(target="tokens", num_tokens=5)
+    imgs, noise = inputs()
+    ids = torch.randint(5, noise.shape, generator=torch.Generator().manual_seed(3))
+    loss, pred, mask = model(imgs, 0.75, noise, ids)
+    torch.testing.assert_close(model.forward_loss(imgs, pred, mask, ids), loss)
+
+
+def test_random_masking_is_the_references() -> None:
+    x = torch.randn(3, 24, 5)
+    noise = inputs()[1]
+    x_masked, mask, ids_restore = make().random_masking(x, 0.75, noise)
+    ids_shuffle = noise.argsort(dim=1)
+    assert torch.equal(x_masked, gather_tokens(x, ids_shuffle[:, :6]))
+    assert torch.equal(ids_restore, ids_shuffle.argsort(dim=1))
+    assert torch.equal(mask, (ids_restore >= 6).float())
+    drawn = make().random_masking(x, 0.5)
+    assert drawn[0].shape == (3, 12, 5)
+    assert drawn[1].sum(dim=1).tolist() == [12] * 3
 
 
 def test_patchify_is_channel_last_row_by_row_and_invertible() -> None:
@@ -223,16 +267,15 @@ def test_noise_of_another_shape_is_refused() -> None:
 def test_a_decoder_of_nothing_is_refused(key: str) -> None:
     sizes: dict[str, Any] = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, key: 0}
     with pytest.raises(UserError, match="at least"):
-        MAE(SPEC, **sizes)
+        MAE(SPEC, MAEOptions(**sizes))
 
 
 def test_activation_checkpointing_changes_no_bit() -> None:
     imgs, noise = inputs()
     found = []
     for recompute in (False, True):
-        model = make().train()
-        model.activation_checkpointing = recompute
-        loss = model(imgs, 0.75, noise)[0]
+        model = make(activation_checkpointing=recompute).train()
+        loss = model(imgs, 0.75, noise, scored_only=True)[0]
         loss.backward()
         found.append([loss] + [p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
@@ -243,8 +286,7 @@ def test_activation_checkpointing_keeps_fewer_activations() -> None:
     imgs, noise = inputs()
     sizes = []
     for recompute in (False, True):
-        model = make().train()
-        model.activation_checkpointing = recompute
+        model = make(activation_checkpointing=recompute).train()
         saved: list[int] = []
 
         def count(tensor: torch.Tensor, to: list[int] = saved) -> torch.Tensor:
@@ -252,7 +294,7 @@ def test_activation_checkpointing_keeps_fewer_activations() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            model(imgs, 0.75, noise)
+            model(imgs, 0.75, noise, scored_only=True)
         sizes.append(sum(saved))
     assert sizes[1] < sizes[0] / 2
 
@@ -268,9 +310,9 @@ def test_a_blocks_weights_are_touched_in_its_own_forward_alone(
         "encoder_mask_tokens": encoder_mask_tokens,
         "activation_checkpointing": recompute,
     }
-    model = MAE(SPEC, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, **options)
+    model = MAE(SPEC, small_decoder(**options))
     imgs, noise = inputs()
-    want = model(imgs, 0.75, noise)[0]
+    want = model(imgs, 0.75, noise, scored_only=True)[0]
     for block in [*model.encoder.blocks, *model.decoder_blocks]:
         whole = {name: p.detach().clone() for name, p in block.named_parameters()}
 
@@ -285,7 +327,7 @@ def test_a_blocks_weights_are_touched_in_its_own_forward_alone(
         block.register_forward_pre_hook(gather)
         block.register_forward_hook(scatter)
         scatter(block, None, None)
-    assert torch.equal(model(imgs, 0.75, noise)[0], want)
+    assert torch.equal(model(imgs, 0.75, noise, scored_only=True)[0], want)
 
 
 @pytest.mark.parametrize(
@@ -294,10 +336,12 @@ def test_a_blocks_weights_are_touched_in_its_own_forward_alone(
 def test_the_training_step_is_one_graph(options: dict[str, Any]) -> None:
     """Nothing in forward depends on values or waits for a device."""
     torch.manual_seed(0)
-    model = MAE(SPEC, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, **options).train()
+    model = MAE(SPEC, small_decoder(**options)).train()
     imgs, noise = inputs()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(imgs, 0.75, noise)[0], model(imgs, 0.75, noise)[0])
+    for scored_only in (True, False):
+        loss = model(imgs, 0.75, noise, scored_only=scored_only)[0]
+        torch.testing.assert_close(compiled(imgs, 0.75, noise, scored_only=scored_only)[0], loss)
 
 
 def with_mask_tokens_in_the_encoder(model: MAE, imgs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -314,7 +358,7 @@ def with_mask_tokens_in_the_encoder(model: MAE, imgs: torch.Tensor, mask: torch.
 
 def test_mask_tokens_in_the_encoder() -> None:
     torch.manual_seed(0)
-    model = MAE(SPEC, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, encoder_mask_tokens=True)
+    model = MAE(SPEC, small_decoder(encoder_mask_tokens=True))
     torch.nn.init.normal_(model.mask_token)
     imgs, noise = inputs()
     lengths = []
@@ -326,7 +370,7 @@ def test_mask_tokens_in_the_encoder() -> None:
     torch.testing.assert_close(pred, want, rtol=1e-4, atol=1e-5)
     error = ((want - model.patchify(imgs)) ** 2).mean(-1)
     torch.testing.assert_close(loss, (error * mask).sum() / mask.sum())
-    training = model.train()(imgs, 0.75, noise)[0]
+    training = model.train()(imgs, 0.75, noise, scored_only=True)[0]
     torch.testing.assert_close(training, loss)
     training.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -342,7 +386,7 @@ def test_initialisation_is_the_references() -> None:
     """Xavier uniform on every Linear and on the patch embedding as a matrix, zero biases, tokens of deviation 0.02."""
     torch.manual_seed(0)
     spec = replace(SPEC, embed_dim=96, img_size=(16, 16))
-    model = MAE(spec, decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=2)
+    model = MAE(spec, MAEOptions(decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=2))
     for name, tensor in model.named_parameters():
         if tensor.ndim in (2, 4):
             matrix = tensor.flatten(1)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from mae_bench.errors import UserError
 from mae_bench.models.mae import MAE
+from mae_bench.models.options import MAEOptions
 from mae_bench.models.targets import HOG, fit_pca
 from mae_bench.spec import BackboneSpec
 
@@ -17,7 +18,7 @@ SPEC = BackboneSpec("vit", (32, 48), (16, 8), 3, embed_dim=16, depth=1, num_head
 
 def make(**options):
     torch.manual_seed(0)
-    return MAE(SPEC, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, **options)
+    return MAE(SPEC, MAEOptions(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, **options))
 
 
 def images(n=3):
@@ -145,10 +146,11 @@ def test_every_target_trains_the_loss_that_it_evaluates(target, loss_on):
         model.target.fit(model.patchify(images(20)).flatten(0, 1))
     ids = torch.randint(5, (3, SPEC.num_patches)) if target == "tokens" else None
     losses = []
-    for mode in (True, False):
-        loss, pred, _ = model.train(mode)(images(), 0.75, noise(), ids)
+    for scored_only in (True, False):
+        loss, pred, _ = model(images(), 0.75, noise(), ids, scored_only=scored_only)
         losses.append(loss)
-        assert pred.shape[1:] == (SPEC.num_patches if loss_on == "all" or not mode else 9, model.target.dim)
+        num_patches = 9 if scored_only and loss_on == "masked" else SPEC.num_patches
+        assert pred.shape[1:] == (num_patches, model.target.dim)
     torch.testing.assert_close(*losses)
     losses[0].backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad), (

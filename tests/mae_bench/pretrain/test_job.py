@@ -1,5 +1,6 @@
-"""The pretraining job end to end at toy size: what it leaves, that it repeats, and what it says of bad input."""
+"""The pretraining job end to end at toy size: outputs, reproducibility and errors for bad input."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from backbones.mae import load_mae
 from mae_bench.config import build
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.job import Job, Outcome
+from mae_bench.models.options import MAEOptions
 from mae_bench.pretrain.config import PretrainConfig, RandomConfig
 from mae_bench.pretrain.job import run, run_random
 from mae_bench.pretrain.reconstruct import GREY, reconstruct, reconstruct_files
@@ -176,11 +178,29 @@ def test_every_axis_trains_and_is_what_the_autoencoder_says(data: Path, tmp_path
         digests[str(axis)] = outcome.backbone_digest
         options = load_mae(tmp_path / str(number)).options
         for key, value in axis.items():
-            assert options.get(key, value) == value
+            assert getattr(options, key, value) == value
         assert ("reconstruction" in outcome.artefacts) == (axis.get("target") != "hog")
     digests["default"] = pretrain(data, tmp_path / "default").backbone_digest
     assert digests["{'activation_checkpointing': True}"] == digests["default"], "the same numbers, recomputed"
     assert len(set(digests.values())) == len(axes), "every other axis changes what is learned"
+
+
+def test_every_option_of_the_model_is_a_key_of_the_config() -> None:
+    changes: dict[str, Any] = {
+        "decoder_embed_dim": 24,
+        "decoder_depth": 3,
+        "decoder_num_heads": 3,
+        "target": "pca",
+        "num_pca": 5,
+        "loss_on": "all",
+        "mask_sampling": "grid",
+        "encoder_mask_tokens": True,
+        "activation_checkpointing": True,
+    }
+    options = build(PretrainConfig, {**VALUES, "data": "", **changes}, "test").mae_options()
+    assert {field.name for field in fields(MAEOptions)} == {*changes, "norm_pix_loss", "num_tokens"}
+    assert options == MAEOptions(**changes), "norm_pix_loss is for pixels only"
+    assert build(PretrainConfig, {**VALUES, "data": ""}, "test").mae_options().norm_pix_loss
 
 
 def test_own_images_without_classes_or_validation(tmp_path: Path) -> None:
