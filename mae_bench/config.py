@@ -3,9 +3,9 @@
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -145,6 +145,13 @@ def load_yaml(name: str | Path, overrides: Sequence[str] = (), beside: Path | No
     return resolve(*_read(resolve_path(name, beside)), overrides)
 
 
+def read_config(name: str | Path) -> dict[str, Any]:
+    """Return a config with its bases merged and its references unresolved, for what is only listed."""
+    value = _expand(_read(resolve_path(name)))
+    assert isinstance(value, dict)
+    return value
+
+
 def resolve(
     value: dict[str, Any], folder: Path, overrides: Sequence[str] = (), defaults: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -245,14 +252,37 @@ def expand_grid(grid: dict[str, Any]) -> dict[str, dict[str, Any]]:
         )
     common = {key: value for key, value in grid.items() if key not in ("grid", "axes")}
     variants: dict[str, dict[str, Any]] = {}
-    for values in product(*axes.values()):
-        chosen = dict(zip(axes, values, strict=True))
+    for name, chosen in _combine_axes(grid["grid"], axes):
         config: Any = OmegaConf.create(common)
         for axis, value in chosen.items():
             if isinstance(axes[axis], dict):
                 config = OmegaConf.merge(config, OmegaConf.create(axes[axis][value] or {}))
-        variants[str(_substitute(grid["grid"], chosen))] = _substitute(OmegaConf.to_container(config), chosen)
+        variants[name] = _substitute(OmegaConf.to_container(config), chosen)
     return variants
+
+
+def _combine_axes(template: str, axes: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name of each variant with the value that it has on each axis."""
+    for values in product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        yield str(_substitute(template, chosen)), chosen
+
+
+def read_title(path: Path) -> str:
+    """Return the first sentence of the comment that a config opens with; "" where it has none.
+
+    In the title of a variant of a grid, "{axis}" is replaced as in its keys.
+    """
+    chosen: dict[str, Any] = {}
+    file = path
+    if not path.is_file():
+        file = next(other for other in path.parent.glob("*.yaml") if path.stem in find_variants(other))
+        grid = _read_file(file)
+        chosen = dict(_combine_axes(grid["grid"], grid["axes"]))[path.stem]
+    lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    text = " ".join(line.strip("# ") for line in lines)
+    sentence = re.split(r"(?<=\.)\s|\s(?=(?:Command|Cost|Expect)\b)", text, maxsplit=1)[0]
+    return str(_substitute(sentence, chosen))
 
 
 def _substitute(value: Any, chosen: dict[str, Any]) -> Any:
