@@ -6,7 +6,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from mae_bench.cli import checkpoints, data, suites
+from mae_bench.cli import checkpoints, data, lists, suites
 from mae_bench.cli.options import Json
 from mae_bench.cli.output import FAILED, INTERRUPTED, USAGE_ERROR, print_answer, print_json
 from mae_bench.errors import Interrupted, UserError
@@ -87,4 +87,5 @@ for command in (
     doctor,
 ):
     app.command()(command)
+app.command("list")(lists.list_)
 app.add_typer(data.app, name="data")

@@ -9,7 +9,6 @@ from typing import Any
 from rich.table import Table
 
 from mae_bench.config import CONFIGS, list_configs, read_config, read_title
-from mae_bench.errors import UserError, did_you_mean
 from mae_bench.registry import KINDS
 
 Row = dict[str, Any]
@@ -62,7 +61,8 @@ def describe_formats(formats: dict[str, str], writable: dict[str, tuple[str, ...
     rows = []
     for name, module in formats.items():
         spec = find_spec(module)
-        assert spec is not None and spec.origin is not None, module
+        assert spec is not None
+        assert spec.origin is not None
         docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
         sentence = docstring.split("\n\n")[0].replace("\n", " ").removeprefix(f"{name}: ")
         rows.append({"name": name, "written": name in writable, "title": sentence})
@@ -77,27 +77,12 @@ LISTS: dict[str, Callable[[], list[Row]]] = {
 }
 
 
-def check_list(what: str) -> str:
-    """Return `what` if it can be listed; raise UserError otherwise."""
-    known = [*LISTS, "formats"]
-    if what not in known:
-        raise UserError(f"list {what}", expected=f"one of {', '.join(known)}", fix=did_you_mean(what, known))
-    return what
-
-
 def render(rows: list[Row]) -> Table:
-    """Return the rows as a table for a terminal."""
+    """Return names and titles as a table for a terminal; `--json` has every field."""
     table = Table(box=None, pad_edge=False)
-    for column in rows[0]:
-        table.add_column(column, no_wrap=column == "name", overflow="fold")
+    table.add_column("name", no_wrap=True)
+    table.add_column("title", overflow="fold")
     for row in rows:
-        table.add_row(*(_render_value(value) for value in row.values()))
+        title = f"{row['title']} Also written." if row.get("written") else row["title"]
+        table.add_row(row["name"], title)
     return table
-
-
-def _render_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "-"
-    if isinstance(value, list):
-        return " x ".join(map(str, value))
-    return str(value)
