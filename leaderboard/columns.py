@@ -1,4 +1,4 @@
-"""Sorts records into columns of like cells and names the conflicts between unlike ones."""
+"""Group records into columns of comparable cells and report the conflicts between the others."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -7,27 +7,33 @@ from typing import Any
 
 from leaderboard.index import Run
 from leaderboard.table import Column
-from leaderboard.wording import decimals_of
+from leaderboard.wording import choose_decimals
 from mae_bench.record import NOT_THE_METHOD, Failure, ResultRecord
 
-PRETRAIN = "pretrain"  # the task of the jobs that make a backbone: a cost and a picture, never a column
-TASKS = (PRETRAIN, "imagenet", "coco", "ade20k")  # shown first and in this order; any other follows by name
+PRETRAIN = "pretrain"  # the task of pretraining jobs: a cost and a picture, never a column
+TASKS = (PRETRAIN, "imagenet", "coco", "ade20k")  # the order of tasks; others follow by name
+MOST_SHOWN = 5  # differences in the sentence about a conflict
 
 
-def columns_of(measured: list[Run], problems: list[str]) -> list[tuple[Column, list[Run]]]:
-    """The records by column; a column whose records are not alike is split and named."""
-    found = []
-    for _, like in grouped(measured, lambda run: _key(run.record)):
-        variants = [members for _, members in grouped(like, lambda run: _signature(run.record))]
+def group_columns(runs: list[Run], problems: list[str]) -> list[tuple[Column, list[Run]]]:
+    """Return the runs per column.
+
+    Runs of one column that were measured under different conditions are split into variants, and `problems`
+    gains a sentence that names the differences.
+    """
+    columns = []
+    for _, group in group_by(runs, lambda run: _column_key(run.record)):
+        variants = [members for _, members in group_by(group, lambda run: _signature(run.record))]
         variants.sort(key=len, reverse=True)
         for i, members in enumerate(variants):
-            found.append((_column(members, _letter(i) if len(variants) > 1 else ""), members))
+            letter = _name_variant(i) if len(variants) > 1 else ""
+            columns.append((_build_column(members, letter), members))
         if len(variants) > 1:
-            problems.append(_conflict([members[0].record for members in variants]))
-    return found
+            problems.append(_describe_conflict([members[0].record for members in variants]))
+    return columns
 
 
-def _key(record: ResultRecord) -> tuple[str, ...]:
+def _column_key(record: ResultRecord) -> tuple[str, ...]:
     return record.task, record.protocol, record.dataset, record.split, record.main_metric
 
 
@@ -36,78 +42,90 @@ def _signature(record: ResultRecord) -> str:
 
 
 def _conditions(record: ResultRecord) -> dict[str, Any]:
-    """What must be the same for two scores to be alike."""
-    metric = {"unit": record.score.unit, "direction": record.score.direction}
+    """Return what two scores must share to be comparable."""
     return {
         "data_digest": record.data_digest,
         "num_samples": record.num_samples,
-        **metric,
-        "config": _method(record),
+        "unit": record.score.unit,
+        "direction": record.score.direction,
+        "config": _select_method(record),
     }
 
 
-def _method(record: ResultRecord) -> dict[str, Any]:
+def _select_method(record: ResultRecord) -> dict[str, Any]:
+    """Return the part of the config that may change a score."""
     return {key: value for key, value in record.config.items() if key not in NOT_THE_METHOD}
 
 
-def _letter(index: int) -> str:
+def _name_variant(index: int) -> str:
     return chr(ord("A") + index) if index < 26 else str(index + 1)
 
 
-def _column(members: list[Run], variant: str) -> Column:
+def _build_column(members: list[Run], variant: str) -> Column:
     record = members[0].record
     largest = max(abs(run.record.score.value) for run in members)
     return Column(
-        record.task,
-        record.protocol,
-        record.dataset,
-        record.split,
-        record.main_metric,
-        record.score.unit,
-        record.score.direction,
-        record.num_samples,
-        record.data_digest,
-        _method(record),
-        variant,
-        decimals_of(largest, record.score.unit),
+        task=record.task,
+        protocol=record.protocol,
+        dataset=record.dataset,
+        split=record.split,
+        metric=record.main_metric,
+        unit=record.score.unit,
+        direction=record.score.direction,
+        num_samples=record.num_samples,
+        data_digest=record.data_digest,
+        config=_select_method(record),
+        variant=variant,
+        decimals=choose_decimals(largest, record.score.unit),
     )
 
 
-def _conflict(records: list[ResultRecord]) -> str:
-    flat = [_flatten(_conditions(record)) for record in records]
-    keys = sorted({key for one in flat for key in one if len({repr(other.get(key)) for other in flat}) > 1})
-    shown = [f"{key} ({' / '.join(_brief(one.get(key)) for one in flat)})" for key in keys[:5]]
-    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+def _describe_conflict(records: list[ResultRecord]) -> str:
+    """Return a sentence that names what the records of the variants of a column differ in."""
+    conditions = [_flatten(_conditions(record)) for record in records]
+    keys = sorted({key for flat in conditions for key in flat})
+    differing = [key for key in keys if len({repr(flat.get(key)) for flat in conditions}) > 1]
+    shown = [
+        f"{key} ({' / '.join(_abbreviate(flat.get(key)) for flat in conditions)})"
+        for key in differing[:MOST_SHOWN]
+    ]
+    hidden = len(differing) - MOST_SHOWN
+    more = f" and {hidden} more" if hidden > 0 else ""
     first = records[0]
     return (
-        f"{first.task} {first.protocol} on {first.dataset} {first.split}: records differ in {', '.join(shown)}{more}, "
-        f"so they stand in {len(records)} separate columns"
+        f"{first.task} {first.protocol} on {first.dataset} {first.split}: "
+        f"records differ in {', '.join(shown)}{more}, "
+        f"so they are shown in {len(records)} separate columns"
     )
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
-        flat.update(_flatten(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item})
+        if isinstance(item, dict):
+            flat.update(_flatten(item, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = item
     return flat
 
 
-def _brief(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = "absent" if value is None else str(value)
     return text if len(text) <= 16 else f"{text[:12]}..."
 
 
-def columns_of_failures(failures: list[Failure], columns: list[Column]) -> list[Column]:
-    """A column for each protocol that has failures and no score at all."""
+def build_failed_columns(failures: list[Failure], columns: list[Column]) -> list[Column]:
+    """Return a column for each protocol that has failures and no score."""
     scored = {(column.task, column.protocol) for column in columns}
     wanted = {(failure.task, failure.protocol) for failure in failures if failure.task != PRETRAIN}
     return [Column(task, protocol) for task, protocol in sorted(wanted - scored)]
 
 
-def column_order(column: Column) -> tuple[Any, ...]:
-    """Sorts columns by task, then by name."""
+def column_sort_key(column: Column) -> tuple[Any, ...]:
+    """Return the key that sorts columns by task, then by name."""
     return (
-        task_order(column.task),
+        task_sort_key(column.task),
         column.protocol,
         column.dataset,
         column.split,
@@ -116,11 +134,11 @@ def column_order(column: Column) -> tuple[Any, ...]:
     )
 
 
-def task_order(task: str) -> tuple[int, str]:
-    """Sorts tasks: the making of the backbone, the known ones, any other by name."""
+def task_sort_key(task: str) -> tuple[int, str]:
+    """Return the key that sorts tasks: pretraining, the known tasks, then others by name."""
     return (TASKS.index(task) if task in TASKS else len(TASKS)), task
 
 
-def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:
-    """The items by key, in the order of the keys."""
+def group_by(items: Iterable[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:
+    """Return the items per key, in the order of the keys."""
     return [(name, list(members)) for name, members in groupby(sorted(items, key=key), key=key)]

@@ -1,28 +1,35 @@
-"""All metrics of a column's records side by side: what a protocol measures beside its score."""
+"""All metrics of each protocol, next to the main metric that its column shows."""
 
 from statistics import fmean
 
 from leaderboard.curve import is_point
+from leaderboard.sections import Block, Fold, Header, Paragraph, Results, Section, Table, TableCell
 from leaderboard.table import Comparison, Measured
-from leaderboard.wording import measured
+from leaderboard.wording import format_metric, name_column, name_data
 from mae_bench.intervals import sample_std
 from mae_bench.record import ResultRecord
 
-HEADING = "All metrics of each protocol"
-MARGIN = "_margin"  # ends the name of a metric's half width over draws
-BEST = "best_"  # opens the names of what was chosen on the evaluated images themselves
-CHOSEN = "best_top1 is the best of the epochs, chosen on the evaluated images themselves; the score is the last epoch's."
-DRAWN = "In brackets: half the width of the 95 % interval over one record's draws."
+TITLE = "All metrics per protocol"
+MARGIN = "_margin"  # suffix of the metric that holds the half width of an interval over draws
+BEST = "best_"  # prefix of metrics that were selected on the evaluated images themselves
+CHOSEN = (
+    "best_top1 is the best epoch, selected on the evaluated images themselves; the score is that of the "
+    "last epoch."
+)
+DRAWN = "In brackets: half the width of the 95 % confidence interval over the draws of one record."
 
 
-def metrics_of(records: list[ResultRecord]) -> dict[str, Measured]:
-    """Every metric of a cell's records over its seeds, in the records' order; `NAME_margin` belongs to NAME."""
+def aggregate_metrics(records: list[ResultRecord]) -> dict[str, Measured]:
+    """Aggregate each metric of a cell over its seeds, in the order of the records.
+
+    `NAME_margin` becomes the margin of NAME.
+    """
     names = list(dict.fromkeys(name for record in records for name in record.metrics))
     own = [name for name in names if not (name.endswith(MARGIN) and name.removesuffix(MARGIN) in names)]
-    return {name: _measured(records, name) for name in own}
+    return {name: _aggregate_metric(records, name) for name in own}
 
 
-def _measured(records: list[ResultRecord], name: str) -> Measured:
+def _aggregate_metric(records: list[ResultRecord], name: str) -> Measured:
     found = [record.metrics[name] for record in records if name in record.metrics]
     margins = [record.metrics[name + MARGIN].value for record in records if name + MARGIN in record.metrics]
     values = [float(metric.value) for metric in found]
@@ -30,35 +37,66 @@ def _measured(records: list[ResultRecord], name: str) -> Measured:
     return Measured(fmean(values), sample_std(values), len(values), found[0].unit, found[0].direction, margin)
 
 
-def headers(comparison: Comparison, place: int) -> list[tuple[str, ...]]:
-    """Of the table that `lines` fills: each header in parts; none where there is nothing beside the score.
+def build_section(results: Results) -> Section | None:
+    """Return one table per column whose records have more metrics than the score."""
+    comparison = results.comparison
+    folds: list[Block] = []
+    for place, column in enumerate(comparison.columns):
+        table = build_table(comparison, place)
+        if table:
+            summary = f"{name_column(column)}, {name_data(column)}: {len(table.headers) - 1} metrics"
+            folds.append(Fold(summary, (table,)))
+    reading = Paragraph("Mean and sample standard deviation over the seeds.")
+    return Section(TITLE, (reading, *folds)) if folds else None
 
-    place: the column's. A curve's points are left out: they have their own table.
+
+def build_table(comparison: Comparison, place: int) -> Table | None:
+    """Return the metrics of the column at `place`, one row per backbone with a score.
+
+    None where the records have no metric next to the score. Points of a curve have their own table.
     """
-    found = {
-        name: value for cells in comparison.cells.values() for name, value in cells[place].metrics.items()
-    }
-    kept = [(name, value) for name, value in found.items() if not is_point(name)]
-    named = [
-        (name, value.unit + (", lower is better" if value.direction == "lower" else ""))
-        for name, value in kept
-    ]
-    return [("backbone",), *named] if len(named) > 1 else []
+    column = comparison.columns[place]
+    found = _collect_metrics(comparison, place)
+    shown = {name: value for name, value in found.items() if not is_point(name)}
+    if len(shown) < 2:
+        return None
+    cells = {row: cells[place] for row, cells in comparison.cells.items() if cells[place].metrics}
+    num_seeds = [len(cell.values) for cell in cells.values()]
+    columns = []
+    for name in shown:
+        own = [cell.metrics.get(name) for cell in cells.values()]
+        texts = format_metric(own, num_seeds)
+        columns.append(
+            [
+                TableCell(text, value=value.mean if value else None)
+                for text, value in zip(texts, own, strict=True)
+            ]
+        )
+    rows = tuple((TableCell(row), *own) for row, *own in zip(cells, *columns, strict=True))
+    headers = (
+        Header("backbone", align="left"),
+        *(_build_header(name, value) for name, value in shown.items()),
+    )
+    name = f"Metrics of {name_column(column)}, {name_data(column)}"
+    return Table(name, headers, rows, caption=" ".join(_explain(found)))
 
 
-def lines(comparison: Comparison, place: int) -> list[list[str]]:
-    """A line a row that has a score: mean and sample deviation over the seeds, in brackets the margin over draws."""
-    own = {row: cells[place] for row, cells in comparison.cells.items() if cells[place].metrics}
-    seeds = [len(cell.values) for cell in own.values()]
-    names = [name for name, *_ in headers(comparison, place)[1:]]
-    columns = [measured([cell.metrics.get(name) for cell in own.values()], seeds) for name in names]
-    return [[row, *texts] for row, *texts in zip(own, *columns, strict=True)]
+def _collect_metrics(comparison: Comparison, place: int) -> dict[str, Measured]:
+    """Return every metric of a column, with the value of one of its rows."""
+    found: dict[str, Measured] = {}
+    for cells in comparison.cells.values():
+        found.update(cells[place].metrics)
+    return found
 
 
-def sentences(comparison: Comparison, place: int) -> list[str]:
-    """How the table is to be read."""
-    found = {
-        name: value for cells in comparison.cells.values() for name, value in cells[place].metrics.items()
-    }
-    chosen = [CHOSEN] if any(name.startswith(BEST) for name in found) else []
-    return chosen + ([DRAWN] if any(value.margin is not None for value in found.values()) else [])
+def _build_header(name: str, value: Measured) -> Header:
+    direction = ", lower is better" if value.direction == "lower" else ""
+    return Header(name, (value.unit + direction,))
+
+
+def _explain(found: dict[str, Measured]) -> list[str]:
+    """Return the sentences that the metrics of a table need."""
+    sentences = [CHOSEN] if any(name.startswith(BEST) for name in found) else []
+    if any(value.margin is not None for value in found.values()):
+        sentences.append(DRAWN)
+    return sentences

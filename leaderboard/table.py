@@ -1,4 +1,4 @@
-"""What a comparison is made of: columns, cells, differences, costs."""
+"""Data model of a comparison: columns, cells, differences, costs and published results."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -11,9 +11,9 @@ Status = Literal["measured", "failed", "not installed", "absent"]
 
 @dataclass(frozen=True)
 class Column:
-    """Scores that may be compared: one protocol on the same images, by the same config.
+    """Scores that may be compared: one protocol on the same images with the same config.
 
-    variant: "" or the letter that tells apart columns that differ in nothing but their images or their config.
+    variant: a letter for columns that differ only in their images or their config, else "".
     """
 
     task: str
@@ -32,10 +32,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of a row minus mean of the baseline, in the column's unit, with its 95 % interval where seeds allow one.
+    """Mean of a row minus mean of the baseline, in the column's unit.
 
-    paired: whether the two were compared seed by seed.
-    better: the row is better (True), worse (False) or equal (None), by the means alone.
+    low, high: its 95 % confidence interval, if the seeds give one.
+    better: the row's mean is better (True), worse (False) or equal (None).
+    paired: the two were compared seed by seed.
     """
 
     value: float
@@ -46,15 +47,16 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """The interval exists and leaves 0 out."""
+        """Return whether there is an interval and it excludes 0."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric of a cell: mean and sample deviation over the n seeds that have it.
+    """One metric of a cell: mean and sample standard deviation over the n seeds that have it.
 
-    margin: half the width of the 95 % interval over a record's own draws, mean over the seeds; None where nothing was drawn.
+    margin: half the width of the 95 % interval over the draws of one record, averaged over the seeds; None
+        for a metric without draws.
     """
 
     mean: float
@@ -67,9 +69,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Cell:
-    """One row in one column. Without a measured seed there is no mean: a missing score is None, never 0.
+    """One row in one column. Without a measured seed the mean is None, never 0.
 
-    metrics: all that its records measured, the score among them, in the records' order.
+    metrics: every metric of the records, the score included, in the order of the records.
     """
 
     status: Status = "absent"
@@ -79,21 +81,21 @@ class Cell:
     std: float | None = None
     difference: Difference | None = None
     is_best: bool = False
-    seconds: float | None = None  # training, features and evaluation, mean over the seeds
+    seconds: float | None = None  # training, feature extraction and evaluation, mean over the seeds
     failures: tuple[Failure, ...] = ()
     metrics: dict[str, Measured] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one kind of cell cost a row: means over its runs; None where the records do not say."""
+    """Cost of one kind of cell for a row: means over its runs, None where the records do not state them."""
 
     backbone: str
     task: str
     protocol: str
     num_runs: int
     seconds_train: float | None = None
-    seconds_features: float | None = None  # until a frozen backbone's features were there, made or read
+    seconds_features: float | None = None  # extraction or loading of a frozen backbone's features
     seconds_eval: float | None = None
     images_per_second: float | None = None
     params: float | None = None
@@ -103,7 +105,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Total:
-    """Seconds that all runs of a row took together; None where any of them does not say."""
+    """Seconds of all runs of a row together, None where any record does not state them."""
 
     backbone: str
     seconds_pretrain: float | None
@@ -111,11 +113,12 @@ class Total:
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What a source published for rows of an ablation, for one column of the comparison: quoted, never part of a cell.
+class PublishedComparison:
+    """Published results for the rows of an ablation, for one column of the comparison: never part of a cell.
 
-    column: its place in `Comparison.columns`. values and places (for example "Table 1a") by row.
-    differs: why a measured number is not to be compared with the published one; empty where it may be.
+    column: index in `Comparison.columns`.
+    values, places: the published number and where it is printed (for example "Table 1a"), by row.
+    differs: why measured and published numbers are not comparable; empty if they are.
     """
 
     column: int
@@ -131,7 +134,7 @@ class Beside:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The leaderboard: `cells[row]` stands in the order of `columns`, `verdicts` too."""
+    """The leaderboard. `cells[row]` and `verdicts` are in the order of `columns`."""
 
     baseline: str
     rows: list[str]
@@ -143,9 +146,9 @@ class Comparison:
     verdicts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    beside: list[Beside] = field(default_factory=list)
+    published_comparisons: list[PublishedComparison] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it (lists for tuples)."""
+        """Return the comparison as JSON types, with lists for tuples."""
         value: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return value

@@ -1,4 +1,4 @@
-"""How numbers, columns and verdicts are spelled, the same in every rendering."""
+"""Format numbers, columns, differences and verdicts: the same wording in every rendering."""
 
 from collections.abc import Sequence
 
@@ -8,88 +8,119 @@ from mae_bench.record import Failure
 MISSING = "-"
 
 
-def decimals_of(largest: float, unit: str) -> int:
-    """Per cent as papers print them, finer where the scores are small; anything else to about three digits."""
+def choose_decimals(largest: float, unit: str) -> int:
+    """Return the number of decimals for scores up to `largest`.
+
+    Percentages have one decimal, as papers print them, and two where all of them are below 10. Other
+    units have about three significant digits.
+    """
     if unit == "%":
         return 1 if largest >= 10 else 2
-    return 3 if largest < 10 else 1 if largest < 1000 else 0
+    if largest < 10:
+        return 3
+    return 1 if largest < 1000 else 0
 
 
-def number(value: float, column: Column) -> str:
+def format_number(value: float, column: Column) -> str:
+    """Return the value with the column's number of decimals."""
     return f"{value:.{column.decimals}f}"
 
 
-def signed(value: float, column: Column) -> str:
+def format_signed(value: float, column: Column) -> str:
+    """Return the value with its sign; a value that rounds to zero is `+0.0`."""
     text = f"{value:+.{column.decimals}f}"
     return text.replace("-", "+") if float(text) == 0 else text
 
 
-def score(cell: Cell, column: Column) -> str:
-    """`61.2 ± 0.4 (n=3)`, `61.2 (n=1)`, `failed`, `not installed` or `-`; failed seeds beside measured ones are named."""
+def format_score(cell: Cell, column: Column) -> str:
+    """Return `61.2 ± 0.4 (n=3)`, `61.2 (n=1)`, `61.2 (n=1, 2 failed)`, `failed`, `not installed` or `-`."""
     if cell.mean is None:
         return MISSING if cell.status == "absent" else cell.status
-    spread = f" ± {number(cell.std, column)}" if cell.std is not None else ""
+    spread = f" ± {format_number(cell.std, column)}" if cell.std is not None else ""
     lost = f", {len(cell.failures)} {cell.failures[0].status}" if cell.failures else ""
-    return f"{number(cell.mean, column)}{spread} (n={len(cell.values)}{lost})"
+    return f"{format_number(cell.mean, column)}{spread} (n={len(cell.values)}{lost})"
 
 
-def measured(values: Sequence[Measured | None], seeds: Sequence[int]) -> list[str]:
-    """One metric of several cells: `61.2 ± 0.4 (1.1)`, the margin over draws in brackets; `n=2` where only so many of the cell's
-    seeds have it."""
+def format_metric(values: Sequence[Measured | None], num_seeds: Sequence[int]) -> list[str]:
+    """Format one metric of several cells as `61.2 ± 0.4 (1.1)`, with the margin over draws in brackets.
+
+    `n=2` follows where only that many of the cell's seeds have the metric.
+    """
     found = [value for value in values if value is not None]
-    decimals = decimals_of(max(abs(value.mean) for value in found), found[0].unit) if found else 0
-    return [_measured(value, decimals, n) for value, n in zip(values, seeds, strict=True)]
+    decimals = choose_decimals(max(abs(value.mean) for value in found), found[0].unit) if found else 0
+    return [_format_measured(value, decimals, n) for value, n in zip(values, num_seeds, strict=True)]
 
 
-def _measured(value: Measured | None, decimals: int, seeds: int) -> str:
+def _format_measured(value: Measured | None, decimals: int, num_seeds: int) -> str:
     if value is None:
         return MISSING
     parts = [f"{value.mean:.{decimals}f}"]
-    parts += [f"± {value.std:.{decimals}f}"] if value.std is not None else []
-    parts += [f"({value.margin:.{decimals}f})"] if value.margin is not None else []
-    return " ".join([*parts, f"n={value.n}"] if value.n != seeds else parts)
+    if value.std is not None:
+        parts.append(f"± {value.std:.{decimals}f}")
+    if value.margin is not None:
+        parts.append(f"({value.margin:.{decimals}f})")
+    if value.n != num_seeds:
+        parts.append(f"n={value.n}")
+    return " ".join(parts)
 
 
-def difference(change: Difference, column: Column) -> str:
-    """`-1.8 [-2.4, -1.2]`, or `-1.8 (no interval)`."""
+def format_difference(change: Difference, column: Column) -> str:
+    """Return `-1.8 [-2.4, -1.2]`, or `-1.8 (no interval)`."""
+    value = format_signed(change.value, column)
     if change.low is None or change.high is None:
-        return f"{signed(change.value, column)} (no interval)"
-    return f"{signed(change.value, column)} [{signed(change.low, column)}, {signed(change.high, column)}]"
+        return f"{value} (no interval)"
+    return f"{value} [{format_signed(change.low, column)}, {format_signed(change.high, column)}]"
 
 
-def judgement(change: Difference) -> str:
-    """One or two words: what the difference shows."""
+def describe_difference(change: Difference) -> str:
+    """Return one word: `better`, `worse`, `equal`, or `unclear` where the interval includes 0."""
     if change.low is not None and not change.is_clear:
         return "unclear"
     return {True: "better", False: "worse", None: "equal"}[change.better]
 
 
-def column_name(column: Column) -> str:
-    """`imagenet finetune-100ep`, with the variant's letter."""
-    return f"{column.task} {column.protocol}" + (f" ({column.variant})" if column.variant else "")
+def name_column(column: Column) -> str:
+    """Return `imagenet finetune-100ep`, with the letter of a variant: `imagenet finetune-100ep (A)`."""
+    return f"{column.task} {name_protocol(column)}"
 
 
-def column_metric(column: Column) -> str:
-    """`top1 (%), higher is better`; of a column without any score that there is none."""
-    return f"{column.metric} ({column.unit}), {column.direction} is better" if column.metric else "no score"
+def name_protocol(column: Column) -> str:
+    """Return `finetune-100ep`, with the letter of a variant."""
+    return f"{column.protocol} ({column.variant})" if column.variant else column.protocol
 
 
-def failure(lost: Failure) -> str:
-    """One line: what, which seed, why, and what to do."""
-    place = f"{lost.backbone}, {lost.task} {lost.protocol}, seed {lost.seed}"
-    return f"{place}: {lost.status}: {lost.reason}" + (f" (next: {lost.fix})" if lost.fix else "")
+def name_data(column: Column) -> str:
+    """Return the dataset and the split, `shapes val`; "" for a column without any score."""
+    return f"{column.dataset} {column.split}".strip()
 
 
-def duration(seconds: float | None) -> str:
+def name_metric(column: Column) -> str:
+    """Return `top1 (%), higher is better`; `no score` for a column without any score."""
+    if not column.metric:
+        return "no score"
+    return f"{column.metric} ({column.unit}), {column.direction} is better"
+
+
+def describe_failure(failure: Failure) -> str:
+    """Return one line: the cell, its seed, the reason, and what to do next."""
+    cell = f"{failure.backbone}, {failure.task} {failure.protocol}, seed {failure.seed}"
+    fix = f" (next: {failure.fix})" if failure.fix else ""
+    return f"{cell}: {failure.status}: {failure.reason}{fix}"
+
+
+def format_duration(seconds: float | None) -> str:
+    """Return `8.21 s`, `95 s`, `31.3 min` or `2.4 h`."""
     if seconds is None:
         return MISSING
+    if seconds < 10:
+        return f"{seconds:.3g} s"
     if seconds < 120:
-        return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.0f} s"
+        return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def count(value: float | None) -> str:
-    """`86.6 M`, `5.50 k` or the number itself."""
+def format_count(value: float | None) -> str:
+    """Return `86.6 M`, `5.50 k`, or the number itself below 1000."""
     if value is None:
         return MISSING
     for size, suffix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
@@ -98,38 +129,45 @@ def count(value: float | None) -> str:
     return f"{value:.3g}"
 
 
-def verdict(baseline: str, column: Column, cells: dict[str, Cell]) -> str:
-    """What a column shows, in one sentence, without claiming more than its seeds allow."""
+def describe_column(baseline: str, column: Column, cells: dict[str, Cell]) -> str:
+    """Return the verdict of a column: one sentence that claims no more than its seeds support."""
     base = cells.get(baseline, Cell())
     others = {row: cell for row, cell in cells.items() if row != baseline and cell.mean is not None}
-    name = column_name(column)
+    name = name_column(column)
     if not column.metric:
-        return f"{name}: no row has a score."
+        return f"{name}: no scores."
     if base.mean is None:
-        return f"{name}: {baseline} has no score here, so there is nothing to compare with."
-    score_of_baseline = f"{baseline} {number(base.mean, column)}"
+        return f"{name}: no comparison, because {baseline} has no score."
+    score_of_baseline = f"{baseline} {format_number(base.mean, column)}"
     if not others:
-        return f"{name}: only {score_of_baseline}."
-    parts = [
-        f"{row} {number(cell.mean or 0.0, column)} vs {score_of_baseline}: {_evidence(cell, base, column)}"
-        for row, cell in others.items()
-    ]
-    return f"{name}, {column.metric}: " + "; ".join(parts) + "."
+        return f"{name}: no comparison, because only {score_of_baseline} was measured."
+    parts = []
+    for row, cell in others.items():
+        score = format_number(cell.mean or 0.0, column)
+        parts.append(f"{row} {score} vs {score_of_baseline}: {_describe_evidence(cell, base, column)}")
+    return f"{name}, {column.metric}: {'; '.join(parts)}."
 
 
-def _evidence(cell: Cell, base: Cell, column: Column) -> str:
+def _describe_evidence(cell: Cell, base: Cell, column: Column) -> str:
+    """Return the difference with its confidence interval, or with the reason why there is none."""
     change = cell.difference
     assert change is not None  # both have a mean
+    value = format_signed(change.value, column)
     if change.low is None or change.high is None:
-        alone, same = len(cell.values) == len(base.values) == 1, cell.std == base.std == 0
-        several = f"{len(cell.values)} against {len(base.values)} seeds"
-        seeds = "1 seed" if alone else "the same in every seed" if same else several
-        return f"{signed(change.value, column)} ({seeds}: no interval)"
-    pairs = (
-        f"{len(cell.values)} paired seeds"
-        if change.paired
-        else f"{len(cell.values)} and {len(base.values)} unpaired seeds"
-    )
-    zero = "" if change.is_clear else ", which includes 0"
-    low, high = signed(change.low, column), signed(change.high, column)
-    return f"{signed(change.value, column)} (95 % interval {low} to {high}{zero}; {pairs})"
+        return f"{value} (no interval: {_describe_seeds(cell, base)})"
+    if change.paired:
+        seeds = f"{len(cell.values)} paired seeds"
+    else:
+        seeds = f"{len(cell.values)} and {len(base.values)} unpaired seeds"
+    zero = "" if change.is_clear else ", includes 0"
+    low, high = format_signed(change.low, column), format_signed(change.high, column)
+    return f"{value} (95 % CI {low} to {high}{zero}; {seeds})"
+
+
+def _describe_seeds(cell: Cell, base: Cell) -> str:
+    """Return why the seeds of two cells give no interval."""
+    if len(cell.values) == len(base.values) == 1:
+        return "one seed each"
+    if cell.std == base.std == 0:
+        return "identical scores in every seed"
+    return f"{len(cell.values)} and {len(base.values)} seeds"

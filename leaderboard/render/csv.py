@@ -1,63 +1,77 @@
-"""The comparison as CSV: a line a cell, full precision, nothing in place of what was not measured."""
+"""Render a comparison as CSV: one line per cell in full precision, with empty fields for missing values."""
 
 import csv
 import io
 
-from leaderboard.table import Cell, Column, Comparison, Difference
+from leaderboard.table import Cell, Column, Comparison
 
 FIELDS = (
-    *(
-        "backbone",
-        "task",
-        "protocol",
-        "variant",
-        "dataset",
-        "split",
-        "metric",
-        "unit",
-        "direction",
-        "n",
-        "mean",
-        "std",
-    ),
-    *(
-        "difference",
-        "low",
-        "high",
-        "status",
-        "seconds",
-        "reason",
-        "published",
-        "published_in",
-        "published_differs",
-    ),
+    "backbone",
+    "task",
+    "protocol",
+    "variant",
+    "dataset",
+    "split",
+    "metric",
+    "unit",
+    "direction",
+    "n",  # number of seeds
+    "mean",
+    "std",
+    "difference",  # to the baseline
+    "low",  # of the difference's interval
+    "high",
+    "status",
+    "seconds",  # of training, feature extraction and evaluation
+    "reason",
+    "published",  # number of an ablation's row
+    "published_in",
+    "published_differs",  # why the published number is not comparable with the mean
 )
 
 
 def render_csv(comparison: Comparison) -> str:
-    """`n` seeds; `difference` to the baseline with its interval `low`..`high`; `seconds` of training, features and evaluation;
-    `published` of an ablation's row, and in `published_differs` why it is not to be compared with the mean."""
+    """Return one line per row and column of the comparison, with the fields in `FIELDS`."""
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(FIELDS)
+    writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+    writer.writeheader()
     for row in comparison.rows:
         for i, (column, cell) in enumerate(zip(comparison.columns, comparison.cells[row], strict=True)):
-            writer.writerow([row, *_line(column, cell), *_quoted(comparison, i, row)])
+            writer.writerow(
+                {"backbone": row, **_describe_cell(column, cell), **_describe_published(comparison, i, row)}
+            )
     return file.getvalue()
 
 
-def _line(column: Column, cell: Cell) -> list[object]:
-    place = [column.task, column.protocol, column.variant, column.dataset, column.split]
-    metric = [column.metric, column.unit, column.direction]
-    change = cell.difference or Difference(0, None)
-    value = change.value if cell.difference else None
-    reason = "; ".join(f"seed {failure.seed}: {failure.reason}" for failure in cell.failures)
-    numbers = [len(cell.values), cell.mean, cell.std, value, change.low, change.high]
-    return [*place, *metric, *numbers, cell.status, cell.seconds, reason]
+def _describe_cell(column: Column, cell: Cell) -> dict[str, object]:
+    change = cell.difference
+    return {
+        "task": column.task,
+        "protocol": column.protocol,
+        "variant": column.variant,
+        "dataset": column.dataset,
+        "split": column.split,
+        "metric": column.metric,
+        "unit": column.unit,
+        "direction": column.direction,
+        "n": len(cell.values),
+        "mean": cell.mean,
+        "std": cell.std,
+        "difference": change.value if change else None,
+        "low": change.low if change else None,
+        "high": change.high if change else None,
+        "status": cell.status,
+        "seconds": cell.seconds,
+        "reason": "; ".join(f"seed {failure.seed}: {failure.reason}" for failure in cell.failures),
+    }
 
 
-def _quoted(comparison: Comparison, column: int, row: str) -> list[object]:
-    for beside in comparison.beside:
-        if beside.column == column and row in beside.values:
-            return [beside.values[row], f"{beside.source}, {beside.places[row]}", "; ".join(beside.differs)]
-    return [None, None, None]
+def _describe_published(comparison: Comparison, column: int, row: str) -> dict[str, object]:
+    for published in comparison.published_comparisons:
+        if published.column == column and row in published.values:
+            return {
+                "published": published.values[row],
+                "published_in": f"{published.source}, {published.places[row]}",
+                "published_differs": "; ".join(published.differs),
+            }
+    return {}

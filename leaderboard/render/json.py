@@ -1,23 +1,28 @@
-"""The comparison as JSON, for programs."""
+"""Render a comparison as JSON, for programs."""
 
 import json
 from dataclasses import asdict
 from typing import Any
 
-from leaderboard.published import HEADING, PublishedRow
+from leaderboard.published import TITLE, select_published
 from leaderboard.table import Comparison
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: `beside` is `published_comparisons`
 
 
-def json_value(comparison: Comparison, published: list[PublishedRow], title: str) -> dict[str, Any]:
-    """`Comparison` field by field, the published numbers apart from it."""
-    quoted = {"note": HEADING, "rows": [asdict(row) for row in published]}
-    return {"schema_version": SCHEMA_VERSION, "title": title, **comparison.to_dict(), "published": quoted}
+def build_json(comparison: Comparison, title: str) -> dict[str, Any]:
+    """Return the fields of the comparison, with the published results of its tasks under `published`."""
+    rows = select_published({column.task for column in comparison.columns})
+    published = {"note": TITLE, "rows": [asdict(row) for row in rows]}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "title": title,
+        **comparison.to_dict(),
+        "published": published,
+    }
 
 
-def render_json(comparison: Comparison, published: list[PublishedRow], title: str) -> str:
-    return (
-        json.dumps(json_value(comparison, published, title), indent=2, ensure_ascii=False, allow_nan=False)
-        + "\n"
-    )
+def render_json(comparison: Comparison, title: str) -> str:
+    """Return the comparison as indented JSON text."""
+    value = build_json(comparison, title)
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

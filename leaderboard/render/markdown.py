@@ -1,155 +1,89 @@
-"""The comparison as Markdown."""
+"""Render a report as Markdown."""
 
 import re
+from collections.abc import Iterable
 
-from leaderboard import ablation, curve, metrics
-from leaderboard.curve import Curve, curves, published_curves
-from leaderboard.published import HEADING, PublishedRow
-from leaderboard.table import Cell, Column, Comparison, Cost
-from leaderboard.wording import column_metric, column_name, count, difference, duration, failure, score
+from leaderboard.sections import (
+    Block,
+    Bullets,
+    Code,
+    Facts,
+    Figures,
+    Fold,
+    Header,
+    Link,
+    Paragraph,
+    Report,
+    Section,
+    Table,
+    TableCell,
+)
 
-
-def render_markdown(comparison: Comparison, published: list[PublishedRow], title: str) -> str:
-    """Tables and lists; text from records is escaped, so that it stays text."""
-    parts = [
-        f"# {_escape(title)}",
-        f"Scores with the sample deviation over n seeds, and below each the difference to {_escape(comparison.baseline)} "
-        "with its 95 % interval. Bold: best of the column. A missing score is `-`, never 0.",
-        _main(comparison),
-        _ablation(comparison),
-        _curves(comparison),
-        _list("What it shows", comparison.verdicts),
-        _list("Without a score", [failure(lost) for lost in comparison.failures]),
-        _list("Problems", comparison.problems),
-        _list("How to read it", comparison.notes),
-        _metrics(comparison),
-        _costs(comparison),
-        _published(published),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+RULES = {"left": "---", "right": "---:"}
 
 
-def _main(comparison: Comparison) -> str:
-    headers = [
-        f"{_escape(column_name(column))}<br>{_escape(f'{column.dataset} {column.split}')}<br>{_escape(column_metric(column))}"
-        for column in comparison.columns
-    ]
-    rows = [
-        [
-            _escape(row),
-            *(
-                _cell(cell, column)
-                for cell, column in zip(comparison.cells[row], comparison.columns, strict=True)
-            ),
-        ]
-        for row in comparison.rows
-    ]
-    return _table(["backbone", *headers], rows)
+def render_markdown(report: Report) -> str:
+    """Return headings, tables and lists. Text from records is escaped so that it stays text."""
+    sections = [_draw_section(section) for section in report.select_sections("document")]
+    return "\n\n".join([f"# {_escape(report.title)}", _escape(report.lead), *sections]) + "\n"
 
 
-def _ablation(comparison: Comparison) -> str:
-    if not comparison.beside:
-        return ""
-    headers = ["<br>".join(map(_escape, parts)) for parts in ablation.headers(comparison)]
-    rows = [list(map(_escape, line)) for line in ablation.lines(comparison)]
-    return f"{_list(ablation.HEADING, ablation.sentences(comparison))}\n\n{_table(headers, rows)}"
+def _draw_section(section: Section) -> str:
+    return f"## {_escape(section.title)}\n\n{_draw_blocks(section.blocks)}"
 
 
-def _curves(comparison: Comparison) -> str:
-    found = curves(comparison)
-    tables = [_curve(each) for each in [*found, *published_curves()]] if found else []
-    return "\n\n".join([f"## {curve.HEADING}", curve.READING, *tables]) if tables else ""
+def _draw_blocks(blocks: Iterable[Block]) -> str:
+    drawn = [_draw_block(block) for block in blocks]
+    return "\n\n".join(text for text in drawn if text)
 
 
-def _curve(each: Curve) -> str:
-    note = f" {_escape(each.note)}" if each.note else ""
-    table = _table(curve.headers(each), [list(map(_escape, line)) for line in curve.lines(each)])
-    return f"{_escape(f'{each.name}: {each.place}.')}{note}\n\n{table}"
+def _draw_block(block: Block) -> str:
+    match block:
+        case Paragraph(text):
+            return _escape(text)
+        case Bullets(items):
+            return "\n".join(f"- {_draw_item(item)}" for item in items)
+        case Table():
+            return _draw_table(block)
+        case Figures():
+            return ""
+        case Facts(facts):
+            return "\n".join(f"- {_escape(f'{name}: {value}')}" for name, value in facts.items() if value)
+        case Code(text):
+            return "\n".join(f"    {line}" for line in text.splitlines())
+        case Fold(summary, blocks):
+            return f"### {_escape(summary)}\n\n{_draw_blocks(blocks)}"
 
 
-def _metrics(comparison: Comparison) -> str:
-    """A table a column that measured more than its score."""
-    parts = [f"## {metrics.HEADING}", "Mean and sample deviation over the seeds."]
-    for place, column in enumerate(comparison.columns):
-        if headers := metrics.headers(comparison, place):
-            name = f"{column_name(column)}, {column.dataset} {column.split}."
-            parts.append(_escape(" ".join([name, *metrics.sentences(comparison, place)])))
-            rows = [list(map(_escape, line)) for line in metrics.lines(comparison, place)]
-            parts.append(_table(["<br>".join(map(_escape, header)) for header in headers], rows))
-    return "\n\n".join(parts) if len(parts) > 2 else ""
+def _draw_item(item: str | Link) -> str:
+    return _escape(item) if isinstance(item, str) else _draw_link(item.text, item.url)
 
 
-def _cell(cell: Cell, column: Column) -> str:
-    text = f"**{score(cell, column)}**" if cell.is_best else score(cell, column)
-    return text + (f"<br>{difference(cell.difference, column)}" if cell.difference else "")
+def _draw_link(text: str, url: str) -> str:
+    return f"[{_escape(text)}]({url})"
 
 
-def _costs(comparison: Comparison) -> str:
-    totals = [
-        [_escape(total.backbone), duration(total.seconds_pretrain), duration(total.seconds_transfer)]
-        for total in comparison.totals
-    ]
-    headers = [
-        "backbone",
-        "job",
-        "runs",
-        "training",
-        "features",
-        "evaluation",
-        "img/s",
-        "parameters",
-        "GMACs",
-        "peak MiB",
-    ]
-    return "\n\n".join(
-        [
-            "## Cost",
-            "All seeds together; `-` where a record does not say.",
-            _table(["backbone", "pretraining", "transfer"], totals),
-            "Mean of a run:",
-            _table(headers, [_cost(cost) for cost in comparison.costs]),
-        ]
-    )
-
-
-def _cost(cost: Cost) -> list[str]:
-    numbers = (cost.images_per_second, cost.params, cost.gmacs, cost.peak_memory_mib)
-    times = (duration(cost.seconds_train), duration(cost.seconds_features), duration(cost.seconds_eval))
-    return [
-        _escape(cost.backbone),
-        _escape(f"{cost.task} {cost.protocol}"),
-        str(cost.num_runs),
-        *times,
-        *(count(value) for value in numbers),
-    ]
-
-
-def _published(rows: list[PublishedRow]) -> str:
-    if not rows:
-        return ""
-    headers = ["method", "backbone", "protocol", "data", "metric", "value", "source"]
+def _draw_table(table: Table) -> str:
     lines = [
-        [
-            row.method,
-            row.backbone,
-            row.protocol,
-            f"{row.dataset} {row.split}",
-            f"{row.metric} ({row.unit})",
-            f"{row.value}",
-            f"[{row.source}, {row.place}]({row.url})",
-        ]
-        for row in rows
+        [_draw_header(header) for header in table.headers],
+        [RULES[header.align] for header in table.headers],
+        *([_draw_cell(cell) for cell in row] for row in table.rows),
     ]
-    return f"## {HEADING}\n\n{_table(headers, lines)}"
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{_escape(table.caption)}\n\n{text}" if table.caption else text
 
 
-def _list(heading: str, lines: list[str]) -> str:
-    return f"## {heading}\n\n" + "\n".join(f"- {_escape(line)}" for line in lines) if lines else ""
+def _draw_header(header: Header) -> str:
+    return "<br>".join(map(_escape, (header.text, *header.lines)))
 
 
-def _table(headers: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *(["---:"] * (len(headers) - 1))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headers, rule, *rows))
+def _draw_cell(cell: TableCell) -> str:
+    text = _escape(cell.text + cell.rest)
+    if cell.url:
+        text = _draw_link(cell.text, cell.url)
+    if cell.is_best:
+        text = f"**{text}**"
+    return "<br>".join((text, *(_escape(line.text) for line in cell.lines)))
 
 
 def _escape(text: str) -> str:

@@ -1,4 +1,4 @@
-// Sorting is an extra: without scripts the page holds the same content.
+// Make every table sortable by its headers. Without scripts the page has the same content.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   table.querySelectorAll("thead th").forEach((header, index) => {
@@ -16,7 +16,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
-// Cells without a value stay last in either order.
+// Missing values stay last in either order.
 function compare(a, b, sign) {
   const [x, y] = [a.dataset.value, b.dataset.value];
   if (x === undefined && y === undefined) return sign * a.textContent.localeCompare(b.textContent, "en", { numeric: true });

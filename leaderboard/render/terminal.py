@@ -1,105 +1,89 @@
-"""The comparison as rich tables for a terminal of 100 columns."""
+"""Print a report to a terminal of 100 columns."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich.box import HORIZONTALS
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from leaderboard import ablation
-from leaderboard.table import Cell, Column, Comparison
-from leaderboard.wording import column_metric, column_name, difference, duration, failure, judgement, score
+from leaderboard.sections import (
+    Block,
+    Bullets,
+    Code,
+    Facts,
+    Figures,
+    Fold,
+    Header,
+    Paragraph,
+    Report,
+    Table,
+    TableCell,
+)
 
-PER_TABLE = 4  # columns that fit side by side
-STYLES = {"better": "green", "worse": "red"}
+STYLES = {"plain": "", "soft": "dim", "better": "green", "worse": "red"}
+NARROWEST = 20  # characters of a row's name before it is folded
 
 
-def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Prints tables, verdicts, costs, failures and problems."""
-    console.print(render_terminal(comparison))
+def print_report(report: Report, console: Console) -> None:
+    """Print the sections that are meant for a terminal."""
+    console.print(render_terminal(report))
 
 
-def render_terminal(comparison: Comparison) -> RenderableType:
-    """One table for every four columns, then sentences."""
+def render_terminal(report: Report) -> RenderableType:
+    """Return the sections that are meant for a terminal, each with its title."""
     parts: list[RenderableType] = []
-    for start in range(0, len(comparison.columns), PER_TABLE):
-        parts += [_table(comparison, start), Text()]
-    return Group(*parts, *_ablation(comparison), _costs(comparison), *_sentences(comparison))
+    for section in report.select_sections("terminal"):
+        parts.append(Text(section.title, style="bold red" if section.is_warning else "bold"))
+        parts += [*_draw_blocks(section.blocks), Text()]
+    return Group(*parts[:-1])
 
 
-def _table(comparison: Comparison, start: int) -> Table:
-    shown = comparison.columns[start : start + PER_TABLE]
-    table = Table(box=HORIZONTALS, header_style="bold", show_lines=True)
-    table.add_column("backbone", overflow="fold")
-    for column in shown:
-        table.add_column(_header(column), justify="right", overflow="fold")
-    for row in comparison.rows:
-        cells = comparison.cells[row][start : start + PER_TABLE]
-        table.add_row(Text(row), *(_cell(cell, column) for cell, column in zip(cells, shown, strict=True)))
-    return table
+def _draw_blocks(blocks: Iterable[Block]) -> Iterator[RenderableType]:
+    for block in blocks:
+        yield from _draw_block(block)
 
 
-def _header(column: Column) -> Text:
-    place = f"{column.dataset} {column.split}".strip()
-    metric = column_metric(column).replace(", ", "\n")
-    return Text(
-        "\n".join(line for line in (column.task, column_name(column).split(" ", 1)[1], place, metric) if line)
-    )
+def _draw_block(block: Block) -> Iterator[RenderableType]:
+    match block:
+        case Paragraph(text) | Code(text):
+            yield Text(text)
+        case Bullets(items):
+            yield from (Text(f"- {item if isinstance(item, str) else item.text}") for item in items)
+        case Table():
+            yield from _draw_table(block)
+        case Figures():
+            return
+        case Facts(facts):
+            yield from (Text(f"- {name}: {value}") for name, value in facts.items() if value)
+        case Fold(summary, blocks):
+            yield Text(summary)
+            yield from _draw_blocks(blocks)
 
 
-def _cell(cell: Cell, column: Column) -> Text:
-    text = Text(score(cell, column), style="bold" if cell.is_best else "")
-    if cell.difference:
-        style = STYLES[judgement(cell.difference)] if cell.difference.is_clear else "dim"
-        text.append(
-            "\n" + difference(cell.difference, column).replace(" ", "\n", 1), style=f"not bold {style}"
-        )
+def _draw_table(table: Table) -> Iterator[RenderableType]:
+    notes = f"{table.caption} {table.colours}".strip()
+    if notes:
+        yield Text(notes)
+    has_lines = any(cell.lines for row in table.rows for cell in row)
+    drawn = RichTable(box=HORIZONTALS, header_style="bold", show_lines=has_lines)
+    longest = max((len(row[0].text) for row in table.rows), default=0)
+    for i, header in enumerate(table.headers):
+        narrowest = min(NARROWEST, longest) if i == 0 else None
+        drawn.add_column(_draw_header(header), justify=header.align, overflow="fold", min_width=narrowest)
+    for row in table.rows:
+        drawn.add_row(*map(_draw_cell, row))
+    yield drawn
+
+
+def _draw_header(header: Header) -> Text:
+    """Return a header whose lines break at commas, so that columns stay narrow."""
+    return Text("\n".join((header.text, *header.lines)).replace(", ", "\n"))
+
+
+def _draw_cell(cell: TableCell) -> Text:
+    """Return a cell whose lines break after their first word, so that columns stay narrow."""
+    text = Text(cell.text + cell.rest, style="bold" if cell.is_best else "")
+    for line in cell.lines:
+        text.append("\n" + line.text.replace(" ", "\n", 1), style=f"not bold {STYLES[line.tone]}".strip())
     return text
-
-
-def _ablation(comparison: Comparison) -> Iterator[RenderableType]:
-    """The published numbers beside the measured ones, two columns of each to a table."""
-    if not comparison.beside:
-        return
-    headers, lines = ablation.headers(comparison), ablation.lines(comparison)
-    table = Table(title=ablation.HEADING, title_justify="left", box=HORIZONTALS, header_style="bold")
-    for i, parts in enumerate(headers):
-        widest = min(28, max(len(line[0]) for line in lines)) if i == 0 else None
-        table.add_column(
-            Text("\n".join(parts)), justify="right" if i else "left", overflow="fold", min_width=widest
-        )
-    for line in lines:
-        table.add_row(*map(Text, line))
-    yield from (table, Text())
-
-
-def _costs(comparison: Comparison) -> Table:
-    table = Table(
-        title="Cost (all seeds together)", title_justify="left", box=HORIZONTALS, header_style="bold"
-    )
-    table.add_column("backbone", overflow="fold")
-    for name in ("pretraining", "transfer"):
-        table.add_column(name, justify="right")
-    for total in comparison.totals:
-        table.add_row(
-            Text(total.backbone), duration(total.seconds_pretrain), duration(total.seconds_transfer)
-        )
-    return table
-
-
-def _sentences(comparison: Comparison) -> Iterator[Text]:
-    lists = {
-        "What it shows": comparison.verdicts,
-        ablation.HEADING: ablation.sentences(comparison),
-        "Without a score": [failure(lost) for lost in comparison.failures],
-        "Problems": comparison.problems,
-        "How to read it": [
-            f"Below a score: the difference to {comparison.baseline} and its 95 % interval; bold: best of the column.",
-            *comparison.notes,
-        ],
-    }
-    for heading, lines in lists.items():
-        if lines:
-            yield Text(f"\n{heading}", style="bold")
-            yield from (Text(f"- {line}") for line in lines)

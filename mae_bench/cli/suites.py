@@ -254,15 +254,13 @@ def _write_report(
     runs: Path, out: Path, baseline: str, title: str, only: set[Path] | None, *, quiet: bool
 ) -> list[str]:
     """Write the report, print its table unless `quiet`, and return the paths of the files."""
-    from leaderboard.compare import compare
-    from leaderboard.index import load_runs
-    from leaderboard.render.terminal import print_comparison
-    from leaderboard.report import write_report
+    from leaderboard.render.terminal import print_report
+    from leaderboard.report import build_report, load_results, write_report
 
     files = write_report(runs, out, baseline, title, only)
     if not quiet:
         from rich.console import Console
 
         width = None if sys.stdout.isatty() else FILE_WIDTH
-        print_comparison(compare(load_runs(runs, only), baseline), Console(width=width))
+        print_report(build_report(load_results(runs, baseline, only)), Console(width=width))
     return [str(file) for file in files]

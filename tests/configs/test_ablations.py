@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from leaderboard.published import published_rows
+from leaderboard.published import load_published
 from mae_bench.config import CONFIGS, list_configs, load_yaml
 from mae_bench.runner.plan import plan_of
 from mae_bench.suite.config import complete_job, load_suite
@@ -83,12 +83,12 @@ def test_a_suite_has_the_papers_rows_under_the_names_of_the_published_numbers(
     found = rows(suite)
     assert list(found) == names
     assert len({job["protocol"] for job in found.values()}) == len(found)
-    published = Counter(row.ablation for row in published_rows() if row.ablation)
+    published = Counter(row.ablation for row in load_published() if row.ablation)
     assert {published[name] for name in names} == {2}, "fine-tuned and linear"
 
 
 def test_nothing_is_published_for_a_row_that_no_suite_has() -> None:
-    assert {row.ablation for row in published_rows() if row.ablation} == {*TABLE_1, *FIGURE_5, *FIGURE_7}
+    assert {row.ablation for row in load_published() if row.ablation} == {*TABLE_1, *FIGURE_5, *FIGURE_7}
 
 
 def test_the_parts_of_table_1_make_the_whole() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic_core import to_jsonable_python
 
-from leaderboard.published import published_rows
+from leaderboard.published import load_published
 from mae_bench.config import CONFIGS, build, find_variants, list_configs, load_yaml
 from mae_bench.data.sets.listed import PUBLISHED
 from mae_bench.pretrain.config import ModelConfig, PretrainConfig
@@ -231,7 +231,7 @@ def test_supervised_training_is_table_11(size: str, epochs: int, drop_path: floa
 def test_a_published_recipe_is_called_as_its_published_numbers(path: Path) -> None:
     """Scores of ours then stand under the name that the quoted rows have."""
     dataset = EXPECTED[job(path)["expect"]]
-    assert job(path)["protocol"] in {row.protocol for row in published_rows() if row.dataset == dataset}
+    assert job(path)["protocol"] in {row.protocol for row in load_published() if row.dataset == dataset}
 
 
 @pytest.mark.parametrize("dataset", TRANSFERS)
@@ -244,7 +244,7 @@ def test_a_transfer_is_the_recipe_of_imagenet_under_a_name_of_its_own(dataset: s
     backbone = f"{SIZE_NAMES[size.removesuffix('_448')]}{' at 448' if size == 'huge_448' else ''}"
     (quoted,) = (
         row.value
-        for row in published_rows()
+        for row in load_published()
         if (row.dataset, row.backbone) == (EXPECTED[TRANSFERS[dataset]], backbone)
     )
     header, *lines = (

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import Console
 
-from leaderboard.ablation import PRETRAINING, lines, sentences
+from leaderboard.ablation import PRETRAINING, build_table, describe_settings
 from leaderboard.compare import compare
 from leaderboard.index import load_runs
-from leaderboard.published import published_rows
-from leaderboard.render.terminal import print_comparison
-from leaderboard.report import write_report
+from leaderboard.published import load_published
+from leaderboard.render.terminal import print_report
+from leaderboard.report import build_report, load_results, write_report
 from leaderboard.table import Comparison
 
 if TYPE_CHECKING:
@@ -53,6 +53,10 @@ def read(folder: Folder) -> Comparison:
     return compare(load_runs(folder.root), "default")
 
 
+def lines(comparison: Comparison) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in build_table(comparison).rows]
+
+
 def test_measured_and_published_stand_in_one_line_in_the_papers_order(ablation: Folder) -> None:
     assert lines(read(ablation)) == [
         ["default", "84.7", "84.9", "73.4", "73.5", "Table 1"],
@@ -64,8 +68,8 @@ def test_measured_and_published_stand_in_one_line_in_the_papers_order(ablation: 
 
 def test_the_papers_own_setting_is_called_comparable(ablation: Folder) -> None:
     comparison = read(ablation)
-    assert [beside.differs for beside in comparison.beside] == [(), ()]
-    assert not [sentence for sentence in sentences(comparison) if "not comparable" in sentence]
+    assert [published.differs for published in comparison.published_comparisons] == [(), ()]
+    assert not [sentence for sentence in describe_settings(comparison) if "not comparable" in sentence]
 
 
 @pytest.mark.parametrize(
@@ -85,9 +89,9 @@ def test_what_differs_from_the_paper_is_named(
     folder.add("default", 0.4, config={"kind": "pretrain", **PRETRAINING, **pretraining}, **PRETRAIN)
     for row in ("default", "mask_grid_75"):
         seeds(row, 50.0, **FINETUNE | transfer)
-    (beside,) = read(folder).beside
-    assert beside.differs == (named,)
-    assert "not comparable" in " ".join(sentences(read(folder)))
+    (published,) = read(folder).published_comparisons
+    assert published.differs == (named,)
+    assert "not comparable" in " ".join(describe_settings(read(folder)))
 
 
 def test_a_pretraining_that_is_not_recorded_is_no_ground_for_comparing(
@@ -95,14 +99,14 @@ def test_a_pretraining_that_is_not_recorded_is_no_ground_for_comparing(
 ) -> None:
     for row in ("default", "mask_grid_75"):
         seeds(row, 50.0, **FINETUNE)
-    (beside,) = read(folder).beside
-    assert "pretraining epochs not recorded, published 800" in beside.differs
+    (published,) = read(folder).published_comparisons
+    assert "pretraining epochs not recorded, published 800" in published.differs
 
 
 def test_names_that_meet_by_chance_make_no_ablation(folder: Folder, seeds: Callable, tmp_path: Path) -> None:
     for row in ("default", "supervised"):
         seeds(row, 50.0, **FINETUNE)
-    assert read(folder).beside == []
+    assert read(folder).published_comparisons == []
     assert not any("Ablation" in path.read_text() for path in write_report(folder.root, tmp_path / "out"))
 
 
@@ -124,7 +128,7 @@ def test_every_rendering_has_them(ablation: Folder, tmp_path: Path) -> None:
         for path in write_report(ablation.root, tmp_path / "out", "default")
     }
     console = Console(width=100, file=io.StringIO(), force_terminal=False)
-    print_comparison(read(ablation), console)
+    print_report(build_report(load_results(ablation.root, "default")), console)
     terminal = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, terminal.splitlines())) <= 100
     assert "84.8 (-0.1)" in terminal
@@ -132,7 +136,7 @@ def test_every_rendering_has_them(ablation: Folder, tmp_path: Path) -> None:
         "| decoder\\_depth\\_1 | 84.5 (-0.2) | 84.8 (-0.1) | 65.0 (-8.4) | 65.5 (-8.0) | Table 1a |"
         in texts[".md"]
     )
-    assert "<td>84.8 (\N{MINUS SIGN}0.1)</td>" in texts[".html"]
+    assert ">84.8 (\N{MINUS SIGN}0.1)<" in texts[".html"]
     (line,) = (
         row
         for row in csv.DictReader(io.StringIO(texts[".csv"]))
@@ -143,8 +147,8 @@ def test_every_rendering_has_them(ablation: Folder, tmp_path: Path) -> None:
         "He et al. 2022, Table 1a",
         "",
     )
-    beside = json.loads(texts[".json"])["beside"]
-    assert beside[0]["values"]["decoder_depth_1"] == 84.8
+    published = json.loads(texts[".json"])["published_comparisons"]
+    assert published[0]["values"]["decoder_depth_1"] == 84.8
     assert json.loads(texts[".json"])["cells"]["decoder_depth_1"][0]["mean"] == 84.5, (
         "the published number is in no cell"
     )
@@ -152,7 +156,7 @@ def test_every_rendering_has_them(ablation: Folder, tmp_path: Path) -> None:
 
 def test_the_papers_table_1_is_quoted_whole() -> None:
     """Fine-tuned and linear scores by the table's letters; the default row stands once."""
-    rows = [row for row in published_rows() if row.ablation and row.place.startswith("Table 1")]
+    rows = [row for row in load_published() if row.ablation and row.place.startswith("Table 1")]
     linear = {row.ablation: row.value for row in rows if row.protocol == "linear-90ep"}
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:

@@ -38,7 +38,7 @@ def test_mean_std_and_paired_interval_by_hand(folder: Folder, seeds: Callable) -
     assert change.better
     assert not change.is_clear
     assert (
-        "mae 64.0 vs supervised 62.0: +2.0 (95 % interval -0.5 to +4.5, which includes 0; 3 paired seeds)"
+        "mae 64.0 vs supervised 62.0: +2.0 (95 % CI -0.5 to +4.5, includes 0; 3 paired seeds)"
         in comparison.verdicts[0]
     )
 
@@ -62,7 +62,7 @@ def test_one_seed_has_a_difference_without_spread_or_interval(folder: Folder, se
     assert cell.difference is not None
     assert (cell.difference.low, cell.difference.high, cell.difference.is_clear) == (None, None, False)
     assert comparison.verdicts == [
-        "imagenet linear-90ep, top1: mae 61.2 vs supervised 63.0: -1.8 (1 seed: no interval)."
+        "imagenet linear-90ep, top1: mae 61.2 vs supervised 63.0: -1.8 (no interval: one seed each)."
     ]
 
 
@@ -106,7 +106,7 @@ def test_a_protocol_without_any_score_has_its_column(folder: Folder, seeds: Call
     comparison = read(folder)
     assert [column.task for column in comparison.columns] == ["imagenet", "ade20k"]
     assert comparison.cells["mae"][1].status == "not installed"
-    assert comparison.verdicts[1] == "ade20k upernet-160k-512: no row has a score."
+    assert comparison.verdicts[1] == "ade20k upernet-160k-512: no scores."
 
 
 def test_a_failed_seed_beside_measured_ones_is_kept(folder: Folder, seeds: Callable) -> None:
@@ -176,7 +176,7 @@ def test_a_score_of_another_backbone_than_the_rows_is_named(folder: Folder) -> N
     folder.add("supervised", 63.0, backbone_digest="3")
     (problem,) = read(folder).problems
     assert problem.startswith(
-        "cells/003/record.json scores another backbone than the mae whose making is recorded"
+        "cells/003/record.json scores a backbone that differs from the recorded pretraining of mae"
     )
 
 
@@ -187,7 +187,7 @@ def test_of_a_seed_recorded_twice_the_newer_counts_and_both_are_named(folder: Fo
     comparison = read(folder)
     assert comparison.cells["mae"][0].values == (61.0,)
     assert (
-        "cells/002/record.json is the newest and counts, cells/003/record.json is left out"
+        "cells/002/record.json is the newest and is used, cells/003/record.json is ignored"
         in comparison.problems[0]
     )
 
@@ -205,7 +205,7 @@ def test_without_the_baseline_the_table_stands(folder: Folder, seeds: Callable) 
     assert comparison.cells["mae"][0].mean == 61.5
     assert comparison.cells["mae"][0].difference is None
     assert "no row named supervised" in comparison.notes[0]
-    assert "supervised has no score here" in comparison.verdicts[0]
+    assert "supervised has no score" in comparison.verdicts[0]
 
 
 def test_another_baseline_can_be_named(folder: Folder, seeds: Callable) -> None:
@@ -226,9 +226,10 @@ def test_seeds_that_change_nothing_give_no_interval(folder: Folder, seeds: Calla
     assert (change.value, change.better, change.low, change.is_clear) == (13.5, True, None, False)
     assert comparison.cells["other"][0].difference.is_clear  # type: ignore[union-attr]
     assert (
-        "mae 53.5 vs supervised 40.0: +13.5 (the same in every seed: no interval)" in comparison.verdicts[0]
+        "mae 53.5 vs supervised 40.0: +13.5 (no interval: identical scores in every seed)"
+        in comparison.verdicts[0]
     )
-    assert any("every seed gave the same" in note for note in comparison.notes)
+    assert any("every seed gave the same score" in note for note in comparison.notes)
 
 
 def test_pretraining_is_a_cost_and_no_column(folder: Folder, seeds: Callable) -> None:
@@ -275,7 +276,7 @@ def test_a_spread_over_one_backbone_is_called_the_transfers(folder: Folder, seed
     seeds("mae", 60.0, 61.0)
     folder.add("random", 20.0, 0)
     folder.add("random", 21.0, 1, backbone_digest="e" * 64)
-    note = next(note for note in read(folder).notes if "one and the same backbone" in note)
+    note = next(note for note in read(folder).notes if "transfer the same backbone" in note)
     assert "mae" in note
     assert "random" not in note
 

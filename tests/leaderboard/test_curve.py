@@ -12,10 +12,11 @@ import pytest
 
 from leaderboard import metrics
 from leaderboard.compare import compare
-from leaderboard.curve import Curve, curves, headers, lines, published_curves
+from leaderboard.curve import Curve, build_curves, build_figure, build_published_curves, build_table
 from leaderboard.index import load_runs
-from leaderboard.render.line_chart import WIDTH, line_chart
+from leaderboard.render.line_chart import WIDTH, draw_lines
 from leaderboard.report import write_report
+from leaderboard.sections import LineChart
 from leaderboard.table import Measured
 from mae_bench.record import Metric
 
@@ -42,10 +43,9 @@ def drawn(points: dict[str, dict[float, float]], std: float | None = None, basel
     measured = {
         row: {n: Measured(v, std, 3, "%", "higher") for n, v in own.items()} for row, own in points.items()
     }
-    html = line_chart(Curve("a <b>", "here", measured, dict.fromkeys(points, 3)), baseline)
-    found = ET.fromstring(html.replace("<br>", "<br/>")).find("svg")
-    assert found is not None
-    return found
+    chart = build_figure(Curve("curve", "here", measured, dict.fromkeys(points, 3)), baseline).drawing
+    assert isinstance(chart, LineChart)
+    return ET.fromstring(draw_lines(chart, "label"))
 
 
 def polyline(svg: ET.Element, kind: str) -> list[tuple[float, float]]:
@@ -55,9 +55,10 @@ def polyline(svg: ET.Element, kind: str) -> list[tuple[float, float]]:
 
 
 def test_points_are_means_over_seeds_in_the_order_of_the_blocks(partial: Folder) -> None:
-    (curve,) = curves(compare(load_runs(partial.root)))
-    assert headers(curve) == ["tuned blocks", "0", "0.5", "2", "10"]
-    assert lines(curve) == [
+    (curve,) = build_curves(compare(load_runs(partial.root)))
+    table = build_table(curve)
+    assert [header.text for header in table.headers] == ["tuned blocks", "0", "0.5", "2", "10"]
+    assert [[cell.text for cell in row] for row in table.rows] == [
         ["supervised", "40.0 ± 0.0", "45.0 ± 0.0", "50.0 ± 0.0", "-"],
         ["mae", "30.0 ± 1.0", "50.0 ± 1.0", "60.0 ± 1.0", "70.0 ± 1.0"],
     ]
@@ -65,23 +66,21 @@ def test_points_are_means_over_seeds_in_the_order_of_the_blocks(partial: Folder)
 
 def test_numbers_of_blocks_rise_whatever_each_row_has() -> None:
     one = Measured(1.0, None, 1, "%", "higher")
-    assert Curve("", "", {"deep": {24: one, 12: one}, "shallow": {0.5: one, 6: one, 0: one}}, {}).counts == [
-        0,
-        0.5,
-        6,
-        12,
-        24,
-    ]
+    points: dict[str, dict[float, Measured]] = {
+        "deep": {24: one, 12: one},
+        "shallow": {0.5: one, 6: one, 0: one},
+    }
+    assert Curve("", "", points, {}).num_blocks == [0, 0.5, 6, 12, 24]
 
 
 def test_points_stand_in_the_curves_table_alone(partial: Folder) -> None:
     comparison = compare(load_runs(partial.root))
-    assert [metrics.headers(comparison, place) for place in range(2)] == [[], []]
+    assert [metrics.build_table(comparison, place) for place in range(2)] == [None, None]
 
 
 def test_a_single_number_of_blocks_is_no_curve(folder: Folder) -> None:
     add(folder, "mae", 0, {"1": 50})
-    assert curves(compare(load_runs(folder.root))) == []
+    assert build_curves(compare(load_runs(folder.root))) == []
 
 
 @pytest.mark.parametrize(
@@ -89,7 +88,7 @@ def test_a_single_number_of_blocks_is_no_curve(folder: Folder) -> None:
     [("MAE", 0, 73.5), ("MAE", 0.5, 79.1), ("MAE", 4, 84.2), ("MoCo v3", 4, 81.6)],
 )
 def test_the_published_curve_is_the_papers(method: str, count: float, value: float) -> None:
-    (curve,) = published_curves()
+    (curve,) = build_published_curves()
     assert curve.points[method][count].mean == value
     assert "Figure 9" in curve.name
     assert "not comparable with the runs" in curve.place

@@ -9,8 +9,9 @@ import pytest
 
 from leaderboard.compare import compare
 from leaderboard.index import load_runs
-from leaderboard.metrics import headers, lines, sentences
+from leaderboard.metrics import build_table
 from leaderboard.report import write_report
+from leaderboard.sections import Table
 from leaderboard.table import Comparison
 from mae_bench.record import Metric
 
@@ -22,6 +23,20 @@ def read(folder: Folder) -> Comparison:
     return compare(load_runs(folder.root))
 
 
+def table(comparison: Comparison) -> Table:
+    found = build_table(comparison, 0)
+    assert found is not None
+    return found
+
+
+def headers(comparison: Comparison) -> list[tuple[str, ...]]:
+    return [(header.text, *header.lines) for header in table(comparison).headers]
+
+
+def lines(comparison: Comparison) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in table(comparison).rows]
+
+
 def test_numbers_of_labels_stand_in_the_records_order_with_their_margins(folder: Folder) -> None:
     for seed, shift in enumerate((-1, 1)):
         metrics = {f"top1_{name}": Metric(20.0 + shift) for name in ("1shot", "10shot", "1%")}
@@ -30,19 +45,19 @@ def test_numbers_of_labels_stand_in_the_records_order_with_their_margins(folder:
         }
         folder.add("mae", 0, seed, metrics=metrics, main_metric="top1_1%")
     comparison = read(folder)
-    assert headers(comparison, 0) == [
+    assert headers(comparison) == [
         ("backbone",),
         ("top1_1shot", "%"),
         ("top1_10shot", "%"),
         ("top1_1%", "%"),
     ]
-    assert lines(comparison, 0) == [["mae", *["20.0 ± 1.4 (2.0)"] * 3]]
-    assert "over one record's draws" in sentences(comparison, 0)[0]
+    assert lines(comparison) == [["mae", *["20.0 ± 1.4 (2.0)"] * 3]]
+    assert "over the draws of one record" in table(comparison).caption
 
 
 def test_a_margin_of_nothing_is_a_metric(folder: Folder) -> None:
     folder.add("mae", 0, metrics={"top1": Metric(5.0), "safety_margin": Metric(1.5, "px")})
-    assert lines(read(folder), 0) == [["mae", "5.00", "1.500"]]
+    assert lines(read(folder)) == [["mae", "5.00", "1.500"]]
 
 
 def test_what_lies_on_the_best_epoch_is_said_to_be_chosen_on_val(folder: Folder) -> None:
@@ -50,10 +65,9 @@ def test_what_lies_on_the_best_epoch_is_said_to_be_chosen_on_val(folder: Folder)
         "mae", 0, metrics={"top1": Metric(60.0), "best_top1": Metric(61.0), "best_epoch": Metric(7, "epochs")}
     )
     comparison = read(folder)
-    assert ["best_top1", "%"] in [list(header) for header in headers(comparison, 0)]
-    (sentence,) = sentences(comparison, 0)
-    assert "chosen on the evaluated images" in sentence
-    assert "the score is the last epoch's" in sentence
+    assert ["best_top1", "%"] in [list(header) for header in headers(comparison)]
+    assert "selected on the evaluated images" in table(comparison).caption
+    assert "the score is that of the last epoch" in table(comparison).caption
     assert comparison.cells["mae"][0].mean == 60
 
 
@@ -63,7 +77,7 @@ def test_the_direction_of_each_metric_is_said(folder: Folder) -> None:
             row, 0, metrics={"mCE": Metric(error, "%", "lower"), "top1": Metric(50.0)}, main_metric="mCE"
         )
     comparison = read(folder)
-    assert headers(comparison, 0)[1:] == [("mCE", "%, lower is better"), ("top1", "%")]
+    assert headers(comparison)[1:] == [("mCE", "%, lower is better"), ("top1", "%")]
     assert comparison.cells["mae"][0].is_best
 
 
@@ -71,12 +85,12 @@ def test_a_metric_that_some_records_lack_says_how_many_have_it(folder: Folder) -
     folder.add("mae", 0, 0, metrics={"top1": Metric(60.0), "top5": Metric(80.0)})
     folder.add("mae", 0, 1, metrics={"top1": Metric(62.0)})
     folder.add("supervised", 61.0)
-    assert lines(read(folder), 0) == [["supervised", "61.0", "-"], ["mae", "61.0 ± 1.4", "80.0 n=1"]]
+    assert lines(read(folder)) == [["supervised", "61.0", "-"], ["mae", "61.0 ± 1.4", "80.0 n=1"]]
 
 
 def test_a_score_alone_needs_no_table(folder: Folder, tmp_path: Path) -> None:
     folder.add("mae", 50.0)
-    assert headers(read(folder), 0) == []
+    assert build_table(read(folder), 0) is None
     assert not [
         path
         for path in write_report(folder.root, tmp_path)
@@ -106,6 +120,6 @@ def test_the_report_has_the_table_and_the_chosen_head(folder: Folder, tmp_path: 
     text = next(path for path in write_report(folder.root, tmp_path) if path.suffix == suffix).read_text(
         encoding="utf-8"
     )
-    assert "58.5" in text.split("All metrics of each protocol")[1]
+    assert "58.5" in text.split("All metrics per protocol")[1]
     if suffix == ".html":
         assert f"{note}<br>1 &lt;image&gt; lost" in text

@@ -2,11 +2,11 @@
 
 import pytest
 
-from leaderboard.published import published_for, published_rows
+from leaderboard.published import load_published, select_published
 
 
 def test_every_row_says_whose_number_it_is() -> None:
-    for row in published_rows():
+    for row in load_published():
         assert row.url.startswith("https://")
         assert all(
             (
@@ -39,7 +39,7 @@ def test_no_number_stands_twice() -> None:
             r.ablation,
             r.blocks,
         )
-        for r in published_rows()
+        for r in load_published()
     ]
     assert len(keys) == len(set(keys))
 
@@ -63,16 +63,16 @@ def test_the_papers_mae_rows(
     key = ("MAE", backbone, protocol, metric, dataset, place)
     found = [
         r.value
-        for r in published_rows()
+        for r in load_published()
         if (r.method, r.backbone, r.protocol, r.metric, r.dataset, r.place) == key
     ]
     assert found == [value]
 
 
 def test_points_of_a_curve_are_not_quoted_one_by_one() -> None:
-    assert any(row.blocks is not None for row in published_rows())
-    assert all(row.blocks is None and not row.ablation for row in published_for({"imagenet"}))
+    assert any(row.blocks is not None for row in load_published())
+    assert all(row.blocks is None and not row.ablation for row in select_published({"imagenet"}))
 
 
 def test_only_the_tasks_that_were_run_are_quoted() -> None:
-    assert {row.task for row in published_for({"coco", "pretrain"})} == {"coco"}
+    assert {row.task for row in select_published({"coco", "pretrain"})} == {"coco"}

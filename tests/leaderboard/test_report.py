@@ -20,8 +20,8 @@ from rich.console import Console
 
 from leaderboard.compare import compare
 from leaderboard.index import load_runs
-from leaderboard.render.terminal import print_comparison
-from leaderboard.report import write_report
+from leaderboard.render.terminal import print_report
+from leaderboard.report import build_report, load_results, write_report
 from mae_bench.record import RecordError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def texts(runs: Path, tmp_path: Path) -> dict[str, str]:
 
 def terminal(runs: Path, width: int = 100) -> str:
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    print_comparison(compare(load_runs(runs)), console)
+    print_report(build_report(load_results(runs)), console)
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
@@ -121,9 +121,9 @@ def test_the_terminal_splits_wide_comparisons(folder: Folder) -> None:
 
 def test_markdown_keeps_tables_whole_and_text_as_text(texts: dict[str, str]) -> None:
     lines = texts[".md"].splitlines()
-    table = [line for line in lines[: lines.index("## What it shows")] if line.startswith("|")]
+    table = [line for line in lines[: lines.index("## Summary")] if line.startswith("|")]
     assert {line.count("|") - line.count("\\|") for line in table} == {4}
-    assert "| mae | 61.2 ± 0.2 (n=3)<br>-1.8 [-3.3, -0.3] |" in texts[".md"]
+    assert "| mae | 61.2 ± 0.2 (n=3)<br>-1.8 \\[-3.3, -0.3\\] |" in texts[".md"]
     assert "<script" not in texts[".md"].replace("\\<script", "")
     assert "not comparable with the runs above" in texts[".md"]
 
@@ -198,7 +198,7 @@ def test_a_picture_that_cannot_be_shown_is_named(
         (path.parent / artefact).write_bytes(content)
     html = write_report(folder.root, tmp_path / "out")[-1].read_text()
     assert "<img" not in html
-    assert "its reconstruction cannot be shown" in html
+    assert "the reconstruction cannot be shown" in html
     assert named in html
 
 
