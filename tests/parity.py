@@ -5,6 +5,7 @@ by how much depends on the vector instructions of the machine, and a tolerance t
 In float64 they differ by about 1e-14, and every defect worth the name is above 1e-9.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -13,6 +14,10 @@ import torch
 from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)
+
+# The tolerance where one side keeps a table in float32 (rotations, sums or resamplings of position rows) and all else is float64:
+# one rounding of an entry reaches the tokens of a toy of two blocks about once, and eight are allowed.
+FLOAT32_TABLES = 8 * torch.finfo(torch.float32).eps
 
 
 def assert_parity(ours: Any, reference: Any, *, rtol: float = 1e-9, msg: str = "") -> None:
@@ -40,8 +45,10 @@ def assert_within_rounding(ours: Any, reference: Any, *, roundings: float, msg: 
 
 
 def in_float64(model: Model) -> Model:
-    """Return the model in float64, in evaluation mode."""
-    return model.double().eval()
+    """Return a copy of the model in float64, in evaluation mode."""
+    model = copy.deepcopy(model).double()
+    model.eval()  # in a line of its own: mmsegmentation's backbones return nothing
+    return model
 
 
 def weights_in_float64(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

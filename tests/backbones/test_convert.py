@@ -15,6 +15,7 @@ from backbones.reading.source import open_source
 from backbones.translating.detect import FORMATS, WRITABLE, get_format
 from mae_bench.errors import UserError
 from mae_bench.spec import BackboneSpec
+from tests.parity import assert_parity, in_float64
 
 PLAIN = {
     "mae_bench",
@@ -184,7 +185,7 @@ class TestTransformers:
         """Tokens in the images' order: with ascending noise nothing is shuffled, with mask_ratio 0 nothing removed."""
         noise = torch.arange(16.0).repeat(len(imgs), 1)
         with torch.no_grad():
-            return model.eval()(imgs, noise=noise).last_hidden_state
+            return in_float64(model)(imgs, noise=noise).last_hidden_state
 
     @pytest.mark.parametrize("kind", ["ViTMAEForPreTraining", "ViTMAEModel"])
     def test_features_equal_theirs(self, tmp_path, transformers, config, kind):
@@ -192,10 +193,10 @@ class TestTransformers:
         randomise(theirs)
         theirs.save_pretrained(tmp_path / "hf")
         ours, spec, report = load_backbone(tmp_path / "hf")
-        imgs = torch.randn(2, 3, 32, 32)
+        imgs = torch.randn(2, 3, 32, 32).double()
         expected = self.features(theirs.vit if kind == "ViTMAEForPreTraining" else theirs, imgs)
         with torch.no_grad():
-            torch.testing.assert_close(ours.eval().forward_features(imgs), expected, rtol=1e-5, atol=1e-5)
+            assert_parity(ours.double().eval().forward_features(imgs), expected)
         assert (spec.num_heads, spec.norm_eps, spec.mlp_ratio) == (4, 1e-5, 2.0)
         assert set(report.renamed) | set(report.dropped) == set(open_source(tmp_path / "hf").stored)
         assert bool(report.dropped) == (kind == "ViTMAEForPreTraining")
@@ -207,11 +208,9 @@ class TestTransformers:
         )
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         ours, spec, _ = load_backbone(files["encoder"][0])
-        imgs = torch.randn(2, 3, 32, 32)
+        imgs = torch.randn(2, 3, 32, 32).double()
         with torch.no_grad():
-            torch.testing.assert_close(
-                self.features(theirs, imgs), ours.eval().forward_features(imgs), rtol=1e-5, atol=1e-5
-            )
+            assert_parity(self.features(theirs, imgs), ours.double().eval().forward_features(imgs))
         processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
         assert tuple(processor.image_mean) == spec.mean
         theirs.save_pretrained(tmp_path / "again")

@@ -18,13 +18,14 @@ from mae_bench.models.options import MAEOptions
 from mae_bench.pretrain.reconstruct import save_mae
 from mae_bench.spec import BackboneSpec
 from tests.backbones.formats.plain_vit import published_vit
+from tests.parity import assert_parity, in_float64
 
 NAMES = ["encoder", "full", "fine", "probe", "checkpoint-7", "timm.safetensors", "timm.bin", "timm.pth", "hf"]
 
 
 @pytest.fixture
 def imgs():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9)).double()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -33,7 +34,7 @@ def test_every_layout_gives_the_published_features(files, toys, imgs, name):
     model, spec, report = load_backbone(path)
     expected = published_vit(toys["fine" if name == "fine" else "encoder"], imgs, 3, spec.norm_eps)
     with torch.no_grad():
-        torch.testing.assert_close(model.eval().forward_features(imgs), expected, rtol=1e-5, atol=1e-5)
+        assert_parity(model.double().eval().forward_features(imgs), expected)
     assert report.format == format
     assert (spec.embed_dim, spec.depth, spec.num_heads, spec.patch_size, spec.img_size) == (
         192,
@@ -84,7 +85,7 @@ def test_an_export_and_a_run_folder_are_one(tmp_path, files, imgs):
         again, same_spec, report = load_backbone(source)
         assert same_spec == spec
         assert (report.format, report.digest) == ("mae_bench", digest)
-        assert torch.equal(again.forward_features(imgs), model.forward_features(imgs))
+        assert torch.equal(again.forward_features(imgs.float()), model.forward_features(imgs.float()))
     save_file(
         {name: tensor * 2 for name, tensor in model.state_dict().items()},
         tmp_path / "cell/export/backbone.safetensors",
@@ -101,7 +102,9 @@ def test_our_pretraining_file_with_its_decoder_is_one_of_the_official_layout(tmp
     save_mae(mae, tmp_path)
     model, same_spec, report = load_backbone(tmp_path / "mae.safetensors")
     assert (report.format, same_spec) == ("official_mae", spec)
-    assert torch.equal(model.eval().forward_features(imgs), mae.encoder.forward_features(imgs))
+    assert torch.equal(
+        model.eval().forward_features(imgs.float()), mae.encoder.forward_features(imgs.float())
+    )
 
 
 def test_a_folder_of_timms_hub_says_how_to_feed_it(tmp_path):
@@ -135,10 +138,10 @@ def test_a_spec_that_contradicts_its_weights_is_refused(tmp_path, encoder, state
 
 def test_average_pooling_moves_the_norm(files, encoder, imgs):
     model, _, report = load_backbone(files["encoder"][0], global_pool="avg")
-    pooled = model.eval().forward_head(model.forward_features(imgs), pre_logits=True)
+    pooled = model.double().eval().forward_head(model.forward_features(imgs), pre_logits=True)
     without = {name: tensor for name, tensor in encoder.items() if not name.startswith("norm.")}
     tokens = published_vit(without, imgs, 3)[:, 1:].mean(dim=1)
-    torch.testing.assert_close(pooled, F.layer_norm(tokens, (192,), eps=1e-6), rtol=1e-5, atol=1e-5)
+    assert_parity(pooled, F.layer_norm(tokens, (192,), eps=1e-6))
     assert set(report.new) == {"fc_norm.weight", "fc_norm.bias"}
     assert {"norm.weight", "norm.bias"} <= set(report.dropped)
     with pytest.raises(UserError, match="fc_norm"):
@@ -378,9 +381,9 @@ class TestTimmByName:
         real = self.create(monkeypatch)
         model, spec, report = load_backbone(f"timm:{name}")
         torch.manual_seed(0)
-        theirs = real(name, num_classes=0).eval()
-        imgs = torch.randn(1, 3, *spec.img_size)
-        torch.testing.assert_close(model.eval().forward_features(imgs), theirs.forward_features(imgs))
+        theirs = in_float64(real(name, num_classes=0))
+        imgs = torch.randn(1, 3, *spec.img_size).double()
+        assert_parity(model.double().eval().forward_features(imgs), theirs.forward_features(imgs))
         assert spec.arch == arch
         assert spec.mean == tuple(theirs.pretrained_cfg["mean"])
         assert report.format == "timm"

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.backbones.formats.reference import fill
+from tests.parity import weights_in_float64
 
 INDEX = "relative_position_index"
 TABLE = "relative_position_bias_table"
@@ -87,6 +88,7 @@ def pair(name: str, *weight: int) -> dict[str, tuple[int, ...]]:
 def published_beit(weights: dict[str, torch.Tensor], imgs: torch.Tensor, heads: int = 3) -> torch.Tensor:
     """Tokens (N, 1 + L, D) of the ViT of arXiv 2106.08254 with pre-norm blocks, layer scale and relative position biases, after
     `norm` where there is one; imgs (N, C, H, W)."""
+    weights = weights_in_float64(weights)
     patch, n, eps = weights["patch_embed.proj.weight"], len(imgs), 1e-6
     width, side = patch.shape[0], imgs.shape[2] // patch.shape[2]
     linear = lambda x, name: x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]  # noqa: E731

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.backbones.formats.reference import fill
+from tests.parity import weights_in_float64
 
 WIDTH, DEPTH, SIZE, PATCH = 192, 2, 32, 8  # of the toys; 192 is a standard width: 3 heads
 Shapes = dict[str, tuple[int, ...]]
@@ -78,10 +79,7 @@ def published_vit(
     imgs (N, C, H, W) -> (N, prefix + L, D). Prefix tokens are cls_token and dist_token (arXiv 2012.12877); where the table has
     no rows for them, they are put in front after positions are added (DeiT III). gamma_1, gamma_2: layer scale, arXiv 2103.17239.
     """
-    weights, imgs = (
-        {name: tensor.double() for name, tensor in weights.items()},
-        imgs.double(),
-    )  # its own rounding does not count
+    weights = weights_in_float64(weights)
     n, (width, _, patch, _) = len(imgs), weights["patch_embed.proj.weight"].shape
     x = F.unfold(imgs, patch, stride=patch).transpose(1, 2)
     x = x @ weights["patch_embed.proj.weight"].flatten(1).T + weights["patch_embed.proj.bias"]
@@ -104,7 +102,7 @@ def published_vit(
         hidden = affine(normed(x, f"{block}.norm2"), f"{block}.mlp.fc1")
         hidden = affine(hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))), f"{block}.mlp.fc2")
         x = x + weights.get(f"{block}.gamma_2", torch.ones(())) * hidden
-    return (normed(x, "norm") if "norm.weight" in weights else x).float()
+    return normed(x, "norm") if "norm.weight" in weights else x
 
 
 def sincos(width: int, grid: int, *, down_first: bool, class_row: bool) -> torch.Tensor:

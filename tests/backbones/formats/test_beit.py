@@ -15,6 +15,7 @@ from tasks.imagenet.classify import Classifier
 from tests.backbones.formats import toys_beit, toys_beitv2, toys_data2vec, toys_simmim
 from tests.backbones.formats.beit_layout import TABLE, encoder_shapes, pair, published_beit, weights
 from tests.backbones.formats.reference import check_real_size
+from tests.parity import assert_parity, in_float64
 
 TOYS: dict[str, Any] = {
     "beit": toys_beit,
@@ -37,7 +38,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def imgs():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9)).double()
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
@@ -45,13 +46,13 @@ def test_features_are_the_published_ones(files, imgs, family, name):
     path, options = files[family][name]
     model, spec, report = load_backbone(path, **options)
     with torch.no_grad():
-        tokens = model.eval().forward_features(imgs)
+        tokens = model.double().eval().forward_features(imgs)
         expected = published_beit(TOYS[family].FILES[name], imgs)
         if (
             "fc_norm.weight" in TOYS[family].FILES[name]
         ):  # as they come out of the blocks they are tens of times as large
             tokens, expected = model.fc_norm(tokens), model.fc_norm(expected)
-    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+    assert_parity(tokens, expected)
     assert (report.format, spec.arch) == (family, "beit")
     assert (spec.embed_dim, spec.depth, spec.num_heads, spec.img_size, spec.patch_size) == (
         192,
@@ -119,13 +120,13 @@ def test_features_are_those_of_transformers_beit(files, imgs, name):
     theirs = BeitModel(config).eval()
     theirs.load_state_dict(hub_names(ours))
     path, options = files["beit"][name]
-    model = load_backbone(path, **options)[0].eval()
+    model = in_float64(load_backbone(path, **options)[0])
     with torch.no_grad():
-        expected, tokens = theirs(imgs), model.forward_features(imgs)
-        torch.testing.assert_close(tokens, expected.last_hidden_state, rtol=1e-5, atol=1e-5)
+        expected, tokens = in_float64(theirs)(imgs), model.forward_features(imgs)
+        assert_parity(tokens, expected.last_hidden_state)
         if name == "fine":  # the norm behind the pooling
             pooled = model.forward_head(tokens, pre_logits=True)
-            torch.testing.assert_close(pooled, expected.pooler_output, rtol=1e-5, atol=1e-5)
+            assert_parity(pooled, expected.pooler_output)
 
 
 def test_features_are_those_of_transformers_data2vec(files, imgs):
@@ -152,10 +153,8 @@ def test_features_are_those_of_transformers_data2vec(files, imgs):
     theirs.load_state_dict(renamed)
     path, options = files["data2vec"]["student"]
     with torch.no_grad():
-        expected = theirs(imgs).last_hidden_state
-        torch.testing.assert_close(
-            load_backbone(path, **options)[0].eval().forward_features(imgs), expected, rtol=1e-5, atol=1e-5
-        )
+        expected = in_float64(theirs)(imgs).last_hidden_state
+        assert_parity(in_float64(load_backbone(path, **options)[0]).forward_features(imgs), expected)
 
 
 def test_a_shared_table_alone_is_no_mark(tmp_path):
@@ -277,6 +276,6 @@ def test_it_goes_on_to_a_classifier(files, imgs, name):
     path, options = files["beit"][name]
     model, spec, _ = load_backbone(path, **options)
     classifier = Classifier(model, spec, 5, "avg", fc_norm=True).eval()
-    assert classifier(imgs).shape == (2, 5)
+    assert classifier(imgs.float()).shape == (2, 5)
     assert num_params(model) == sum(parameter.numel() for parameter in model.parameters())
     assert backbone_gmacs(spec) > 0

@@ -19,6 +19,8 @@ pytest.importorskip("detectron2", reason="detectron2 is optional: make setup")
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid, ViT  # noqa: E402
 
+from tests.parity import FLOAT32_TABLES, assert_parity, in_float64
+
 TIMM: dict[str, Any] = {
     "img_size": 32,
     "patch_size": 8,
@@ -46,7 +48,7 @@ BUILT: dict[str, dict[str, Any]] = {
 
 
 def images(side: int) -> torch.Tensor:
-    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(9))
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(9)).double()
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,9 @@ def files(tmp_path_factory):
 
 def check_map(theirs: Any, ours: Any, imgs: torch.Tensor) -> None:
     with torch.no_grad():
-        expected = theirs.eval()(imgs)["last_feat"]
-        tokens = ours.eval().forward_features(imgs)
-    torch.testing.assert_close(tokens.transpose(1, 2).reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
+        expected = in_float64(theirs)(imgs)["last_feat"]
+        tokens = ours.double().eval().forward_features(imgs)
+    assert_parity(tokens.transpose(1, 2).reshape(expected.shape), expected, rtol=FLOAT32_TABLES)
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -108,9 +110,10 @@ def test_their_checkpointer_loads_what_we_write(tmp_path):
             block.register_forward_hook(
                 lambda _, __, out, name=name: seen[name].append(out.detach().flatten(1, -2))
             )
-        vit.eval()(images(32))
+        vit.double().eval()(images(32))
     assert len(seen["theirs"]) == 2
-    torch.testing.assert_close(seen["theirs"], seen["ours"], rtol=1e-5, atol=1e-5)
+    for theirs, own in zip(seen["theirs"], seen["ours"], strict=True):
+        assert_parity(own, theirs)
 
 
 def test_the_plain_vit_comes_back_whole(tmp_path):

@@ -16,6 +16,7 @@ from tasks.imagenet.classify import Classifier
 from tests.backbones.formats import toys_dinov2
 from tests.backbones.formats.reference import check_real_size, fill
 from tests.backbones.formats.toys_dinov2 import backbones, number, prefixed, shapes
+from tests.parity import FLOAT32_TABLES, assert_parity, in_float64
 
 TEACHERS = {"teacher": "base", "training": "base"}  # files with the backbone of another
 HUB = {
@@ -69,10 +70,10 @@ def auto_model(folder: Path) -> Any:
 
 
 def same_tokens(vit: Any, theirs: Any, *size: int) -> None:
-    imgs = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(5))
+    imgs = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(5)).double()
     with torch.no_grad():
-        expected = theirs(pixel_values=imgs).last_hidden_state
-        torch.testing.assert_close(vit.eval().forward_features(imgs), expected, rtol=1e-5, atol=1e-5)
+        expected = in_float64(theirs)(pixel_values=imgs).last_hidden_state
+        assert_parity(vit.double().eval().forward_features(imgs), expected, rtol=FLOAT32_TABLES)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from tests.backbones.formats.reference import check_real_size
 from tests.backbones.formats.test_dinov2 import auto_model
 from tests.backbones.formats.toys_dinov2 import number
 from tests.backbones.formats.toys_dinov3 import filled, periods, shapes, toys
+from tests.parity import FLOAT32_TABLES, assert_parity, in_float64
 
 HUB = {
     "cls_token": "embeddings.cls_token", "storage_tokens": "embeddings.register_tokens", "norm.weight": "norm.weight",
@@ -77,7 +78,7 @@ def transformers_model(weights: dict[str, torch.Tensor], folder: Path, heads: in
 
 
 def images(*size: int) -> torch.Tensor:
-    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(5))
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(5)).double()
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,9 @@ def test_features_are_transformers_at_every_size(files, tmp_path, name):
     theirs = transformers_model(toys()["own" if name == "teacher" else name], tmp_path / "hf", heads)
     with torch.no_grad():
         for size in SIZES:
-            expected = theirs(pixel_values=images(*size)).last_hidden_state
-            torch.testing.assert_close(
-                model.eval().forward_features(images(*size)), expected, rtol=1e-5, atol=1e-5
+            expected = in_float64(theirs)(pixel_values=images(*size)).last_hidden_state
+            assert_parity(
+                model.double().eval().forward_features(images(*size)), expected, rtol=FLOAT32_TABLES
             )
     assert (report.format, spec.arch, spec.num_heads, spec.pos_embed) == ("dinov3", "eva", heads, "rope")
     assert (spec.norm_eps, spec.global_pool, spec.pretrain_method, spec.interpolation) == (
@@ -112,10 +113,8 @@ def test_features_at_the_one_size_of_a_fixed_model(files, tmp_path, size):
     model, spec, _ = load_backbone(files["plus"][0], overrides={"img_size": list(size)})
     theirs = transformers_model(toys()["plus"], tmp_path / "hf", 3)
     with torch.no_grad():
-        expected = theirs(pixel_values=images(*size)).last_hidden_state
-        torch.testing.assert_close(
-            model.eval().forward_features(images(*size)), expected, rtol=1e-5, atol=1e-5
-        )
+        expected = in_float64(theirs)(pixel_values=images(*size)).last_hidden_state
+        assert_parity(model.double().eval().forward_features(images(*size)), expected, rtol=FLOAT32_TABLES)
     assert spec.grid_size == (size[0] // 16, size[1] // 16)
 
 
@@ -123,10 +122,12 @@ def test_feature_maps_are_transformers_hidden_states(files, tmp_path):
     model, spec, _ = load_backbone(files["small"][0], dynamic_img_size=True)
     theirs = transformers_model(toys()["small"], tmp_path / "hf", 3)
     with torch.no_grad():
-        found = FeatureMaps(model.eval(), spec, [0, 1])(images(48, 80))
-        expected = theirs(pixel_values=images(48, 80), output_hidden_states=True).hidden_states[1:3]
+        found = FeatureMaps(in_float64(model), spec, [0, 1])(images(48, 80))
+        expected = in_float64(theirs)(pixel_values=images(48, 80), output_hidden_states=True).hidden_states[
+            1:3
+        ]
     for ours, hidden in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, hidden[:, 5:].mT.unflatten(2, (3, 5)), rtol=1e-5, atol=1e-5)
+        assert_parity(ours, hidden[:, 5:].mT.unflatten(2, (3, 5)), rtol=FLOAT32_TABLES)
 
 
 def test_a_masked_bias_of_the_key_does_nothing_and_an_unmasked_one_does(files, tmp_path):
@@ -136,7 +137,7 @@ def test_a_masked_bias_of_the_key_does_nothing_and_an_unmasked_one_does(files, t
             return (
                 load_backbone(tmp_path / "x.pth", overrides={"img_size": [64, 64]})[0]
                 .eval()
-                .forward_features(images(64, 64))
+                .forward_features(images(64, 64).float())
             )
 
     for name, same in (("small", True), ("own", False)):

@@ -15,6 +15,7 @@ from tests.backbones.formats import toys_eva02
 from tests.backbones.formats.beit_layout import pair
 from tests.backbones.formats.reference import check_real_size, fill
 from tests.backbones.formats.toys_eva02 import FILES, TUNED, angles, encoder_shapes, rotations
+from tests.parity import FLOAT32_TABLES, assert_parity, weights_in_float64
 
 
 def turned(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
@@ -28,6 +29,7 @@ def published_eva02(
     w: dict[str, torch.Tensor], imgs: torch.Tensor, seq_len: int, heads: int = 3
 ) -> torch.Tensor:
     """Tokens (N, 1 + L, D) after `norm` where there is one; imgs (N, C, H, W)."""
+    w = weights_in_float64(w)
     n, (width, _, patch, _) = len(imgs), w["patch_embed.proj.weight"].shape
     linear = lambda x, name: x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)  # noqa: E731
     norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)  # noqa: E731
@@ -73,17 +75,20 @@ def test_features_are_the_published_ones(files, name, seq_len):
     path, options = files[name]
     model, spec, report = load_backbone(path, **options)
     stored = {key: tensor.half().float() if name == "tiny" else tensor for key, tensor in FILES[name].items()}
-    imgs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+    imgs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9)).double()
     with torch.no_grad():
-        tokens, expected = model.eval().forward_features(imgs), published_eva02(stored, imgs, seq_len)
+        tokens, expected = (
+            model.double().eval().forward_features(imgs),
+            published_eva02(stored, imgs, seq_len),
+        )
         if "fc_norm.weight" in stored:  # as they come out of the blocks they are tens of times as large
             tokens, expected = model.fc_norm(tokens), model.fc_norm(expected)
-    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+    assert_parity(tokens, expected, rtol=FLOAT32_TABLES)
     assert (report.format, spec.arch, spec.pos_embed, spec.norm_eps) == ("eva02", "eva", "rope", 1e-6)
     assert spec.options["ref_feat_shape"] == [seq_len, seq_len]
     assert spec.pretrain_method == "eva02" + (", fine-tuned" if name in ("fine", "tiny") else "")
     assert (spec.num_heads, spec.global_pool, spec.mean[0]) == (3, "avg", 0.48145466)
-    assert Classifier(model, spec, 5, "avg", fc_norm=True).eval()(imgs).shape == (2, 5)
+    assert Classifier(model, spec, 5, "avg", fc_norm=True).float().eval()(imgs.float()).shape == (2, 5)
     assert backbone_gmacs(spec) > 0
 
 

@@ -13,6 +13,7 @@ from mae_bench.errors import UserError
 from tests.backbones.formats import toys_hf_beit
 from tests.backbones.formats.reference import check_real_size, randomise
 from tests.backbones.formats.toys_hf_beit import MODELS, build
+from tests.parity import assert_parity, in_float64
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +23,12 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def imgs():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9)).double()
 
 
 def expected_tokens(name: str, imgs: torch.Tensor) -> torch.Tensor:
     """Tokens after the model's last norm; with masked images and mean pooling that is the one in front of the head."""
-    model = build(name)
+    model = in_float64(build(name))
     base = model.base_model
     with torch.no_grad():
         tokens = base(imgs).last_hidden_state
@@ -40,9 +41,7 @@ def test_features_are_transformers(files, imgs, name):
         overrides = {"norm_eps": 1e-6} if file != name else None  # a bare state_dict does not say it
         model, spec, report = load_backbone(files[file][0], overrides=overrides)
         with torch.no_grad():
-            torch.testing.assert_close(
-                model.eval().forward_features(imgs), expected_tokens(name, imgs), rtol=1e-5, atol=1e-5
-            )
+            assert_parity(model.double().eval().forward_features(imgs), expected_tokens(name, imgs))
         says_token = file == name and not build(name).config.use_mean_pooling
         assert (report.format, spec.arch, spec.num_heads) == ("hf_beit", "beit", 3)
         assert spec.global_pool == ("token" if says_token else "avg")
@@ -55,8 +54,8 @@ def test_features_are_transformers(files, imgs, name):
 def test_the_norm_behind_the_pooling_is_kept(files, imgs, name):
     model, _, report = load_backbone(files[name][0])
     with torch.no_grad():
-        pooled = model.eval().forward_head(model.forward_features(imgs), pre_logits=True)
-        torch.testing.assert_close(pooled, build(name).base_model(imgs).pooler_output, rtol=1e-5, atol=1e-5)
+        pooled = model.double().eval().forward_head(model.forward_features(imgs), pre_logits=True)
+        assert_parity(pooled, in_float64(build(name)).base_model(imgs).pooler_output)
     assert {"classifier.weight", "classifier.bias"} <= set(report.dropped)
 
 
@@ -84,9 +83,7 @@ def test_what_is_written_is_loaded_by_transformers(files, tmp_path, imgs, name):
     theirs, info = loaded
     assert not any(info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched"))
     with torch.no_grad():
-        torch.testing.assert_close(
-            theirs.eval()(imgs).last_hidden_state, expected_tokens(name, imgs), rtol=1e-5, atol=1e-5
-        )
+        assert_parity(in_float64(theirs)(imgs).last_hidden_state, expected_tokens(name, imgs))
     assert load_backbone(tmp_path / "out")[1] == load_backbone(files[name][0])[1]
 
 
@@ -156,6 +153,6 @@ def test_the_config_says_what_the_classifier_pools(tmp_path, imgs, mean):
     model, spec, _ = load_backbone(tmp_path / "hf")
     assert spec.global_pool == ("avg" if mean else "token")
     with torch.no_grad():
-        tokens = model.eval().forward_features(imgs)
+        theirs, tokens = theirs.double(), model.double().eval().forward_features(imgs)
         pooled = model.forward_head(tokens, pre_logits=True) if mean else tokens[:, 0]
-        torch.testing.assert_close(theirs.classifier(pooled), theirs(imgs).logits, rtol=1e-5, atol=1e-5)
+        assert_parity(theirs.classifier(pooled), theirs(imgs).logits)

@@ -9,6 +9,7 @@ from backbones.load import load_backbone
 from mae_bench.errors import UserError
 from tests.backbones.formats import toys_hf_clip
 from tests.backbones.formats.reference import check_real_size
+from tests.parity import assert_parity, in_float64
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +30,12 @@ def test_features_equal_theirs(files, theirs, name):
     path, options = files[name]
     model, spec, report = load_backbone(path, **options)
     judge = theirs[name.removesuffix("_memory").replace("older", "vision")]
-    judge = getattr(judge, "vision_model", judge)
-    imgs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    found = model.eval().forward_features(imgs)
+    judge = in_float64(getattr(judge, "vision_model", judge))
+    imgs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
+    found = model.double().eval().forward_features(imgs)
     theirs_out = judge(imgs)
-    torch.testing.assert_close(
-        found, judge.post_layernorm(theirs_out.last_hidden_state), rtol=1e-5, atol=1e-5
-    )
-    torch.testing.assert_close(found[:, 0], theirs_out.pooler_output, rtol=1e-5, atol=1e-5)
+    assert_parity(found, judge.post_layernorm(theirs_out.last_hidden_state))
+    assert_parity(found[:, 0], theirs_out.pooler_output)
     assert report.format == "hf_clip"
     assert (spec.options["act_layer"], spec.norm_eps) == (
         ("gelu", 1e-6) if "gelu" in name else ("quick_gelu", 1e-5)

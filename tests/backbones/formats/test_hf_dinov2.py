@@ -18,22 +18,23 @@ from tests.backbones.formats import toys_dinov2, toys_hf_dinov2
 from tests.backbones.formats.reference import check_real_size
 from tests.backbones.formats.test_dinov2 import auto_model
 from tests.backbones.formats.toys_hf_dinov2 import models
+from tests.parity import FLOAT32_TABLES, assert_parity, in_float64
 
 NAMES = sorted(models())
 
 
 def tokens_of(model: Any) -> torch.Tensor:
     """Of a model of either library, for the same images."""
-    imgs = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(5))
+    imgs = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(5)).double()
     with torch.no_grad():
         if not hasattr(model, "config"):
-            return model.eval().forward_features(imgs)
+            return in_float64(model).forward_features(imgs)
         inner = getattr(model, model.base_model_prefix, model)  # of a classifier
-        return inner.eval()(pixel_values=imgs).last_hidden_state
+        return in_float64(inner)(pixel_values=imgs).last_hidden_state
 
 
 def same(ours: Any, theirs: Any) -> None:
-    torch.testing.assert_close(tokens_of(ours), tokens_of(theirs), rtol=1e-5, atol=1e-5)
+    assert_parity(tokens_of(ours), tokens_of(theirs), rtol=FLOAT32_TABLES)
 
 
 @pytest.fixture(scope="module")

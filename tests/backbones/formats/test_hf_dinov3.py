@@ -20,6 +20,7 @@ from tests.backbones.formats.test_dinov2 import auto_model
 from tests.backbones.formats.test_dinov3 import SIZES, images, transformers_model
 from tests.backbones.formats.toys_dinov3 import toys
 from tests.backbones.formats.toys_hf_dinov3 import KINDS, models
+from tests.parity import FLOAT32_TABLES, assert_parity, in_float64
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,9 @@ def test_features_are_transformers_at_every_size(files, name):
     theirs: Any = models()["gated" if name == "memory" else name]
     with torch.no_grad():
         for size in SIZES:
-            expected = theirs(pixel_values=images(*size)).last_hidden_state
-            torch.testing.assert_close(
-                model.eval().forward_features(images(*size)), expected, rtol=1e-5, atol=1e-5
+            expected = in_float64(theirs)(pixel_values=images(*size)).last_hidden_state
+            assert_parity(
+                model.double().eval().forward_features(images(*size)), expected, rtol=FLOAT32_TABLES
             )
     assert (report.format, spec.img_size, spec.num_heads) == (
         "hf_dinov3",
@@ -56,10 +57,8 @@ def test_what_is_written_is_what_automodel_loads(files, tmp_path, name):
     convert(path, tmp_path / "to", "hf_dinov3", **options)
     model, spec, _ = load_backbone(path, **options)
     with torch.no_grad():
-        expected = auto_model(tmp_path / "to")(pixel_values=images(64, 64)).last_hidden_state
-        torch.testing.assert_close(
-            model.eval().forward_features(images(64, 64)), expected, rtol=1e-5, atol=1e-5
-        )
+        expected = in_float64(auto_model(tmp_path / "to"))(pixel_values=images(64, 64)).last_hidden_state
+        assert_parity(model.double().eval().forward_features(images(64, 64)), expected, rtol=FLOAT32_TABLES)
     again, same_spec, _ = load_backbone(tmp_path / "to")
     assert same_spec == spec
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in again.state_dict().items())

@@ -10,6 +10,7 @@ from backbones.load import load_backbone
 from mae_bench.errors import UserError
 from tests.backbones.formats import toys_hf_sam
 from tests.backbones.formats.reference import check_real_size
+from tests.parity import assert_parity, in_float64
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +23,9 @@ def files(tmp_path_factory):
 def test_features_equal_theirs(files, name):
     model, spec, report = load_backbone(files[name][0])
     theirs: Any = toys_hf_sam.models()["both" if name == "memory" else name]
-    imgs = torch.randn(2, 3, 80, 80, generator=torch.Generator().manual_seed(1))
-    want = theirs.vision_encoder(imgs).last_hidden_state.flatten(2).transpose(1, 2)
-    torch.testing.assert_close(model.eval().forward_features(imgs), want, rtol=1e-5, atol=1e-5)
+    imgs = torch.randn(2, 3, 80, 80, generator=torch.Generator().manual_seed(1)).double()
+    want = in_float64(theirs.vision_encoder)(imgs).last_hidden_state.flatten(2).transpose(1, 2)
+    assert_parity(model.double().eval().forward_features(imgs), want)
     assert (report.format, spec.arch, spec.num_heads, spec.mlp_ratio) == ("hf_sam", "sam", 4, 2.0)
     assert (spec.options["window_size"], spec.options["global_attn_indexes"]) == (3, [1, 3])
     assert (spec.norm_eps, spec.options.get("act_layer")) == (

@@ -12,6 +12,7 @@ from backbones.reading.source import open_source
 from mae_bench.errors import UserError
 from tests.backbones.formats import toys_hf_vit
 from tests.backbones.formats.reference import check_real_size
+from tests.parity import assert_parity, in_float64
 
 NAMES = ["vit", "bare", "classifier", "masked", "deit", "teacher"]
 
@@ -28,12 +29,12 @@ def theirs():
 
 @pytest.fixture
 def imgs():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
 
 
 def tokens_of(model: Any, imgs: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return getattr(model, "vit", getattr(model, "deit", model))(imgs).last_hidden_state
+        return in_float64(getattr(model, "vit", getattr(model, "deit", model)))(imgs).last_hidden_state
 
 
 @pytest.mark.parametrize("name", [*NAMES, *(f"{name}.pth" for name in NAMES if name != "bare")])
@@ -41,11 +42,8 @@ def tokens_of(model: Any, imgs: torch.Tensor) -> torch.Tensor:
 def test_features_equal_theirs(files, theirs, imgs, name):
     path, options = files[name]
     model, spec, report = load_backbone(path, **options)
-    torch.testing.assert_close(
-        model.eval().forward_features(imgs),
-        tokens_of(theirs[name.removesuffix(".pth")], imgs),
-        rtol=1e-5,
-        atol=1e-5,
+    assert_parity(
+        model.double().eval().forward_features(imgs), tokens_of(theirs[name.removesuffix(".pth")], imgs)
     )
     is_deit = name.startswith(("deit", "teacher"))
     assert (report.format, spec.num_prefix_tokens, spec.num_heads) == ("hf_vit", 2 if is_deit else 1, 3)
@@ -102,8 +100,8 @@ def test_they_load_what_is_written_and_it_reads_back(tmp_path, files, imgs, name
     assert (report.format, same_spec) == ("hf_vit", spec)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items())
     with torch.no_grad():
-        want = model.eval()(imgs).last_hidden_state
-        torch.testing.assert_close(ours.eval().forward_features(imgs), want, rtol=1e-5, atol=1e-5)
+        want = in_float64(model)(imgs).last_hidden_state
+        assert_parity(in_float64(ours).forward_features(imgs), want)
     stored, written = open_source(source), open_source(tmp_path / "out")
     assert all(torch.equal(tensor, stored.tensors[name]) for name, tensor in written.tensors.items())
 

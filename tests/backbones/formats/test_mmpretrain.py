@@ -12,11 +12,13 @@ from mae_bench.errors import UserError
 from tests.backbones.formats import toys_mmpretrain as toys
 from tests.backbones.formats.plain_vit import sincos
 from tests.backbones.formats.reference import check_real_size, fill
+from tests.parity import assert_parity, weights_in_float64
 
 
 def reference(tensors, imgs, heads, eps=1e-6, gelu=F.gelu):
     """Tokens of a ViT (arXiv 2010.11929) with what DeiT (2012.12877), DeiT III (2204.07118), BEiT (2106.08254), CLIP (2103.00020)
     and DINOv2 (2304.07193) add to it, over mmpretrain's names. imgs (N, C, H, W) -> (N, prefix + L, D)."""
+    tensors = weights_in_float64(tensors)
     linear = lambda z, name: z @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]  # noqa: E731
     norm = lambda z, name: F.layer_norm(
         z, z.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], eps
@@ -24,7 +26,7 @@ def reference(tensors, imgs, heads, eps=1e-6, gelu=F.gelu):
     scale = lambda z, *names: z * next((tensors[name] for name in names if name in tensors), 1.0)  # noqa: E731
     kernel, bias = (
         tensors["patch_embed.projection.weight"],
-        tensors.get("patch_embed.projection.bias", torch.zeros(1)),
+        tensors.get("patch_embed.projection.bias", torch.zeros(())),
     )
     x = F.unfold(imgs, kernel.shape[-1], stride=kernel.shape[-1]).transpose(1, 2) @ kernel.flatten(1).T + bias
     table = tensors.get("pos_embed", torch.zeros(1, 1, 1))
@@ -81,7 +83,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def imgs():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9)).double()
 
 
 @pytest.mark.parametrize("name", [*toys.backbones(), "bare"])
@@ -94,7 +96,7 @@ def test_every_kind_gives_the_published_features(files, imgs, name):
     heads, eps = (6, 1e-5) if name == "config" else (3, 1e-6)
     expected = reference(tensors, imgs, heads, eps)
     with torch.no_grad():
-        torch.testing.assert_close(model.eval().forward_features(imgs), expected, rtol=1e-5, atol=1e-5)
+        assert_parity(model.double().eval().forward_features(imgs), expected)
     assert (report.format, spec.num_heads, spec.norm_eps) == ("mmpretrain", heads, eps)
     assert spec.mean == ((0.5,) * 3 if name == "config" else (0.485, 0.456, 0.406))
 
@@ -123,13 +125,13 @@ def test_facts_of_each_kind(files):
 
 def test_the_norm_behind_the_pooling_pools(files, imgs):
     """A ViT without final norm, and ln2 behind the mean of the patches (out_type avg_featmap)."""
-    tensors = toys.backbones()["finetuned"]
+    tensors = weights_in_float64(toys.backbones()["finetuned"])
     model, _, _ = load_backbone(files["finetuned"][0])
     mean = reference(tensors, imgs, 3)[:, 1:].mean(dim=1)
     expected = F.layer_norm(mean, (192,), tensors["ln2.weight"], tensors["ln2.bias"], 1e-6)
     with torch.no_grad():
-        pooled = model.eval().forward_head(model.forward_features(imgs), pre_logits=True)
-    torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
+        pooled = model.double().eval().forward_head(model.forward_features(imgs), pre_logits=True)
+    assert_parity(pooled, expected)
     dropped = load_backbone(files["two_norms"][0])[2].dropped
     assert "classifier" in dropped["backbone.ln2.weight"]
 
@@ -229,7 +231,7 @@ def test_the_activation_of_the_config(tmp_path, imgs, activation, gelu):
     model, _, _ = load_backbone(tmp_path / "x.pth")
     with torch.no_grad():
         expected = reference(tensors, imgs, 3, gelu=gelu)
-        torch.testing.assert_close(model.eval().forward_features(imgs), expected, rtol=1e-5, atol=1e-5)
+        assert_parity(model.double().eval().forward_features(imgs), expected)
 
 
 def test_without_a_config_the_activation_of_a_clip_is_asked_for(files):

@@ -8,6 +8,7 @@ from backbones.load import load_backbone
 from mae_bench.errors import UserError
 from tests.backbones.formats import toys_mmpretrain, toys_mmseg
 from tests.backbones.formats.reference import check_real_size
+from tests.parity import assert_parity, in_float64
 
 backbones = pytest.importorskip("mmseg.models.backbones", reason="mmsegmentation is optional: make setup")
 
@@ -34,17 +35,15 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def imgs():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(9)).double()
 
 
 def check_maps(theirs, ours, spec, imgs):
     """Their last map is our patch tokens."""
     with torch.no_grad():
-        patches = ours.eval().forward_features(imgs)[:, spec.num_prefix_tokens :]
-        expected = theirs(imgs)[-1]
-    torch.testing.assert_close(
-        patches.transpose(1, 2).reshape(expected.shape), expected, rtol=1e-5, atol=1e-5
-    )
+        patches = ours.double().eval().forward_features(imgs)[:, spec.num_prefix_tokens :]
+        expected = in_float64(theirs)(imgs)[-1]
+    assert_parity(patches.transpose(1, 2).reshape(expected.shape), expected)
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -66,9 +65,9 @@ def test_the_toys_are_theirs_and_features_equal(files, imgs, name):
 def test_without_a_last_norm_the_average_is_as_it_is(files, imgs, name):
     model, spec, _ = load_backbone(files[name][0], global_pool="avg")
     with torch.no_grad():
-        tokens = model.eval().forward_features(imgs)
+        tokens = model.double().eval().forward_features(imgs)
         pooled = model.forward_head(tokens, pre_logits=True)
-    torch.testing.assert_close(pooled, tokens[:, spec.num_prefix_tokens :].mean(dim=1))
+    assert_parity(pooled, tokens[:, spec.num_prefix_tokens :].mean(dim=1))
 
 
 def test_their_beit_and_mmpretrains_are_one(tmp_path, imgs):

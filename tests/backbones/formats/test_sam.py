@@ -15,6 +15,7 @@ from mae_bench.models.cost import backbone_gmacs, num_params
 from tasks.imagenet.classify import Classifier
 from tests.backbones.formats import toys_sam
 from tests.backbones.formats.reference import check_real_size, fill
+from tests.parity import assert_parity, weights_in_float64
 
 CASES = {
     "sam.pth": (toys_sam.SQUARE, (1, 3)),
@@ -58,6 +59,7 @@ def forward(
     w: dict[str, torch.Tensor], imgs: torch.Tensor, heads: int, side: int, seeing_all: tuple[int, ...]
 ) -> Any:
     """Maps (N, D, h, w) after every block, and those behind the neck."""
+    w = weights_in_float64(w)
     norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)  # noqa: E731
     x = (
         F.conv2d(imgs, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=16).permute(
@@ -86,7 +88,7 @@ def files(tmp_path_factory):
 
 
 def images(size: tuple[int, int]) -> torch.Tensor:
-    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1)).double()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -96,11 +98,9 @@ def test_features_equal_the_equations(files, name):
     model, spec, report = load_backbone(files[name][0])
     imgs = images(spec.img_size)
     want = forward(fill(shapes), imgs, 4, 3, seeing_all)
-    torch.testing.assert_close(
-        model.eval().forward_features(imgs), want.neck.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5
-    )
+    assert_parity(model.double().eval().forward_features(imgs), want.neck.flatten(2).transpose(1, 2))
     for found, expected in zip(FeatureMaps(model, spec, range(spec.depth))(imgs), want.maps, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert_parity(found, expected)
     assert (report.format, spec.arch, spec.num_heads, spec.num_prefix_tokens) == ("sam", "sam", 4, 0)
     assert (spec.global_pool, spec.interpolation, spec.norm_eps) == ("avg", "bilinear", 1e-6)
 
@@ -109,14 +109,14 @@ def test_features_equal_the_equations(files, name):
 def test_the_names_of_timm_are_the_same_model(files):
     model, other = (load_backbone(files[name][0])[0].eval() for name in ("sam.pth", "timm.safetensors"))
     imgs = images((80, 80))
-    assert torch.equal(model.forward_features(imgs), other.forward_features(imgs))
+    assert torch.equal(model.forward_features(imgs.float()), other.forward_features(imgs.float()))
 
 
 @torch.no_grad()
 def test_the_head_pools_where_that_is_asked_for(files):
     model, spec, _ = load_backbone(files["sam.pth"][0], global_pool="avg")
     imgs = images(spec.img_size)
-    tokens = model.eval().forward_features(imgs)
+    tokens = model.double().eval().forward_features(imgs)
     for pooled in (model.forward_head(tokens, pre_logits=True), model(imgs)):
         assert torch.equal(pooled, tokens.mean(dim=1))
     as_stored = load_backbone(files["sam.pth"][0])[0].eval()
@@ -141,13 +141,13 @@ def test_another_image_size_takes_new_tables_for_the_blocks_that_see_all(files):
     theirs = {name.replace("mlp.fc", "mlp.lin"): tensor for name, tensor in weights.items()}
     imgs = images((96, 128))
     want = forward(theirs, imgs, 4, 3, (1, 3)).neck.flatten(2).transpose(1, 2)
-    torch.testing.assert_close(model.eval().forward_features(imgs), want, rtol=1e-5, atol=1e-5)
+    assert_parity(model.double().eval().forward_features(imgs), want)
 
 
 def test_it_is_fine_tuned_and_counted_as_any_backbone(files):
     model, spec, _ = load_backbone(files["sam.pth"][0], drop_path_rate=0.1)
     classifier = Classifier(model, spec, 5, "avg", fc_norm=True)
-    classifier(images(spec.img_size)).sum().backward()
+    classifier(images(spec.img_size).float()).sum().backward()
     assert all(parameter.grad is not None for parameter in classifier.parameters())
     assert backbone_gmacs(spec) == pytest.approx(expected_gmacs(), rel=1e-6)
     assert num_params(model) == sum(math.prod(shape) for shape in toys_sam.SQUARE.values())

@@ -21,6 +21,7 @@ from tests.backbones.formats import toys_timm
 from tests.backbones.formats.plain_vit import REAL, encoder_shapes, linear
 from tests.backbones.formats.reference import check_real_size, hollow, randomise
 from tests.backbones.formats.toys_timm import BARE, FOLDERS, SMALL, build
+from tests.parity import FLOAT32_TABLES, assert_parity
 
 # One name of timm's registry for each structure, with what of the options makes it so.
 STRUCTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,7 +75,7 @@ def files(tmp_path_factory):
 def tokens_of(model: Any, imgs: torch.Tensor) -> torch.Tensor:
     """timm's forward_features, SAM's map as tokens."""
     with torch.no_grad():
-        features = model.eval().forward_features(imgs)
+        features = model.to(imgs.dtype).eval().forward_features(imgs)
     return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
 
 
@@ -82,8 +83,9 @@ def tokens_of(model: Any, imgs: torch.Tensor) -> torch.Tensor:
 def test_features_are_timms(files, name):
     path, _ = files[name]
     model, spec, report = load_backbone(path)
-    imgs = torch.randn(2, 3, *spec.img_size, generator=torch.Generator().manual_seed(4))
-    torch.testing.assert_close(tokens_of(model, imgs), tokens_of(build(name), imgs), rtol=1e-5, atol=1e-5)
+    imgs = torch.randn(2, 3, *spec.img_size, generator=torch.Generator().manual_seed(4)).double()
+    tolerance = FLOAT32_TABLES if "dinov3" in name else 1e-9
+    assert_parity(tokens_of(model, imgs), tokens_of(build(name), imgs), rtol=tolerance)
     assert report.format == "timm"
     assert spec.arch == {"rms-norm": "test_vit4"}.get(name, spec.arch)
     assert spec.arch in ("vit", "beit", "eva", "sam", "test_vit4")
@@ -182,10 +184,8 @@ def test_what_tensors_do_not_show_is_asked_for(tmp_path, architecture, asked):
     model, spec, _ = load_backbone(tmp_path / "bare.safetensors", overrides={"options": told})
     assert spec.options[asked] == told[asked]
     if not architecture.startswith("siglip"):
-        imgs = torch.randn(1, 3, 32, 32)
-        torch.testing.assert_close(
-            tokens_of(model, imgs), tokens_of(build(architecture), imgs), rtol=1e-5, atol=1e-5
-        )
+        imgs = torch.randn(1, 3, 32, 32).double()
+        assert_parity(tokens_of(model, imgs), tokens_of(build(architecture), imgs))
 
 
 def bare(folder: Path, architecture: str, **options: Any) -> tuple[Any, Path]:
@@ -207,8 +207,8 @@ def test_rotations_that_nothing_tells_are_not_left_out(tmp_path, architecture):
         load_backbone(path)
     if "dinov3" in architecture:
         read, spec, _ = load_backbone(path, format="dinov3")
-        imgs = torch.randn(1, 3, *spec.img_size)
-        torch.testing.assert_close(tokens_of(read, imgs), tokens_of(model, imgs), rtol=1e-5, atol=1e-5)
+        imgs = torch.randn(1, 3, *spec.img_size).double()
+        assert_parity(tokens_of(read, imgs), tokens_of(model, imgs), rtol=FLOAT32_TABLES)
 
 
 def test_a_rotary_vit_with_the_names_of_deit3_is_a_question(tmp_path):
@@ -224,8 +224,8 @@ def test_norms_that_may_stand_behind_are_asked_for(tmp_path):
         load_backbone(path)
     model, path = bare(tmp_path, "vit_base_patch16_224", class_token=False, qkv_bias=False, global_pool="avg")
     read, _, _ = load_backbone(path, overrides={"arch": "vit"})
-    imgs = torch.randn(1, 3, 32, 32)
-    torch.testing.assert_close(tokens_of(read, imgs), tokens_of(model, imgs), rtol=1e-5, atol=1e-5)
+    imgs = torch.randn(1, 3, 32, 32).double()
+    assert_parity(tokens_of(read, imgs), tokens_of(model, imgs))
 
 
 def test_a_spec_in_the_file_tells_by_what_it_leaves_out(tmp_path):
@@ -237,8 +237,8 @@ def test_a_spec_in_the_file_tells_by_what_it_leaves_out(tmp_path):
     (tmp_path / "alone").mkdir()
     convert(path, tmp_path / "alone" / "out.safetensors", "timm")
     read, _, _ = load_backbone(tmp_path / "alone" / "out.safetensors")
-    imgs = torch.randn(1, 3, 32, 32)
-    torch.testing.assert_close(tokens_of(read, imgs), tokens_of(model, imgs), rtol=1e-5, atol=1e-5)
+    imgs = torch.randn(1, 3, 32, 32).double()
+    assert_parity(tokens_of(read, imgs), tokens_of(model, imgs))
 
 
 def test_the_norm_of_an_average_has_a_bias_only_where_the_last_norm_has_one(tmp_path):
