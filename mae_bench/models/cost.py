@@ -35,8 +35,8 @@ def backbone_gmacs(spec: BackboneSpec, img_size: tuple[int, int] | None = None) 
 def training_flops(model: MAE, mask_ratio: float) -> float:
     """Return the floating-point operations of one image's forward and backward pass in pretraining.
 
-    Three times the products of the forward pass. Operations repeated by activation checkpointing are not counted, as
-    usual for MFU (arXiv 2204.02311, appendix B).
+    Three times the products of the forward pass. Operations repeated by activation checkpointing are not
+    counted, as usual for MFU (arXiv 2204.02311, appendix B).
     """
     with torch.device("meta"):
         shape = MAE(model.spec, model.options).train()

@@ -42,14 +42,15 @@ def create_mae(
 ) -> MAE:
     """Create a masked autoencoder with fresh weights.
 
-    name: `mae_vit_{tiny,small,base,large}_patch16`, `mae_vit_huge_patch14`, or the name of a timm ViT. The suffix
-        `_dec512d8b` of the former sets the width and depth of the decoder.
-    img_size, patch_size: one number or (height, width), in pixels; by default those of the name (224 for `mae_vit_*`).
+    name: `mae_vit_{tiny,small,base,large}_patch16`, `mae_vit_huge_patch14`, or the name of a timm ViT. The
+        suffix `_dec512d8b` of the former sets the width and depth of the decoder.
+    img_size, patch_size: one number or (height, width), in pixels; by default those of the name (224 for
+        `mae_vit_*`).
     mean, std: of the data's channels, for pixels in [0, 1]; by default ImageNet's for 3 channels, else 0.5.
     options: the other fields of `MAEOptions` (decoder_embed_dim, target, ...).
 
-    Raise UserError for an unknown name (with the nearest known ones), for a timm model that is not a plain ViT with one
-    class token, and for sizes that the patch does not divide.
+    Raise UserError for an unknown name (with the nearest known ones), for a timm model that is not a plain
+    ViT with one class token, and for sizes that the patch does not divide.
     """
     if match := _DECODER.fullmatch(name):
         name = match[1]
@@ -66,7 +67,7 @@ def create_mae(
 
 
 def parse_size(value: Size, what: str) -> tuple[int, int]:
-    """Return (height, width); one number is used for both. Raise UserError unless both are positive integers."""
+    """Return (height, width) of one number or a pair; raise UserError unless they are positive integers."""
     pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise UserError(f"{what} {value!r}", expected="a positive number of pixels, or (height, width)")
@@ -87,7 +88,7 @@ def _encoder_shape(name: str) -> dict[str, Any]:
 
 
 def _timm_shape(name: str) -> dict[str, Any]:
-    """Return the fields of the BackboneSpec of a timm ViT; raise UserError unless MAE's encoder can have its form."""
+    """Return the fields of the BackboneSpec of a timm ViT; raise UserError if it is not a plain ViT."""
     arch = name.removeprefix("timm:").split(".")[0]
     if not timm.is_model(arch):
         near = did_you_mean(name, [*ENCODERS, *timm.list_models("*vit*"), *timm.list_models("deit*")])
@@ -117,7 +118,7 @@ def _timm_shape(name: str) -> dict[str, Any]:
 
 
 def _check_plain(arch: str, model: Any) -> None:
-    """Raise UserError unless the model is a VisionTransformer of plain blocks, with one class token and its position."""
+    """Raise UserError unless the model has plain blocks and one class token with a position."""
     if type(model) is not VisionTransformer:
         raise _unsupported(arch, f"it is a {type(model).__name__}")
     has_table = model.pos_embed is not None and not model.no_embed_class
@@ -131,7 +132,7 @@ def _check_plain(arch: str, model: Any) -> None:
 
 
 def _check_same(arch: str, theirs: str, ours: str) -> None:
-    """Compare printed modules, which show kinds and sizes; raise UserError with the first line that differs."""
+    """Compare modules by how they print; raise UserError with the first line that differs."""
     if theirs != ours:
         found = [line.strip() for line in theirs.splitlines()]
         known = [line.strip() for line in ours.splitlines()]
@@ -143,5 +144,5 @@ def _unsupported(arch: str, why: str) -> UserError:
     return UserError(
         f"{arch} is not a ViT that MAE pretrains: {why}",
         expected="a plain ViT with one class token, a position table, LayerNorm, GELU and no layer scale",
-        fix="use a plain ViT such as vit_base_patch16_224, or describe the sizes in a config of configs/models",
+        fix="use a plain ViT such as vit_base_patch16_224, or write a config like those in configs/models",
     )

@@ -1,7 +1,7 @@
 """The masked autoencoder (MAE, arXiv 2111.06377): encoder, decoder and loss.
 
-Legend: N batch, L patches, K kept patches, M = L - K removed patches, T tokens, D encoder width, E decoder width,
-C channels, H W image, h w grid of patches, p patch side, dim values that are predicted per patch.
+Legend: N batch, L patches, K kept patches, M = L - K removed patches, T tokens, D encoder width, E decoder
+width, C channels, H W image, h w grid of patches, p patch side, dim values that are predicted per patch.
 """
 
 from functools import partial
@@ -29,12 +29,13 @@ class MAE(nn.Module):
     Methods and parameters are named as in facebookresearch/mae, with the prefix `encoder.` for the encoder's
     parameters. Compared with the reference, work that does not change the result is left out:
 
-    - only kept patches are embedded, and the decoder keeps the shuffled order, as attention does not depend on it;
-    - with `scored_only`, the last decoder block, its norm and the prediction are computed only for the patches that
-      enter the loss. The pretraining job uses this path.
+    - only kept patches are embedded, and the decoder keeps the shuffled order, as attention does not depend
+      on it;
+    - with `scored_only`, the last decoder block, its norm and the prediction are computed only for the
+      patches that enter the loss. The pretraining job uses this path.
 
-    The weights of a block are only used inside that block's own `forward`, so that blocks can be sharded, recomputed
-    and compiled one by one.
+    The weights of a block are only used inside that block's own `forward`, so that blocks can be sharded,
+    recomputed and compiled one by one.
     """
 
     def __init__(self, spec: BackboneSpec, options: MAEOptions | None = None):
@@ -79,13 +80,13 @@ class MAE(nn.Module):
     # Images and patches
 
     def split_patches(self, imgs: torch.Tensor) -> torch.Tensor:
-        """imgs (N, C, H, W) -> (N, L, C p p): channel first within a patch, like the patch embedding's filters."""
+        """imgs (N, C, H, W) -> (N, L, C p p): channel first within a patch, as in the patch embedding."""
         n, c = imgs.shape[:2]
         (h, w), (p, q) = self.spec.grid_size, self.spec.patch_size
         return imgs.reshape(n, c, h, p, w, q).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w, c * p * q)
 
     def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
-        """imgs (N, C, H, W) -> (N, L, p p C): channel last within a patch, the layout of `pred` for pixels."""
+        """imgs (N, C, H, W) -> (N, L, p p C): channel last within a patch, as in `pred`."""
         n, c = imgs.shape[:2]
         (h, w), (p, q) = self.spec.grid_size, self.spec.patch_size
         return imgs.reshape(n, c, h, p, w, q).permute(0, 2, 4, 3, 5, 1).reshape(n, h * w, p * q * c)
@@ -123,10 +124,11 @@ class MAE(nn.Module):
     def decode(self, latent: torch.Tensor, masking: Masking, *, scored_only: bool = False) -> torch.Tensor:
         """latent (N, 1 + K, D) -> pred (N, L, dim).
 
-        With `scored_only`: only the patches that enter the loss, in the order of `ids_shuffle`: (N, M, dim), or
-        (N, L, dim) with loss_on "all".
+        With `scored_only`: only the patches that enter the loss, in the order of `ids_shuffle`: (N, M,
+        dim), or (N, L, dim) with loss_on "all".
         """
-        # Project to the decoder's width and append mask tokens: class token, kept, removed patches (N, 1 + L, E)
+        # Project to the decoder's width and append mask tokens: class token, kept, removed patches (N, 1 +
+        # L, E)
         x = self.decoder_embed(latent)
         if not self.options.encoder_mask_tokens:
             x = torch.cat([x, self._mask_tokens(x, masking.num_masked)], dim=1)
@@ -157,8 +159,8 @@ class MAE(nn.Module):
 
         noise: (N, L); the patches with the smallest noise are kept. Drawn by `mask_sampling` if omitted.
         targets: (N, L) ids of a tokenizer, required by the target "tokens".
-        scored_only: compute the prediction only for patches that enter the loss, see `decode` for its shape. The loss
-            is the same up to rounding.
+        scored_only: compute the prediction only for patches that enter the loss, see `decode` for its
+            shape. The loss is the same up to rounding.
         """
         self._check_input(imgs, noise)
         masking = self._draw_masking(imgs, mask_ratio, noise)

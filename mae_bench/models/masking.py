@@ -1,6 +1,7 @@
-"""Masking: which patches are removed, by sorting noise that is drawn for random, block-wise or grid-wise sampling.
+"""Masking: patches are removed by sorting noise, drawn for random, block-wise or grid-wise sampling.
 
-Legend: N batch, L patches, K kept patches, M = L - K removed patches, D width, R rounds of block-wise sampling.
+Legend: N batch, L patches, K kept patches, M = L - K removed patches, D width, R rounds of block-wise
+    sampling.
 """
 
 import math
@@ -90,11 +91,14 @@ def sample_noise(
     """Return noise (num_imgs, L) in [0, 1] whose ascending order realises a sampling (Figure 6, Table 1f).
 
     "random": every set of patches has the same probability.
-    "grid": of every 2 x 2 patches the upper left one is kept first, then the diagonally opposite one. A ratio of 0.75
-        gives the paper's regular grid, 0.5 a chessboard; in between, patches are drawn at random.
-    "block": rectangles are removed as in BEiT (arXiv 2106.08254); the last one is cut to reach the exact count.
+    "grid": of every 2 x 2 patches the upper left one is kept first, then the diagonally opposite one. A
+        ratio of 0.75 gives the paper's regular grid, 0.5 a chessboard; in between, patches are drawn at
+        random.
+    "block": rectangles are removed as in BEiT (arXiv 2106.08254); the last one is cut to reach the exact
+        count.
 
-    Noise is drawn on the generator's device (`device` without a generator). Row i only depends on the generator and i.
+    Noise is drawn on the generator's device (`device` without a generator). Row i only depends on the
+    generator and i.
     """
     num_patches = grid_size[0] * grid_size[1]
     num_masked = num_patches - count_kept(num_patches, mask_ratio)
@@ -111,7 +115,7 @@ def sample_noise(
 
 
 def _grid_phase(grid_size: tuple[int, int]) -> torch.Tensor:
-    """Return (L,) values 0 to 3: the order in which the patches of each 2 x 2 are kept; 0 and 1 are diagonal."""
+    """Return (L,) values 0 to 3, the order in which the patches of each 2 x 2 are kept."""
     rows, columns = torch.arange(grid_size[0]), torch.arange(grid_size[1])
     down, across = torch.meshgrid(rows % 2, columns % 2, indexing="ij")
     return torch.tensor([[0, 2], [3, 1]])[down, across].flatten()
@@ -152,10 +156,12 @@ def _rectangles(
         start = (place * (length - extent + 1)).floor()[:, None]
         steps = torch.arange(length, device=draws.device)
         inside.append((steps >= start) & (steps < start + extent[:, None]))
-    return (inside[0][:, :, None] & inside[1][:, None, :]).flatten(1)
+    down, across = inside
+    rectangles: torch.Tensor = down[:, :, None] & across[:, None, :]
+    return rectangles.flatten(1)
 
 
 def gather_tokens(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """x (N, L, D), ids (N, M) -> (N, M, D). A table (1, L, D) is shared by all images."""
     index = ids[..., None].expand(-1, -1, x.shape[-1])
-    return torch.gather(x.expand(ids.shape[0], -1, -1), 1, index)
+    return x.expand(ids.shape[0], -1, -1).gather(1, index)

@@ -1,4 +1,4 @@
-"""The options of a masked autoencoder, defined once: the model, its file and the pretraining config use these fields."""
+"""Options of a masked autoencoder, shared by the model, its file and the pretraining config."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ LossOn = Literal["masked", "all"]
 
 @dataclass(frozen=True)
 class MAEOptions:
-    """Everything besides the BackboneSpec that is needed to rebuild an `MAE`; `mae.safetensors` stores it as JSON.
+    """All that is needed to rebuild an `MAE` besides its BackboneSpec; stored in `mae.safetensors` as JSON.
 
     Defaults are those of the reference's constructor (facebookresearch/mae models_mae.py).
 
@@ -21,8 +21,8 @@ class MAEOptions:
     num_tokens: size of the vocabulary of the target "tokens".
     loss_on: average the loss over the removed patches or over all patches.
     mask_sampling: distribution of the masks that the model draws itself (Table 1f).
-    encoder_mask_tokens: let the encoder see all patches, with mask tokens in place of the removed ones. The decoder
-        then has no mask token of its own (Table 1c, the slow baseline).
+    encoder_mask_tokens: let the encoder see all patches, with mask tokens in place of the removed ones. The
+        decoder then has no mask token of its own (Table 1c, the slow baseline).
     activation_checkpointing: recompute each block in the backward pass to save memory.
     """
 

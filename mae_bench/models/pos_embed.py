@@ -9,8 +9,9 @@ import torch
 def sincos_2d(embed_dim: int, grid_size: tuple[int, int], num_prefix_tokens: int = 1) -> torch.Tensor:
     """Return the table (1, prefix + L, D) in float32, computed in float64; rows of prefix tokens are zero.
 
-    The first half of the channels encodes the column (w), the second half the row (h). Each half has a block of sines
-    followed by a block of cosines, with frequencies 10000 ** (-i / (D / 4)) (facebookresearch/mae util/pos_embed.py).
+    The first half of the channels encodes the column (w), the second half the row (h). Each half has a
+    block of sines followed by a block of cosines, with frequencies 10000 ** (-i / (D / 4))
+    (facebookresearch/mae util/pos_embed.py).
     """
     if embed_dim % 4:
         raise ValueError(f"embed_dim {embed_dim} must be divisible by 4 for a sine-cosine table")

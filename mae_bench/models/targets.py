@@ -1,4 +1,4 @@
-"""Prediction targets of the decoder (arXiv 2111.06377, Table 1d): pixels, PCA coefficients, HOG, discrete tokens.
+"""Prediction targets of the decoder (Table 1d of arXiv 2111.06377): pixels, PCA, HOG, discrete tokens.
 
 Legend: N batch, L patches, M scored patches, C channels, H W image, h w grid of patches, p patch side,
 dim predicted values per patch.
@@ -36,7 +36,8 @@ class Target(nn.Module):
     ) -> torch.Tensor:
         """Return the targets of the patches ids (N, M).
 
-        imgs: (N, C, H, W); patches: the same pixels as (N, L, C p p); targets: ids (N, L) of a tokenizer, or None.
+        imgs: (N, C, H, W); patches: the same pixels as (N, L, C p p); targets: ids (N, L) of a tokenizer,
+            or None.
         """
         raise NotImplementedError
 
@@ -85,11 +86,11 @@ class Pixels(Target):
 
 
 class PCA(Target):
-    """The largest PCA coefficients of a patch's pixels (section 4, "Reconstruction target": 96 of them); dim num.
+    """The largest PCA coefficients of a patch's pixels; dim num.
 
-    The paper only states that PCA is done in the space of patches. Here: patches of all channels together, with their
-    mean subtracted, and coefficients in the scale of pixels (not whitened). Call `fit` once before training; until then
-    the loss is NaN.
+    Section 4 ("Reconstruction target") uses 96. The paper only states that PCA is done in the space of
+    patches. Here: patches of all channels together, with their mean subtracted, and coefficients in the
+    scale of pixels (not whitened). Call `fit` once before training; until then the loss is NaN.
     """
 
     is_picture = True
@@ -105,7 +106,7 @@ class PCA(Target):
         self.register_buffer("basis", torch.full((num, values), math.nan))
 
     def fit(self, patches: torch.Tensor) -> None:
-        """Fit the basis to patches (n, p p C), as returned by `MAE.patchify`, of normalised training images."""
+        """Fit the basis to patches (n, p p C) of normalised training images, from `MAE.patchify`."""
         mean, basis = fit_pca(patches, self.dim)
         self.mean.copy_(mean)
         self.basis.copy_(basis)
@@ -126,9 +127,9 @@ class PCA(Target):
 class HOG(Target):
     """Histograms of oriented gradients as in MaskFeat (arXiv 2112.09133, section 3.2); dim cells x C x 9.
 
-    Sobel gradients per channel; their lengths are summed in 9 bins of unsigned orientation over cells of 8 x 8 pixels
-    (or the largest smaller cell that divides the patch); each histogram is divided by its L2 norm. Pixels are not
-    weighted within a cell.
+    Sobel gradients per channel; their lengths are summed in 9 bins of unsigned orientation over cells of 8
+    x 8 pixels (or the largest smaller cell that divides the patch); each histogram is divided by its L2
+    norm. Pixels are not weighted within a cell.
     """
 
     bins = 9
@@ -164,7 +165,7 @@ class HOG(Target):
 
 
 class Tokens(Target):
-    """Token ids of a tokenizer, classified by cross-entropy as in BEiT (Table 1d: dVAE); dim size of the vocabulary."""
+    """Token ids of a tokenizer, classified by cross-entropy as in BEiT; dim number of ids."""
 
     def __init__(self, spec: BackboneSpec, num: int):
         super().__init__(spec, num)

@@ -1,6 +1,8 @@
-"""Discrete tokens of image patches: the encoder of DALL-E's dVAE, read from a checkpoint that the user gives.
+"""Discrete tokens of image patches: the encoder of DALL-E's dVAE, loaded from a checkpoint of the user.
 
-The layout of names and the architecture are those of openai/DALL-E (dall_e/encoder.py).
+Architecture and parameter names are those of openai/DALL-E (dall_e/encoder.py).
+
+Legend: N batch, H W image or map, h w grid of patches.
 """
 
 import pickle
@@ -16,12 +18,24 @@ from torch import nn
 
 from mae_bench.errors import UserError
 
-PIXEL_MARGIN = 0.1  # pixels of [0, 1] are mapped to [0.1, 0.9] (dall_e/utils.py map_pixels)
+PIXEL_MARGIN = 0.1  # pixels in [0, 1] are mapped to [0.1, 0.9] (dall_e/utils.py map_pixels)
 WRAPPERS = ("model", "state_dict")
+READ_ERRORS = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+)
 
 
 class Tokenizer(nn.Module):
-    """Groups of residual blocks, their width doubled and the map halved from one to the next; a token is the largest logit."""
+    """dVAE encoder: groups of residual blocks, each twice as wide on a map of half the size.
+
+    A token is the index of the largest logit.
+    """
 
     def __init__(self, width: int, num_groups: int, num_blocks: int, num_tokens: int):
         super().__init__()
@@ -38,16 +52,15 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, imgs: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-        """imgs (N, 3, H, W), RGB of uint8 or in [0, 1] -> ids (N, h w), of images resampled so that a patch has one token.
+        """imgs (N, 3, H, W) -> ids (N, h w); RGB as uint8 or in [0, 1].
 
-        For a grid of 14 x 14 these are 112 pixels, as in BEiT (arXiv 2106.08254) and MAE's Table 1d.
+        Images are resampled to one token per patch: 112 pixels for a grid of 14 x 14, as in BEiT (arXiv
+        2106.08254) and MAE's Table 1d. Computed in full precision under autocast too.
         """
-        with torch.autocast(
-            imgs.device.type, enabled=False
-        ):  # the targets of mixed precision are those of full precision
-            return self._ids(imgs, grid_size)
+        with torch.autocast(imgs.device.type, enabled=False):
+            return self._predict_ids(imgs, grid_size)
 
-    def _ids(self, imgs: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    def _predict_ids(self, imgs: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         if imgs.shape[1] != 3:
             raise UserError(f"images of {imgs.shape[1]} channels for a tokenizer", expected="RGB images")
         stride = 2 ** (self.num_groups - 1)
@@ -58,7 +71,7 @@ class Tokenizer(nn.Module):
         return self.logits((1 - 2 * PIXEL_MARGIN) * x + PIXEL_MARGIN).argmax(dim=1).flatten(1)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Mapped pixels (N, 3, H, W) -> (N, num_tokens, H / stride, W / stride)."""
+        """Return logits (N, num_tokens, H / stride, W / stride) of mapped pixels x (N, 3, H, W)."""
         x = self.blocks["input"](x)
         for g in range(1, self.num_groups + 1):
             x = F.max_pool2d(x, 2) if g > 1 else x
@@ -69,7 +82,7 @@ class Tokenizer(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """id_path(x) + gain * four convolutions behind a ReLU each, a quarter as wide inside."""
+    """id_path(x) + gain * res_path(x), four convolutions with a quarter of the width inside."""
 
     def __init__(self, width_in: int, width: int, gain: float):
         super().__init__()
@@ -85,15 +98,16 @@ class ResidualBlock(nn.Module):
         self.res_path = nn.ModuleDict({f"conv_{i}": conv for i, conv in enumerate(convs, 1)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, width_in, H, W) -> (N, width, H, W)"""
+        """x (N, width_in, H, W) -> (N, width, H, W)."""
         y = x
         for conv in self.res_path.values():
             y = conv(y.relu())
-        return self.id_path(x) + self.gain * y
+        out: torch.Tensor = self.id_path(x) + self.gain * y
+        return out
 
 
 class Conv(nn.Module):
-    """A convolution that keeps the map's size, its tensors named as the published file's."""
+    """Convolution with 'same' padding; parameters are named as in the published file."""
 
     def __init__(self, width_in: int, width: int, kernel: int):
         super().__init__()
@@ -101,13 +115,16 @@ class Conv(nn.Module):
         self.b = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, width_in, H, W) -> (N, width, H, W)"""
+        """x (N, width_in, H, W) -> (N, width, H, W)."""
         return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The frozen tokenizer of a safetensors or torch file of the encoder's tensors; UserError for any other file."""
-    weights = {name: tensor.float() for name, tensor in _read(Path(path)).items()}
+    """Load a frozen tokenizer from a safetensors or torch file of the encoder's tensors.
+
+    Raise UserError for any other file.
+    """
+    weights = {name: tensor.float() for name, tensor in _read_tensors(Path(path)).items()}
     groups = {name.split(".")[1] for name in weights if name.startswith("blocks.group_")}
     blocks = {name.split(".")[2] for name in weights if name.startswith("blocks.group_1.block_")}
     try:
@@ -116,42 +133,36 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             raise KeyError("blocks.group_1.block_1")
         model = Tokenizer(width, len(groups), len(blocks), num_tokens)
         model.load_state_dict(weights)
-    except (KeyError, RuntimeError, IndexError) as error:
-        raise _wrong(Path(path), f"lacks {error}" if isinstance(error, KeyError) else str(error)) from error
+    except KeyError as error:
+        raise _not_a_tokenizer(Path(path), f"missing {error}") from error
+    except (RuntimeError, IndexError) as error:
+        raise _not_a_tokenizer(Path(path), str(error)) from error
     return model.requires_grad_(False).eval()
 
 
-def _read(path: Path) -> Mapping[str, torch.Tensor]:
+def _read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(f"no tokenizer {path}", expected="a .safetensors or .pt file of a dVAE encoder")
     with path.open("rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"
     try:
-        content: Any = (
-            load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-    ) as error:
-        raise _wrong(path, str(error).strip().split("\n")[0]) from error
+        if is_safetensors:
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except READ_ERRORS as error:
+        raise _not_a_tokenizer(path, str(error).strip().split("\n")[0]) from error
     for key in WRAPPERS:
         content = content.get(key, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(
-        isinstance(tensor, torch.Tensor) for tensor in content.values()
-    ):
-        raise _wrong(path, f"holds a {type(content).__name__} that is no set of tensors")
-    return content
+    tensors = content.values() if isinstance(content, dict) else [None]
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        raise _not_a_tokenizer(path, f"it contains a {type(content).__name__} that is not a set of tensors")
+    return dict(content)
 
 
-def _wrong(path: Path, why: str) -> UserError:
+def _not_a_tokenizer(path: Path, why: str) -> UserError:
     return UserError(
-        f"{path} is no tokenizer: {why[:300]}",
+        f"{path} is not a tokenizer: {why[:300]}",
         expected="the tensors of DALL-E's dVAE encoder by name (blocks.input.w ... blocks.output.conv.b)",
-        fix="the published encoder.pkl is a pickled program: save its state_dict in the environment that it needs",
+        fix="the published encoder.pkl is a pickled program: save its state_dict where it can be unpickled",
     )

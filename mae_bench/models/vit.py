@@ -1,11 +1,15 @@
-"""The backbone: a timm ViT of one of four classes, built from a BackboneSpec."""
+"""The backbone: a timm ViT of one of four classes, built from a BackboneSpec.
+
+Legend: N batch, L patches, D width, C channels, H W image.
+"""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import QuickGELU, SwiGLUPacked
+from timm.layers.activations import QuickGELU
+from timm.layers.mlp import SwiGLUPacked
 from timm.models import create_model
 from timm.models.beit import Beit
 from timm.models.eva import Eva
@@ -25,27 +29,35 @@ ARCHS: dict[str, Callable[..., ViT]] = {
     "eva": AnySizeEva,
     "sam": WindowedViT,
 }
-LAYERS: dict[str, Callable[..., nn.Module]] = {  # what an option of a spec may name
-    "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "silu": nn.SiLU, "quick_gelu": QuickGELU,
+# Names of layers that a spec's options may use
+LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+    "quick_gelu": QuickGELU,
     "swiglu_packed": SwiGLUPacked,
-}  # fmt: skip
-OPTIONS: dict[str, tuple[str, ...]] = {  # the keywords of each class that a spec may set; a file's description can name no other
+}
+# Keywords of each class that a spec's options may set; a checkpoint's description can set no other
+OPTIONS: dict[str, tuple[str, ...]] = {
     "vit": (
-        "qkv_bias", "qk_norm", "proj_bias", "init_values", "class_token", "no_embed_class", "pre_norm", "final_norm", "act_layer",
-        "mlp_layer",
+        *("qkv_bias", "qk_norm", "proj_bias", "init_values", "class_token", "no_embed_class"),
+        *("pre_norm", "final_norm", "act_layer", "mlp_layer"),
     ),
     "beit": (
-        "qkv_bias", "swiglu_mlp", "scale_mlp", "init_values", "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias",
-        "final_norm",
+        *("qkv_bias", "swiglu_mlp", "scale_mlp", "init_values", "use_abs_pos_emb", "use_rel_pos_bias"),
+        *("use_shared_rel_pos_bias", "final_norm"),
     ),
     "eva": (
-        "qkv_bias", "qkv_fused", "swiglu_mlp", "swiglu_align_to", "scale_mlp", "scale_attn_inner", "attn_type", "init_values",
-        "class_token", "no_embed_class", "use_abs_pos_emb", "use_rot_pos_emb", "rope_type", "rope_grid_offset",
-        "rope_grid_indexing", "rope_temperature", "rope_rotate_half", "ref_feat_shape", "use_post_norm",
-        "use_pre_transformer_norm",
+        *("qkv_bias", "qkv_fused", "swiglu_mlp", "swiglu_align_to", "scale_mlp", "scale_attn_inner"),
+        *("attn_type", "init_values", "class_token", "no_embed_class", "use_abs_pos_emb", "use_rot_pos_emb"),
+        *("rope_type", "rope_grid_offset", "rope_grid_indexing", "rope_temperature", "rope_rotate_half"),
+        *("ref_feat_shape", "use_post_norm", "use_pre_transformer_norm"),
     ),
-    "sam": ("qkv_bias", "use_abs_pos", "use_rel_pos", "window_size", "global_attn_indexes", "neck_chans", "act_layer"),
-}  # fmt: skip
+    "sam": (
+        *("qkv_bias", "use_abs_pos", "use_rel_pos", "window_size", "global_attn_indexes"),
+        *("neck_chans", "act_layer"),
+    ),
+}
 
 
 def build_vit(
@@ -56,49 +68,44 @@ def build_vit(
     drop_path_rate: float = 0.0,
     dynamic_img_size: bool = False,
 ) -> Any:
-    """A timm ViT of the spec's shape (one of `ViT`, or the timm model that `arch` names), without weights of its own.
+    """Build a timm ViT (one of `ViT`, or the timm model that `spec.arch` names) with fresh weights.
 
-    `forward_features(imgs)` (N, C, H, W) -> (N, prefix + L, D), after the final norm. With `global_pool` "avg" timm moves the
-    norm behind the pooling as `fc_norm`, the layout of MAE's fine-tuned files. `dynamic_img_size` accepts any image size that
-    the patch divides. A plain "vit" is freshly initialised as MAE does (xavier uniform, paper A.1), the others as timm does.
-    UserError for an unknown architecture or option.
+    Its `forward_features(imgs)` maps (N, C, H, W) to (N, prefix + L, D), after the final norm.
+
+    global_pool: with "avg" timm applies the norm after pooling, as `fc_norm`, like MAE's fine-tuned
+        checkpoints.
+    dynamic_img_size: accept any image size that the patch divides.
+
+    A plain "vit" is initialised as in MAE (xavier uniform, paper A.1), the other classes as in timm.
+    Raise UserError for an unknown architecture or option.
     """
     if global_pool == "token" and not has_class_token(spec):
-        global_pool = ""  # no pooling in timm, and the norm stays where it is
+        global_pool = ""  # timm: no pooling, and the norm stays before the head
     args: dict[str, Any] = {
         "img_size": spec.img_size,
+        "in_chans": spec.in_chans,
         "num_classes": num_classes,
         "global_pool": global_pool,
         "drop_path_rate": drop_path_rate,
     }
+    options = _parse_options(spec)
     if spec.arch not in ARCHS:
-        return create_model(
-            spec.arch,
-            pretrained=False,
-            in_chans=spec.in_chans,
-            dynamic_img_size=dynamic_img_size,
-            **args,
-            **_checked(spec),
-        )
+        return create_model(spec.arch, pretrained=False, dynamic_img_size=dynamic_img_size, **args, **options)
+    args |= {
+        "patch_size": spec.patch_size,
+        "embed_dim": spec.embed_dim,
+        "depth": spec.depth,
+        "num_heads": spec.num_heads,
+        "mlp_ratio": spec.mlp_ratio,
+        "norm_layer": partial(nn.LayerNorm, eps=spec.norm_eps),
+    }
     if spec.arch != "sam":
-        args |= {"dynamic_img_size": dynamic_img_size}
+        args["dynamic_img_size"] = dynamic_img_size
     if spec.arch in ("vit", "eva"):
         args |= _prefix_tokens(spec)
     if spec.arch == "vit":
         args["weight_init"] = "skip"
-    model: Any = ARCHS[spec.arch](
-        **args
-        | {
-            "patch_size": spec.patch_size,
-            "in_chans": spec.in_chans,
-            "embed_dim": spec.embed_dim,
-            "depth": spec.depth,
-            "num_heads": spec.num_heads,
-            "mlp_ratio": spec.mlp_ratio,
-            "norm_layer": partial(nn.LayerNorm, eps=spec.norm_eps),
-        }
-        | _checked(spec)
-    )
+    model: Any = ARCHS[spec.arch](**args | options)
     model.pos_resample = spec.pos_resample
     if spec.arch == "vit":
         init_weights(model, spec)
@@ -106,26 +113,28 @@ def build_vit(
 
 
 def quarter_indices(depth: int) -> list[int]:
-    """Return the 0-based index of the last block of each quarter, [2, 5, 8, 11] for depth 12 (arXiv 2111.11429)."""
-    return [(depth * quarter) // 4 - 1 for quarter in (1, 2, 3, 4)] if depth >= 4 else [depth - 1] * 4
+    """Return the last block of each quarter (from 0): [2, 5, 8, 11] for depth 12 (arXiv 2111.11429)."""
+    if depth < 4:
+        return [depth - 1] * 4
+    return [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
 
 
 def has_class_token(spec: BackboneSpec) -> bool:
-    """Whether the prefix tokens begin with a class token; a model that its name alone rebuilds says so by its pooling."""
+    """Return whether the prefix tokens start with a class token (for a timm model name: by its pooling)."""
     if spec.arch not in ARCHS:
         return spec.global_pool == "token"
     return spec.num_prefix_tokens > 0 and bool(spec.options.get("class_token", True))
 
 
 def _prefix_tokens(spec: BackboneSpec) -> dict[str, Any]:
-    """Prefix tokens are a class token, unless the options say that there is none, and registers behind it."""
+    """Return timm's keywords for the prefix tokens: a class token unless disabled, then registers."""
     class_token = has_class_token(spec)
     registers = spec.num_prefix_tokens - int(class_token)
     return {"class_token": class_token, ("reg_tokens" if spec.arch == "vit" else "num_reg_tokens"): registers}
 
 
-def _checked(spec: BackboneSpec) -> dict[str, Any]:
-    """The spec's options as keywords: names of layers become the layers."""
+def _parse_options(spec: BackboneSpec) -> dict[str, Any]:
+    """Return the spec's options as keywords, with names of layers replaced by the layers."""
     known = OPTIONS.get(spec.arch, ())
     if unknown := sorted(set(spec.options) - set(known)):
         raise UserError(
@@ -133,11 +142,12 @@ def _checked(spec: BackboneSpec) -> dict[str, Any]:
             expected=f"only {', '.join(known) or 'none'}",
         )
     return {
-        key: _layer(key, value) if key.endswith("_layer") else value for key, value in spec.options.items()
+        key: _find_layer(key, value) if key.endswith("_layer") else value
+        for key, value in spec.options.items()
     }
 
 
-def _layer(key: str, name: Any) -> Callable[..., nn.Module]:
+def _find_layer(key: str, name: Any) -> Callable[..., nn.Module]:
     if name not in LAYERS:
         raise UserError(f"{key} {name!r}", expected=f"one of {', '.join(LAYERS)}")
     return LAYERS[name]
@@ -145,11 +155,13 @@ def _layer(key: str, name: Any) -> Callable[..., nn.Module]:
 
 @torch.no_grad()
 def init_weights(model: VisionTransformer, spec: BackboneSpec) -> None:
-    """MAE's initialisation: xavier uniform for every Linear (the patch embedding as one), zero biases, normal(0.02) for the
-    class token. The patch embedding's bias stays as torch draws it, as in the reference (models_mae.py).
+    """Initialise as in MAE (models_mae.py).
 
-    A sin-cos table stays a Parameter, frozen or not by whoever trains (MAE freezes it in pretraining and trains it in
-    fine-tuning).
+    Xavier uniform for every Linear and for the patch embedding as a matrix, zero biases, normal(0.02) for
+    the class token. The bias of the patch embedding keeps torch's default, as in the reference.
+
+    A sine-cosine table stays a Parameter; whoever trains the model decides whether to freeze it (MAE
+    freezes it in pretraining and trains it in fine-tuning).
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):

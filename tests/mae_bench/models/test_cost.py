@@ -1,11 +1,11 @@
-"""Costs against sums worked out by hand."""
+"""Costs against sums computed by hand."""
 
 from mae_bench.models.cost import backbone_gmacs, training_flops
 from mae_bench.models.create import create_mae
 
 
 def block_macs(tokens: int, queries: int, width: int) -> int:
-    """Multiply-adds of a block that answers for `queries` of its tokens: keys and values of all, attention, the rest."""
+    """Multiply-adds of a block with `queries` of its tokens as queries and all as keys and values."""
     return (
         2 * tokens * width**2 + 2 * queries * width**2 + 2 * queries * tokens * width + 8 * queries * width**2
     )

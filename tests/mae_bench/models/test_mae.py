@@ -42,8 +42,7 @@ def inputs(spec: BackboneSpec = SPEC, n: int = 3) -> tuple[torch.Tensor, torch.T
 def reference(
     model: MAE, imgs: torch.Tensor, noise: torch.Tensor, mask_ratio: float
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """MAE in numpy, step by step as the paper's section 3 describes it: every patch embedded, unshuffled, decoded and
-    predicted."""
+    """MAE in numpy, following section 3 of the paper: embed, unshuffle, decode and predict every patch."""
     w = {
         name.removeprefix("encoder."): tensor.detach().double().numpy()
         for name, tensor in model.state_dict().items()
@@ -210,7 +209,7 @@ def test_position_table_encodes_width_first_then_height() -> None:
 
 
 def test_position_table_is_computed_in_double_precision() -> None:
-    """Rounded once, at the end: single precision throughout differs in hundreds of entries of ViT-L's table."""
+    """Rounded once, at the end: single precision would change hundreds of entries of ViT-L's table."""
     table = sincos_2d(1024, (28, 28), num_prefix_tokens=0)[0].numpy()
     frequency = 10000 ** (-np.arange(256, dtype=np.float64) / 256)
     down, across = np.divmod(np.arange(784, dtype=np.float64), 28)
@@ -282,7 +281,7 @@ def test_activation_checkpointing_changes_no_bit() -> None:
 
 
 def test_activation_checkpointing_keeps_fewer_activations() -> None:
-    """What autograd saves for the backward pass: the blocks' inputs in place of all that is computed in them."""
+    """Autograd saves the inputs of the blocks instead of everything computed inside them."""
     imgs, noise = inputs()
     sizes = []
     for recompute in (False, True):
@@ -304,7 +303,7 @@ def test_activation_checkpointing_keeps_fewer_activations() -> None:
 def test_a_blocks_weights_are_touched_in_its_own_forward_alone(
     encoder_mask_tokens: bool, recompute: bool
 ) -> None:
-    """Sharded weights are whole only between a block's hooks: here they are not numbers outside of them."""
+    """Sharded weights are only whole between the hooks of a block; here they are NaN outside."""
     torch.manual_seed(0)
     options: dict[str, Any] = {
         "encoder_mask_tokens": encoder_mask_tokens,
@@ -334,7 +333,7 @@ def test_a_blocks_weights_are_touched_in_its_own_forward_alone(
     "options", [{}, {"encoder_mask_tokens": True}, {"target": "hog"}, {"activation_checkpointing": True}]
 )
 def test_the_training_step_is_one_graph(options: dict[str, Any]) -> None:
-    """Nothing in forward depends on values or waits for a device."""
+    """Nothing in forward depends on values or waits for the device."""
     torch.manual_seed(0)
     model = MAE(SPEC, small_decoder(**options)).train()
     imgs, noise = inputs()
@@ -345,7 +344,7 @@ def test_the_training_step_is_one_graph(options: dict[str, Any]) -> None:
 
 
 def with_mask_tokens_in_the_encoder(model: MAE, imgs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Table 1c step by step, in the image's order: embed every patch, put the mask token where one is removed, encode all."""
+    """Table 1c in raster order: embed every patch, replace removed ones by the mask token, encode all."""
     vit = model.encoder
     tokens = vit.patch_embed(imgs)
     tokens = torch.where(mask[..., None].bool(), model.mask_token, tokens)
@@ -383,7 +382,7 @@ def test_mask_tokens_in_the_encoder() -> None:
 
 
 def test_initialisation_is_the_references() -> None:
-    """Xavier uniform on every Linear and on the patch embedding as a matrix, zero biases, tokens of deviation 0.02."""
+    """Xavier uniform for Linear layers and the patch embedding, zero biases, tokens with deviation 0.02."""
     torch.manual_seed(0)
     spec = replace(SPEC, embed_dim=96, img_size=(16, 16))
     model = MAE(spec, MAEOptions(decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=2))
@@ -413,7 +412,7 @@ def test_every_norm_has_the_same_eps() -> None:
 
 
 def test_cls_and_mask_tokens_are_decayed_and_tables_are_not_trained() -> None:
-    """The reference's timm exempts 1-D parameters and biases alone (add_weight_decay)."""
+    """The reference's timm only exempts 1-D parameters and biases (add_weight_decay)."""
     model = make()
     names = {id(p): name for name, p in model.named_parameters()}
     groups = {

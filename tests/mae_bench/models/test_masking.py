@@ -1,4 +1,4 @@
-"""Mask samplings: exact counts, their shapes in the image, and that a mask depends on the generator and its row alone."""
+"""Mask samplings: exact counts, shapes in the image, and dependence on the generator and row only."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def draw(sampling, num_imgs, grid_size, mask_ratio, seed=0):
 
 
 def joins(removed):
-    """Share of pairs of neighbours (down and across) that are removed or kept together."""
+    """Share of neighbouring pairs (down and across) that are both removed or both kept."""
     same = [(removed[:, 1:] == removed[:, :-1]).flatten(), (removed[..., 1:] == removed[..., :-1]).flatten()]
     return torch.cat(same).float().mean().item()
 
@@ -54,7 +54,7 @@ def test_grid_keeps_one_of_every_four_regularly():
 
 
 def test_blocks_are_rectangles():
-    """The removed part is a union of rectangles: it hangs together far more than the same number of random patches."""
+    """The removed part is a union of rectangles: far more connected than random patches."""
     for mask_ratio, least in ((0.5, 0.8), (0.75, 0.8)):
         random, block = (joins(draw(sampling, 64, (14, 14), mask_ratio)) for sampling in ("random", "block"))
         assert random < 0.7

@@ -1,4 +1,4 @@
-"""Targets: PCA, HOG and tokens against independent implementations, and what they refuse."""
+"""Targets: PCA, HOG and tokens against independent implementations, and errors for bad input."""
 
 import math
 

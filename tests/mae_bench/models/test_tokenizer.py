@@ -1,4 +1,4 @@
-"""The tokenizer against an independent implementation of DALL-E's encoder, and what it says of files that are none."""
+"""The tokenizer against an independent implementation of DALL-E's encoder, and errors for other files."""
 
 import pickle
 
@@ -135,7 +135,7 @@ class Planted:
 
 
 def test_other_files_are_refused(tmp_path, weights):
-    def refuse(content, match="no tokenizer"):
+    def refuse(content, match="not a tokenizer"):
         path = tmp_path / "e.pt"
         torch.save(content, path)
         with pytest.raises(UserError, match=match):
@@ -156,7 +156,7 @@ def test_other_files_are_refused(tmp_path, weights):
     (tmp_path / "text.pt").write_text("words")
     (tmp_path / "pickle.pkl").write_bytes(pickle.dumps({"a": 1}))
     for name in ("text.pt", "pickle.pkl"):
-        with pytest.raises(UserError, match="no tokenizer"):
+        with pytest.raises(UserError, match="not a tokenizer"):
             load_tokenizer(tmp_path / name)
     with pytest.raises(UserError, match="no tokenizer"):
         load_tokenizer(tmp_path / "nowhere")
