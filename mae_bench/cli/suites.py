@@ -14,7 +14,7 @@ from mae_bench.errors import UserError
 
 if TYPE_CHECKING:
     from mae_bench.record import Failure, ResultRecord
-    from mae_bench.runner.launcher import Company
+    from mae_bench.runner.launcher import LaunchGroup
     from mae_bench.suite.cell import Cell
     from mae_bench.suite.config import SuiteConfig
 
@@ -179,7 +179,7 @@ def _run(
     source: Source, overrides: list[str] | None, out: Path | None, jobs: int | None, as_json: bool
 ) -> None:
     """Run a suite; of several launched processes, rank 0 runs it and the others follow its orders."""
-    from mae_bench.runner.launcher import Company, launched
+    from mae_bench.runner.launcher import LaunchGroup, launched
     from mae_bench.runner.runner import stop_requests
 
     changes = list(overrides or [])
@@ -191,19 +191,19 @@ def _run(
     if os.environ.get("RANK") == "0":
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         print(f"{os.environ['WORLD_SIZE']} processes launched; rendezvous at {address}", file=sys.stderr)
-    company = Company()
-    if company.rank:
+    group = LaunchGroup()
+    if group.rank:
         with stop_requests() as stop:
-            company.follow(stop)
+            group.follow(stop)
         return
     try:
-        _run_suite(source, changes, out, as_json, company)
+        _run_suite(source, changes, out, as_json, group)
     finally:
-        company.dismiss()
+        group.dismiss()
 
 
 def _run_suite(
-    source: Source, changes: list[str], out: Path | None, as_json: bool, company: "Company | None"
+    source: Source, changes: list[str], out: Path | None, as_json: bool, group: "LaunchGroup | None"
 ) -> None:
     from rich.console import Console
 
@@ -214,7 +214,7 @@ def _run_suite(
 
     suite = load_suite(source() if callable(source) else source, changes, out)
     with view_for(Console(stderr=True)) as view:
-        results = run_suite(suite, view, command_line(), company)
+        results = run_suite(suite, view, command_line(), group)
     files = _write_report(
         Path(suite.out),
         Path(suite.out) / "report",

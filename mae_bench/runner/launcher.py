@@ -59,7 +59,7 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-class Company:
+class LaunchGroup:
     """The processes of one launch, seen from one of them; they speak through the launcher's store, which waits for nobody.
 
     So a rank may be busy for hours - data that is checked, a transfer that runs on rank 0 alone - and no time runs out.

@@ -25,7 +25,7 @@ STYLES = {"failed": "bold red", "not installed": "yellow"}
 
 
 @dataclass
-class Tail:
+class WorkerStatus:
     """What a worker's `events.jsonl` says since the view began to follow it."""
 
     name: str
@@ -86,7 +86,7 @@ class View:
 
     def __init__(self, console: Console):
         self.console = console
-        self._tails: dict[Path, Tail] = {}
+        self._tails: dict[Path, WorkerStatus] = {}
         self._began, self._total, self._ended, self._failed = time.monotonic(), 0, 0, 0
 
     def __enter__(self) -> Self:
@@ -109,7 +109,7 @@ class View:
         """A worker starts in `folder`, or several that work together; imgs_per_step: of a step of its training, 0 if unknown."""
         path = folder / EVENTS_FILE
         name += f" · {processes} processes" if processes > 1 else ""
-        self._tails[folder] = Tail(
+        self._tails[folder] = WorkerStatus(
             name, path, path.stat().st_size if path.is_file() else 0, imgs_per_step=imgs_per_step
         )
         self._print(f"[dim]start[/]  {escape(name)}", passing=True)
@@ -172,7 +172,7 @@ class LiveView(View):
         )
 
 
-def row(tail: Tail) -> list[RenderableType]:
+def row(tail: WorkerStatus) -> list[RenderableType]:
     """One running worker: name, stage, bar, count, values, elapsed, left."""
     bar = ProgressBar(total=tail.total or None, completed=tail.done, width=20, pulse=not tail.total)
     count = f"{tail.done:g}/{tail.total:g}" if tail.total else ""

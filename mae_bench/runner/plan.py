@@ -83,7 +83,7 @@ def _finished_otherwise(cell: Cell) -> dict[str, str]:
     """What sets a cell that is left apart from the last finished one of the same name; nothing where there is none."""
     finished = [
         folder
-        for folder in cell.dir.parent.glob(f"{cell.task}-s{cell.seed}-*")
+        for folder in cell.dir.parent.glob(f"{cell.row}-s{cell.seed}-*")
         if (folder / RECORD_FILE).is_file()
     ]
     others = [folder for folder in finished if folder != cell.dir and (folder / CELL_FILE).is_file()]
@@ -117,7 +117,7 @@ def _changes(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> l
 def as_dict(cell: Cell, result: ResultRecord | Failure | None) -> dict[str, Any]:
     """A cell and what has become of it, JSON-ready."""
     value: dict[str, Any] = {
-        "backbone": cell.backbone, "task": cell.task, "protocol": cell.config.get("protocol", cell.kind), "seed": cell.seed,
+        "backbone": cell.backbone, "task": cell.row, "protocol": cell.config.get("protocol", cell.kind), "seed": cell.seed,
         "key": cell.key, "dir": str(cell.dir), "state": "left",
     }  # fmt: skip
     if isinstance(result, Failure):

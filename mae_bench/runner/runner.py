@@ -19,7 +19,7 @@ from mae_bench.progress import STOP_SIGNALS
 from mae_bench.record import FAILURE_FILE, Failure, ResultRecord, write_failure
 from mae_bench.registry import kind
 from mae_bench.runner.demo_worker import ask_for_data
-from mae_bench.runner.launcher import Company, check_gpus
+from mae_bench.runner.launcher import LaunchGroup, check_gpus
 from mae_bench.runner.live import View
 from mae_bench.runner.processes import POLL_SECONDS, Process, Worker, start_ranks, stop_all
 from mae_bench.runner.worker import INTERRUPTED, LOCK_FILE, Order
@@ -33,18 +33,18 @@ Result = ResultRecord | Failure
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Room for one worker process: its device and what CUDA_VISIBLE_DEVICES shows it ("": no GPU)."""
+class DeviceSlot:
+    """Capacity for one worker process: its device and what CUDA_VISIBLE_DEVICES shows it ("": no GPU)."""
 
     device: str
     visible: str = ""
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """What a run may use: `slots`, for at most `cells` cells at a time; a cell of a distributed kind takes `processes` slots."""
 
-    slots: list[Slot]
+    slots: list[DeviceSlot]
     cells: int
     processes: int = 1
 
@@ -53,7 +53,7 @@ class Room:
         return self.processes if kind(cell.kind).distributed else 1
 
 
-def room_of(suite: SuiteConfig, launched: int = 1) -> Room:
+def capacity_of(suite: SuiteConfig, launched: int = 1) -> Capacity:
     """As much as the suite asks for and this machine has; `launched`: the processes that a launcher started, which it must use.
 
     GPUs are dealt out in turn; the processes of one cell get one each.
@@ -73,8 +73,8 @@ def room_of(suite: SuiteConfig, launched: int = 1) -> Room:
         raise UserError(f"processes={processes}, but torch sees {len(gpus)} GPUs here", expected="one GPU a process",
                         fix=f"processes={len(gpus)}, or start it by torchrun on several machines")  # fmt: skip
     count = jobs if launched > 1 else max(jobs, processes)
-    slots = [Slot("cuda", gpus[i % len(gpus)]) if gpus else Slot("cpu") for i in range(count)]
-    return Room(slots, jobs, processes)
+    slots = [DeviceSlot("cuda", gpus[i % len(gpus)]) if gpus else DeviceSlot("cpu") for i in range(count)]
+    return Capacity(slots, jobs, processes)
 
 
 def num_processes(suite: SuiteConfig, num_gpus: int) -> int:
@@ -97,15 +97,15 @@ def check_data(suite: SuiteConfig) -> tuple[dict[Place, str], dict[Place, UserEr
 
 
 def run_suite(
-    suite: SuiteConfig, view: View, command: str, company: Company | None = None
+    suite: SuiteConfig, view: View, command: str, group: LaunchGroup | None = None
 ) -> list[tuple[Cell, Result]]:
     """Makes the data if it is the suite's own, checks all data, then runs every cell that is not finished.
 
-    company: the processes that a launcher started, of which this is rank 0; they run the cells of distributed kinds.
+    group: the processes that a launcher started, of which this is rank 0; they run the cells of distributed kinds.
     UserError before any cell runs: bad data, a missing checkpoint, or a folder in which another runner is at work.
     Interrupted after SIGTERM, SIGINT, SIGHUP or SIGUSR1: the workers have saved their state, and the same call goes on.
     """
-    out, room = Path(suite.out), room_of(suite, company.size if company else 1)
+    out, capacity = Path(suite.out), capacity_of(suite, group.size if group else 1)
     check_sources(suite)
     with locked(out), stop_requests() as stop:
         write_json(out / SUITE_FILE, suite.model_dump(mode="json"))
@@ -114,7 +114,7 @@ def run_suite(
         digests, errors = check_data(suite)
         if errors:
             raise UserError("\n".join(str(error) for error in errors.values()))
-        runner = Runner(expand(suite, digests), room, suite.threads, command, view, company)
+        runner = Runner(expand(suite, digests), capacity, suite.threads, command, view, group)
         runner.run(stop)
     return [(cell, runner.results[cell.dir]) for cell in runner.cells]
 
@@ -197,24 +197,30 @@ class Runner:
     """Keeps every slot busy with a cell whose backbone is there until each cell has a result."""
 
     def __init__(
-        self, cells: list[Cell], room: Room, threads: int, command: str, view: View, company: Company | None = None
+        self, cells: list[Cell], capacity: Capacity, threads: int, command: str, view: View, group: LaunchGroup | None = None
     ):  # fmt: skip
-        self.cells, self.room, self.threads, self.command, self.view = cells, room, threads, command, view
+        self.cells, self.capacity, self.threads, self.command, self.view = (
+            cells,
+            capacity,
+            threads,
+            command,
+            view,
+        )
         finished = {cell.dir: cell.result() for cell in cells}
         self.results: dict[Path, Result] = {
             folder: r for folder, r in finished.items() if isinstance(r, ResultRecord)
         }
         self._waiting = [cell for cell in cells if cell.dir not in self.results]
-        self._running: dict[Process, tuple[Cell, list[Slot]]] = {}
-        self._free = list(room.slots)
-        self._company = company
+        self._running: dict[Process, tuple[Cell, list[DeviceSlot]]] = {}
+        self._free = list(capacity.slots)
+        self._group = group
 
     def run(self, stop: list[int]) -> None:
         """Returns when `results` is complete; raises Interrupted when something stands in `stop`."""
         self.view.begin(len(self.cells), len(self.results))
         try:
             while self._waiting or self._running:
-                if stop or (self._company and self._company.asked_to_stop()):
+                if stop or (self._group and self._group.asked_to_stop()):
                     raise Interrupted
                 self._start_ready()
                 self._collect()
@@ -241,34 +247,34 @@ class Runner:
                 self._waiting.remove(cell)
                 self._start(cell, slots)
 
-    def _take_slots(self, cell: Cell) -> list[Slot]:
+    def _take_slots(self, cell: Cell) -> list[DeviceSlot]:
         """The slots of the cell's processes, on a GPU each; none if there is no room now."""
-        if len(self._running) >= self.room.cells:
+        if len(self._running) >= self.capacity.cells:
             return []
-        count, free = self.room.processes_of(cell), self._free
-        if count > 1 and self._company:
-            count = len(self.room.slots)  # the launcher's processes use all of the machine
-        elif count > 1 and self.room.slots[0].device == "cuda":
+        count, free = self.capacity.processes_of(cell), self._free
+        if count > 1 and self._group:
+            count = len(self.capacity.slots)  # the launcher's processes use all of the machine
+        elif count > 1 and self.capacity.slots[0].device == "cuda":
             free = list({slot.visible: slot for slot in free}.values())
         taken = free[:count] if len(free) >= count else []
         for slot in taken:
             self._free.remove(slot)
         return taken
 
-    def _start(self, cell: Cell, slots: list[Slot]) -> None:
+    def _start(self, cell: Cell, slots: list[DeviceSlot]) -> None:
         cell.dir.mkdir(parents=True, exist_ok=True)
         (cell.dir / FAILURE_FILE).unlink(missing_ok=True)
-        count, device = self.room.processes_of(cell), slots[0].device
+        count, device = self.capacity.processes_of(cell), slots[0].device
         Order(cell, kind(cell.kind), device, self.threads, self.command, count).write()
         self.view.start(cell.dir, cell.name, count, cell.config.get("global_batch_size", 0))
         self._running[self._process(cell, slots, count)] = cell, slots
 
-    def _process(self, cell: Cell, slots: list[Slot], count: int) -> Process:
+    def _process(self, cell: Cell, slots: list[DeviceSlot], count: int) -> Process:
         module, visible = "mae_bench.runner.worker", [slot.visible for slot in slots]
         if count == 1:
             return Worker(module, cell.dir, self.threads, visible[0])
-        if self._company:
-            return self._company.start(module, cell.dir, slots[0].device, self.threads)
+        if self._group:
+            return self._group.start(module, cell.dir, slots[0].device, self.threads)
         return start_ranks(module, cell.dir, self.threads, visible, count)
 
     def _collect(self) -> None:

@@ -51,17 +51,14 @@ class Order:
 
     def write(self) -> None:
         """Writes the order into the cell's folder, atomically."""
-        write_json(self.cell.dir / CELL_FILE, json.loads(json.dumps(asdict(self), default=str)))
+        write_json(self.cell.dir / CELL_FILE, asdict(self) | {"cell": self.cell.to_dict()})
 
     @classmethod
     def read(cls, folder: Path) -> "Order":
         """Reads what `write` wrote."""
         value = json.loads((folder / CELL_FILE).read_text(encoding="utf-8"))
-        cell = value["cell"]
-        upstream = Path(cell["upstream"]) if cell["upstream"] else None
-        return cls(
-            **value | {"cell": Cell(**cell | {"dir": folder, "upstream": upstream}), "kind": Kind(**value["kind"])}
-        )  # fmt: skip
+        cell = Cell.from_dict(value["cell"] | {"dir": folder})
+        return cls(**value | {"cell": cell, "kind": Kind(**value["kind"])})
 
 
 def main() -> int:
@@ -73,8 +70,8 @@ def main() -> int:
     progress = Progress(order.cell.dir / EVENTS_FILE if is_main() else None)
     progress.stop_on_signals()
     if "WORLD_SIZE" not in os.environ:
-        return ended(order, lambda: work(order, progress))
-    return ended(order, lambda: work_together(order, progress))
+        return run_and_report(order, lambda: work(order, progress))
+    return run_and_report(order, lambda: work_together(order, progress))
 
 
 def is_main() -> bool:
@@ -87,7 +84,7 @@ def work_together(order: Order, progress: Progress) -> None:
     from mae_bench.engine.distributed import process_group
 
     with process_group(order.device):
-        if code := ended(order, lambda: work(order, progress)):
+        if code := run_and_report(order, lambda: work(order, progress)):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(
@@ -95,7 +92,7 @@ def work_together(order: Order, progress: Progress) -> None:
             )  # the others may wait for this one inside a step, and leaving the group would wait for them
 
 
-def ended(order: Order, act: Callable[[], None]) -> int:
+def run_and_report(order: Order, act: Callable[[], None]) -> int:
     """The exit code of `act`; how it fails is written in the cell's folder."""
     try:
         act()
@@ -150,7 +147,7 @@ def _fail(cell: Cell, failure: Failure) -> None:
 
 def work(order: Order, progress: Progress) -> None:
     """Runs the order, unless it is done, and leaves its record in the cell's folder; training states go after that alone."""
-    with held(order.cell.dir, progress):
+    with cell_lock(order.cell.dir, progress):
         (finished,) = any_rank(is_main() and isinstance(order.cell.result(), ResultRecord))
         if finished:
             return
@@ -161,7 +158,7 @@ def work(order: Order, progress: Progress) -> None:
 
 
 @contextmanager
-def held(folder: Path, progress: Progress) -> Iterator[None]:
+def cell_lock(folder: Path, progress: Progress) -> Iterator[None]:
     """The cell's folder for this worker and its ranks: one whose runner was killed may still be saving there."""
     with open(folder / LOCK_FILE, "w") as lock:
         while True:

@@ -1,7 +1,7 @@
 """One cell of a suite: what it runs, the folder that it owns, and what has become of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,22 +17,31 @@ from mae_bench.record import (
 
 CELL_FILE = "cell.json"  # what the runner asks of the worker
 LOG_FILE = "log.txt"  # what the worker printed
-BACKBONE = "backbone"  # stands for the task's name in cells that make a backbone
+BACKBONE = "backbone"  # the row of cells that make a backbone
+FILE_NAMES = {"row": "task", "task": "family"}  # attribute -> its name in cell.json
 
 R = TypeVar("R", ResultRecord, Failure)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A backbone to make (task "backbone", upstream None) or to transfer.
+    """A backbone to make or to transfer.
 
-    family: what its record says under `task`. config: complete and validated. key: the digest of all that decides the result;
-    `dir` ends with its first digits. upstream: the folder of the cell that makes the backbone.
+    Attributes:
+        backbone: its name in the suite.
+        row: the name of its task in the suite, or BACKBONE for a cell that makes a backbone.
+        task: the `task` of its record ("pretrain", "imagenet", "coco", ...).
+        kind: its job kind, a key of `mae_bench.registry.KINDS`.
+        config: the complete, validated config of the job.
+        seed: the seed of the job.
+        key: the digest of everything that decides the result; `dir` ends with its first 8 digits.
+        dir: the folder it writes to.
+        upstream: the folder of the cell that makes its backbone; None for a cell that makes one.
     """
 
     backbone: str
+    row: str
     task: str
-    family: str
     kind: str
     config: dict[str, Any]
     seed: int
@@ -40,10 +49,25 @@ class Cell:
     dir: Path
     upstream: Path | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the cell as it is written to `cell.json`, where `row` is called "task" and `task` "family"."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        paths = {"dir": str(self.dir), "upstream": str(self.upstream) if self.upstream else None}
+        return {FILE_NAMES.get(name, name): value for name, value in (values | paths).items()}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Cell":
+        """Read the result of `to_dict`."""
+        names = {written: name for name, written in FILE_NAMES.items()}
+        values = {names.get(name, name): item for name, item in value.items()}
+        values["dir"] = Path(values["dir"])
+        values["upstream"] = Path(values["upstream"]) if values["upstream"] else None
+        return cls(**values)
+
     @property
     def name(self) -> str:
         """As a person reads it."""
-        return f"{self.backbone} · {self.kind if self.task == BACKBONE else self.task} · seed {self.seed}"
+        return f"{self.backbone} · {self.kind if self.row == BACKBONE else self.row} · seed {self.seed}"
 
     def result(self) -> ResultRecord | Failure | None:
         """The record of a finished cell, the failure of one that was tried, None for one that is left to do.
@@ -60,7 +84,7 @@ class Cell:
         """What stands in the place of the record if the cell ends without a score."""
         status: Any = "not installed" if not_installed else "failed"
         protocol = self.config.get("protocol", self.kind)
-        return Failure(self.backbone, self.family, protocol, self.seed, status, reason, fix)
+        return Failure(self.backbone, self.task, protocol, self.seed, status, reason, fix)
 
 
 def _read(read: Callable[[Path], R], path: Path) -> R | None:

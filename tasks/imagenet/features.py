@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from backbones.translating.report import ConversionReport
-from mae_bench.data.sets.fetch import alone
+from mae_bench.data.sets.fetch import file_lock
 from mae_bench.data.sets.index import cache_folder
 from mae_bench.data.sets.source import BadImages, ImageSource
 from mae_bench.data.sets.subset import Subset
@@ -197,7 +197,7 @@ def _split(
                 places, key=lambda each: each.name
             ):  # in one order, or two cells could wait for each other
                 places[each].mkdir(parents=True, exist_ok=True)
-                stack.enter_context(alone(places[each] / DONE))
+                stack.enter_context(file_lock(places[each] / DONE))
                 _reserve(places[each], len(images), widths[each])
         gather_over_ranks(None)  # the others wait until the files are there
         _require_shared(folder)

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from mae_bench.data.sets.fetch import alone
+from mae_bench.data.sets.fetch import file_lock
 from mae_bench.data.sets.index import kept, try_to_keep
 from mae_bench.data.sets.source import ImageSource
 
@@ -28,7 +28,7 @@ def known_overlap(train: ImageSource, val: ImageSource, digest: str) -> Pairs:
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(alone(path))
+            stack.enter_context(file_lock(path))
         except OSError as error:
             log.info("%s cannot be locked, so each process looks for itself: %s", path, error)
         try:

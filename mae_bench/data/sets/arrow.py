@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mae_bench.data.sets.fetch import alone
+from mae_bench.data.sets.fetch import file_lock
 from mae_bench.data.sets.index import Index, IndexedImages, build_index, cache_folder, stamp
 from mae_bench.data.sets.packed import How, is_packed, open_packed, pack_sources
 from mae_bench.data.sets.shards import spellings
@@ -333,6 +333,6 @@ def open_unpacked(source: ImageSource, key: str) -> IndexedImages:
                 fix="export MAE_BENCH_CACHE=FOLDER",
             ) from error
         log.info("unpacking %d images to %s, once", len(source), out)
-        with alone(out):
+        with file_lock(out):
             pack_sources({"all": source}, out, How(unchecked=True), name="unpacked")
     return open_packed(out, "all")

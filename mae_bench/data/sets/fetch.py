@@ -59,7 +59,7 @@ def fetch(url: str, stop: threading.Event | None = None) -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with alone(path):
+        with file_lock(path):
             if not path.is_file():
                 _bring(url, path, stop or threading.Event())
     except OSError as error:
@@ -78,8 +78,8 @@ def part_of(path: Path) -> Path:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Holds other processes off the file; the system lets go when this one ends."""
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file; the system releases it when this process ends."""
     with open(path.with_name(f"{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

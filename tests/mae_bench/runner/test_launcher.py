@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mae_bench.errors import Interrupted, UserError
-from mae_bench.runner.launcher import Company, adopt_slurm, check_gpus, first_host
+from mae_bench.runner.launcher import LaunchGroup, adopt_slurm, check_gpus, first_host
 from mae_bench.runner.processes import free_port
 from mae_bench.runner.worker import environment
 
@@ -155,37 +155,37 @@ def test_half_of_the_variables_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"):
-        Company()
+        LaunchGroup()
 
 
 @pytest.fixture
-def company(monkeypatch: pytest.MonkeyPatch) -> Company:
+def group(monkeypatch: pytest.MonkeyPatch) -> LaunchGroup:
     """Rank 1 of 2, with a store of its own."""
     from torch.distributed import HashStore
 
     monkeypatch.setattr("mae_bench.runner.launcher._store", HashStore)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    return Company()
+    return LaunchGroup()
 
 
 def test_a_folder_that_is_not_shared_is_named(
-    company: Company, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    group: LaunchGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mae_bench.runner.launcher.SHARED_SECONDS", 0.0)
-    company.store.set("order/1", json.dumps({"folder": str(tmp_path / "elsewhere")}))
+    group.store.set("order/1", json.dumps({"folder": str(tmp_path / "elsewhere")}))
     with pytest.raises(UserError, match="rank 1 .* does not see .*elsewhere"):
-        company.follow([])
-    assert company.store.get("code/1/1") == b"1", "rank 0 need not wait for it"
+        group.follow([])
+    assert group.store.get("code/1/1") == b"1", "rank 0 need not wait for it"
 
 
-def test_a_rank_leaves_when_rank_0_has_ended(company: Company) -> None:
-    company.store.set("ended", "")
-    company.follow([])
-    assert company.store.add("left", 0) == 1
+def test_a_rank_leaves_when_rank_0_has_ended(group: LaunchGroup) -> None:
+    group.store.set("ended", "")
+    group.follow([])
+    assert group.store.add("left", 0) == 1
 
 
-def test_a_rank_that_is_asked_to_stop_tells_rank_0(company: Company) -> None:
+def test_a_rank_that_is_asked_to_stop_tells_rank_0(group: LaunchGroup) -> None:
     with pytest.raises(Interrupted):
-        company.follow([signal.SIGTERM])
-    assert company.asked_to_stop()
+        group.follow([signal.SIGTERM])
+    assert group.asked_to_stop()

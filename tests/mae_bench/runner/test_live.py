@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mae_bench.progress import EVENTS_FILE
 from mae_bench.record import Failure, Metric, ResultRecord
-from mae_bench.runner.live import LiveView, Tail, View, clock, counting, row, view_for
+from mae_bench.runner.live import LiveView, View, WorkerStatus, clock, counting, row, view_for
 
 FAILURE = Failure("mae", "coco", "maskrcnn", 0, "not installed", "no [detectron2]", "make setup")
 RECORD = ResultRecord(
@@ -27,7 +27,7 @@ def add(path: Path, time: float = 0.0, **event: Any) -> None:
 
 def test_a_tail_follows_stage_steps_and_values(tmp_path: Path) -> None:
     path = tmp_path / EVENTS_FILE
-    tail = Tail("mae", path)
+    tail = WorkerStatus("mae", path)
     assert tail.poll() == []
     add(path, done=0)
     add(path, done=10, values={"loss": 0.5})
@@ -44,7 +44,7 @@ def test_half_a_line_waits_for_its_end(tmp_path: Path) -> None:
     path = tmp_path / EVENTS_FILE
     add(path, done=5)
     whole = path.read_bytes()
-    tail = Tail("mae", path)
+    tail = WorkerStatus("mae", path)
     path.write_bytes(whole[:20])
     tail.poll()
     assert tail.done == 0
@@ -57,7 +57,7 @@ def test_the_time_that_is_left_follows_the_pace_since_the_stage_was_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / EVENTS_FILE
-    tail = Tail("mae", path)
+    tail = WorkerStatus("mae", path)
     add(path, time=1000, done=0)
     add(path, time=1002, done=60)  # resumed there
     tail.poll()
@@ -131,7 +131,7 @@ def test_counting_says_what_is_whole_once() -> None:
 
 
 def test_a_row_without_a_total_has_no_count(tmp_path: Path) -> None:
-    assert len(row(Tail("mae", tmp_path / "none"))) == 7
+    assert len(row(WorkerStatus("mae", tmp_path / "none"))) == 7
 
 
 def test_a_file_gets_lines_and_a_terminal_bars() -> None:

@@ -18,7 +18,7 @@ from mae_bench.environment.provenance import num_cores
 from mae_bench.errors import UserError
 from mae_bench.record import FAILURE_FILE, RECORD_FILE, Failure, ResultRecord
 from mae_bench.runner.live import View
-from mae_bench.runner.runner import MOST_JOBS, Room, Runner, Slot, locked, room_of, run_suite
+from mae_bench.runner.runner import MOST_JOBS, Capacity, DeviceSlot, Runner, capacity_of, locked, run_suite
 from mae_bench.suite.cell import CELL_FILE, Cell
 from mae_bench.suite.config import expand, load_suite
 
@@ -31,7 +31,7 @@ def run(suite: dict[str, Any], *overrides: str) -> tuple[Results, str]:
     results = run_suite(
         load_suite(suite, overrides), View(Console(file=text, width=300)), "mae-bench run toy.yaml"
     )
-    return {(cell.backbone, cell.task, cell.seed): result for cell, result in results}, text.getvalue()
+    return {(cell.backbone, cell.row, cell.seed): result for cell, result in results}, text.getvalue()
 
 
 def times_run(suite: dict[str, Any]) -> dict[str, int]:
@@ -228,16 +228,16 @@ def test_a_folder_that_cannot_be_written_is_the_users_to_mend(suite: dict[str, A
         run(suite | {"out": str(tmp_path / "file" / "out")})
 
 
-def slots(suite: dict[str, Any], *overrides: str) -> list[Slot]:
-    return room_of(load_suite(suite, overrides)).slots
+def slots(suite: dict[str, Any], *overrides: str) -> list[DeviceSlot]:
+    return capacity_of(load_suite(suite, overrides)).slots
 
 
 def test_slots(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert slots(suite, "jobs=3") == [Slot("cpu")] * 3
+    assert slots(suite, "jobs=3") == [DeviceSlot("cpu")] * 3
     assert len(slots(suite, "jobs=auto")) == min(MOST_JOBS, num_cores())
     monkeypatch.setattr("mae_bench.runner.runner.visible_gpus", lambda: ["2", "5"])
-    assert slots(suite, "jobs=auto", "device=auto") == [Slot("cuda", "2"), Slot("cuda", "5")]
-    assert slots(suite, "device=auto", "jobs=3")[2] == Slot("cuda", "2")
+    assert slots(suite, "jobs=auto", "device=auto") == [DeviceSlot("cuda", "2"), DeviceSlot("cuda", "5")]
+    assert slots(suite, "device=auto", "jobs=3")[2] == DeviceSlot("cuda", "2")
     monkeypatch.setattr("mae_bench.runner.runner.visible_gpus", list)
     with pytest.raises(UserError, match="no GPU"):
         slots(suite, "device=cuda")
@@ -252,24 +252,26 @@ def test_a_run_of_one_cell_takes_all_gpus_for_it(
         "jobs": 1,
         "device": "auto",
     }
-    assert room_of(load_suite(alone)).processes == 1, "on a CPU"
+    assert capacity_of(load_suite(alone)).processes == 1, "on a CPU"
     monkeypatch.setattr("mae_bench.runner.runner.visible_gpus", lambda: ["2", "5", "7"])
-    assert room_of(load_suite(suite, ["device=auto"])).processes == 1, "several cells share the GPUs"
-    assert room_of(load_suite(alone)) == Room([Slot("cuda", "2"), Slot("cuda", "5"), Slot("cuda", "7")], 1, 3)
-    assert room_of(load_suite(alone, ["processes=2"])).processes == 2
+    assert capacity_of(load_suite(suite, ["device=auto"])).processes == 1, "several cells share the GPUs"
+    assert capacity_of(load_suite(alone)) == Capacity(
+        [DeviceSlot("cuda", "2"), DeviceSlot("cuda", "5"), DeviceSlot("cuda", "7")], 1, 3
+    )
+    assert capacity_of(load_suite(alone, ["processes=2"])).processes == 2
 
 
 def placed(
-    suite: dict[str, Any], room: Room, started: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+    suite: dict[str, Any], capacity: Capacity, started: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> Runner:
     """A runner whose cells run until `kill`; `started` gets each cell's name and its GPUs."""
 
-    def start(self: Runner, cell: Cell, slots: list[Slot], count: int) -> Any:
+    def start(self: Runner, cell: Cell, slots: list[DeviceSlot], count: int) -> Any:
         started.append((cell.backbone, ",".join(slot.visible for slot in slots)))
         return MagicMock(poll=lambda: None)
 
     monkeypatch.setattr(Runner, "_process", start)
-    return Runner(expand(load_suite(suite), {}), room, 1, "", View(Console(file=StringIO())))
+    return Runner(expand(load_suite(suite), {}), capacity, 1, "", View(Console(file=StringIO())))
 
 
 def test_a_cell_of_several_processes_takes_as_many_gpus(
@@ -278,15 +280,17 @@ def test_a_cell_of_several_processes_takes_as_many_gpus(
     kinds = {"a": "fake_maker", "b": "fake_pretraining", "c": "fake_maker"}
     suite |= {"backbones": {name: {"kind": kind} for name, kind in kinds.items()}, "tasks": {}}
     started: list[tuple[str, str]] = []
-    three = Room([Slot("cuda", gpu) for gpu in "0112"], 4, 2)
+    three = Capacity([DeviceSlot("cuda", gpu) for gpu in "0112"], 4, 2)
     runner = placed(suite, three, started, monkeypatch)
     runner._start_ready()
     assert started == [("a", "0"), ("b", "1,2"), ("c", "1")], "its processes share no GPU"
     started.clear()
-    placed(suite, Room(three.slots, 1, 2), started, monkeypatch)._start_ready()
+    placed(suite, Capacity(three.slots, 1, 2), started, monkeypatch)._start_ready()
     assert started == [("a", "0")], "one cell at a time, though there are more slots"
     started.clear()
-    runner = placed(suite, Room([Slot("cuda", "0"), Slot("cuda", "1")], 2, 2), started, monkeypatch)
+    runner = placed(
+        suite, Capacity([DeviceSlot("cuda", "0"), DeviceSlot("cuda", "1")], 2, 2), started, monkeypatch
+    )
     runner._start_ready()
     assert started == [("a", "0")], "it waits for both, and nobody overtakes it"
 

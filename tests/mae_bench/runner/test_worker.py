@@ -43,6 +43,8 @@ def test_an_order_comes_back_as_it_was_written(fake_kinds: Path, tmp_path: Path)
     upstream = Order(Cell(**vars(written.cell) | {"upstream": tmp_path / "up"}), written.kind, "cuda", 2, "")
     upstream.write()
     assert Order.read(tmp_path) == upstream
+    stored = json.loads((tmp_path / CELL_FILE).read_text())["cell"]
+    assert (stored["task"], stored["family"]) == ("probe", "imagenet"), "the names in the file stay"
 
 
 def test_a_record_is_written_last(fake_kinds: Path, tmp_path: Path) -> None:

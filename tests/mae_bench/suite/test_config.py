@@ -14,7 +14,7 @@ from mae_bench.suite.config import complete_job, expand, load_suite, places
 def keys(suite: dict[str, Any], *overrides: str, digest: str = "d") -> dict[tuple[str, str, int], str]:
     loaded = load_suite(suite, overrides)
     cells = expand(loaded, dict.fromkeys(places(loaded), digest))
-    return {(cell.backbone, cell.task, cell.seed): cell.key for cell in cells}
+    return {(cell.backbone, cell.row, cell.seed): cell.key for cell in cells}
 
 
 def changed(before: dict[Any, str], after: dict[Any, str]) -> set[Any]:
@@ -23,16 +23,16 @@ def changed(before: dict[Any, str], after: dict[Any, str]) -> set[Any]:
 
 def test_cells_are_backbones_then_transfers_by_seed(suite: dict[str, Any]) -> None:
     cells = expand(load_suite(suite, ["seeds=[0,1]"]), {})
-    assert [(cell.backbone, cell.task, cell.seed) for cell in cells] == [
+    assert [(cell.backbone, cell.row, cell.seed) for cell in cells] == [
         ("good", "backbone", 0), ("base", "backbone", 0),
         ("good", "probe", 0), ("base", "probe", 0), ("good", "probe", 1), ("base", "probe", 1),
     ]  # fmt: skip
     assert cells[2].upstream == cells[0].dir
     assert cells[0].upstream is None
     assert cells[4].dir == Path(suite["out"]) / "cells" / "good" / f"probe-s1-{cells[4].key[:8]}"
-    assert len({cell.key for cell in cells if cell.task == "probe" and cell.backbone == "good"}) == 2
-    assert cells[2].family == "imagenet"
-    assert cells[0].family == "pretrain"
+    assert len({cell.key for cell in cells if cell.row == "probe" and cell.backbone == "good"}) == 2
+    assert cells[2].task == "imagenet"
+    assert cells[0].task == "pretrain"
 
 
 def test_a_key_changes_with_what_decides_the_result(

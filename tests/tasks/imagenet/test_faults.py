@@ -13,7 +13,7 @@ from mae_bench.engine.distributed import World
 from mae_bench.errors import UserError
 from mae_bench.progress import Progress
 from mae_bench.registry import kind
-from mae_bench.runner.worker import Order, ended, work
+from mae_bench.runner.worker import Order, run_and_report, work
 from mae_bench.suite.cell import Cell
 from tasks.imagenet import features, few_shot, knn, linear_probe
 from tasks.imagenet.classify import Classifier
@@ -34,7 +34,7 @@ def work_on(name: str, data: Path, folder: Path, backbone: str, **changes: Any) 
     cell.dir.mkdir(exist_ok=True)
     order = Order(cell, kind(config["kind"]), "cpu", 1, "mae-bench run x")
     (cell.dir / "failure.json").unlink(missing_ok=True)
-    code = ended(order, lambda: work(order, Progress()))
+    code = run_and_report(order, lambda: work(order, Progress()))
     left = {path.name for path in cell.dir.glob("*.json")} & {"failure.json", "record.json"}
     assert left == ({"record.json"} if code == 0 else {"failure.json"})
     found: dict[str, Any] = json.loads((cell.dir / left.pop()).read_text())
