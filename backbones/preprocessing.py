@@ -16,7 +16,7 @@ from torch import nn
 from backbones.load import load_backbone
 from mae_bench.data.batches.loader import Images, Transform, epoch_order
 from mae_bench.data.batches.transforms import eval_transform, normalize, train_transform
-from mae_bench.data.sets.open import open_images, splits_in
+from mae_bench.data.sets.open import find_splits, open_images
 from mae_bench.data.sets.source import ImageSource
 from mae_bench.errors import UserError
 from mae_bench.intervals import paired_interval
@@ -70,7 +70,7 @@ class Sample:
 
 def a_sample(folder: str | Path, most: int, seed: int = 0) -> Sample:
     """At most `most` images of a set, drawn without regard to their order; of its validation split where it has one."""
-    splits = splits_in(folder) or ["train"]
+    splits = find_splits(folder) or ["train"]
     images = open_images(folder, splits[-1])
     return Sample(images, sorted(epoch_order(len(images), seed, 0)[:most].tolist()))
 

@@ -22,7 +22,7 @@ from benchmarks.measure import Table, Times, interleave, ratio, write_table
 from mae_bench.data.batches.loader import Batch, Images, TrainingOrder, training_batches
 from mae_bench.data.batches.transforms import PretrainTransform
 from mae_bench.data.sets.open import open_images
-from mae_bench.data.sets.packed import How, pack_sources
+from mae_bench.data.sets.packed import PackOptions, pack_sources
 from mae_bench.data.sets.source import ImageSource
 from mae_bench.errors import UserError
 
@@ -93,9 +93,9 @@ def make_sets(folder: Path, photos: Path, count: int) -> tuple[Sets, float]:
     size = make_photos(folder / "files" / "train" / "class0", photos, count)
     files = open_images(folder / "files", "train")
     kinds = {
-        "q95": How(SHORT_SIDE, quality=95),
-        "q90": How(SHORT_SIDE, quality=90),
-        "raw": How(SHORT_SIDE, raw=True),
+        "q95": PackOptions(SHORT_SIDE, quality=95),
+        "q90": PackOptions(SHORT_SIDE, quality=90),
+        "raw": PackOptions(SHORT_SIDE, raw=True),
     }
     for name, how in kinds.items():
         pack_sources({"train": files}, folder / name, how, name="photos")

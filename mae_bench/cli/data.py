@@ -177,7 +177,7 @@ def prepare_imagenet(
 ) -> None:
     """Write the folders train/ and val/ of ImageNet-1K, or a packed set, from the ILSVRC2012 archives."""
     from mae_bench.data.prepare import prepare_imagenet as prepare
-    from mae_bench.data.sets.packed import How
+    from mae_bench.data.sets.packed import PackOptions
     from mae_bench.environment.provenance import num_cores
 
     if short_side and not packed:
@@ -192,7 +192,7 @@ def prepare_imagenet(
             progress,
             check=not no_check,
             val_classes=val_classes,
-            packed=How(short_side=short_side) if packed else None,
+            packed=PackOptions(short_side=short_side) if packed else None,
             num_workers=num_cores(),
         )
     print(f"{out}: train: {made.train} images, val: {made.val} images; {made.classes} classes")

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from mae_bench.data.sets.open import open_images, set_name, splits_in
-from mae_bench.data.sets.packed import How, Progress, pack_sources
+from mae_bench.data.sets.open import find_splits, open_images, read_dataset_name
+from mae_bench.data.sets.packed import PackOptions, ProgressCallback, pack_sources
 from mae_bench.errors import UserError
 
 
@@ -16,11 +16,11 @@ def pack_set(
     quality: int | None = None,
     raw: bool = False,
     num_workers: int = 0,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
-    """Packs every split of the set at `source` into the folder `out`; see `How` and `pack_sources`. Returns the header."""
-    how = How(short_side, quality, raw)
-    splits = splits_in(source)
+    """Packs every split of the set at `source` into the folder `out`; see `PackOptions` and `pack_sources`. Returns the header."""
+    how = PackOptions(short_side, quality, raw)
+    splits = find_splits(source)
     sources = {split: open_images(source, split, refresh=True) for split in splits}
     if not sources:
         raise UserError(
@@ -29,5 +29,5 @@ def pack_set(
             fix="mae-bench data check images PATH",
         )
     return pack_sources(
-        sources, Path(out), how, name=set_name(source), num_workers=num_workers, progress=progress
+        sources, Path(out), how, name=read_dataset_name(source), num_workers=num_workers, progress=progress
     )

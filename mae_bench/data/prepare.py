@@ -6,16 +6,16 @@ import io
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mae_bench.data.sets.index import IndexedImages, build_index, by_folder, sort_key
-from mae_bench.data.sets.packed import How, pack_sources
+from mae_bench.data.sets.index import IndexedImages, build_index, classify_by_folder, sort_key
+from mae_bench.data.sets.packed import PackOptions, ProgressCallback, pack_sources
 from mae_bench.data.sets.source import ImageSource, is_image
-from mae_bench.data.sets.tars import need_end
+from mae_bench.data.sets.tars import check_end
 from mae_bench.errors import NotInstalled, UserError
 from mae_bench.files import is_full, write_json, write_text
 
@@ -31,7 +31,6 @@ WNID = re.compile(r"n\d{8}")
 META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 
 Places = dict[str, tuple[int, int]]  # name -> first byte in the archive, and size
-Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,11 @@ class Prepared:
 def prepare_imagenet(
     source: Path,
     out: Path,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     *,
     check: bool = True,
     val_classes: Path | None = None,
-    packed: How | None = None,
+    packed: PackOptions | None = None,
     num_workers: int = 0,
 ) -> Prepared:
     """Makes out/train/WNID/*.JPEG and out/val/WNID/*.JPEG from the archives in `source`; a stopped call goes on.
@@ -106,7 +105,7 @@ def _sources(source: Path, labels: list[str] | dict[str, str]) -> dict[str, Imag
                     for image in inner
                     if _is_plain_image(image, source / TRAIN)
                 ]
-                need_end(inner)
+                check_end(inner)
             wnid = Path(member.name).stem
             train |= {
                 f"{wnid}/{name}": (member.offset_data + image.offset_data, image.size)
@@ -123,7 +122,7 @@ def _sources(source: Path, labels: list[str] | dict[str, str]) -> dict[str, Imag
 
 def _in_archive(places: Places, archive: Path) -> ImageSource:
     names = sorted(places, key=sort_key)
-    targets, classes = by_folder(names)
+    targets, classes = classify_by_folder(names)
     starts, sizes = [places[name][0] for name in names], [places[name][1] for name in names]
     index = build_index(
         names, sizes, targets, classes, files=[str(archive.absolute())], shard=[0] * len(names), starts=starts
@@ -147,7 +146,7 @@ def _readable(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_md5(archives: list[Path], record: Path, progress: Progress | None) -> None:
+def _check_md5(archives: list[Path], record: Path, progress: ProgressCallback | None) -> None:
     known = set(record.read_text(encoding="utf-8").splitlines()) if record.is_file() else set()
     for path in archives:
         mark = f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
@@ -162,7 +161,7 @@ def _check_md5(archives: list[Path], record: Path, progress: Progress | None) ->
         write_text(record, "".join(f"{line}\n" for line in sorted(known)))
 
 
-def _md5(path: Path, progress: Progress | None) -> str:
+def _md5(path: Path, progress: ProgressCallback | None) -> str:
     digest, size = hashlib.md5(usedforsecurity=False), path.stat().st_size
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
@@ -214,7 +213,7 @@ def _listed(path: Path) -> dict[str, str]:
     return found
 
 
-def _make_train(archive: Path, folder: Path, progress: Progress | None) -> None:
+def _make_train(archive: Path, folder: Path, progress: ProgressCallback | None) -> None:
     """A tar of tars, a class each; a class's folder appears when it is whole."""
     with tarfile.open(archive, "r:") as outer:
         members = _classes_of(outer, archive)
@@ -226,7 +225,7 @@ def _make_train(archive: Path, folder: Path, progress: Progress | None) -> None:
                 with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
                     for image in inner:
                         _extract(inner, image, part, archive)
-                    need_end(inner)
+                    check_end(inner)
                 part.rename(folder / wnid)
             if progress:
                 progress("train", done, len(members))
@@ -234,7 +233,7 @@ def _make_train(archive: Path, folder: Path, progress: Progress | None) -> None:
 
 def _classes_of(outer: tarfile.TarFile, archive: Path) -> list[tarfile.TarInfo]:
     members = [member for member in outer if member.isreg()]
-    need_end(outer)
+    check_end(outer)
     if strange := next(
         (member.name for member in members if not WNID.fullmatch(Path(member.name).stem)), None
     ):
@@ -247,7 +246,7 @@ def _labelled(
 ) -> list[tuple[tarfile.TarInfo, str]]:
     """The validation images in the order of their names, with their WNIDs."""
     members = sorted((member for member in file if member.isreg()), key=lambda member: Path(member.name).name)
-    need_end(file)
+    check_end(file)
     stems = [Path(member.name).stem for member in members]
     if isinstance(labels, list):
         if len(labels) != len(members):
@@ -261,7 +260,7 @@ def _labelled(
 
 
 def _make_val(
-    archive: Path, folder: Path, labels: list[str] | dict[str, str], progress: Progress | None
+    archive: Path, folder: Path, labels: list[str] | dict[str, str], progress: ProgressCallback | None
 ) -> None:
     """One flat tar, whose images go to the folders of their classes; `val` appears when it is whole."""
     if folder.is_dir():

@@ -14,7 +14,7 @@ from torch import nn
 
 from mae_bench.config import TrainConfig
 from mae_bench.data.batches.loader import Batch
-from mae_bench.data.seeds import seed_everything, seed_of
+from mae_bench.data.seeds import derive_seed, seed_everything
 from mae_bench.data.sets.source import BadImages
 from mae_bench.engine.accumulation import accumulation
 from mae_bench.engine.checkpoint import Checkpoints, Shapes, Tensors
@@ -53,7 +53,7 @@ class Trainer:
     """Trains `model` for config.epochs on batches that depend on the step alone, so that a resumed run equals an uninterrupted
     one.
 
-    All randomness of step s (drop path, mixup, noise) follows from seed_of(seed, s): no generator state has to be saved.
+    All randomness of step s (drop path, mixup, noise) follows from derive_seed(seed, s): no generator state has to be saved.
     `make_optimizer(model)` is called once the model's weights are where they stay: on one device, copied or sharded.
     multiple_of: see `accumulation`; flops_per_image: see `Meters`.
     """
@@ -154,7 +154,7 @@ class Trainer:
 
     def _train_step(self, stream: Iterator[Batch], loss_of: BatchLoss) -> None:
         seed_everything(
-            seed_of(self.job.seed, self.step, -2 - world().rank)
+            derive_seed(self.job.seed, self.step, -2 - world().rank)
         )  # each process drops other paths
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_at(self.step) * group.get("lr_scale", 1.0)

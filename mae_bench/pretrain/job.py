@@ -11,7 +11,7 @@ from mae_bench.data.batches.crops import resample_batch
 from mae_bench.data.batches.loader import Batch, Images, TrainingOrder, epoch_order, training_batches
 from mae_bench.data.batches.transforms import PretrainTransform, normalize
 from mae_bench.data.checks.layouts import LayoutReport, check_layout
-from mae_bench.data.seeds import seed_everything, seed_of
+from mae_bench.data.seeds import derive_seed, seed_everything
 from mae_bench.data.sets.open import open_images
 from mae_bench.data.sets.source import BadImages, ImageSource
 from mae_bench.engine.distributed import gather_over_ranks, world
@@ -114,7 +114,7 @@ def train(
     device = torch.device(job.device)
     order = TrainingOrder(len(data.train), config.global_batch_size, job.seed, world().rank, world().size)
     transform = transform_of(config, spec)
-    seed_everything(seed_of(job.seed, 0, -3))
+    seed_everything(derive_seed(job.seed, 0, -3))
     model = build_mae(config, spec, loss.tokenizer)
     if isinstance(model.target, PCA):
         fit_targets(model, model.target, data.train, transform, job.seed)
@@ -211,7 +211,7 @@ class PretrainLoss:
     def _noise_of(self, step: int) -> torch.Tensor:
         """(global_batch_size, L); drawn once for all micro-batches of a step."""
         if self._noise[0] != step:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, step))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, step))
             c = self.config
             noise = sample_noise(
                 c.mask_sampling, c.global_batch_size, self.spec.grid_size, c.mask_ratio, generator
@@ -302,7 +302,7 @@ def _cost(trainer: Trainer, model: MAE, spec: BackboneSpec) -> dict[str, float]:
 def run_random(config: RandomConfig, job: Job, progress: Progress) -> Outcome:
     """Exports the ViT as it is initialised. It has learned nothing: its record's only metric is its size."""
     progress.stage("export")
-    seed_everything(seed_of(job.seed, 0, -3))
+    seed_everything(derive_seed(job.seed, 0, -3))
     spec = config.model.spec(pretrain_method="none", pretrain_data="none", global_pool=config.global_pool)
     model = build_vit(spec)
     digest = write_export(

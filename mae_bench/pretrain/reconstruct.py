@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from mae_bench.data.batches.loader import evaluation_batches
 from mae_bench.data.batches.transforms import PretrainTransform, normalize
-from mae_bench.data.seeds import seed_of
+from mae_bench.data.seeds import derive_seed
 from mae_bench.data.sets.decode import decode_pixels, read_pixels
 from mae_bench.data.sets.source import BadImage, BadImages, ImageSource
 from mae_bench.engine.distributed import gather_over_ranks, sum_over_ranks, world
@@ -195,7 +195,7 @@ def evaluation_loss(
 
 def _noise(model: MAE, indices: Sequence[int], mask_ratio: float, seed: int) -> torch.Tensor:
     """(N, L), a row an image index."""
-    generators = (torch.Generator().manual_seed(seed_of(seed, index, -4)) for index in indices)
+    generators = (torch.Generator().manual_seed(derive_seed(seed, index, -4)) for index in indices)
     return torch.cat(
         [
             sample_noise(model.options.mask_sampling, 1, model.spec.grid_size, mask_ratio, g)

@@ -11,12 +11,12 @@ from mmseg.registry import DATA_SAMPLERS, DATASETS
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from mae_bench.data.seeds import seed_everything, seed_of
+from mae_bench.data.seeds import derive_seed, seed_everything
 from mae_bench.data.sets.source import BadImages, is_image
 from mae_bench.errors import UserError
 
 READ_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError)  # SyntaxError: a broken PNG
-STEP, SAMPLE = 0, 1  # seed_of's streams: randomness of the model's step, of a sample's augmentation
+STEP, SAMPLE = 0, 1  # derive_seed's streams: randomness of the model's step, of a sample's augmentation
 
 
 class SharedBadImages:
@@ -77,7 +77,7 @@ class ADE20KLayout(BaseSegDataset):
 
     def __getitem__(self, address: int) -> dict[str, Any]:
         position, index = divmod(address, len(self))
-        seed_everything(seed_of(self.seed, SAMPLE, position))
+        seed_everything(derive_seed(self.seed, SAMPLE, position))
         return super().__getitem__(index)
 
     def prepare_data(self, idx: int) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from torch import nn
 
-from mae_bench.data.seeds import seed_everything, seed_of
+from mae_bench.data.seeds import derive_seed, seed_everything
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.progress import Progress
 from tasks.ade20k.data import STEP, SharedBadImages
@@ -86,7 +86,7 @@ class JobHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         seed_everything(
-            seed_of(self.seed, STEP, batch_idx)
+            derive_seed(self.seed, STEP, batch_idx)
         )  # drop path and dropout follow from the iteration, whoever loaded it
         self.lr = max(runner.optim_wrapper.get_lr()["lr"])  # the heads'
         for name, reason in list(self.bad.check().names.items())[self.num_bad :]:

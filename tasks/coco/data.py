@@ -22,7 +22,7 @@ from detectron2.data.samplers import TrainingSampler
 from PIL import Image
 from torch.utils.data import Dataset
 
-from mae_bench.data.seeds import seed_everything, seed_of
+from mae_bench.data.seeds import derive_seed, seed_everything
 from mae_bench.data.sets.source import BadImages
 from mae_bench.errors import UserError
 from mae_bench.files import json_digest
@@ -36,7 +36,7 @@ READ_ERRORS = (
     Image.DecompressionBombError,
     SizeMismatchError,
 )  # SyntaxError: a broken PNG
-STEP, SAMPLE = 0, 1  # seed_of's streams: randomness of the model's step, of a sample's augmentation
+STEP, SAMPLE = 0, 1  # derive_seed's streams: randomness of the model's step, of a sample's augmentation
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class TrainingStream(Dataset):
 
     def __getitem__(self, address: int) -> Sample:
         position, index = divmod(address, len(self.dicts))
-        seed_everything(seed_of(self.seed, SAMPLE, position))
+        seed_everything(derive_seed(self.seed, SAMPLE, position))
         return self.mapper(self.dicts[index])
 
 
@@ -127,7 +127,7 @@ class GoodImages:
             if (
                 self.seed is not None
             ):  # drop path and proposal sampling follow from the step, whoever loaded it
-                seed_everything(seed_of(self.seed, STEP, step))
+                seed_everything(derive_seed(self.seed, STEP, step))
             if good := [sample for sample in batch if "bad_image" not in sample]:
                 yield good
 

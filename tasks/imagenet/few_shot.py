@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mae_bench.data.sets.subset import drawn_a_class
+from mae_bench.data.sets.subset import sample_per_class
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.errors import UserError
 from mae_bench.files import write_json
@@ -84,7 +84,7 @@ def predictions_of_draw(
 ) -> Predictions:
     """What the classifier of one draw says of val; its weight decay is chosen on training images that were not drawn."""
     rows = train.rows()
-    drawn = rows[drawn_a_class(train.targets[rows], amount, seed)]
+    drawn = rows[sample_per_class(train.targets[rows], amount, seed)]
     left = np.setdiff1d(rows, drawn)
     if not len(left):
         name = "shares" if isinstance(amount, float) else "shots"
@@ -93,7 +93,7 @@ def predictions_of_draw(
             expected="some left to choose the weight decay on",
             fix=f"leave {amount:g} out of tasks.NAME.{name}",
         )
-    judges = left[drawn_a_class(train.targets[left], CHOSEN_ON, seed)]
+    judges = left[sample_per_class(train.targets[left], CHOSEN_ON, seed)]
     best, chosen = -1.0, None
     with fits_memory(f"{len(drawn)} labelled images", "leave the largest of shares away"):
         for classify in classifiers(config, *train.whole(drawn, device), int(train.targets.max()) + 1):

@@ -8,7 +8,7 @@ import torch
 
 from backbones.adapters.features import layer_id
 from backbones.classifier import write_head
-from mae_bench.data.seeds import seed_everything, seed_of
+from mae_bench.data.seeds import derive_seed, seed_everything
 from mae_bench.engine.distributed import world
 from mae_bench.engine.optim import finetune_no_decay, make_adamw
 from mae_bench.export import write_export
@@ -34,7 +34,7 @@ def fine_tune(
     """Fine-tunes the head and the `last_blocks` (see Classifier.freeze; None: every weight) and scores the last epoch."""
     data = open_data(config)
     device = torch.device(job.device)
-    seed_everything(seed_of(job.seed, 0, -5))
+    seed_everything(derive_seed(job.seed, 0, -5))
     vit, spec, report = load_at_size(config, job.backbone, config.drop_path)
     model = Classifier(
         vit, spec, data.num_classes, config.global_pool, fc_norm=config.global_pool == "avg"

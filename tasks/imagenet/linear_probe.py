@@ -15,8 +15,8 @@ from torch import nn
 
 from mae_bench.data.batches.loader import Batch, TrainingOrder
 from mae_bench.data.batches.transforms import normalize
-from mae_bench.data.seeds import seed_of
-from mae_bench.data.sets.subset import Subset, drawn_a_class
+from mae_bench.data.seeds import derive_seed
+from mae_bench.data.sets.subset import Subset, sample_per_class
 from mae_bench.engine.distributed import sum_over_ranks, world
 from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import UserError
@@ -116,7 +116,7 @@ def _linear(width: int, num_classes: int, seed: int) -> nn.Linear:
     head = nn.Linear(width, num_classes)
     with torch.no_grad():
         nn.init.trunc_normal_(
-            head.weight, std=HEAD_STD, generator=torch.Generator().manual_seed(seed_of(seed, 0, -5))
+            head.weight, std=HEAD_STD, generator=torch.Generator().manual_seed(derive_seed(seed, 0, -5))
         )
         head.bias.zero_()
     return head
@@ -203,7 +203,7 @@ def run(config: LinearProbeConfig, job: Job, progress: Progress) -> Outcome:
         inputs, usable = ImageInputs(config, data, spec, device), np.arange(len(data.train))
         probe.on(extract)
     held_out = (
-        usable[drawn_a_class(data.train.targets[usable], config.holdout, seed=0)]
+        usable[sample_per_class(data.train.targets[usable], config.holdout, seed=0)]
         if config.holdout
         else usable[:0]
     )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from backbones.translating.report import ConversionReport
-from mae_bench.data.seeds import seed_everything, seed_of
+from mae_bench.data.seeds import derive_seed, seed_everything
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.engine.optim import finetune_no_decay, make_adamw
 from mae_bench.export import EXPORT, write_export
@@ -26,7 +26,7 @@ def run(config: SupervisedConfig, job: Job, progress: Progress) -> Outcome:
     """
     data = open_data(config)
     device = torch.device(job.device)
-    seed_everything(seed_of(job.seed, 0, -3))
+    seed_everything(derive_seed(job.seed, 0, -3))
     spec = config.model.spec(
         pretrain_method="supervised", pretrain_data=data.report.name, global_pool=config.global_pool
     )

@@ -328,10 +328,10 @@ def test_images_that_do_not_decode_are_named(toy_data: Path, tmp_path: Path) -> 
     )
     done = mae_bench("data", "check", "images", str(broken), "--decode")
     assert done.returncode == 1
-    assert "train: a/broken.jpg does not decode: no image format" in done.stdout
+    assert "train: a/broken.jpg does not decode: not an image format" in done.stdout
     packed = mae_bench("data", "pack", str(broken), str(tmp_path / "packed"), "--num-workers", "0")
     assert packed.returncode == 0
-    assert "left out of train: a/broken.jpg: no image format" in packed.stderr
+    assert "left out of train: a/broken.jpg: not an image format" in packed.stderr
     assert "train: 2 images, 1 left out because" in packed.stdout
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from mae_bench.data.batches.transforms import PretrainTransform
-from mae_bench.data.seeds import seed_everything, seed_of
+from mae_bench.data.seeds import derive_seed, seed_everything
 from mae_bench.data.sets.decode import read_pixels
 from mae_bench.data.sets.source import BadImage, ImageSource, decode
 from mae_bench.errors import UserError
@@ -103,7 +103,7 @@ class Images(Dataset[Batch | UserError]):
         )
 
     def _view(self, epoch: int, place: int) -> View:
-        seed, transform = seed_of(self.seed, epoch, place), self.transform
+        seed, transform = derive_seed(self.seed, epoch, place), self.transform
         if not isinstance(transform, PretrainTransform):
             stored = self.images.pixels(place)
             image = decode(self.images.read(place)) if stored is None else Image.fromarray(stored)
@@ -138,7 +138,7 @@ def _pad(imgs: list[torch.Tensor]) -> torch.Tensor:
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> torch.Tensor:
     """The permutation of one epoch."""
-    return torch.randperm(num_images, generator=torch.Generator().manual_seed(seed_of(seed, epoch, -1)))
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(derive_seed(seed, epoch, -1)))
 
 
 @dataclass(frozen=True)

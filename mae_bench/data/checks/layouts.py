@@ -12,10 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mae_bench.data.sets.decode import probe
+from mae_bench.data.sets.decode import decode_size
 from mae_bench.data.sets.index import IndexedImages
 from mae_bench.data.sets.listed import find_published
-from mae_bench.data.sets.open import open_images, set_digest, set_name, splits_in
+from mae_bench.data.sets.open import digest_dataset, find_splits, open_images, read_dataset_name
 from mae_bench.data.sets.packed import is_packed, verify_packed
 from mae_bench.data.sets.shards import is_pattern
 from mae_bench.data.sets.source import BadImage, ImageSource, is_image
@@ -98,7 +98,7 @@ def check_layout(layout: str, root: str | Path, *, thorough: bool = False) -> La
         )
     if layout in SOURCES and is_pattern(str(root)):
         content = CHECKS[layout](str(root), thorough)
-        name = set_name(root)
+        name = read_dataset_name(root)
         return LayoutReport(
             layout, name, Path(root), content.splits, content.classes, content.digest, content.notes
         )
@@ -109,7 +109,7 @@ def check_layout(layout: str, root: str | Path, *, thorough: bool = False) -> La
             expected=f"a folder with {EXPECTED[layout]}",
             fix=_elsewhere(layout, root),
         )
-    if not _is_root(layout, root) and not (layout in SOURCES and splits_in(root, plain=layout == "images")):
+    if not _is_root(layout, root) and not (layout in SOURCES and find_splits(root, plain=layout == "images")):
         raise UserError(
             f"{root} does not hold the {layout} layout; found: {_listing(root)}",
             expected=EXPECTED[layout],
@@ -120,7 +120,7 @@ def check_layout(layout: str, root: str | Path, *, thorough: bool = False) -> La
     except OSError as error:  # a link to nowhere, a folder that may not be read
         raise UserError(f"{root} cannot be read: {error}", expected="files that can be opened") from error
     return LayoutReport(
-        layout, set_name(root), root, content.splits, content.classes, content.digest, content.notes
+        layout, read_dataset_name(root), root, content.splits, content.classes, content.digest, content.notes
     )
 
 
@@ -225,7 +225,7 @@ def _need_every_class(root: str | Path, split: str, source: ImageSource) -> None
 
 
 def _check_images(root: str | Path, thorough: bool) -> Content:
-    splits = splits_in(root)
+    splits = find_splits(root)
     if "train" not in splits:
         raise UserError(
             f"{root} has no images to train on; found: {_listing(Path(root))}", expected=EXPECTED["images"]
@@ -240,7 +240,7 @@ def _content(root: str | Path, sources: dict[str, ImageSource], thorough: bool) 
     if thorough and is_packed(Path(root)):
         verify_packed(Path(root))
     splits = {split: len(source) for split, source in sources.items()}
-    return Content(splits, tuple(sources["train"].classes), set_digest(sources), _notes(sources))
+    return Content(splits, tuple(sources["train"].classes), digest_dataset(sources), _notes(sources))
 
 
 def _notes(sources: dict[str, ImageSource]) -> tuple[str, ...]:
@@ -259,7 +259,7 @@ def _place(root: str | Path, split: str) -> str | Path:
 
 
 def _open_images(root: str | Path, split: str, thorough: bool) -> ImageSource:
-    if split not in splits_in(root):
+    if split not in find_splits(root):
         raise UserError(
             f"{Path(root) / split} is missing; found in {root}: {_listing(Path(root))}",
             expected=EXPECTED["imagenet"],
@@ -273,7 +273,7 @@ def _need_readable(root: str | Path, split: str, source: ImageSource) -> None:
     for i in np.linspace(0, len(source) - 1, min(len(source), MAX_TRIED)).astype(int).tolist():
         try:
             if source.pixels(i) is None:
-                probe(source.read(i))
+                decode_size(source.read(i))
         except (BadImage, OSError) as error:
             reason = f"{source.name(i)}: {error}"
             continue
@@ -501,7 +501,7 @@ def _check_map(image_path: Path, path: Path, num_classes: int) -> None:
 def _check_imagenet_val(root: str | Path, thorough: bool) -> Content:
     source = _open_images(root, "val", thorough)
     classes = tuple(_classes(root, "val", source))
-    return Content({"val": len(source)}, classes, set_digest({"val": source}), _notes({"val": source}))
+    return Content({"val": len(source)}, classes, digest_dataset({"val": source}), _notes({"val": source}))
 
 
 def _check_image_sets(root: Path, thorough: bool) -> Content:
@@ -518,7 +518,7 @@ def _check_image_sets(root: Path, thorough: bool) -> Content:
             expected="the same classes in every set",
         )
     return Content(
-        {name: len(source) for name, source in sources.items()}, classes[first], set_digest(sources)
+        {name: len(source) for name, source in sources.items()}, classes[first], digest_dataset(sources)
     )
 
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from mae_bench.data.sets.fetch import file_lock
-from mae_bench.data.sets.index import kept, try_to_keep
+from mae_bench.data.sets.index import cache_path, try_to_cache
 from mae_bench.data.sets.source import ImageSource
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ Pairs = list[tuple[str, str]]  # an image of val, the same image of train
 
 def known_overlap(train: ImageSource, val: ImageSource, digest: str) -> Pairs:
     """`overlap`, once for each digest of a set: the cache keeps it, and of several processes one looks while the rest wait."""
-    path = kept("overlap", digest, ".json")
+    path = cache_path("overlap", digest, ".json")
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def known_overlap(train: ImageSource, val: ImageSource, digest: str) -> Pairs:
             return [(theirs, ours) for theirs, ours in json.loads(path.read_text(encoding="utf-8"))]
         except (OSError, ValueError, TypeError):
             found = overlap(train, val)
-            try_to_keep(path, json.dumps(found).encode())
+            try_to_cache(path, json.dumps(found).encode())
             return found
 
 

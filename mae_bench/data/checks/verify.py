@@ -4,7 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 
-from mae_bench.data.sets.decode import probe
+from mae_bench.data.sets.decode import decode_size
 from mae_bench.data.sets.source import BadImage, ImageSource
 
 CHUNK = 64  # images that a process decodes before it reports
@@ -33,7 +33,7 @@ def _bad_in(images: ImageSource, start: int) -> dict[str, str]:
     for i in range(start, min(start + CHUNK, len(images))):
         try:
             if images.pixels(i) is None:
-                probe(images.read(i))
+                decode_size(images.read(i))
         except (BadImage, OSError) as error:
             found[images.name(i)] = str(error)
     return found

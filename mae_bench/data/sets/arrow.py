@@ -1,4 +1,4 @@
-"""Hugging Face sets on disk: Arrow files are read in place, Parquet files are unpacked once into a packed set in the cache."""
+"""Read Hugging Face sets: Arrow files in place, Parquet files unpacked once to a packed set in the cache."""
 
 import json
 import logging
@@ -7,34 +7,27 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from mae_bench.data.sets.fetch import file_lock
 from mae_bench.data.sets.index import Index, IndexedImages, build_index, cache_folder, stamp
-from mae_bench.data.sets.packed import How, is_packed, open_packed, pack_sources
-from mae_bench.data.sets.shards import spellings
+from mae_bench.data.sets.packed import PackOptions, is_packed, open_packed, pack_sources
+from mae_bench.data.sets.shards import split_names
 from mae_bench.data.sets.source import ImageSource
 from mae_bench.errors import NotInstalled, UserError
 from mae_bench.files import json_digest
 
 log = logging.getLogger(__name__)
 
-IMAGE_NAMES = (
-    "image",
-    "img",
-    "jpg",
-    "png",
-    "webp",
-    "jpeg",
-)  # of the column, where the set does not declare it
+# Usual names of the columns, for sets that do not declare them.
+IMAGE_NAMES = ("image", "img", "jpg", "png", "webp", "jpeg")
 LABEL_NAMES = ("label", "labels", "cls", "fine_label")
 IMAGE = "a column `image` of {bytes, path} or of bytes"
 
 
-def _pyarrow() -> ModuleType:
+def _import_pyarrow() -> Any:
     try:
         import pyarrow
         import pyarrow.ipc
@@ -48,42 +41,40 @@ def _pyarrow() -> ModuleType:
 
 @dataclass(frozen=True)
 class Columns:
-    """What a set's schema says: the image column, the label's ("" if there is none) and the names of its classes, if given."""
+    """Columns of a set by its schema.
+
+    image: the image column.
+    label: the label column; "" if there is none.
+    names: class names, if the schema declares them.
+    """
 
     image: str
     label: str
     names: tuple[str, ...]
 
 
-def arrow_files(root: Path, split: str) -> list[Path]:
-    """The Arrow files of a split: a folder that `save_to_disk` wrote (root/SPLIT, or root itself as train); [] if none."""
-    for place in (root / name for name in spellings(split)):
-        if (place / "state.json").is_file():
-            return _saved(place)
-        if place.is_dir():  # whatever is beside the split's own folder is no part of it
-            return sorted(place.glob("*.arrow"))
+def find_arrow_files(root: Path, split: str) -> list[Path]:
+    """Return the Arrow files of a split: in root/SPLIT, in root saved as train, or named after the split."""
+    for folder in (root / name for name in split_names(split)):
+        if (folder / "state.json").is_file():
+            return _read_state(folder)
+        if folder.is_dir():  # files outside the split's own folder are not part of it
+            return sorted(folder.glob("*.arrow"))
     if split == "train" and (root / "state.json").is_file():
-        return _saved(root)
-    return [
-        path
-        for path in sorted(root.glob("*.arrow"))
-        if any(_is_named(path, name) for name in spellings(split))
-    ]
+        return _read_state(root)
+    names = split_names(split)
+    return [path for path in sorted(root.glob("*.arrow")) if any(_is_named(path, name) for name in names)]
 
 
-def parquet_files(root: Path, split: str) -> list[Path]:
-    """The Parquet files of a split: root/data/SPLIT-*.parquet, root/SPLIT-*.parquet or root/SPLIT/*.parquet; [] if none."""
-    for name in spellings(split):
+def find_parquet_files(root: Path, split: str) -> list[Path]:
+    """Return the Parquet files of a split: [root/data/]SPLIT-*.parquet or root/SPLIT/*.parquet."""
+    for name in split_names(split):
         if (root / name).is_dir():
             return sorted((root / name).glob("*.parquet"))
-        beside = [
-            path
-            for place in (root / "data", root)
-            for path in sorted(place.glob("*.parquet"))
-            if _is_named(path, name)
-        ]
-        if beside:
-            return beside
+        candidates = sorted((root / "data").glob("*.parquet")) + sorted(root.glob("*.parquet"))
+        found = [path for path in candidates if _is_named(path, name)]
+        if found:
+            return found
     return []
 
 
@@ -91,28 +82,29 @@ def _is_named(path: Path, split: str) -> bool:
     return re.search(rf"(^|[-_]){split}([-_.]|$)", path.stem) is not None
 
 
-def _saved(folder: Path) -> list[Path]:
+def _read_state(folder: Path) -> list[Path]:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         files = [folder / entry["filename"] for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / 'state.json'} is not what save_to_disk writes: {error!r}", fix="save the set again"
+            f"{folder / 'state.json'} was not written by save_to_disk(): {error!r}", fix="save the set again"
         ) from error
     if state.get("_indices_data_files"):
         raise UserError(
             f"{folder} was saved as a selection of rows", fix="call flatten_indices() before save_to_disk()"
         )
-    if lacking := [path for path in files if not path.is_file()]:
+    missing = [path for path in files if not path.is_file()]
+    if missing:
         raise UserError(
-            f"{lacking[0]} is missing", expected="each file that state.json names", fix="copy the set again"
+            f"{missing[0]} is missing", expected="each file listed in state.json", fix="copy the set again"
         )
     return files
 
 
 def index_arrow(files: Sequence[Path]) -> Index:
-    """Where each image's bytes lie in the files; UserError if they are compressed, and so lie nowhere."""
-    pa = _pyarrow()
+    """Index the bytes of each image within the files; raise UserError if the files are compressed."""
+    pa = _import_pyarrow()
     stamps = {str(path): stamp(path) for path in files}
     names: list[str] = []
     places: list[np.ndarray] = []
@@ -120,76 +112,86 @@ def index_arrow(files: Sequence[Path]) -> Index:
     for number, path in enumerate(files):
         with pa.memory_map(str(path)) as mapped:
             base, row = mapped.read_buffer(1).address, 0
-            columns, batches = _batches(pa, mapped, path)
+            columns, batches = _read_batches(pa, mapped, path)
             for batch in batches:
-                found = _places(pa, batch.column(columns.image), base, mapped.size(), path)
+                found = _locate_values(pa, batch.column(columns.image), base, mapped.size(), path)
                 places.append(np.insert(found, 0, number, axis=1))
-                names += _names(pa, batch.column(columns.image), path.name, row)
+                names += _name_rows(pa, batch.column(columns.image), path.name, row)
                 labels += batch.column(columns.label).to_pylist() if columns.label else [None] * len(batch)
                 row += len(batch)
     shard, starts, sizes = np.concatenate(places).T if places else np.empty((3, 0), np.int64)
-    targets, classes = _targets(labels, columns, files[0])
+    targets, classes = _classify(labels, columns, files[0])
     return build_index(
-        names, sizes, targets, classes, files=[str(path) for path in files], shard=shard, starts=starts, stamps=stamps
-    )  # fmt: skip
+        names,
+        sizes,
+        targets,
+        classes,
+        files=[str(path) for path in files],
+        shard=shard,
+        starts=starts,
+        stamps=stamps,
+    )
 
 
-def _batches(pa: ModuleType, mapped: Any, path: Path) -> tuple[Columns, Iterable[Any]]:
-    """The columns and record batches of a file in the streaming format, or in the file format."""
+def _read_batches(pa: Any, mapped: Any, path: Path) -> tuple[Columns, Iterable[Any]]:
+    """Return the columns and record batches of a file in the streaming format or the file format."""
     try:
         mapped.seek(0)
-        if mapped.read(6) == b"ARROW1":
-            mapped.seek(0)
-            reader = pa.ipc.open_file(mapped)
-            return columns_of(pa, reader.schema, path), [
-                reader.get_batch(i) for i in range(reader.num_record_batches)
-            ]
+        is_file_format = mapped.read(6) == b"ARROW1"
         mapped.seek(0)
+        if is_file_format:
+            reader = pa.ipc.open_file(mapped)
+            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            return find_columns(pa, reader.schema, path), batches
         stream = pa.ipc.open_stream(mapped)
-        return columns_of(pa, stream.schema, path), list(stream)
+        return find_columns(pa, stream.schema, path), list(stream)
     except (pa.ArrowInvalid, OSError, EOFError) as error:
         raise UserError(
-            f"{path} cannot be read as an Arrow file: {error}", fix="copy the set again: it may be cut short"
+            f"{path} cannot be read as an Arrow file: {error}", fix="copy the set again: it may be truncated"
         ) from error
 
 
-def columns_of(pa: ModuleType, schema: Any, path: Path) -> Columns:
-    """Which columns hold images and labels: as the set's `features` declare them, else by name."""
+def find_columns(pa: Any, schema: Any, path: Path) -> Columns:
+    """Find the image and label columns: those declared in the set's `features`, else by name."""
     info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
-    beside = path.parent / "dataset_info.json"
-    if not info and beside.is_file():
-        info = json.loads(beside.read_text(encoding="utf-8"))
+    info_file = path.parent / "dataset_info.json"
+    if not info and info_file.is_file():
+        info = json.loads(info_file.read_text(encoding="utf-8"))
     features = {
         name: value for name, value in (info.get("features") or {}).items() if isinstance(value, dict)
     }
     kinds = {name: features.get(name, {}).get("_type") for name in schema.names}
-    image = _first(schema.names, [name for name, kind in kinds.items() if kind == "Image"], IMAGE_NAMES)
-    label = _first(schema.names, [name for name, kind in kinds.items() if kind == "ClassLabel"], LABEL_NAMES)
+    image = _find_column(schema.names, [name for name, kind in kinds.items() if kind == "Image"], IMAGE_NAMES)
+    label = _find_column(
+        schema.names, [name for name, kind in kinds.items() if kind == "ClassLabel"], LABEL_NAMES
+    )
     if not image or not _holds_bytes(pa, schema.field(image).type):
-        raise UserError(f"{path} has no column of images; found: {', '.join(schema.names)}", expected=IMAGE)
+        raise UserError(f"{path} has no image column; found: {', '.join(schema.names)}", expected=IMAGE)
     return Columns(image, label, tuple(features.get(label, {}).get("names") or ()))
 
 
-def _first(present: Sequence[str], declared: Sequence[str], usual: Sequence[str]) -> str:
+def _find_column(present: Sequence[str], declared: Sequence[str], usual: Sequence[str]) -> str:
     return next((name for name in (*declared, *usual) if name in present), "")
 
 
-def _holds_bytes(pa: ModuleType, kind: Any) -> bool:
+def _holds_bytes(pa: Any, kind: Any) -> bool:
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" and _holds_bytes(pa, field.type) for field in kind)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _bytes_of(pa: ModuleType, column: Any) -> Any:
+def _get_bytes(pa: Any, column: Any) -> Any:
     return column.field("bytes") if pa.types.is_struct(column.type) else column
 
 
-def _places(pa: ModuleType, column: Any, base: int, size: int, path: Path) -> np.ndarray:
-    """(N, 2) first byte in the file and size of each value."""
-    values = _bytes_of(pa, column)
+def _locate_values(pa: Any, column: Any, base: int, size: int, path: Path) -> np.ndarray:
+    """Return the first byte in the file and the size of each value, (N, 2)."""
+    values = _get_bytes(pa, column)
     if len(values) and values.null_count == len(values):
         raise UserError(
-            f"{path} holds paths of images and not the images", fix="save the set with its files embedded"
+            f"{path} contains paths of images instead of images",
+            expected=IMAGE,
+            fix="save the set with its files embedded",
         )
     _, offsets, data = values.buffers()
     wide = np.int64 if pa.types.is_large_binary(values.type) else np.int32
@@ -197,19 +199,19 @@ def _places(pa: ModuleType, column: Any, base: int, size: int, path: Path) -> np
     start = (data.address if data is not None else base) - base
     if not 0 <= start <= size:
         raise UserError(
-            f"{path} is compressed", expected="an Arrow file as save_to_disk() writes it, without compression"
+            f"{path} is compressed", expected="an uncompressed Arrow file, as written by save_to_disk()"
         )
     return np.stack([start + ends[:-1], np.diff(ends)], axis=1)
 
 
-def _names(pa: ModuleType, column: Any, file: str, row: int) -> list[str]:
-    """`FILE:ROW`, and the image's own path where the set has it."""
+def _name_rows(pa: Any, column: Any, file: str, row: int) -> list[str]:
+    """Return `FILE:ROW` for each row, followed by the image's own path if the set has one."""
     has_paths = pa.types.is_struct(column.type) and any(field.name == "path" for field in column.type)
     paths = column.field("path").to_pylist() if has_paths else [None] * len(column)
     return [f"{file}:{row + i}:{path}" if path else f"{file}:{row + i}" for i, path in enumerate(paths)]
 
 
-def _targets(labels: list[Any], columns: Columns, path: Path) -> tuple[list[int], list[str]]:
+def _classify(labels: list[Any], columns: Columns, path: Path) -> tuple[list[int], list[str]]:
     kinds = {type(label) for label in labels}
     if not columns.label or kinds <= {type(None)}:
         return [0] * len(labels), [""]
@@ -220,29 +222,29 @@ def _targets(labels: list[Any], columns: Columns, path: Path) -> tuple[list[int]
     if kinds != {int}:
         found = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise UserError(
-            f"{path}: the column {columns.label} holds {found}", expected="integers, or texts alone"
+            f"{path}: the column {columns.label} contains {found}", expected="only integers, or only texts"
         )
-    if set(labels) == {-1}:  # how the hub marks a split whose labels are kept back
+    if set(labels) == {-1}:  # how the Hugging Face Hub marks a split whose labels are withheld
         return [0] * len(labels), [""]
     names = list(columns.names) or [str(i) for i in range(max(labels) + 1)]
     if min(labels) < 0 or max(labels) >= len(names):
         raise UserError(
             f"{path}: labels from {min(labels)} to {max(labels)}",
-            expected=f"0 to {len(names) - 1}, for its classes",
+            expected=f"0 to {len(names) - 1}, the labels of its classes",
         )
     return labels, names
 
 
 class ParquetImages(ImageSource):
-    """The rows of Parquet files in their order. Reading forwards is fast; anything else reads a whole row group an image."""
+    """Rows of Parquet files in order; only sequential reads are fast, others read a row group per image."""
 
     def __init__(self, files: Sequence[Path]):
         self.files = list(files)
         self._group: tuple[int, Any] = (-1, None)
 
     @cached_property
-    def _opened(self) -> list[Any]:
-        pa = _pyarrow()
+    def _readers(self) -> list[Any]:
+        pa = _import_pyarrow()
         try:
             return [pa.parquet.ParquetFile(path, memory_map=True) for path in self.files]
         except (pa.ArrowInvalid, OSError) as error:
@@ -252,27 +254,32 @@ class ParquetImages(ImageSource):
 
     @cached_property
     def _columns(self) -> Columns:
-        return columns_of(_pyarrow(), self._opened[0].schema_arrow, self.files[0])
+        return find_columns(_import_pyarrow(), self._readers[0].schema_arrow, self.files[0])
 
     @cached_property
     def _groups(self) -> list[tuple[int, int]]:
-        """(file, row group) of every row group."""
-        return [(n, group) for n, file in enumerate(self._opened) for group in range(file.num_row_groups)]
+        """(file number, row group) of every row group."""
+        groups: list[tuple[int, int]] = []
+        for number, reader in enumerate(self._readers):
+            groups += [(number, group) for group in range(reader.num_row_groups)]
+        return groups
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        """The row behind each row group."""
-        return np.cumsum([self._opened[n].metadata.row_group(group).num_rows for n, group in self._groups])
+        """Index of the first row after each row group."""
+        sizes = [self._readers[number].metadata.row_group(group).num_rows for number, group in self._groups]
+        return np.cumsum(sizes)
 
     @cached_property
     def _labelled(self) -> tuple[list[int], list[str]]:
         label = self._columns.label
-        labels = (
-            [v for file in self._opened for v in file.read([label])[label].to_pylist()]
-            if label
-            else [None] * len(self)
-        )
-        return _targets(labels, self._columns, self.files[0])
+        labels: list[Any] = []
+        if not label:
+            labels = [None] * len(self)
+        else:
+            for reader in self._readers:
+                labels += reader.read([label])[label].to_pylist()
+        return _classify(labels, self._columns, self.files[0])
 
     @property
     def classes(self) -> list[str]:
@@ -290,28 +297,27 @@ class ParquetImages(ImageSource):
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def _row(self, i: int) -> tuple[Any, int, int]:
-        """The image column of the row's group, the row in it, and the file's number."""
-        place = int(np.searchsorted(self._ends, i, side="right"))
-        if self._group[0] != place:
-            number, group = self._groups[place]
-            self._group = (
-                place,
-                self._opened[number].read_row_group(group, [self._columns.image])[0].combine_chunks(),
-            )
-        return self._group[1], i - int(self._ends[place - 1] if place else 0), self._groups[place][0]
+        """Return the image column of the row's group, the row within it, and the file number."""
+        position = int(np.searchsorted(self._ends, i, side="right"))
+        number, group = self._groups[position]
+        if self._group[0] != position:
+            table = self._readers[number].read_row_group(group, [self._columns.image])
+            self._group = (position, table[0].combine_chunks())
+        return self._group[1], i - self._first_row(position), number
+
+    def _first_row(self, position: int) -> int:
+        """Return the index of the first row of a row group."""
+        return int(self._ends[position - 1]) if position else 0
 
     def name(self, i: int) -> str:
         column, row, number = self._row(i)
-        before = int(np.searchsorted(self._ends, i, side="right"))
-        first = next(n for n, (file, _) in enumerate(self._groups) if file == number)
-        in_file = (
-            row + int(self._ends[before - 1] if before else 0) - int(self._ends[first - 1] if first else 0)
-        )
-        return _names(_pyarrow(), column.slice(row, 1), self.files[number].name, in_file)[0]
+        first_group = next(n for n, (file, _) in enumerate(self._groups) if file == number)
+        row_in_file = i - self._first_row(first_group)
+        return _name_rows(_import_pyarrow(), column.slice(row, 1), self.files[number].name, row_in_file)[0]
 
     def read(self, i: int) -> bytes:
         column, row, _ = self._row(i)
-        return _bytes_of(_pyarrow(), column)[row].as_py() or b""
+        return _get_bytes(_import_pyarrow(), column)[row].as_py() or b""
 
     def pixels(self, i: int) -> np.ndarray | None:
         return None
@@ -321,18 +327,18 @@ class ParquetImages(ImageSource):
 
 
 def open_unpacked(source: ImageSource, key: str) -> IndexedImages:
-    """The source as a packed set in the cache, its bytes unchanged; made by the first process that asks."""
+    """Open the source as a packed set in the cache, with unchanged bytes; one process writes it."""
     out = cache_folder() / "unpacked" / json_digest([key, source.digest])[:32]
     if not is_packed(out):
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"{out} cannot be made: {error}",
-                expected="a cache folder with room for the set",
+                f"{out} cannot be created: {error}",
+                expected="a cache folder with enough space for the set",
                 fix="export MAE_BENCH_CACHE=FOLDER",
             ) from error
-        log.info("unpacking %d images to %s, once", len(source), out)
+        log.info("unpacking %d images to %s (once)", len(source), out)
         with file_lock(out):
-            pack_sources({"all": source}, out, How(unchecked=True), name="unpacked")
+            pack_sources({"all": source}, out, PackOptions(unchecked=True), name="unpacked")
     return open_packed(out, "all")

@@ -1,4 +1,7 @@
-"""Image files and raw arrays as pixels: by Pillow, or by a faster decoder of the same pixels."""
+"""Decode image files and raw arrays to pixels, with Pillow or a faster decoder that gives the same pixels.
+
+Dimensions: H height, W width, C channels.
+"""
 
 import io
 from dataclasses import dataclass
@@ -7,78 +10,84 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from mae_bench.data.sets.source import BadImage, ImageSource, decode, opened
+from mae_bench.data.sets.source import BadImage, ImageSource, decode, open_image
 
-JPEG, NUMPY = b"\xff\xd8\xff", b"\x93NUMPY"  # what such files begin with
-END = b"\xff\xd9"  # of a JPEG
-BASELINE, TABLES, SCAN = 0xC0, 0xC4, 0xDA  # markers of a JPEG: sizes, Huffman tables, the first scan
+JPEG, NUMPY = b"\xff\xd8\xff", b"\x93NUMPY"  # first bytes of such files
+END = b"\xff\xd9"  # last bytes of a JPEG
+BASELINE, TABLES, SCAN = (
+    0xC0,
+    0xC4,
+    0xDA,
+)  # JPEG markers: frame header, Huffman tables, start of the first scan
 DTYPES = ("uint8", "uint16", "float32")  # of arrays; float16 and float64 are read as float32
 
 
 @dataclass(frozen=True)
 class Jpeg:
-    """A JPEG that is decoded when its rows are asked for, and no further down than that. shape: (height, width)."""
+    """A baseline JPEG that is decoded on demand, only down to the last row needed.
+
+    shape: (H, W). height_at: offset of the height in the file.
+    """
 
     data: bytes
     in_chans: int
     shape: tuple[int, int]
-    place: int  # of the height in the header
+    height_at: int
 
     def rows(self, stop: int) -> np.ndarray:
-        """(at least `stop`, W, in_chans), or all rows if there are fewer; BadImage.
+        """Return at least `stop` rows, or all if there are fewer, as (rows, W, in_chans); raise BadImage.
 
-        A lower height in the header ends the decoding early. Two rows more are decoded than are needed, as chroma is interpolated
-        from neighbours, and whole blocks of 16.
+        Writing a smaller height into the header ends decoding early. Two rows more than needed are decoded,
+        as chroma is interpolated from neighbours, rounded up to whole blocks of 16.
         """
         height = (stop + 2 + 15) // 16 * 16
         if height >= self.shape[0]:
             return decode_pixels(self.data, self.in_chans)
-        cut = self.data[: self.place] + height.to_bytes(2, "big") + self.data[self.place + 2 :]
+        cut = self.data[: self.height_at] + height.to_bytes(2, "big") + self.data[self.height_at + 2 :]
         try:
-            return _as_channels(
-                simplejpeg.decode_jpeg(cut, "RGB", strict=False), self.in_chans
-            )  # it warns of the rest
+            pixels = simplejpeg.decode_jpeg(cut, "RGB", strict=False)  # strict raises for the rows left over
+            return _as_channels(pixels, self.in_chans)
         except ValueError:
             return decode_pixels(self.data, self.in_chans, fast=False)
 
 
 def read_pixels(images: ImageSource, i: int, in_chans: int = 3, *, fast: bool = True) -> np.ndarray | Jpeg:
-    """(H, W, in_chans) of image i: raw pixels where the set stores them, else of its file. BadImage, OSError."""
-    if (pixels := images.pixels(i)) is not None:
+    """Return image i as (H, W, in_chans), from raw pixels or from its file; raise BadImage or OSError."""
+    pixels = images.pixels(i)
+    if pixels is not None:
         return _as_channels(pixels, in_chans)
     data = images.read(i)
-    return (_baseline_jpeg(data, in_chans) if fast else None) or decode_pixels(data, in_chans, fast=fast)
+    jpeg = _open_baseline_jpeg(data, in_chans) if fast else None
+    return jpeg or decode_pixels(data, in_chans, fast=fast)
 
 
-def probe(data: bytes) -> tuple[int, int]:
-    """Height and width of a file that decodes, whatever its channels; BadImage if it does not."""
+def decode_size(data: bytes) -> tuple[int, int]:
+    """Decode a file with any number of channels and return its (height, width); raise BadImage."""
     if data.startswith(NUMPY):
-        return _load_array(data).shape[:2]
+        height, width = _load_array(data).shape[:2]
+        return height, width
     image = decode(data)
     return image.height, image.width
 
 
-def _baseline_jpeg(data: bytes, in_chans: int) -> Jpeg | None:
-    """None for what has to be decoded as a whole: it is no JPEG of one scan, or may be truncated, or only Pillow reads it."""
-    if (
-        in_chans != 3
-        or not data.startswith(JPEG)
-        or not data.endswith(END)
-        or not (place := _place_of_height(data))
-    ):
+def _open_baseline_jpeg(data: bytes, in_chans: int) -> Jpeg | None:
+    """Return None for files to decode whole: not a baseline JPEG, maybe truncated, or read by Pillow only."""
+    if in_chans != 3 or not data.startswith(JPEG) or not data.endswith(END):
+        return None
+    height_at = _find_height(data)
+    if not height_at:
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    known = colorspace in ("YCbCr", "Gray", "RGB") and height * width <= (
-        Image.MAX_IMAGE_PIXELS or height * width
-    )
-    return Jpeg(data, in_chans, (height, width), place) if known else None
+    if colorspace not in ("YCbCr", "Gray", "RGB") or _is_too_large(height, width):
+        return None
+    return Jpeg(data, in_chans, (height, width), height_at)
 
 
-def _place_of_height(data: bytes) -> int:
-    """Where the header of a baseline JPEG has its height; 0 if there is none."""
+def _find_height(data: bytes) -> int:
+    """Return the offset of the height in the header of a baseline JPEG; 0 if there is none."""
     at = 2
     while at + 9 < len(data) and data[at] == 0xFF:
         marker = data[at + 1]
@@ -90,40 +99,52 @@ def _place_of_height(data: bytes) -> int:
     return 0
 
 
-def decode_pixels(data: bytes, in_chans: int = 3, *, fast: bool = True) -> np.ndarray:
-    """(H, W, in_chans) of a file: uint8 RGB for 3 channels, grey for 1; other counts come from files with just so many.
+def _is_too_large(height: int, width: int) -> bool:
+    """Return whether Pillow would warn of a decompression bomb."""
+    limit = Image.MAX_IMAGE_PIXELS or height * width
+    return height * width > limit
 
-    A .npy file holds (H, W, C) or (H, W) of uint8, uint16 or float32. A grey image of 16 bits or of floats keeps its depth where
-    one channel is asked for. Pages of one channel each (TIFF) are channels. EXIF rotation is not applied, as in torchvision.
-    `fast` decodes JPEG by simplejpeg, which gives Pillow's pixels bit for bit; what it does not take, Pillow decodes.
-    BadImage if it is truncated, no image, or of another number of channels.
+
+def decode_pixels(data: bytes, in_chans: int = 3, *, fast: bool = True) -> np.ndarray:
+    """Decode a file to (H, W, in_chans): uint8 RGB for 3 channels, grey for 1, else the channels of the file.
+
+    A .npy file holds (H, W, C) or (H, W) of uint8, uint16 or float32. A grey image of 16 bits or floats keeps
+    its depth if one channel is requested. The single-channel pages of a TIFF are its channels. EXIF rotation
+    is not applied, as in torchvision.
+
+    fast: decode JPEG with simplejpeg, which gives Pillow's pixels bit for bit; Pillow decodes what simplejpeg
+    does not.
+    Raises BadImage if the file is truncated, not an image, or has another number of channels.
     """
     if data.startswith(NUMPY):
         return _as_channels(_load_array(data), in_chans)
-    if fast and in_chans in (1, 3) and (pixels := _decode_jpeg(data, in_chans)) is not None:
-        return pixels
-    with opened(data) as image:
+    if fast and in_chans in (1, 3):
+        pixels = _decode_jpeg(data, in_chans)
+        if pixels is not None:
+            return pixels
+    with open_image(data) as image:
         if in_chans == 3:
             return np.asarray(image.convert("RGB"))
-        return _grey(image) if in_chans == 1 else _bands(image, in_chans)
+        return _to_grey(image) if in_chans == 1 else _to_bands(image, in_chans)
 
 
 def _decode_jpeg(data: bytes, in_chans: int) -> np.ndarray | None:
-    """None for what only Pillow reads or judges: CMYK, damaged files, decompression bombs."""
+    """Return None for files that are left to Pillow: CMYK, damaged files, decompression bombs."""
     if not data.startswith(JPEG):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        if colorspace in ("CMYK", "YCCK") or height * width > (Image.MAX_IMAGE_PIXELS or height * width):
+        if colorspace in ("CMYK", "YCCK") or _is_too_large(height, width):
             return None
         if in_chans == 1 and colorspace == "Gray":
-            return simplejpeg.decode_jpeg(data, "GRAY")
+            grey: np.ndarray = simplejpeg.decode_jpeg(data, "GRAY")
+            return grey
         return _as_channels(simplejpeg.decode_jpeg(data, "RGB"), in_chans)
     except ValueError:
         return None
 
 
-def _grey(image: Image.Image) -> np.ndarray:
+def _to_grey(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I;16"):
         return np.asarray(image)[..., None].astype(np.uint16)
     if image.mode in ("I", "F"):
@@ -131,36 +152,36 @@ def _grey(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L"))[..., None]
 
 
-def _bands(image: Image.Image, in_chans: int) -> np.ndarray:
-    bands, pages = len(image.getbands()), getattr(image, "n_frames", 1)
-    if pages == in_chans and bands == 1:
+def _to_bands(image: Image.Image, in_chans: int) -> np.ndarray:
+    num_bands, num_pages = len(image.getbands()), getattr(image, "n_frames", 1)
+    if num_pages == in_chans and num_bands == 1:
         channels = []
-        for page in range(pages):
+        for page in range(num_pages):
             image.seek(page)
-            channels.append(_grey(image))
+            channels.append(_to_grey(image))
         return np.concatenate(channels, axis=2)
-    if bands != in_chans:
-        raise BadImage(
-            f"{bands} channels ({image.mode}) in {pages} page{'s' * (pages > 1)}, the model takes {in_chans}"
-        )
+    if num_bands != in_chans:
+        pages = f"{num_pages} page{'s' * (num_pages > 1)}"
+        raise BadImage(f"{num_bands} channels ({image.mode}) in {pages}, the model takes {in_chans}")
     return np.asarray(image)
 
 
 def _load_array(data: bytes) -> np.ndarray:
+    """Load a .npy file as (H, W, C) of one of DTYPES."""
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
+        array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise BadImage(f"no whole .npy file: {error}") from error
+        raise BadImage(f"not a complete .npy file: {error}") from error
     if array.dtype.name in ("float16", "float64"):
         array = array.astype(np.float32)
     if array.ndim not in (2, 3) or not array.size or array.dtype.name not in DTYPES:
-        raise BadImage(
-            f"an array of {array.dtype} {array.shape}, expected (height, width, channels) of {', '.join(DTYPES)}"
-        )
+        expected = f"(height, width, channels) of {', '.join(DTYPES)}"
+        raise BadImage(f"an array of {array.dtype} {array.shape}, expected {expected}")
     return array if array.ndim == 3 else array[..., None]
 
 
 def _as_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
+    """Convert (H, W, C) to (H, W, in_chans), between grey and RGB only."""
     found = pixels.shape[2]
     if found == in_chans:
         return pixels

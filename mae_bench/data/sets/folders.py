@@ -1,44 +1,45 @@
-"""Images in folders: one folder a class, or one's own images at any depth without classes."""
+"""Index images in folders: one folder per class, or images at any depth without classes."""
 
 import os
 from pathlib import Path
 
-from mae_bench.data.sets.index import Index, Stamps, build_index, by_folder, stamp
+from mae_bench.data.sets.index import Index, Stamps, build_index, classify_by_folder, stamp
 from mae_bench.data.sets.source import is_image
 
 
 def index_folder(folder: Path) -> Index:
-    """Every image below `folder`, hidden files and folders apart, in the order of (folder, name).
+    """Index every image below `folder` in the order of (folder, name); hidden files and folders are ignored.
 
-    Images that all lie in `CLASS/NAME` have their folder's class; else all have the one class "". OSError names what
-    cannot be read.
+    If all images are at `CLASS/NAME`, their class is their folder; otherwise all have the single class "".
+    Raises OSError for a file or folder that cannot be read.
     """
     names: list[str] = []
     sizes: list[int] = []
     stamps: Stamps = {}
-    for inside, found in sorted(walk(str(folder), stamps).items()):
-        prefix = "".join(f"{part}/" for part in inside)
-        names += [prefix + name for name in sorted(found)]
-        sizes += [found[name] for name in sorted(found)]
-    targets, classes = by_folder(names)
+    for parts, images in sorted(list_images(str(folder), stamps).items()):
+        prefix = "".join(f"{part}/" for part in parts)
+        names += [prefix + name for name in sorted(images)]
+        sizes += [images[name] for name in sorted(images)]
+    targets, classes = classify_by_folder(names)
     return build_index(names, sizes, targets, classes, stamps=stamps)
 
 
-def walk(top: str, stamps: Stamps) -> dict[tuple[str, ...], dict[str, int]]:
-    """Folder (as its parts, relative to `top`) -> its images and their sizes; every folder's stamp is taken before it is read."""
+def list_images(top: str, stamps: Stamps) -> dict[tuple[str, ...], dict[str, int]]:
+    """Return the images and their sizes in each folder below `top`, by the parts of its relative path.
+
+    The stamp of each folder is added to `stamps` before the folder is read.
+    """
     found: dict[tuple[str, ...], dict[str, int]] = {}
     seen: set[tuple[int, int]] = set()
     todo: list[tuple[str, ...]] = [()]
     while todo:
-        inside = todo.pop()
-        path = os.path.join(top, *inside)
-        here = os.stat(path)
-        if (
-            here.st_dev,
-            here.st_ino,
-        ) in seen:  # a link to a folder that was read already, perhaps to one above
+        parts = todo.pop()
+        path = os.path.join(top, *parts)
+        status = os.stat(path)
+        identity = (status.st_dev, status.st_ino)
+        if identity in seen:  # a link to a folder that was already read, possibly a parent
             continue
-        seen.add((here.st_dev, here.st_ino))
+        seen.add(identity)
         stamps[path] = stamp(path)
         images: dict[str, int] = {}
         with os.scandir(path) as entries:
@@ -46,6 +47,6 @@ def walk(top: str, stamps: Stamps) -> dict[tuple[str, ...], dict[str, int]]:
                 if is_image(entry.name):
                     images[entry.name] = entry.stat().st_size
                 elif not entry.name.startswith(".") and entry.is_dir():
-                    todo.append((*inside, entry.name))
-        found[inside] = images
+                    todo.append((*parts, entry.name))
+        found[parts] = images
     return found

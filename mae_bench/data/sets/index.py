@@ -1,4 +1,7 @@
-"""Indexes of sets of images: names, places and labels as arrays, found once, kept in a cache and memory-mapped from there."""
+"""Index image sets: names, offsets and labels as arrays, built once, cached and memory-mapped from the cache.
+
+Dimensions: N images.
+"""
 
 import hashlib
 import io
@@ -23,12 +26,12 @@ from mae_bench.files import json_digest, write_atomic
 log = logging.getLogger(__name__)
 
 VERSION = 1
-MIN_KEPT = 10_000  # images; a smaller set is indexed anew in less time than its staleness could ever cost
+MIN_CACHED = 10_000  # images; indexing a smaller set again is faster than a stale index is worth
 SETTLED_SECONDS = 2.0  # a folder changed this recently may change again within the file system's clock tick
-MOST_OPEN = 64  # files that a process holds open
-SEPARATOR = b"\0"  # the one character that no file name has
+MAX_OPEN = 64  # files that a process keeps open
+SEPARATOR = b"\0"  # the only character that no file name contains
 
-Stamps = dict[str, list[int]]  # path -> what the system says of it
+Stamps = dict[str, list[int]]  # path -> its size and times of change
 
 
 def _empty(dtype: type, *shape: int) -> np.ndarray:
@@ -37,13 +40,21 @@ def _empty(dtype: type, *shape: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Index:
-    """Where N images lie. Folders and tars are in the order of (class, name); shards and tables in their own.
+    """Names, places and labels of N images.
 
-    names: the names one after another in UTF-8, each followed by a zero byte (uint8). ends: (N,) where each name ends.
-    sizes: (N,) bytes. targets: (N,) int32 indices into `classes`. files: paths that hold many images; empty if each image is
-    a file. shard, starts: (N,) the image's file and its first byte there. shapes: (N, 2) height and width, of raw pixels alone.
-    stamps: what was looked at, with the state that the index describes. notes: oddities that were met. path: the file that it
-    is memory-mapped from.
+    Folders and tars are in the order of (class, name), shards and tables in their own order.
+
+    classes: class names; [""] if the images have no classes.
+    names: all names in UTF-8, each followed by a zero byte, uint8.
+    ends: where each name ends, (N,).
+    sizes: bytes of each image, (N,).
+    targets: index into `classes` of each image, (N,) int32.
+    files: paths of files that hold many images each; empty if each image is a file.
+    shard, starts: index into `files` and first byte of each image, (N,) each.
+    shapes: height and width of each image, (N, 2); of raw pixels only.
+    stamps: state of the files and folders that the index was built from.
+    notes: irregularities found while indexing.
+    path: file that the index is memory-mapped from.
     """
 
     classes: list[str]
@@ -63,17 +74,17 @@ class Index:
         return len(self.ends)
 
     def name(self, i: int) -> str:
-        """The name as the file system has it."""
+        """Return the name of image i as the file system spells it."""
         i = range(len(self))[i]
         start = int(self.ends[i - 1]) + 1 if i else 0
         return self.names[start : int(self.ends[i])].tobytes().decode("utf-8", "surrogateescape")
 
     def all_names(self) -> list[bytes]:
-        """Every name, in UTF-8."""
+        """Return all names in UTF-8."""
         return self.names.tobytes().split(SEPARATOR)[:-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A mapped index travels as its path: a spawned worker maps the same pages."""
+        """Pickle a memory-mapped index as its path: a spawned worker maps the same pages."""
         return {"path": self.path, "of": json_digest(self.stamps)} if self.path else self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -81,7 +92,7 @@ class Index:
             index = read_index(state["path"])
             if index is None or json_digest(index.stamps) != state["of"]:
                 raise UserError(
-                    f"the index {state['path']} changed while it was in use", fix="start the command again"
+                    f"the index {state['path']} changed while it was in use", fix="re-run the command"
                 )
             state = index.__dict__
         self.__dict__.update(state)
@@ -93,28 +104,30 @@ ARRAYS = ("names", "ends", "sizes", "targets", "shard", "starts", "shapes")
 def build_index(
     names: Sequence[str], sizes: Iterable[int], targets: Iterable[int], classes: Sequence[str], **rest: Any
 ) -> Index:
-    """An Index from lists."""
+    """Build an Index from lists."""
     encoded = [name.encode("utf-8", "surrogateescape") for name in names]
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
     blob = b"".join(name + SEPARATOR for name in encoded)
-    arrays: dict[str, Any] = {
-        "shard": np.asarray(rest.pop("shard", ()), np.int32),
-        "starts": np.asarray(rest.pop("starts", ()), np.int64),
-        "shapes": np.asarray(rest.pop("shapes", ()), np.int32).reshape(-1, 2),
-    }
     return Index(
-        list(classes), np.frombuffer(blob, np.uint8), np.cumsum(lengths + 1) - 1, np.fromiter(sizes, np.int64),
-        np.fromiter(targets, np.int32), **arrays, **rest,
-    )  # fmt: skip
+        classes=list(classes),
+        names=np.frombuffer(blob, np.uint8),
+        ends=np.cumsum(lengths + 1) - 1,
+        sizes=np.fromiter(sizes, np.int64),
+        targets=np.fromiter(targets, np.int32),
+        shard=np.asarray(rest.pop("shard", ()), np.int32),
+        starts=np.asarray(rest.pop("starts", ()), np.int64),
+        shapes=np.asarray(rest.pop("shapes", ()), np.int32).reshape(-1, 2),
+        **rest,
+    )
 
 
 def sort_key(name: str) -> tuple[str, ...]:
-    """Orders by folder, then by name."""
+    """Return the key that sorts names by folder, then by file name."""
     return tuple(name.split("/"))
 
 
-def by_folder(names: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Targets and classes of names `CLASS/NAME`; one class "" where the names are not all of that form."""
+def classify_by_folder(names: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Return (targets, classes) of names `CLASS/NAME`, or the single class "" unless all have that form."""
     if not all(name.count("/") == 1 for name in names):
         return [0] * len(names), [""]
     folders = [name.partition("/")[0] for name in names]
@@ -123,9 +136,12 @@ def by_folder(names: Sequence[str]) -> tuple[list[int], list[str]]:
     return [number[name] for name in folders], classes
 
 
-def digest_of(indexes: Mapping[str, Index]) -> str:
-    """SHA-256 over the sorted lines `SPLIT/NAME, zero byte, size` of a set: the same for its folders and for its tars."""
-    try:  # an index that is made again is another file, with another stamp
+def digest_indexes(indexes: Mapping[str, Index]) -> str:
+    """Return SHA-256 over the sorted lines `SPLIT/NAME, zero byte, size` of a set, in folders or in tars.
+
+    The cache keeps the digest of cached indexes; a rebuilt index is another file with another stamp.
+    """
+    try:
         files = {
             split: [str(index.path), *stamp(index.path)] for split, index in indexes.items() if index.path
         }
@@ -133,101 +149,102 @@ def digest_of(indexes: Mapping[str, Index]) -> str:
         files = {}
     if len(files) < len(indexes):
         return _digest_lines(indexes)
-    known = kept("digests", json_digest(files), ".txt")
+    cached = cache_path("digests", json_digest(files), ".txt")
     try:
-        return known.read_text(encoding="ascii")
+        return cached.read_text(encoding="ascii")
     except (OSError, ValueError):
         digest = _digest_lines(indexes)
-        try_to_keep(known, digest.encode())
+        try_to_cache(cached, digest.encode())
         return digest
 
 
 def _digest_lines(indexes: Mapping[str, Index]) -> str:
-    lines = [
-        b"%b/%b\0%d\n" % (split.encode(), name, size)
-        for split, index in indexes.items()
-        for name, size in zip(index.all_names(), index.sizes.tolist(), strict=True)
-    ]
+    lines: list[bytes] = []
+    for split, index in indexes.items():
+        sized_names = zip(index.all_names(), index.sizes.tolist(), strict=True)
+        lines += [b"%b/%b\0%d\n" % (split.encode(), name, size) for name, size in sized_names]
     lines.sort()
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def cache_folder() -> Path:
-    """$MAE_BENCH_CACHE, or mae_bench in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
-    if own := os.environ.get("MAE_BENCH_CACHE"):
-        return Path(own).expanduser()
+    """Return $MAE_BENCH_CACHE, or mae_bench in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
+    folder = os.environ.get("MAE_BENCH_CACHE")
+    if folder:
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mae_bench"
 
 
-def kept(what: str, key: str, suffix: str) -> Path:
-    """Where the cache keeps what `key` stands for."""
-    return cache_folder() / what / f"{hashlib.sha256(f'{VERSION}:{key}'.encode()).hexdigest()[:32]}{suffix}"
+def cache_path(kind: str, key: str, suffix: str) -> Path:
+    """Return the path in the cache of the entry with this key."""
+    return cache_folder() / kind / f"{hashlib.sha256(f'{VERSION}:{key}'.encode()).hexdigest()[:32]}{suffix}"
 
 
-def try_to_keep(path: Path, data: bytes) -> bool:
-    """Whether the cache took it: it may be full or closed to this user, and everything works without it."""
+def try_to_cache(path: Path, data: bytes) -> bool:
+    """Write a cache entry and return whether that succeeded: the cache may be full or read-only."""
     try:
         write_atomic(path, lambda file: file.write(data))
     except OSError as error:
-        log.info("%s is not kept for the next start: %s", path, error)
+        log.info("%s could not be cached: %s", path, error)
         return False
     return True
 
 
 def stamp(path: str | Path) -> list[int]:
-    """Size and times of change of a file or folder. A folder's times change with its entries, not with what is in them."""
+    """Return size and times of change; those of a folder reflect its entries, not their content."""
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def is_fresh(stamps: Stamps) -> bool:
-    """Whether everything that was looked at is still as it was."""
+    """Return whether all stamped files and folders are unchanged."""
     try:
         return all(stamp(path) == known for path, known in stamps.items())
     except OSError:
         return False
 
 
-def known_index(key: str) -> Index | None:
-    """The index that the cache keeps under `key`, if nothing that it was made from has changed."""
-    found = read_index(kept("indexes", key, ".safetensors"))
+def load_cached_index(key: str) -> Index | None:
+    """Load the index cached under `key`; None if there is none, or if what it was built from has changed."""
+    found = read_index(cache_path("indexes", key, ".safetensors"))
     return found if found and is_fresh(found.stamps) else None
 
 
-def find_index(key: str, build: Callable[[], Index], refresh: bool = False) -> Index:
-    """The index that the cache keeps under `key`, if nothing that it was made from has changed; else `build()`, kept.
+def load_or_build_index(key: str, build: Callable[[], Index], refresh: bool = False) -> Index:
+    """Load the index cached under `key`; if it is missing or out of date, call `build` and cache its result.
 
-    Seen as a change: files added, removed or renamed, and a tar or table that was written again. Not seen: an image that
-    was overwritten in place, for only folders are looked at and not a million files; `refresh` builds in any case.
+    Detected changes: files added, removed or renamed, and a tar or table written again. Not detected: an
+    image overwritten in place, as only folders are checked and not a million files. refresh: build in any
+    case.
     """
-    if not refresh and (known := known_index(key)):
-        return known
-    path = kept("indexes", key, ".safetensors")
+    cached = None if refresh else load_cached_index(key)
+    if cached is not None:
+        return cached
+    path = cache_path("indexes", key, ".safetensors")
     began = time.time_ns()
     index = build()
     settled = all(max(times) < began - SETTLED_SECONDS * 1e9 for _, *times in index.stamps.values())
-    if len(index) >= MIN_KEPT and settled and try_to_keep(path, write_index(index)):
+    if len(index) >= MIN_CACHED and settled and try_to_cache(path, write_index(index)):
         return read_index(path) or index
     return index
 
 
 def write_index(index: Index) -> bytes:
-    """The index as a safetensors file: its arrays, and all else as JSON in the header's metadata."""
+    """Return the index as a safetensors file: its arrays, and the rest as JSON in the header's metadata."""
     header = {"version": VERSION, "classes": index.classes, "files": index.files, "stamps": index.stamps}
     header |= {"notes": index.notes} if index.notes else {}
-    arrays = {
-        name: np.ascontiguousarray(getattr(index, name)) for name in ARRAYS
-    }  # safetensors writes a strided view wrongly
+    # Contiguous, as safetensors writes a strided view incorrectly.
+    arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in ARRAYS}
     return save(arrays, metadata={"index": json.dumps(header)})
 
 
 def read_index(path: Path) -> Index | None:
-    """The index in a file, memory-mapped; None where there is none that can be read."""
+    """Memory-map the index in a file; None if the file is missing, unreadable or of another version."""
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > path.stat().st_size:
-                raise ValueError("it is no safetensors file")
+                raise ValueError("not a safetensors file")
             header = json.loads(file.read(length))
         data = np.memmap(path, np.uint8, "r", offset=8 + length)
         meta = json.loads(header.pop("__metadata__")["index"])
@@ -237,7 +254,7 @@ def read_index(path: Path) -> Index | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        log.info("%s cannot be read and is made again: %s", path, error)
+        log.info("%s cannot be read and is built again: %s", path, error)
         return None
     return Index(**meta, **arrays, path=path)
 
@@ -248,14 +265,15 @@ DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}
 def _view(data: np.ndarray, entry: dict[str, Any]) -> np.ndarray:
     start, stop = entry["data_offsets"]
     if stop > len(data):
-        raise ValueError("it is cut short")
+        raise ValueError("the file is truncated")
     return np.asarray(data[start:stop]).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 class IndexedImages(ImageSource):
-    """The images of an index, whose names and files are relative to `folder`.
+    """Images of an index, whose names and files are relative to `folder`.
 
-    raw: pixels are stored instead of files. digest: of the content, or of what names and sizes do not tell, where it is known.
+    raw: the set stores pixels instead of encoded files.
+    digest: digest of the content, or of more than names and sizes; "" to compute it from names and sizes.
     """
 
     def __init__(self, index: Index, folder: str | Path, raw: bool = False, digest: str = ""):
@@ -273,7 +291,7 @@ class IndexedImages(ImageSource):
 
     @property
     def digest(self) -> str:
-        return self.content_digest or digest_of({"": self.index})
+        return self.content_digest or digest_indexes({"": self.index})
 
     def __len__(self) -> int:
         return len(self.index)
@@ -282,7 +300,7 @@ class IndexedImages(ImageSource):
         return self.index.name(i)
 
     def read(self, i: int) -> bytes:
-        return _png(self._pixels(i)) if self.raw else self.stored(i)
+        return _encode_png(self._pixels(i)) if self.raw else self.stored(i)
 
     def stored_sizes(self) -> np.ndarray:
         return self.index.sizes
@@ -292,10 +310,11 @@ class IndexedImages(ImageSource):
             with open(f"{self.folder}/{self.index.name(i)}", "rb", buffering=0) as file:
                 return file.read(-1 if length is None else length)
         size = int(self.index.sizes[i])
-        size = size if length is None else min(length, size)
-        data = os.pread(self._file(int(self.index.shard[i])).fileno(), size, int(self.index.starts[i]))
+        if length is not None:
+            size = min(length, size)
+        data = os.pread(self._open_file(int(self.index.shard[i])).fileno(), size, int(self.index.starts[i]))
         if len(data) != size:
-            raise OSError(f"{self.index.files[self.index.shard[i]]} ends before the image does")
+            raise OSError(f"{self.index.files[self.index.shard[i]]} ends in the middle of an image")
         return data
 
     def pixels(self, i: int) -> np.ndarray | None:
@@ -308,11 +327,15 @@ class IndexedImages(ImageSource):
         height, width = self.index.shapes[i].tolist()
         return np.asarray(self._maps[number][start : start + height * width * 3]).reshape(height, width, 3)
 
-    def _file(self, number: int) -> io.FileIO:
-        """Open files are left to the reference count, so that a thread that still reads from one never sees it closed."""
+    def _open_file(self, number: int) -> io.FileIO:
+        """Open a file of the index, or return it if it is open.
+
+        Files are closed by reference counting, so that a thread that is still reading never sees its file
+        closed.
+        """
         file = self._open.get(number)
         if file is None:
-            if len(self._open) >= MOST_OPEN:
+            if len(self._open) >= MAX_OPEN:
                 self._open.pop(next(iter(self._open)), None)
             file = self._open[number] = io.FileIO(Path(self.folder, self.index.files[number]))
         return file
@@ -321,7 +344,7 @@ class IndexedImages(ImageSource):
         return {**self.__dict__, "_open": {}, "_maps": {}}
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def _encode_png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""Packed sets: one file of images a split with its index, made once, smaller or decoded if asked, and read by every loader."""
+"""Write and read packed sets: one indexed file of images per split, optionally resized or re-encoded."""
 
 import hashlib
 import io
@@ -16,32 +16,31 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from mae_bench.data.sets.decode import NUMPY, probe
+from mae_bench.data.sets.decode import NUMPY, decode_size
 from mae_bench.data.sets.index import IndexedImages, build_index, read_index, write_index
 from mae_bench.data.sets.source import BadImage, ImageSource, decode
 from mae_bench.errors import UserError
 from mae_bench.files import file_digest, is_full, json_digest, write_atomic, write_json
 
 VERSION = 1
-HEADER = "packed.json"  # written last: without it there is no packed set
-QUALITY = (
-    90  # of a resized image, unless another one is given: see benchmarks/results for what it costs and brings
-)
+HEADER = "packed.json"  # written last: a folder without it is not a packed set
+QUALITY = 90  # default JPEG quality of resized images: see benchmarks/results for its cost and benefit
 SUBSAMPLING = "4:2:0"
 SUFFIXES = (".data", ".index", ".part", ".journal")
-WINDOW = 256  # images between two entries of the journal, by which a stopped pack goes on
+WINDOW = 256  # images per journal entry; an interrupted pack resumes after the last entry
 
 Row = tuple[int, int, int, int]  # index in the source, bytes, height, width
-Progress = Callable[[str, int, int], None]  # split, images handled, of how many
+ProgressCallback = Callable[[str, int, int], None]  # called with (stage, number done, total number)
 
 
 @dataclass(frozen=True)
-class How:
-    """What becomes of each image. All None: its bytes are kept as they are.
+class PackOptions:
+    """What to do with each image; by default its bytes are kept unchanged.
 
-    short_side: pixels that the shorter side is reduced to (bicubic, antialiased), never enlarged. quality: of the JPEG that it
-    is written as, resized or not; None writes resized ones with 90 and keeps the bytes of the rest. raw: uint8 pixels instead.
-    unchecked: the bytes are kept without decoding them once; images that do not decode are met when they are read.
+    short_side: length in pixels that the shorter side is reduced to (bicubic, antialiased), never enlarged.
+    quality: JPEG quality of every image; None writes resized images with 90 and keeps the bytes of others.
+    raw: store uint8 pixels instead of files.
+    unchecked: keep the bytes without decoding them; bad images are found when they are read.
     """
 
     short_side: int | None = None
@@ -54,26 +53,32 @@ class How:
             raise UserError(f"short_side {self.short_side}", expected="a number of pixels")
         if self.quality is not None and not 1 <= self.quality <= 100:
             raise UserError(
-                f"quality {self.quality}", expected="1 to 100 (above 95 a JPEG grows and gains little)"
+                f"quality {self.quality}",
+                expected="1 to 100 (above 95, files grow with little gain in quality)",
             )
         if self.raw and self.quality is not None:
             raise UserError(f"raw pixels with quality {self.quality}", expected="one of the two")
 
     @property
     def label(self) -> str:
-        """What is added to the name of a set whose images are not those of its source any more."""
-        written = f"q{self.quality or QUALITY}" if (self.short_side or self.quality) and not self.raw else ""
-        parts = [f"{self.short_side}px" if self.short_side else "", written, "raw" if self.raw else ""]
-        return "".join(f"-{part}" for part in parts if part)
+        """Suffix of the set's name that states how its images differ from the source's; "" if unchanged."""
+        parts = []
+        if self.short_side:
+            parts.append(f"{self.short_side}px")
+        if (self.short_side or self.quality) and not self.raw:
+            parts.append(f"q{self.quality or QUALITY}")
+        if self.raw:
+            parts.append("raw")
+        return "".join(f"-{part}" for part in parts)
 
     def encode(self, data: bytes) -> tuple[bytes, int, int]:
-        """What is stored of an encoded image, and its height and width; BadImage if it does not decode."""
+        """Return what to store of an image, and its height and width (0 if unchecked); raise BadImage."""
         if self.unchecked:
             return data, 0, 0
         if not (self.short_side or self.quality or self.raw):
-            return data, *probe(data)
+            return data, *decode_size(data)
         if data.startswith(NUMPY):
-            raise BadImage("an array, which is packed as it is alone: --original")
+            raise BadImage("an array, which can only be packed unchanged: --original")
         image = decode(data)
         resized = shrink(image, self.short_side) if self.short_side else image
         if self.raw:
@@ -86,7 +91,10 @@ class How:
 
 
 def shrink(image: Image.Image, short_side: int) -> Image.Image:
-    """The image with that shorter side (the longer one rounded down, as torchvision's Resize has it), or itself if not larger."""
+    """Return the image with this shorter side, or unchanged if it is not larger.
+
+    The longer side is rounded down, as in torchvision's Resize.
+    """
     short = min(image.size)
     if short <= short_side:
         return image
@@ -95,122 +103,139 @@ def shrink(image: Image.Image, short_side: int) -> Image.Image:
 
 
 def is_packed(root: Path) -> bool:
-    """Whether a packed set lies there, whole."""
+    """Return whether the folder holds a complete packed set."""
     return (root / HEADER).is_file()
 
 
 def read_header(root: Path) -> dict[str, Any]:
-    """What the set says of itself; UserError if it cannot be read."""
+    """Read the header of a packed set; raise UserError if it is unreadable or of another version."""
     path = root / HEADER
     try:
-        header = json.loads(path.read_text(encoding="utf-8"))
+        header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = header["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is no header of a packed set: {error!r}", fix="pack the images again"
+            f"{path} is not the header of a packed set: {error!r}", fix="pack the images again"
         ) from error
     if version != VERSION:
         raise UserError(
-            f"{path} is of version {version}", expected=f"version {VERSION}", fix="pack the images again"
+            f"{path} has version {version}", expected=f"version {VERSION}", fix="pack the images again"
         )
     return header
 
 
 def open_packed(root: Path, split: str) -> IndexedImages:
-    """One split of a packed set; UserError if a file of it is missing or has another size than it was made with."""
+    """Open one split of a packed set; raise UserError if a file is missing or has changed in size."""
     header = read_header(root)
     if split not in header["splits"]:
         raise UserError(f"{root} has no split {split}", expected=f"one of {', '.join(header['splits'])}")
-    known, data, index = header["splits"][split], root / f"{split}.data", read_index(root / f"{split}.index")
+    entry, data, index = header["splits"][split], root / f"{split}.data", read_index(root / f"{split}.index")
     size = data.stat().st_size if data.is_file() else None
-    if index is None or len(index) != known["images"] or size != known["bytes"]:
+    if index is None or len(index) != entry["images"] or size != entry["bytes"]:
         raise UserError(
             f"{data} or its index is missing or has another size ({size} bytes)",
-            expected=f"{known['bytes']} bytes, as it was made",
+            expected=f"{entry['bytes']} bytes, as written",
             fix="pack or copy the images again",
         )
-    return IndexedImages(index, root, raw=header["how"]["raw"], digest=_content(known))
+    return IndexedImages(index, root, raw=header["how"]["raw"], digest=_digest_split(entry))
 
 
 def verify_packed(root: Path) -> None:
-    """Reads every byte of the set; UserError if one is not as it was written."""
-    for split, known in read_header(root)["splits"].items():
-        for path, expected in (
-            (root / f"{split}.data", known["sha256"]),
-            (root / f"{split}.index", known["index_sha256"]),
-        ):
-            if (found := file_digest(path)) != expected:
+    """Read the whole set; raise UserError if a file differs from what was written."""
+    for split, entry in read_header(root)["splits"].items():
+        for name, expected in ((f"{split}.data", entry["sha256"]), (f"{split}.index", entry["index_sha256"])):
+            found = file_digest(root / name)
+            if found != expected:
                 raise UserError(
-                    f"{path} has SHA-256 {found}", expected=expected, fix="pack or copy the images again"
+                    f"{root / name} has SHA-256 {found}",
+                    expected=expected,
+                    fix="pack or copy the images again",
                 )
 
 
-def _content(entry: dict[str, Any]) -> str:
-    """The digest of a split: its images, and their names and labels."""
+def _digest_split(entry: dict[str, Any]) -> str:
+    """Return the digest of a split: over its images, and their names and labels."""
     return json_digest([entry["sha256"], entry["index_sha256"]])
 
 
 def pack_sources(
     sources: dict[str, ImageSource],
     out: Path,
-    how: How,
+    options: PackOptions,
     *,
     name: str,
     num_workers: int = 0,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
-    """Packs the splits into the folder `out` and returns the header; images that do not decode are left out and named there.
+    """Pack the splits into the folder `out` and return the header.
 
-    A call that was stopped goes on where it was; a whole set of the same images made in the same way is left as it is.
-    UserError: another set lies in `out`, no image decodes, or the disk is full (then what was written is removed).
+    Images that do not decode are left out and listed in the header. An interrupted call is resumed; a
+    complete set of the same images and options is left unchanged.
+    Raises UserError if `out` holds another set, no image decodes, or the disk is full (then partial files are
+    removed).
     """
-    made_of = {split: [source.digest, len(source)] for split, source in sources.items()}
+    digests = {split: [source.digest, len(source)] for split, source in sources.items()}
     header: dict[str, Any] = {
         "version": VERSION,
-        "source": made_of,
-        "how": asdict(how),
+        "source": digests,
+        "how": asdict(options),
         "pillow": PIL.__version__,
-        "name": name + how.label,
+        "name": name + options.label,
     }
-    if not how.raw:
+    if not options.raw:
         header["subsampling"] = SUBSAMPLING
     if is_packed(out):
-        found = read_header(out)
-        if any(found.get(key) != value for key, value in header.items() if key not in ("pillow", "name")):
-            raise UserError(
-                f"{out} holds a packed set of other images, or made otherwise", expected="an empty folder"
-            )
-        return found
+        return _read_same(out, header)
     packs = {
         split: _Pack(source, out / split, header, num_workers, progress) for split, source in sources.items()
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if strangers := [path.name for path in out.iterdir() if path.suffix not in SUFFIXES]:
-            raise UserError(
-                f"{out} is not empty: {', '.join(sorted(strangers)[:5])}",
-                expected="a new folder for the packed set",
-            )
-        header["splits"] = {split: each.run(how) for split, each in packs.items()}
-        for each in packs.values():
-            each.part.replace(each.data)
-        digest = json_digest({split: _content(entry) for split, entry in header["splits"].items()})
+        _check_empty(out)
+        header["splits"] = {split: pack.run(options) for split, pack in packs.items()}
+        for pack in packs.values():
+            pack.part.replace(pack.data)
+        digest = json_digest({split: _digest_split(entry) for split, entry in header["splits"].items()})
         write_json(out / HEADER, header | {"digest": digest})
-        for each in packs.values():
-            each.journal.unlink()
+        for pack in packs.values():
+            pack.journal.unlink()
     except OSError as error:
         if is_full(error):
-            for each in packs.values():
-                each.discard()
+            for pack in packs.values():
+                pack.discard()
         raise UserError(
-            f"{out} cannot be written: {error}", expected="a folder with room for the packed images",
-            fix="make room, or give another folder",
-        ) from error  # fmt: skip
+            f"{out} cannot be written: {error}",
+            expected="a folder with enough space for the packed images",
+            fix="free some space, or give another folder",
+        ) from error
     return read_header(out)
 
 
+def _read_same(out: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """Read the header of an existing set; raise UserError if it holds other images or was packed otherwise."""
+    found = read_header(out)
+    if any(found.get(key) != value for key, value in header.items() if key not in ("pillow", "name")):
+        raise UserError(
+            f"{out} holds a packed set of other images, or packed with other options",
+            expected="an empty folder",
+            fix="give another folder",
+        )
+    return found
+
+
+def _check_empty(out: Path) -> None:
+    """Raise UserError if a folder holds files other than those of an interrupted pack."""
+    others = sorted(path.name for path in out.iterdir() if path.suffix not in SUFFIXES)
+    if others:
+        raise UserError(
+            f"{out} is not empty: {', '.join(others[:5])}",
+            expected="a new folder for the packed set",
+            fix="give another folder",
+        )
+
+
 class _Pack:
-    """One split on its way: NAME.data.part grows, and NAME.journal says up to where it is whole."""
+    """Packing of one split: NAME.data.part grows, and NAME.journal records how much of it is complete."""
 
     def __init__(
         self,
@@ -218,7 +243,7 @@ class _Pack:
         path: Path,
         header: dict[str, Any],
         num_workers: int,
-        progress: Progress | None,
+        progress: ProgressCallback | None,
     ):
         self.source, self.split, self.num_workers, self.progress = source, path.name, num_workers, progress
         self.identity = json_digest([header, path.name])
@@ -228,57 +253,55 @@ class _Pack:
         self.bad: list[list[str]] = []
         self.done = self.bytes = 0
 
-    def run(self, how: How) -> dict[str, Any]:
-        """Writes all but the last name of the data, and returns the split's entry in the header."""
-        self._go_on()
+    def run(self, options: PackOptions) -> dict[str, Any]:
+        """Write the split, except for the final rename of its data, and return its entry in the header."""
+        self._resume()
         with open(self.part, "r+b") as file, open(self.journal, "ab") as journal:
             file.truncate(self.bytes)
             file.seek(0)
             sha = hashlib.file_digest(file, "sha256")
-            for window in self._windows(how):
+            for window in self._windows(options):
                 self._write(window, file, journal, sha)
         return self._finish(sha.hexdigest())
 
     def discard(self) -> None:
-        """Removes what was written."""
+        """Remove the partial files."""
         for path in (self.part, self.journal, self.index):
             path.unlink(missing_ok=True)
 
-    def _go_on(self) -> None:
-        """Takes up what the journal says was written, if it is the same pack's."""
+    def _resume(self) -> None:
+        """Restore the state recorded in the journal, if it belongs to the same images and options."""
         entries: list[dict[str, Any]] = []
-        with suppress(FileNotFoundError, ValueError):  # ValueError: the last line is cut short
+        with suppress(FileNotFoundError, ValueError):  # ValueError: the last line is truncated
             for line in self.journal.read_text(encoding="utf-8").splitlines():
                 entries.append(json.loads(line))
-        if self.data.is_file():  # it was stopped between the data's last name and the header
+        if self.data.is_file():  # interrupted between the final rename and the header
             self.data.replace(self.part)
         self.part.touch()
-        if (
-            not entries
-            or entries[0] != {"pack": self.identity}
-            or entries[-1].get("bytes", 0) > self.part.stat().st_size
-        ):
+        is_same = bool(entries) and entries[0] == {"pack": self.identity}
+        if not is_same or entries[-1].get("bytes", 0) > self.part.stat().st_size:
             entries = [{"pack": self.identity}]
         for entry in entries[1:]:
             self.rows += [tuple(row) for row in entry["rows"]]
             self.bad += entry["bad"]
             self.done, self.bytes = entry["done"], entry["bytes"]
-        write_atomic(self.journal, lambda file: file.writelines(_line(entry) for entry in entries))
+        write_atomic(self.journal, lambda file: file.writelines(map(_encode_line, entries)))
 
-    def _windows(self, how: How) -> Iterator[Iterable[Any]]:
-        """Encoded images by the window; the next window is at work while the caller writes one."""
+    def _windows(self, options: PackOptions) -> Iterator[Iterable[Any]]:
+        """Yield the encoded images of each window; workers encode the next one while the caller writes."""
         starts = range(self.done, len(self.source), WINDOW)
         windows = [range(start, min(start + WINDOW, len(self.source))) for start in starts]
         if self.num_workers == 0:
-            yield from ((_encode(self.source, how, i) for i in window) for window in windows)
+            for window in windows:
+                yield (_encode(self.source, options, i) for i in window)
             return
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(
-            self.num_workers, context, initializer=_start, initargs=(self.source, how)
+            self.num_workers, context, initializer=_init_worker, initargs=(self.source, options)
         ) as pool:
             ahead: Iterable[Any] = ()
             for window in windows:
-                results, ahead = ahead, pool.map(_work, window, chunksize=16)
+                results, ahead = ahead, pool.map(_encode_in_worker, window, chunksize=16)
                 yield results
             yield ahead
 
@@ -299,7 +322,7 @@ class _Pack:
             return
         file.flush()
         os.fsync(file.fileno())  # the journal must never be ahead of the data
-        journal.write(_line({"done": self.done, "bytes": self.bytes, "rows": rows, "bad": bad}))
+        journal.write(_encode_line({"done": self.done, "bytes": self.bytes, "rows": rows, "bad": bad}))
         journal.flush()
         self.rows += rows
         self.bad += bad
@@ -308,42 +331,50 @@ class _Pack:
 
     def _finish(self, digest: str) -> dict[str, Any]:
         if not self.rows:
-            raise UserError(
-                f"no image of {self.split} decodes: {self.bad[0][1] if self.bad else 'it is empty'}",
-                expected="images",
-            )
-        chosen, sizes, *shapes = np.array(self.rows, np.int64).T
+            reason = self.bad[0][1] if self.bad else "the split is empty"
+            raise UserError(f"no image of {self.split} decodes: {reason}", expected="images")
+        indices, sizes, *shapes = np.array(self.rows, np.int64).T
         index = build_index(
-            [self.source.name(i) for i in chosen.tolist()], sizes, self.source.targets[chosen], self.source.classes,
-            files=[self.data.name], shard=np.zeros(len(sizes)), starts=np.cumsum(sizes) - sizes, shapes=np.stack(shapes, 1),
-        )  # fmt: skip
+            [self.source.name(i) for i in indices.tolist()],
+            sizes,
+            self.source.targets[indices],
+            self.source.classes,
+            files=[self.data.name],
+            shard=np.zeros(len(sizes)),
+            starts=np.cumsum(sizes) - sizes,
+            shapes=np.stack(shapes, 1),
+        )
         content = write_index(index)
         write_atomic(self.index, lambda file: file.write(content))
         return {
-            "images": len(index), "classes": len(index.classes), "bytes": self.bytes, "sha256": digest,
-            "index_sha256": hashlib.sha256(content).hexdigest(), "left_out": self.bad,
-        }  # fmt: skip
+            "images": len(index),
+            "classes": len(index.classes),
+            "bytes": self.bytes,
+            "sha256": digest,
+            "index_sha256": hashlib.sha256(content).hexdigest(),
+            "left_out": self.bad,
+        }
 
 
-def _line(entry: dict[str, Any]) -> bytes:
+def _encode_line(entry: dict[str, Any]) -> bytes:
     return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
 
 
-def _encode(source: ImageSource, how: How, i: int) -> tuple[int, bytes | str, int, int]:
-    """An image, or why there is none."""
+def _encode(source: ImageSource, options: PackOptions, i: int) -> tuple[int, bytes | str, int, int]:
+    """Return (i, stored bytes or the reason why the image does not decode, height, width)."""
     try:
-        return i, *how.encode(source.read(i))
+        return i, *options.encode(source.read(i))
     except (BadImage, OSError) as error:
         return i, str(error), 0, 0
 
 
-_of_worker: list[Any] = []  # the source and how it is encoded, in a worker process
+_worker_state: list[Any] = []  # the source and the options, in a worker process
 
 
-def _start(source: ImageSource, how: How) -> None:
-    _of_worker[:] = [source, how]
+def _init_worker(source: ImageSource, options: PackOptions) -> None:
+    _worker_state[:] = [source, options]
 
 
-def _work(i: int) -> tuple[int, bytes | str, int, int]:
-    source, how = _of_worker
-    return _encode(source, how, i)
+def _encode_in_worker(i: int) -> tuple[int, bytes | str, int, int]:
+    source, options = _worker_state
+    return _encode(source, options, i)

@@ -1,4 +1,4 @@
-"""What every set of images offers, decoding by Pillow, and the account of the images that do not decode."""
+"""Define the interface of an image set, decode images with Pillow and count the images that do not decode."""
 
 import io
 import logging
@@ -13,83 +13,76 @@ from mae_bench.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (
-    ".jpeg",
-    ".jpg",
-    ".png",
-    ".bmp",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".npy",
-)  # the last for other channels than RGB
+# .npy holds images whose number of channels is not that of an RGB or grey image.
+SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".npy")
 
 
 class BadImage(Exception):
-    """Bytes that are not a whole image."""
+    """Truncated or undecodable image data."""
 
 
 @contextmanager
-def opened(data: bytes) -> Iterator[Image.Image]:
-    """The image, not decoded yet; BadImage for whatever Pillow raises inside, at a file that is truncated or no image."""
+def open_image(data: bytes) -> Iterator[Image.Image]:
+    """Open an image without decoding it; raise BadImage for any error that Pillow raises inside the block."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield image
     except UnidentifiedImageError as error:
-        raise BadImage("no image format that Pillow knows") from error
+        raise BadImage("not an image format that Pillow supports") from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise BadImage(str(error) or type(error).__name__) from error
 
 
 def decode(data: bytes) -> Image.Image:
-    """The image as RGB, whatever its mode (grey, palette, CMYK, alpha); BadImage if it is truncated or no image."""
-    with opened(data) as image:
+    """Decode an image of any mode (grey, palette, CMYK, alpha) to RGB; raise BadImage if that fails."""
+    with open_image(data) as image:
         return image.convert("RGB")
 
 
 class ImageSource(ABC):
-    """Images that are read by their index, in an order that is the same on every machine.
+    """Images addressed by index, in an order that is the same on every machine.
 
-    It is cheap to pickle and to fork: what is large is memory-mapped, and every process opens its own files.
+    A source is cheap to pickle and to fork: large arrays are memory-mapped, and every process opens its own
+    files.
     """
 
     @property
     @abstractmethod
     def classes(self) -> list[str]:
-        """Names; "" alone where the images have none."""
+        """Class names; [""] if the images have no classes."""
 
     @property
     @abstractmethod
     def targets(self) -> np.ndarray:
-        """(N,) int32, an index into `classes` for each image."""
+        """Index into `classes` for each image, (N,) int32."""
 
     @property
     @abstractmethod
     def digest(self) -> str:
-        """64 hex digits: what the split holds, by its names and sizes or by its content."""
+        """Digest of the split, 64 hex digits: over names and sizes, or over its content."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
 
     @abstractmethod
     def name(self, i: int) -> str:
-        """What messages call the image."""
+        """Return the name of image i, as messages show it."""
 
     @abstractmethod
     def read(self, i: int) -> bytes:
-        """The image as an encoded file (JPEG, PNG ...), not decoded; OSError if it cannot be read."""
+        """Return image i as an encoded file (JPEG, PNG, ...); raise OSError if it cannot be read."""
 
     @abstractmethod
     def pixels(self, i: int) -> np.ndarray | None:
-        """(H, W, 3) uint8 where the set stores raw pixels, without a copy; None where it stores encoded files."""
+        """Return a view of the raw pixels, (H, W, 3) uint8; None if the set stores encoded files."""
 
     def stored(self, i: int, length: int | None = None) -> bytes:
-        """The first `length` bytes (None: all) of what the set stores of an image; OSError if it cannot be read."""
+        """Return the first `length` bytes (None: all) stored of image i; raise OSError on failure."""
         return self.read(i)[:length]
 
     def stored_sizes(self) -> np.ndarray:
-        """(N,) bytes that the set stores of each image; an image that cannot be read has 0."""
+        """Return the number of bytes stored for each image, (N,); 0 for an image that cannot be read."""
         return np.array([self._stored_size(i) for i in range(len(self))], np.int64)
 
     def _stored_size(self, i: int) -> int:
@@ -100,14 +93,14 @@ class ImageSource(ABC):
 
 
 def is_image(name: str) -> bool:
-    """Whether the name is an image's; hidden files are none."""
+    """Return whether a file name is that of an image; hidden files are ignored."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 class BadImages:
-    """Counts the images that did not decode, each once; UserError when they are more than `limit` (a share) of `total` images.
+    """Count the images that do not decode, each once; raise UserError above `limit`, a fraction of `total`.
 
-    names: why each of them did not decode, by name.
+    names: the reason why an image did not decode, by image name.
     """
 
     def __init__(self, limit: float, total: int):
@@ -119,21 +112,21 @@ class BadImages:
         return len(self.names)
 
     def add(self, name: str, reason: str) -> None:
-        """Counts and logs one image, which the caller skips."""
+        """Count and log an image that the caller skips."""
         if name in self.names:
             return
         self.names[name] = reason
         log.warning("image %s does not decode and is skipped: %s", name, reason)
         if self.count > self._limit * self._total:
-            share = 1.2 * self.count / max(self._total, 1)
+            fraction = 1.2 * self.count / max(self._total, 1)
             raise UserError(
                 f"{self.note()} (the last: {reason})",
                 expected=f"at most {self._limit:.3%} of the images (max_bad_images={self._limit:g})",
-                fix=f"replace or remove them, or set max_bad_images={share:.2g} or more",
+                fix=f"replace or remove them, or set max_bad_images={fraction:.2g} or more",
             )
 
     def note(self) -> str:
-        """For the record: how many and which; empty if all decoded."""
+        """Return a note for the record with the number and first names of bad images; "" if none."""
         if not self.names:
             return ""
         shown = ", ".join(list(self.names)[:5]) + (", ..." if self.count > 5 else "")

@@ -1,16 +1,16 @@
-"""A part of an image set, and how a set is split in two by class, the same way on every machine."""
+"""Select a subset of an image set, and sample images per class, reproducibly on every machine."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from mae_bench.data.seeds import seed_of
+from mae_bench.data.seeds import derive_seed
 from mae_bench.data.sets.source import ImageSource
 from mae_bench.files import json_digest
 
 
 class Subset(ImageSource):
-    """The images `indices` of `source`, in that order; its classes are those of the whole set."""
+    """The images `indices` of `source`, in that order, with the classes of the whole set."""
 
     def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray):
         self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
@@ -47,15 +47,17 @@ class Subset(ImageSource):
         return self.source.stored_sizes()[self.indices]
 
 
-def drawn_a_class(targets: np.ndarray, share: float | int, seed: int) -> np.ndarray:
-    """Sorted indices of some images of every class: a share (float, at least one image) or a number (int, or all there are).
+def sample_per_class(targets: np.ndarray, amount: float | int, seed: int) -> np.ndarray:
+    """Return sorted indices of images sampled from every class.
 
-    Drawn by (seed, class) alone; a larger share or number of the same seed contains a smaller one's images.
+    amount: a fraction of each class (float, at least one image), or a number per class (int, at most all
+    images). The sample of a class depends only on (seed, class); a larger amount with the same seed contains
+    the smaller sample.
     """
-    drawn = []
+    sampled = []
     for label in np.unique(targets):
         members = np.flatnonzero(targets == label)
-        order = np.random.default_rng(seed_of(seed, int(label), -31)).permutation(members)
-        count = share if isinstance(share, int) else max(1, round(share * len(members)))
-        drawn.append(order[:count])
-    return np.sort(np.concatenate(drawn))
+        order = np.random.default_rng(derive_seed(seed, int(label), -31)).permutation(members)
+        num_images = amount if isinstance(amount, int) else max(1, round(amount * len(members)))
+        sampled.append(order[:num_images])
+    return np.sort(np.concatenate(sampled))

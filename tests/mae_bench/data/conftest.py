@@ -22,7 +22,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def keeps(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache that keeps the index of the smallest and of the latest set."""
-    monkeypatch.setattr(index, "MIN_KEPT", 1)
+    monkeypatch.setattr(index, "MIN_CACHED", 1)
     monkeypatch.setattr(index, "SETTLED_SECONDS", 0.0)
     return cache
 

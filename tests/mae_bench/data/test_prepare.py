@@ -14,7 +14,7 @@ from mae_bench.data.checks.layouts import check_layout
 from mae_bench.data.pack import pack_set
 from mae_bench.data.prepare import DEVKIT, TRAIN, VAL, prepare_imagenet
 from mae_bench.data.sets.open import open_images
-from mae_bench.data.sets.packed import How
+from mae_bench.data.sets.packed import PackOptions
 from mae_bench.errors import NotInstalled, UserError
 
 Picture = Callable[..., bytes]
@@ -108,7 +108,7 @@ def test_archives_become_the_layout(devkit: Path, tmp_path: Path, picture: Pictu
 def test_archives_become_a_packed_set_without_being_unpacked(devkit: Path, tmp_path: Path) -> None:
     folders, out = tmp_path / "folders", tmp_path / "packed"
     prepare_imagenet(devkit, folders, check=False)
-    made = prepare_imagenet(devkit, out, check=False, packed=How(short_side=8), num_workers=1)
+    made = prepare_imagenet(devkit, out, check=False, packed=PackOptions(short_side=8), num_workers=1)
     pack_set(folders, tmp_path / "again", short_side=8)
     assert (made.train, made.val, made.classes) == (6, 4, 3)
     assert {path.name for path in out.iterdir()} == {

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mae_bench.data.batches.loader import Batch, TrainingOrder, evaluation_batches, training_batches
 from mae_bench.data.batches.transforms import PretrainTransform, eval_transform, train_transform
-from mae_bench.data.seeds import seed_of
+from mae_bench.data.seeds import derive_seed
 from mae_bench.data.sets.open import open_images
 from mae_bench.data.sets.source import ImageSource
 from mae_bench.errors import UserError
@@ -143,9 +143,9 @@ def test_evaluation_resizes_the_short_side_and_crops_the_centre() -> None:
 
 
 def test_seeds_do_not_collide_and_are_stable() -> None:
-    seeds = {seed_of(a, b, c) for a in range(10) for b in range(-5, 10) for c in range(10)}
+    seeds = {derive_seed(a, b, c) for a in range(10) for b in range(-5, 10) for c in range(10)}
     assert len(seeds) == 1500
-    assert seed_of(1, 2, 3) == 6520558355739401531
+    assert derive_seed(1, 2, 3) == 6520558355739401531
 
 
 @pytest.mark.parametrize("crop_on", ["cpu", "device"])

@@ -162,7 +162,7 @@ def test_a_cache_that_locks_nothing_is_no_obstacle(root: Path, monkeypatch: pyte
     def closed(path: Path) -> None:
         raise OSError(f"{path}: no locks here")
 
-    monkeypatch.setattr(module, "alone", closed)
+    monkeypatch.setattr(module, "file_lock", closed)
     assert known_overlap(*splits(root), "this set") == EXPECTED
 
 

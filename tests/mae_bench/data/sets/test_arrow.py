@@ -86,7 +86,9 @@ def test_once_indexed_it_needs_no_pyarrow(
     saved: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_images(saved, "train")
-    monkeypatch.setattr("mae_bench.data.sets.arrow._pyarrow", lambda: pytest.fail("pyarrow is asked for"))
+    monkeypatch.setattr(
+        "mae_bench.data.sets.arrow._import_pyarrow", lambda: pytest.fail("pyarrow is asked for")
+    )
     images = open_images(saved, "train")
     assert len(pickle.dumps(images)) < 3000
     assert contents(pickle.loads(pickle.dumps(images))) == expected(range(7), picture)
@@ -197,9 +199,9 @@ def damage(saved: Path, change: str, picture: Picture) -> None:
         ("gone", "00001-of-00002.arrow is missing"),
         ("state", "state.json"),
         ("paths", "paths of images"),
-        ("columns", "no column of images; found: text"),
+        ("columns", "no image column; found: text"),
         ("labels", "labels from 0 to 5"),
-        ("fractions", "label holds float"),
+        ("fractions", "label contains float"),
         ("compressed", "is compressed"),
         ("indices", "flatten_indices"),
     ],

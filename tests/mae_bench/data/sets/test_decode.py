@@ -169,12 +169,12 @@ def test_arrays_of_other_shapes() -> None:
     ):
         with pytest.raises(BadImage, match="expected .height, width, channels."):
             decode_pixels(stored(array), 2)
-    with pytest.raises(BadImage, match="no whole .npy file"):
+    with pytest.raises(BadImage, match="not a complete .npy file"):
         decode_pixels(stored(np.ones((5, 6, 2)))[:-9], 2)
 
 
 def test_an_array_of_objects_is_not_unpickled() -> None:
-    with pytest.raises(BadImage, match="no whole .npy file"):
+    with pytest.raises(BadImage, match="not a complete .npy file"):
         decode_pixels(stored(np.array([[object()]], dtype=object)), 1)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from mae_bench.data.checks.layouts import check_layout
 from mae_bench.data.sets import fetch as fetching
-from mae_bench.data.sets.fetch import fetch, fetch_all, part_of
+from mae_bench.data.sets.fetch import fetch, fetch_all, partial_path
 from mae_bench.data.sets.open import open_images
 from mae_bench.errors import UserError
 
@@ -110,7 +110,7 @@ def test_a_transfer_that_is_cut_goes_on_where_it_stopped(server: Server) -> None
 
 def test_a_file_that_changed_on_the_way_starts_anew(server: Server, cache: Path) -> None:
     server.files["/a.tar"], server.cuts["/a.tar"] = b"a" * 1000, 0
-    with pytest.raises(UserError, match=r"/a.tar could not be fetched: it ended after 0 of 1000 bytes"):
+    with pytest.raises(UserError, match=r"/a.tar could not be downloaded: it ended after 0 of 1000 bytes"):
         fetch(server.url("/a.tar"))
     assert not list(cache.rglob("a.tar"))
     (part,) = cache.rglob("a.tar.part")
@@ -132,7 +132,7 @@ def test_a_server_without_ranges_is_asked_again(server: Server, cache: Path) -> 
 
 def test_what_is_not_there_is_named_at_once(server: Server, cache: Path) -> None:
     server.files["/a-0.tar"] = b"x"
-    with pytest.raises(UserError, match=r"/a-1.tar: the server answers 404"):
+    with pytest.raises(UserError, match=r"/a-1.tar: the server responds 404"):
         fetch_all([server.url("/a-0.tar"), server.url("/a-1.tar")])
     assert [path for path, _ in server.log].count("/a-1.tar") == 1
     assert not list(cache.rglob("a-1.tar"))
@@ -153,7 +153,7 @@ def test_a_server_that_stumbles_is_asked_again_but_not_for_ever(server: Server) 
     server.failures["/a.tar"] = [503, 500]
     assert fetch(server.url("/a.tar")).stat().st_size == 10
     server.failures["/b.tar"] = [503] * 100
-    with pytest.raises(UserError, match=r"/b.tar could not be fetched: the server answers 503"):
+    with pytest.raises(UserError, match=r"/b.tar could not be downloaded: the server responds 503"):
         fetch(server.url("/b.tar"))
     assert len(server.log) == 3 + fetching.TRIES
 
@@ -166,7 +166,7 @@ def test_a_server_that_is_silent_or_gone(server: Server, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="timed out"):
         fetch(server.url("/a.tar"))
     silent.set()
-    with pytest.raises(UserError, match="could not be fetched"):
+    with pytest.raises(UserError, match="could not be downloaded"):
         fetch("http://127.0.0.1:9/a.tar")
 
 
@@ -198,4 +198,4 @@ def test_two_at_once_bring_one_file(server: Server) -> None:
     assert len(set(found)) == 1
     assert found[0].read_bytes() == server.files["/a.tar"]
     assert len(server.log) == 1
-    assert not part_of(found[0]).exists()
+    assert not partial_path(found[0]).exists()

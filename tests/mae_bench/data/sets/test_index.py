@@ -13,7 +13,14 @@ import pytest
 from mae_bench.data.checks.layouts import check_layout
 from mae_bench.data.sets import index
 from mae_bench.data.sets import open as formats
-from mae_bench.data.sets.index import Index, IndexedImages, build_index, digest_of, read_index, write_index
+from mae_bench.data.sets.index import (
+    Index,
+    IndexedImages,
+    build_index,
+    digest_indexes,
+    read_index,
+    write_index,
+)
 from mae_bench.data.sets.open import open_images
 from mae_bench.errors import UserError
 
@@ -72,7 +79,7 @@ def test_the_digest_is_that_of_sorted_paths_and_sizes(root: Path) -> None:
         f"{split}/{name}\0{(root / split / name).stat().st_size}\n" for split in ("train", "val") for name in NAMES
     )  # fmt: skip
     expected = hashlib.sha256("".join(lines).encode()).hexdigest()
-    assert digest_of({split: open_images(root, split).index for split in ("val", "train")}) == expected  # type: ignore[attr-defined]
+    assert digest_indexes({split: open_images(root, split).index for split in ("val", "train")}) == expected  # type: ignore[attr-defined]
 
 
 def test_the_digest_of_a_set_tells_other_content_of_the_same_size(tmp_path: Path) -> None:
@@ -122,7 +129,7 @@ def test_small_and_unsettled_sets_are_not_kept(
     root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_images(root, "train")
-    monkeypatch.setattr(index, "MIN_KEPT", 1)
+    monkeypatch.setattr(index, "MIN_CACHED", 1)
     open_images(root, "train")
     assert not list(cache.rglob("*.*")), "its folders changed within the clock's tick"
     monkeypatch.setattr(index, "SETTLED_SECONDS", 0.0)
@@ -145,7 +152,7 @@ def test_a_damaged_index_is_made_again(
 def test_without_a_cache_that_can_be_written_all_works(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index, "MIN_KEPT", 1)
+    monkeypatch.setattr(index, "MIN_CACHED", 1)
     monkeypatch.setattr(index, "SETTLED_SECONDS", 0.0)
     (tmp_path / "file").write_text("no folder can be made below it")
     monkeypatch.setenv("MAE_BENCH_CACHE", str(tmp_path / "file" / "cache"))

@@ -12,7 +12,7 @@ import pytest
 from mae_bench.data.checks.layouts import check_layout
 from mae_bench.data.pack import pack_set
 from mae_bench.data.sets.index import Index
-from mae_bench.data.sets.open import open_images, splits_in
+from mae_bench.data.sets.open import find_splits, open_images
 from mae_bench.data.sets.source import ImageSource
 from mae_bench.errors import UserError
 
@@ -135,7 +135,7 @@ def test_images_labels_and_classes_are_the_publishers(name: str, tmp_path: Path,
         tuple(SETS[name][1]),
     )
     assert report.notes == ()
-    assert splits_in(root) == ["train", "val"]
+    assert find_splits(root) == ["train", "val"]
     assert check_layout("imagenet_val", root).splits == {"val": 4}
     assert check_layout("images", root).splits == {"train": 7, "val": 4}, "val is not pretrained on"
 
@@ -196,7 +196,7 @@ def test_images_that_no_list_names_are_noted(name: str, tmp_path: Path, picture:
     stray.write_bytes(picture(50))
     report = check_layout("imagenet", root)
     assert report.notes == (
-        f"1 images that no list names are left out: {stray.relative_to(root).as_posix()}",
+        f"1 images that are in no list are ignored: {stray.relative_to(root).as_posix()}",
     )
     assert report.splits == {"train": 7, "val": 4}
 
@@ -378,10 +378,10 @@ def test_class_folders_come_before_a_list_beside_them(tmp_path: Path, picture: P
 def test_a_list_of_one_split_gives_that_split_alone(tmp_path: Path, picture: Picture) -> None:
     root = inaturalist(tmp_path, picture, 2018)
     (root / "val2018.json").unlink()
-    assert splits_in(root) == ["train"]
+    assert find_splits(root) == ["train"]
     refused(root, root / "val", "missing")
     note = check_layout("images", root).notes
-    assert note[0].startswith("4 images that no list names"), "val's are not trained on"
+    assert note[0].startswith("4 images that are in no list"), "val's are not trained on"
     with pytest.raises(UserError, match="no images for val"):
         open_images(root, "val")
 

@@ -13,7 +13,7 @@ from mae_bench.data.batches.loader import TrainingOrder, training_batches
 from mae_bench.data.batches.transforms import train_transform
 from mae_bench.data.checks.layouts import check_layout
 from mae_bench.data.pack import pack_set
-from mae_bench.data.sets.open import open_images, splits_in
+from mae_bench.data.sets.open import find_splits, open_images
 from mae_bench.errors import UserError
 
 Picture = Callable[..., bytes]
@@ -111,10 +111,10 @@ def test_places_without_images_are_named(tmp_path: Path, picture: Picture) -> No
 
 def test_splits_are_found_by_name(tmp_path: Path, picture: Picture) -> None:
     fill(tmp_path, ["a/1.jpg"], picture)
-    assert splits_in(tmp_path) == ["train"]
-    assert splits_in(tmp_path, plain=False) == []
+    assert find_splits(tmp_path) == ["train"]
+    assert find_splits(tmp_path, plain=False) == []
     fill(tmp_path, ["val/a/1.jpg"], picture)
-    assert splits_in(tmp_path) == ["val"]
+    assert find_splits(tmp_path) == ["val"]
     with pytest.raises(UserError, match="no images for train"):
         open_images(tmp_path, "train")
 

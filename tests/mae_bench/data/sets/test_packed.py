@@ -183,7 +183,7 @@ def test_another_way_or_another_source_starts_anew_or_is_refused(
     assert (tmp_path / "out" / "packed.json").stat().st_mtime_ns == before, "a whole set is left as it is"
     pack_set(source, tmp_path / "raw", raw=True)
     for out, how in (("out", {"short_side": 10}), ("out", {"raw": True}), ("raw", {})):
-        with pytest.raises(UserError, match="made otherwise"):
+        with pytest.raises(UserError, match="packed with other options"):
             pack_set(source, tmp_path / out, **how)
     (source / "train" / "a" / "9.jpg").write_bytes(picture(9))
     with pytest.raises(UserError, match="other images"):
@@ -228,7 +228,7 @@ def test_a_damaged_set_is_named(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="version 99"):
         open_images(out, "train")
     (out / "packed.json").write_text("{")
-    with pytest.raises(UserError, match="no header"):
+    with pytest.raises(UserError, match="not the header"):
         open_images(out, "train")
 
 

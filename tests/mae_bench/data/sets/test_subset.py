@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from mae_bench.data.sets.open import open_images
-from mae_bench.data.sets.subset import Subset, drawn_a_class
+from mae_bench.data.sets.subset import Subset, sample_per_class
 
 TARGETS = np.repeat([0, 1, 2], [10, 20, 3])
 
@@ -14,18 +14,18 @@ TARGETS = np.repeat([0, 1, 2], [10, 20, 3])
     ("amount", "counts"), [(2, [2, 2, 2]), (5, [5, 5, 3]), (0.1, [1, 2, 1]), (0.5, [5, 10, 2])]
 )
 def test_so_many_of_each_class(amount, counts):
-    drawn = drawn_a_class(TARGETS, amount, seed=0)
+    drawn = sample_per_class(TARGETS, amount, seed=0)
     assert np.bincount(TARGETS[drawn]).tolist() == counts
     assert len(set(drawn.tolist())) == len(drawn)
     assert np.all(np.diff(drawn) > 0)
 
 
 def test_draws_follow_from_the_seed_and_grow():
-    few, more, other = (drawn_a_class(TARGETS, amount, seed) for amount, seed in ((2, 0), (5, 0), (5, 1)))
+    few, more, other = (sample_per_class(TARGETS, amount, seed) for amount, seed in ((2, 0), (5, 0), (5, 1)))
     assert set(few.tolist()) < set(more.tolist())
     assert more.tolist() != other.tolist()
-    assert few.tolist() == drawn_a_class(TARGETS, 2, 0).tolist()
-    shuffled = drawn_a_class(TARGETS[::-1], 2, 0)
+    assert few.tolist() == sample_per_class(TARGETS, 2, 0).tolist()
+    shuffled = sample_per_class(TARGETS[::-1], 2, 0)
     assert np.bincount(TARGETS[::-1][shuffled]).tolist() == [2, 2, 2]
 
 
