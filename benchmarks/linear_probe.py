@@ -15,7 +15,7 @@ from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
 from tasks.imagenet.config import LinearProbeConfig
 from tasks.imagenet.features import FrozenFeatures
-from tasks.imagenet.linear_probe import Probe, heads_of, lars, sum_of_losses
+from tasks.imagenet.linear_probe import Probe, build_heads, build_lars, sum_losses
 
 WANTED = 1.10  # at most: the cost of 32 heads over that of one
 LRS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
@@ -44,16 +44,16 @@ def probe_of(
     """The probe and its optimizer, as the protocol makes them."""
     within = {"layers": [min(count, spec.depth) for count in grid["layers"]]} if "layers" in grid else {}
     config = build(LinearProbeConfig, COMMON | grid | within, "benchmark")
-    heads = heads_of(config, spec)
+    heads = build_heads(config, spec)
     sets = list(dict.fromkeys(head.features for head in heads))
     extract = FrozenFeatures(vit, spec, sets)  # type: ignore[arg-type]
-    probe = Probe(heads, sets, extract.widths, num_classes, seed=0).on(extract)
-    return probe, lars(probe, config, heads)
+    probe = Probe(heads, sets, extract.widths, num_classes, seed=0).attach(extract)
+    return probe, build_lars(probe, config, heads)
 
 
 def step(probe: Probe, optimizer: torch.optim.Optimizer, imgs: torch.Tensor, targets: torch.Tensor) -> None:
     """One whole training step: backbone, heads, their gradients, LARS."""
-    sum_of_losses(probe(imgs), targets).backward()
+    sum_losses(probe(imgs), targets).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

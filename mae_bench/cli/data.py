@@ -76,13 +76,13 @@ def check(
 def _label_notes(layout: str, path: str, found: "LayoutReport") -> list[str]:
     """Return warnings on a labelled set: it is nearly ImageNet-1k, or its splits share images."""
     from mae_bench.data.sets.open import open_images
-    from tasks.imagenet.data import doubt, overlap_of
+    from tasks.imagenet.data import describe_near_imagenet, describe_overlap
 
     if layout not in ("imagenet", "imagenet_val"):
         return []
-    notes = [doubt(found)]
+    notes = [describe_near_imagenet(found)]
     if layout == "imagenet":
-        notes.append(overlap_of(found, open_images(path, "train"), open_images(path, "val")))
+        notes.append(describe_overlap(found, open_images(path, "train"), open_images(path, "val")))
     return [note for note in notes if note]
 
 

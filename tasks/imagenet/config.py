@@ -8,6 +8,9 @@ from mae_bench.config import JobConfig, TrainConfig
 from mae_bench.pretrain.config import ModelConfig
 
 Pool = Literal["token", "avg"]
+DataSet = Literal["imagenet-1k", "inat-2017", "inat-2018", "inat-2019", "places205", "places365"]
+
+# Fields of partial_finetune that its linear probe (0 blocks) takes over.
 SHARED_WITH_PROBE = (
     "protocol",
     "data",
@@ -35,125 +38,148 @@ SHARED_WITH_PROBE = (
 
 
 class ImageConfig(JobConfig):
-    """What every protocol on the ImageNet layout shares. img_size None: the size that the backbone was trained at."""
+    """Fields of every protocol on the ImageNet layout."""
 
-    img_size: tuple[int, int] | None = None
-    crop_pct: float = Field(
-        0.875, gt=0, le=1, description="evaluation resizes the short side to img_size / crop_pct"
+    img_size: tuple[int, int] | None = Field(
+        None, description="(height, width) of the input in pixels; null: the size the backbone was trained at"
     )
-    eval_batch_size: int = Field(256, gt=0)
-    amp_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
-    expect: Literal["imagenet-1k", "inat-2017", "inat-2018", "inat-2019", "places205", "places365"] | None = (
-        Field(
-            None,
-            description="the data set that the numbers are for: another list of classes or number of images is refused",
-        )
+    crop_pct: float = Field(
+        0.875,
+        gt=0,
+        le=1,
+        description="evaluation scales the short side to img_size / crop_pct and crops the centre (224/256)",
+    )
+    eval_batch_size: int = Field(256, gt=0, description="images per process and forward pass in evaluation")
+    amp_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="autocast precision; logits and losses are float32 in any case"
+    )
+    num_workers: int = Field(
+        0, ge=0, description="data loader processes; 0 loads images in the training process"
+    )
+    expect: DataSet | None = Field(
+        None, description="name of the data set; refuse data with other classes or another number of images"
     )
     overlap: Literal["note", "refuse"] = Field(
         "note",
-        description="what becomes of a set whose splits share images, byte for byte: it is told in the record, or refused",
+        description="what to do if both splits contain byte-identical images: note it or refuse to run",
     )
 
 
 class PooledConfig(ImageConfig):
-    """What protocols that pool a backbone's tokens themselves share."""
+    """Fields of the protocols that pool the backbone's tokens."""
 
     global_pool: Literal["token", "avg", "own"] = Field(
-        "avg", description="own: as the checkpoint's authors pool, by its spec"
+        "avg",
+        description="token: class token; avg: mean of the patch tokens; own: as the checkpoint's spec says",
     )
 
 
 class EvalConfig(TrainConfig, PooledConfig):
-    """What every protocol that trains shares."""
+    """Fields of the protocols that train."""
 
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: tuple[float, float] = Field(
+        (0.08, 1.0), description="range of RandomResizedCrop, as shares of the image's area"
+    )
     eval_epochs: float | None = Field(
-        None,
-        gt=0,
-        description="epochs between two evaluations while training, of which the best is told; none: at the end alone",
+        None, gt=0, description="evaluate every so many epochs and report the best; null: only at the end"
     )
 
 
 class ClassifyConfig(EvalConfig):
-    """Training all weights of a classifier (arXiv 2111.06377, Tables 9 and 11)."""
+    """Fields of the protocols that train the backbone (arXiv 2111.06377, Tables 9 and 11)."""
 
-    global_pool: Pool = "avg"
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    mixup: float = Field(0.8, ge=0)
-    cutmix: float = Field(1.0, ge=0)
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-    random_erasing: float = Field(0.0, ge=0, le=1)
-    drop_path: float = Field(0.1, ge=0, lt=1)
-    ema_decay: float | None = Field(None, gt=0, lt=1)
+    global_pool: Pool = Field("avg", description="token: class token; avg: mean of the patch tokens")
+    auto_augment: str | None = Field(
+        "rand-m9-mstd0.5-inc1", description="timm's RandAugment policy (9, 0.5); null: none"
+    )
+    mixup: float = Field(0.8, ge=0, description="alpha of mixup; 0: off")
+    cutmix: float = Field(1.0, ge=0, description="alpha of cutmix; 0: off")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target spread over all classes")
+    random_erasing: float = Field(
+        0.0, ge=0, le=1, description="probability per image (0.25 in facebookresearch/mae)"
+    )
+    drop_path: float = Field(
+        0.1, ge=0, lt=1, description="rate of the last block; rises linearly from 0 (ViT-H: 0.2)"
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of the weights' moving average per step (Table 11: 0.9999); null: off",
+    )
 
     @model_validator(mode="after")
-    def _even_batches(self) -> "ClassifyConfig":
+    def _check_even_batches(self) -> "ClassifyConfig":
         if self.mixes and (self.global_batch_size % 2 or self.device_batch_size == 1):
             raise ValueError(
                 f"global_batch_size {self.global_batch_size}, device_batch_size {self.device_batch_size}: "
-                "an odd batch, and mixup and cutmix mix pairs"
+                "an odd batch, but mixup and cutmix mix images in pairs"
             )
         return self
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed in pairs, so that batches have to be even."""
+        """Whether images are mixed in pairs, which requires even batches."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 class SupervisedConfig(ClassifyConfig):
-    """The supervised baseline from scratch (Table 11); its backbone is exported."""
+    """Supervised training from scratch (Table 11); the backbone is exported as a baseline."""
 
     kind: Literal["supervised"]
     model: ModelConfig
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas (Table 11)")
 
     @model_validator(mode="after")
-    def _has_one_size(self) -> "SupervisedConfig":
+    def _check_img_size(self) -> "SupervisedConfig":
         if self.img_size not in (None, self.model.img_size):
             raise ValueError(
-                f"img_size {self.img_size} with model.img_size {self.model.img_size}: set the model's alone"
+                f"img_size {self.img_size} with model.img_size {self.model.img_size}: set only model.img_size"
             )
         return self
 
 
 class FinetuneConfig(ClassifyConfig):
-    """End-to-end fine-tuning with layer-wise learning-rate decay (Table 9)."""
+    """End-to-end fine-tuning with layer-wise learning rate decay (Table 9)."""
 
     kind: Literal["finetune"]
-    layer_decay: float = Field(0.75, gt=0, le=1)
+    layer_decay: float = Field(
+        0.75, gt=0, le=1, description="multiply the lr by this once per layer below the head (Table 9)"
+    )
     export_classifier: bool = Field(
         False,
-        description="keep the fine-tuned model as `classifier/` in the cell's folder, a checkpoint for eval_only and robustness",
+        description="save the fine-tuned model in `classifier/`, as a source for eval_only and robustness",
     )
 
 
 class PartialFinetuneConfig(FinetuneConfig):
-    """Fine-tuning the last blocks alone, for several numbers of blocks: a curve (Figure 9).
-
-    blocks: 0 is a linear probe by `linear`, 0.5 the MLP of the last block, a number above the depth is left out.
-    """
+    """Fine-tuning of only the last blocks, for several numbers of blocks (Figure 9)."""
 
     kind: Literal["partial_finetune"]  # type: ignore[assignment]
-    blocks: list[Annotated[float, Field(ge=0)]] = Field([0, 0.5, 1, 2, 4, 6, 12, 18, 24], min_length=1)
-    score: float = Field(1, description="the one of `blocks` that is the score")
+    blocks: list[Annotated[float, Field(ge=0)]] = Field(
+        [0, 0.5, 1, 2, 4, 6, 12, 18, 24],
+        min_length=1,
+        description="numbers of tuned blocks: 0 is a linear probe, 0.5 the MLP of the last block; "
+        "numbers above the depth are skipped",
+    )
+    score: float = Field(1, description="number of blocks whose top1 is the score; one of `blocks`")
     linear: dict[str, Any] = Field(
-        {}, description="fields of linear_probe for 0 blocks, over those that both have"
+        {}, description="fields of linear_probe for 0 blocks; they override the fields that both share"
     )
 
     @model_validator(mode="after")
-    def _counts_blocks(self) -> "PartialFinetuneConfig":
-        if wrong := [count for count in self.blocks if count != 0.5 and count % 1]:
-            raise ValueError(f"blocks {wrong}: 0, 0.5 (the MLP of the last block) or whole numbers")
+    def _check_blocks(self) -> "PartialFinetuneConfig":
+        wrong = [count for count in self.blocks if count != 0.5 and count % 1]
+        if wrong:
+            raise ValueError(f"blocks {wrong}: expected 0, 0.5 (the MLP of the last block) or whole numbers")
         if self.score not in self.blocks:
-            raise ValueError(f"score {self.score:g} is none of blocks {self.blocks}")
+            raise ValueError(f"score {self.score:g} is not one of blocks {self.blocks}")
         if 0 in self.blocks:
-            self.probe()
+            self.build_probe_config()
         return self
 
-    def probe(self) -> "LinearProbeConfig":
-        """The config of 0 blocks."""
+    def build_probe_config(self) -> "LinearProbeConfig":
+        """Return the linear_probe config that 0 blocks run with."""
         shared = {
             name: getattr(self, name) for name in LinearProbeConfig.model_fields if name in SHARED_WITH_PROBE
         }
@@ -161,100 +187,103 @@ class PartialFinetuneConfig(FinetuneConfig):
 
 
 class LinearProbeConfig(EvalConfig):
-    """Linear classifiers on frozen features behind a BatchNorm without affine parameters, trained by LARS (Table 10).
+    """Linear heads on frozen features after a BatchNorm without affine parameters, by LARS (Table 10).
 
-    One head for each of lrs x pools x layers (by default one: base_lr, global_pool, the last layer), all in one pass over the
-    backbone; the best on `holdout`, a share of the training images that none is trained on, is scored on val.
+    One head is trained per combination of lrs, pools and layers (by default one: base_lr, global_pool, the
+    last layer), all in one pass over the backbone. The head with the best top1 on `holdout` is scored on val.
     """
 
     kind: Literal["linear_probe"]
-    weight_decay: float = Field(0.0, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0, description="LARS' weight decay (Table 10: 0)")
+    momentum: float = Field(0.9, ge=0, lt=1, description="LARS' momentum (Table 10)")
     lrs: list[Annotated[float, Field(gt=0)]] = Field(
-        [], description="base_lr of each head; none: base_lr alone"
+        [], description="base_lr of each head; empty: only base_lr (Table 10: 0.1)"
     )
-    pools: list[Pool] = Field([], description="none: global_pool alone")
+    pools: list[Pool] = Field([], description="poolings of the features; empty: only global_pool")
     layers: list[Annotated[int, Field(gt=0)]] = Field(
-        [1], min_length=1, description="how many last blocks are joined"
+        [1], min_length=1, description="numbers of last blocks whose features are concatenated"
     )
     holdout: float = Field(
-        0.0, ge=0, lt=1, description="share of each class's training images that heads are chosen on"
+        0.0, ge=0, lt=1, description="share of each class's training images kept out to choose the head on"
     )
     features: Literal["augmented", "cached"] = Field(
-        "augmented",
-        description="each image anew in each epoch, cropped at random; or once, cropped in the centre",
+        "augmented", description="augmented: random crops, anew in every epoch; cached: the centre crop, once"
     )
 
     @model_validator(mode="after")
-    def _chooses_fairly(self) -> "LinearProbeConfig":
+    def _check_heads(self) -> "LinearProbeConfig":
         if self.num_heads > 1 and not self.holdout:
             raise ValueError(
-                f"{self.num_heads} heads to choose from: set holdout (0.02), a share of train; val is not chosen on"
+                f"{self.num_heads} heads to choose from: set holdout (0.02), a share of train to choose on"
             )
         if self.device_batch_size == 1:
-            raise ValueError(
-                "device_batch_size 1: a BatchNorm stands before the heads, and one image has no variance"
-            )
+            raise ValueError("device_batch_size 1: the BatchNorm before the heads needs two images or more")
         if self.num_heads > 1 and self.clip_grad:
             raise ValueError(
-                f"clip_grad with {self.num_heads} heads: the norm is that of all, and each is trained as if alone"
+                f"clip_grad with {self.num_heads} heads: it would clip the norm of all heads together"
             )
         if self.num_heads > 1 and self.eval_epochs:
-            raise ValueError(f"eval_epochs with {self.num_heads} heads: the head is chosen at the end")
+            raise ValueError(f"eval_epochs with {self.num_heads} heads: the head is chosen only at the end")
         return self
 
     @property
     def num_heads(self) -> int:
-        """Heads trained side by side."""
+        """Number of heads trained side by side."""
         return max(1, len(self.lrs)) * max(1, len(self.pools)) * len(self.layers)
 
 
 class KnnConfig(PooledConfig):
-    """Weighted nearest neighbours on frozen features (DINO, arXiv 2104.14294, section 4.1 and appendix)."""
+    """Weighted nearest neighbours on frozen features (DINO, arXiv 2104.14294, section 4.1, appendix F.1)."""
 
     kind: Literal["knn"]
-    ks: list[Annotated[int, Field(gt=0)]] = Field([10, 20, 100, 200], min_length=1)
-    k: int = Field(20, description="the one of `ks` that is the score, as DINO's")
-    temperature: float = Field(0.07, gt=0)
+    ks: list[Annotated[int, Field(gt=0)]] = Field(
+        [10, 20, 100, 200], min_length=1, description="numbers of neighbours (DINO: 10, 20, 100, 200)"
+    )
+    k: int = Field(20, description="number of neighbours whose top1 is the score; one of `ks` (DINO: 20)")
+    temperature: float = Field(0.07, gt=0, description="a neighbour's vote is exp(similarity / temperature)")
     chunk: int = Field(
-        65536, gt=0, description="training features at a time: memory is eval_batch_size x chunk"
+        65536, gt=0, description="training features per step; memory grows as eval_batch_size x chunk"
     )
 
     @model_validator(mode="after")
-    def _scores_one_of_them(self) -> "KnnConfig":
+    def _check_k(self) -> "KnnConfig":
         if self.k not in self.ks:
-            raise ValueError(f"k {self.k} is none of ks {self.ks}")
+            raise ValueError(f"k {self.k} is not one of ks {self.ks}")
         return self
 
 
 class FewShotConfig(PooledConfig):
-    """A linear classifier on frozen features of few labelled images, drawn several times."""
+    """A linear classifier on frozen features of a few labelled images, averaged over several random draws."""
 
     kind: Literal["few_shot"]
-    shots: list[Annotated[int, Field(gt=0)]] = Field([1, 2, 5, 10], description="images a class")
-    shares: list[Annotated[float, Field(gt=0, le=1)]] = Field(
-        [0.01, 0.1], description="of each class's images, at least one"
+    shots: list[Annotated[int, Field(gt=0)]] = Field(
+        [1, 2, 5, 10], description="numbers of labelled images per class"
     )
-    draws: int = Field(5, ge=2)
-    score: str = Field("1%", description="the one that is the score: 5shot, 1% ...")
+    shares: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        [0.01, 0.1], description="shares of each class's images; at least one image per class is drawn"
+    )
+    draws: int = Field(5, ge=2, description="number of random draws per number of labels")
+    score: str = Field("1%", description="number of labels whose top1 is the score: 5shot, 1%, ...")
     weight_decays: list[Annotated[float, Field(gt=0)]] = Field(
         [1e-4, 1e-3, 1e-2, 1e-1, 1.0],
         min_length=1,
-        description="chosen on training images that were not drawn",
+        description="values to choose from, on training images that were not drawn",
     )
 
 
 class EvalOnlyConfig(ImageConfig):
-    """A classifier as it is, on the validation images; `data` needs no train split."""
+    """Evaluation of a trained classifier on the validation images; `data` needs no train split."""
 
     kind: Literal["eval_only"]
     real: str | None = Field(
-        None, description="ReaL's labels (real.json, arXiv 2006.07159): top1_real is told too"
+        None, description="path of ReaL's labels (real.json, arXiv 2006.07159); adds the metric top1_real"
     )
 
 
 class RobustnessConfig(ImageConfig):
-    """A classifier of ImageNet-1k as it is, on images that its training did not see the like of (`data` is that set's folder)."""
+    """Evaluation of an ImageNet-1k classifier on shifted images; `data` is the folder of that set."""
 
     kind: Literal["robustness"]
-    set: Literal["imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2", "imagenet-c"]
+    set: Literal["imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2", "imagenet-c"] = Field(
+        description="the set in `data`"
+    )

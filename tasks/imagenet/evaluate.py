@@ -1,4 +1,7 @@
-"""Exact evaluation: every image once over all processes, a prediction kept of each, sums and counts until the last line."""
+"""Exact distributed evaluation: each image is scored once, metrics are reduced from sums and counts.
+
+N images, K classes, C channels, H W image.
+"""
 
 import json
 import time
@@ -12,10 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbones.translating.report import ConversionReport
 from mae_bench.data.batches.loader import evaluation_batches
 from mae_bench.data.batches.transforms import eval_transform, normalize
-from mae_bench.data.checks.layouts import LayoutReport
 from mae_bench.data.sets.source import BadImages, ImageSource
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.engine.precision import autocast
@@ -23,27 +24,30 @@ from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import UserError
 from mae_bench.files import write_atomic, write_json
 from mae_bench.job import Job, Outcome
-from mae_bench.models.cost import backbone_gmacs, num_params, peak_memory_mib
+from mae_bench.models.cost import backbone_gmacs, num_params
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
-from mae_bench.spec import BackboneSpec
+from tasks.context import TaskContext
 from tasks.imagenet.config import EvalConfig, ImageConfig
 from tasks.imagenet.data import Data
 
-Inputs = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor
-]  # indices (N,), targets (N,), what a model takes (N, ...)
+# indices (N,), targets (N,), input of the model (N, ...)
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 PREDICTIONS_FILE = "predictions.npz"
 EPOCHS_FILE = "epochs.json"
-TOP = 5  # classes kept of every prediction
+TOP = 5  # classes kept per prediction
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model said of N images. indices (N,) in the image set, targets (N,), top5 (N, at most 5) classes in falling order
-    (-1: no more of them have a vote), margin (N,) of the first over the second logit, loss (N,) the cross-entropies in nats.
+    """Predictions on N images.
 
-    Of neighbours, which give votes, margin is in shares of the votes and there is no loss.
+    Attributes:
+        indices (N,): positions in the image set.
+        targets (N,): labels.
+        top5 (N, at most 5): classes by falling score; -1 where fewer classes have a vote.
+        margin (N,): first minus second logit; for nearest neighbours, difference of the shares of the votes.
+        loss (N,): cross-entropy in nats; None for nearest neighbours.
     """
 
     indices: np.ndarray
@@ -53,27 +57,29 @@ class Predictions:
     loss: np.ndarray | None = None
 
     def metrics(self) -> dict[str, Metric]:
-        """top1 and top5 in percent, the mean loss in nats."""
+        """Return top1 and top5 in percent and the mean loss in nats."""
         hits, count = self.top5 == self.targets[:, None], len(self.targets)
-        found = {
+        metrics = {
             "top1": Metric(100 * int(hits[:, 0].sum()) / count),
             "top5": Metric(100 * int(hits.any(axis=1).sum()) / count),
         }
-        return (
-            found
-            if self.loss is None
-            else found | {"loss": Metric(float(self.loss.mean(dtype=float)), "nats", "lower")}
-        )
+        if self.loss is not None:
+            metrics["loss"] = Metric(float(self.loss.mean(dtype=float)), "nats", "lower")
+        return metrics
 
     def save(self, path: Path) -> None:
-        """As a compressed .npz of these arrays. Two models are compared image by image by the indices of their files, which mean
-        the same images where their records have one data_digest."""
+        """Write the arrays to a compressed .npz.
+
+        Two files can be compared image by image if their records have the same data_digest.
+        """
         arrays = {name: array for name, array in vars(self).items() if array is not None}
         write_atomic(path, lambda file: np.savez_compressed(file, **arrays))
 
 
-def said(logits: torch.Tensor, indices: torch.Tensor, targets: torch.Tensor) -> Predictions:
-    """The predictions of a batch: logits (N, K) in float32, indices and targets (N,)."""
+def predictions_from_logits(
+    logits: torch.Tensor, indices: torch.Tensor, targets: torch.Tensor
+) -> Predictions:
+    """Return the predictions of one batch: logits (N, K) in float32, indices and targets (N,)."""
     loss = F.cross_entropy(logits, targets.to(logits.device), reduction="none")
     values, classes = logits.topk(min(TOP, logits.shape[1]), dim=1)
     return Predictions(
@@ -85,8 +91,8 @@ def said(logits: torch.Tensor, indices: torch.Tensor, targets: torch.Tensor) -> 
     )
 
 
-def joined(parts: Sequence[Predictions]) -> Predictions:
-    """The predictions of several batches in the order of the indices: so sums are the same in whatever batches they came."""
+def concatenate_predictions(parts: Sequence[Predictions]) -> Predictions:
+    """Concatenate predictions and sort them by index, so that sums do not depend on the batches."""
     order = np.argsort(np.concatenate([part.indices for part in parts]), kind="stable")
     names = [name for name, array in vars(parts[0]).items() if array is not None]
     return Predictions(
@@ -94,17 +100,22 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
     )
 
 
-def gathered(parts: Sequence[Predictions], total: int) -> Predictions:
-    """The predictions of all processes, on every process alike; UserError where none of the `total` images can be read."""
-    everyones = [part for parts in gather_over_ranks(list(parts)) for part in parts]
-    if not everyones:
+def gather_predictions(parts: Sequence[Predictions], total: int) -> Predictions:
+    """Return the predictions of all ranks on every rank.
+
+    Raise UserError if none of the `total` images can be read.
+    """
+    gathered: list[Predictions] = []
+    for rank_parts in gather_over_ranks(list(parts)):
+        gathered += rank_parts
+    if not gathered:
         raise UserError(f"none of {total} images can be read", expected="images that decode")
-    return joined(everyones)
+    return concatenate_predictions(gathered)
 
 
 @contextmanager
-def fits_memory(what: str, fix: str) -> Iterator[None]:
-    """UserError where the device's memory does not hold what is done inside."""
+def report_out_of_memory(what: str, fix: str) -> Iterator[None]:
+    """Raise UserError if the code inside runs out of device memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -115,115 +126,118 @@ def fits_memory(what: str, fix: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Feed:
-    """How a protocol gives evaluation images to a backbone: size and crop by the config, mean and std by the spec."""
+    """Feed evaluation images to a model: size and crop from the config, mean and std from the spec."""
 
-    config: ImageConfig
-    spec: BackboneSpec
-    device: torch.device
+    context: TaskContext[ImageConfig]
 
     def batches(self, images: ImageSource, bad: BadImages) -> Iterator[Inputs]:
-        """This process's share of the set: images (N, C, H, W) on the device, normalised."""
-        config, spec = self.config, self.spec
+        """Yield this rank's share of the set: normalised images (N, C, H, W) on the device."""
+        config, spec, rank = self.context.config, self.context.spec, world()
         transform = eval_transform(config.img_size or spec.img_size, config.crop_pct, spec.interpolation)
-        size, rank = config.eval_batch_size, world()
-        for batch in evaluation_batches(images, transform, size, config.num_workers, rank.rank, rank.size):
+        batches = evaluation_batches(
+            images, transform, config.eval_batch_size, config.num_workers, rank.rank, rank.size
+        )
+        for batch in batches:
             for name, reason in batch.bad:
                 bad.add(name, reason)
             if len(batch.targets):
-                imgs = normalize(batch.imgs.to(self.device, non_blocking=True), spec.mean, spec.std)
+                imgs = normalize(batch.imgs.to(self.context.device, non_blocking=True), spec.mean, spec.std)
                 yield batch.indices, batch.targets, imgs
 
     @torch.no_grad()
     def run(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-        """The model's output in float32; UserError where the device's memory does not hold the batch."""
+        """Return the model's output in float32; raise UserError if the device's memory does not hold it."""
         size = len(inputs)
-        fix = (
-            f"set eval_batch_size={size // 2}: the scores stay"
-            if size > 1
-            else "use a device with more memory"
-        )
+        fix = "use a device with more memory"
+        if size > 1:
+            fix = f"set eval_batch_size={size // 2}; the scores do not change"
         with (
-            fits_memory(f"an evaluation of {size} images at once", fix),
-            autocast(self.device, self.config.amp_dtype),
+            report_out_of_memory(f"an evaluation of {size} images at once", fix),
+            autocast(self.context.device, self.context.config.amp_dtype),
         ):
-            return model(inputs).float()
+            output: torch.Tensor = model(inputs).float()
+        return output
 
 
 def predict(
     run: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[Inputs], total: int, progress: Progress
 ) -> Predictions:
-    """What `run` (inputs -> logits) says of all batches of all processes, on every process alike, in the order of the indices.
+    """Return the predictions of `run` (inputs -> logits) for all batches of all ranks, sorted, on every rank.
 
-    total: how many images there are, for the progress. UserError where logits are not finite: the model has diverged.
+    total: the number of images, for the progress. Raise UserError if a loss is not finite.
     """
     progress.stage("evaluate", total)
-    seen: list[Predictions] = []
+    parts: list[Predictions] = []
     count = 0
     for indices, targets, inputs in batches:
-        seen.append(said(run(inputs), indices, targets))
+        parts.append(predictions_from_logits(run(inputs), indices, targets))
         count += len(targets)
         progress.step(count * world().size)
-    found = gathered(seen, total)
-    if found.loss is not None and (strange := int((~np.isfinite(found.loss)).sum())):
+    predictions = gather_predictions(parts, total)
+    if predictions.loss is not None:
+        _require_finite(predictions.loss)
+    return predictions
+
+
+def _require_finite(loss: np.ndarray) -> None:
+    num_wrong = int((~np.isfinite(loss)).sum())
+    if num_wrong:
         raise UserError(
-            f"the loss of {strange} of {len(found.loss)} evaluated images is not finite",
-            expected="finite logits: this model has diverged, or its numbers are too large for the precision",
+            f"the loss of {num_wrong} of {len(loss)} evaluated images is not finite",
+            expected="finite logits; this model has diverged, or its activations overflow the precision",
             fix="train with a lower base_lr or with clip_grad, or use amp_dtype=float32",
         )
-    return found
 
 
 def predict_images(
     model: nn.Module, images: ImageSource, bad: BadImages, feed: Feed, progress: Progress
 ) -> Predictions:
-    """The predictions of every image that decodes, each once over all processes."""
+    """Return the predictions of every image that decodes, each once over all ranks."""
     model.eval()
-    found = predict(lambda imgs: feed.run(model, imgs), feed.batches(images, bad), len(images), progress)
+    predictions = predict(
+        lambda imgs: feed.run(model, imgs), feed.batches(images, bad), len(images), progress
+    )
     share_bad(bad)
-    return found
+    return predictions
 
 
 def share_bad(bad: BadImages) -> None:
-    """Makes the bad images that any process met known to all."""
-    for name, reason in (item for names in gather_over_ranks(bad.names) for item in names.items()):
-        bad.add(name, reason)
+    """Add the bad images that any rank found to `bad` on every rank."""
+    for names in gather_over_ranks(bad.names):
+        for name, reason in names.items():
+            bad.add(name, reason)
 
 
 def evaluate(
-    model: nn.Module, data: Data, config: ImageConfig, spec: BackboneSpec, job: Job, progress: Progress
+    context: TaskContext[ImageConfig], data: Data, model: nn.Module
 ) -> tuple[dict[str, Metric], int]:
-    """Metrics of the validation set and how many images there were; the predictions are kept in the job's folder."""
-    found = predict_images(
-        model, data.val, data.bad_val, Feed(config, spec, torch.device(job.device)), progress
-    )
+    """Return metrics and number of images of the validation set; save the predictions in the job's folder."""
+    predictions = predict_images(model, data.val, data.bad_val, Feed(context), context.progress)
     if world().is_main:
-        found.save(job.dir / PREDICTIONS_FILE)
-    return found.metrics(), len(found.targets)
+        predictions.save(context.job.dir / PREDICTIONS_FILE)
+    return predictions.metrics(), len(predictions.targets)
 
 
 def watch_epochs(
-    trainer: Trainer,
-    period: float | None,
-    metrics_of: Callable[[nn.Module], dict[str, Metric]],
-    job: Job,
-    progress: Progress,
+    context: TaskContext[EvalConfig], trainer: Trainer, metrics_of: Callable[[nn.Module], dict[str, Metric]]
 ) -> None:
-    """Evaluates every `period` epochs while training and keeps the list in the job's folder; a resumed run goes on with it.
+    """Evaluate every `config.eval_epochs` epochs during training and keep the list in the job's folder.
 
-    What stands there of later steps, or of a run that began anew, is dropped."""
+    A resumed run extends the list; entries of later steps or of an earlier, discarded run are dropped.
+    """
+    job, period = context.job, context.config.eval_epochs
     if world().is_main:
-        _write_epochs(
-            job, [known for known in epochs_of(job) if known["step"] <= trainer.step] if period else []
-        )
+        known = [entry for entry in read_epochs(job) if entry["step"] <= trainer.step]
+        _write_epochs(job, known if period else [])
     if period is None:
         return
 
     def hook(model: nn.Module, step: int) -> None:
-        found = {name: metric.value for name, metric in metrics_of(model).items()}
+        values = {name: metric.value for name, metric in metrics_of(model).items()}
         if world().is_main:
-            entry = {"step": step, "epoch": step / trainer.steps_per_epoch, **found}
-            _write_epochs(job, [*epochs_of(job), entry])
-        progress.stage("train", trainer.total_steps)
+            entry = {"step": step, "epoch": step / trainer.steps_per_epoch, **values}
+            _write_epochs(job, [*read_epochs(job), entry])
+        context.progress.stage("train", trainer.total_steps)
 
     trainer.every_epochs(period, hook, everywhere=True)
 
@@ -235,90 +249,77 @@ def _write_epochs(job: Job, epochs: list[dict[str, float]]) -> None:
         (job.dir / EPOCHS_FILE).unlink(missing_ok=True)
 
 
-def epochs_of(job: Job) -> list[dict[str, float]]:
-    """The evaluations while training, in order; none where there were none."""
+def read_epochs(job: Job) -> list[dict[str, float]]:
+    """Return the evaluations made during training, in order."""
     path = job.dir / EPOCHS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    if not path.is_file():
+        return []
+    epochs: list[dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+    return epochs
 
 
-def best_epoch(job: Job, last: float, last_top1: float) -> tuple[dict[str, Metric], list[str]]:
-    """The best of the evaluations while training and of the `last` epoch's, as metrics beside the score, and a note that says
-    which is the score. Nothing where there were none."""
-    if not (epochs := epochs_of(job)):
+def select_best_epoch(job: Job, last: float, last_top1: float) -> tuple[dict[str, Metric], list[str]]:
+    """Return metrics of the best epoch, the `last` included, and a note that says which epoch is the score.
+
+    Both are empty if nothing was evaluated during training.
+    """
+    epochs = read_epochs(job)
+    if not epochs:
         return {}, []
-    told = {entry["epoch"]: entry["top1"] for entry in epochs} | {last: last_top1}
-    best = max(told, key=lambda epoch: (told[epoch], -epoch))
-    note = f"the score is the last epoch's; best_top1, of epoch {best:g}, was chosen on the validation images themselves"
-    return {"best_top1": Metric(told[best]), "best_epoch": Metric(best, "epochs")}, [note]
+    top1 = {entry["epoch"]: entry["top1"] for entry in epochs} | {last: last_top1}
+    best = max(top1, key=lambda epoch: (top1[epoch], -epoch))
+    note = f"the score is the last epoch's; best_top1 (epoch {best:g}) was chosen on the validation images"
+    return {"best_top1": Metric(top1[best]), "best_epoch": Metric(best, "epochs")}, [note]
 
 
-def score(
-    model: nn.Module,
-    trainer: Trainer,
-    data: Data,
-    config: EvalConfig,
-    spec: BackboneSpec,
-    report: ConversionReport,
-    job: Job,
-    progress: Progress,
-) -> Outcome:
-    """Evaluates a trained model and says everything that is known of the cell. Main metric top1, of the last epoch."""
+def score(context: TaskContext[EvalConfig], data: Data, model: nn.Module, trainer: Trainer) -> Outcome:
+    """Evaluate a trained model and return the Outcome. The main metric is top1 of the last epoch."""
     began = time.monotonic()
-    metrics, num_samples = evaluate(model, data, config, spec, job, progress)
-    seconds, params = time.monotonic() - began, num_params(model)
-    outcome = outcome_of(
-        metrics, num_samples, data.report, config, spec, report, job, seconds, params, notes=data.notes
+    metrics, num_samples = evaluate(context, data, model)
+    seconds = time.monotonic() - began
+    outcome = build_outcome(context, metrics, num_samples, seconds, num_params(model), notes=data.notes)
+    return add_training(outcome, trainer, context.job)
+
+
+def add_training(outcome: Outcome, trainer: Trainer, job: Job) -> Outcome:
+    """Return the outcome with the cost of its training and the metrics of its best epoch."""
+    best, notes = select_best_epoch(
+        job, trainer.step / trainer.steps_per_epoch, outcome.metrics["top1"].value
     )
-    return trained_outcome(outcome, trainer, job)
-
-
-def trained_outcome(outcome: Outcome, trainer: Trainer, job: Job) -> Outcome:
-    """An outcome with what its training cost and the best of its epochs."""
-    best, notes = best_epoch(job, trainer.step / trainer.steps_per_epoch, outcome.metrics["top1"].value)
     cost = {"seconds_train": trainer.seconds, "images_per_second": trainer.images_per_second}
     return replace(
         outcome, metrics=outcome.metrics | best, notes=[*notes, *outcome.notes], cost=outcome.cost | cost
     )
 
 
-def outcome_of(
+def build_outcome(
+    context: TaskContext[ImageConfig],
     metrics: dict[str, Metric],
     num_samples: int,
-    data: LayoutReport,
-    config: ImageConfig,
-    spec: BackboneSpec,
-    report: ConversionReport,
-    job: Job,
     seconds_eval: float,
-    params: int,
+    num_params: int,
     main_metric: str = "top1",
     *,
     notes: list[str],
 ) -> Outcome:
-    """The Outcome of a protocol on a set of images.
+    """Return the Outcome of a protocol on a set of images.
 
-    images_per_second: evaluated ones; a protocol that trains tells the trained ones in their place.
+    images_per_second counts evaluated images; protocols that train replace it by the trained ones.
     """
     cost = {
         "seconds_eval": seconds_eval,
         "images_per_second": num_samples / seconds_eval,
-        "params": float(params),
-        "gmacs": backbone_gmacs(spec, config.img_size),
-        "peak_memory_mib": peak_memory_mib(torch.device(job.device)),
+        "gmacs": backbone_gmacs(context.spec, context.config.img_size),
     }
     files = {"predictions": PREDICTIONS_FILE, "epochs": EPOCHS_FILE}
-    return Outcome(
-        task="imagenet",
-        dataset=data.name,
-        split="val",
-        num_samples=num_samples,
-        metrics=metrics,
-        main_metric=main_metric,
-        data_digest=data.digest,
-        backbone_spec=spec.to_dict(),
-        backbone_digest=report.digest,
-        conversion_report=report.to_dict(),
+    return context.build_outcome(
+        "imagenet",
+        "val",
+        num_samples,
+        metrics,
+        main_metric,
+        num_params=num_params,
         cost=cost,
         notes=notes,
-        artefacts={name: file for name, file in files.items() if (job.dir / file).is_file()},
+        artefacts={name: file for name, file in files.items() if (context.job.dir / file).is_file()},
     )

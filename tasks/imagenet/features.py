@@ -1,4 +1,7 @@
-"""Frozen features of a backbone, several sets in one pass, and the cache that probes, neighbours and few-shot tests share."""
+"""Frozen features of a backbone, computed once and cached for probes, nearest neighbours and few-shot tasks.
+
+N images, n rows of a batch or chunk, D width, C channels, H W image.
+"""
 
 import hashlib
 import json
@@ -8,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import nn
 
-from backbones.translating.report import ConversionReport
 from mae_bench.data.sets.fetch import file_lock
 from mae_bench.data.sets.index import cache_folder
 from mae_bench.data.sets.source import BadImages, ImageSource
@@ -28,18 +30,21 @@ from mae_bench.models.vit import ViT
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
-from tasks.imagenet.classify import load_at_size, pooled_as_it_is, require_pool
+from tasks.context import TaskContext
+from tasks.imagenet.classify import load_at_size, require_pool, resolve_pool
 from tasks.imagenet.config import Pool, PooledConfig
 from tasks.imagenet.data import Data, open_data
-from tasks.imagenet.evaluate import Feed, outcome_of, share_bad
+from tasks.imagenet.evaluate import Feed, build_outcome, share_bad
 
-VERSION = 1  # raised when a change of code changes the features
+VERSION = 1  # of the cache; increase it when a code change alters the features
 DONE = "done.json"
+
+C = TypeVar("C", bound=PooledConfig)
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """The last `layers` blocks, each behind the final norm: their class tokens or the averages of their patch tokens, joined."""
+    """Pooled tokens of the last `layers` blocks, each after the final norm, concatenated."""
 
     pool: Pool
     layers: int = 1
@@ -50,173 +55,178 @@ class FeatureSet:
 
 
 class FrozenFeatures(nn.Module):
-    """A backbone in eval mode without gradients. N images, D width of its output."""
+    """A frozen backbone in eval mode that returns several sets of features in one pass."""
 
     def __init__(self, vit: ViT, spec: BackboneSpec, sets: Sequence[FeatureSet]):
         super().__init__()
         for each in sets:
             require_pool(each.pool, spec)
-        if (most := max(each.layers for each in sets)) > spec.depth:
-            fix = f"set tasks.NAME.layers={sorted({min(each.layers, spec.depth) for each in sets})}".replace(
-                ", ", ","
-            )
-            raise UserError(
-                f"the last {most} blocks of a backbone of depth {spec.depth}",
-                expected="no more layers than blocks",
-                fix=fix,
-            )
-        if spec.arch == "sam" and most > 1:
-            given = "several layers of a backbone with windowed attention"
-            raise UserError(given, expected="its last alone", fix="set tasks.NAME.layers=[1]")
+        _require_layers(sets, spec)
         self.vit: Any = vit.requires_grad_(False).eval()
         self.spec, self.sets, self.num_prefix_tokens = spec, list(sets), spec.num_prefix_tokens
         self.widths = [vit.num_features * each.layers for each in sets]
 
-    def only(self, sets: Sequence[FeatureSet]) -> "FrozenFeatures":
-        """The same backbone for these sets alone."""
+    def select(self, sets: Sequence[FeatureSet]) -> "FrozenFeatures":
+        """Return the same backbone with only these sets."""
         return FrozenFeatures(self.vit, self.spec, sets)
 
     def train(self, mode: bool = True) -> "FrozenFeatures":
-        """Stays in eval mode: no drop path under a frozen backbone."""
+        """Stay in eval mode: a frozen backbone has no drop path."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, imgs: torch.Tensor) -> torch.Tensor:
-        """imgs (N, C, H, W) -> (N, sum of the sets' widths), the sets one after another."""
-        layers = self._layers(imgs)
+        """imgs (N, C, H, W) -> features (N, sum of the sets' widths), the sets in their order."""
+        layers = self._forward_layers(imgs)
         pooled = {
             "token": [prefix[:, 0] for prefix, _ in layers] if self.num_prefix_tokens else [],
             "avg": [patches.mean(dim=1) for _, patches in layers],
         }
-        parts = [
-            self.vit.fc_norm(vector) for each in self.sets for vector in pooled[each.pool][-each.layers :]
-        ]
+        parts: list[torch.Tensor] = []
+        for each in self.sets:
+            parts += [self.vit.fc_norm(vector) for vector in pooled[each.pool][-each.layers :]]
         return torch.cat(parts, dim=1)
 
-    def _layers(self, imgs: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Prefix and patch tokens of the last blocks behind the final norm, the last at the end."""
-        count = max(each.layers for each in self.sets)
-        if count == 1:
+    def _forward_layers(self, imgs: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return (prefix tokens, patch tokens) per block after the final norm, the last block last."""
+        num_layers = max(each.layers for each in self.sets)
+        if num_layers == 1:
             tokens = self.vit.forward_features(imgs)
             return [(tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :])]
         options = {"norm": True, "output_fmt": "NLC", "intermediates_only": True}
         if not self.num_prefix_tokens:
-            return [
-                (patches[:, :0], patches)
-                for patches in self.vit.forward_intermediates(imgs, indices=count, **options)
-            ]
-        found = self.vit.forward_intermediates(imgs, indices=count, return_prefix_tokens=True, **options)
-        return [(prefix, patches) for patches, prefix in found]
+            layers = self.vit.forward_intermediates(imgs, indices=num_layers, **options)
+            return [(patches[:, :0], patches) for patches in layers]
+        layers = self.vit.forward_intermediates(
+            imgs, indices=num_layers, return_prefix_tokens=True, **options
+        )
+        return [(prefix, patches) for patches, prefix in layers]
+
+
+def _require_layers(sets: Sequence[FeatureSet], spec: BackboneSpec) -> None:
+    """Raise UserError if the sets need more layers than the backbone provides."""
+    most = max(each.layers for each in sets)
+    if most > spec.depth:
+        layers = ",".join(str(count) for count in sorted({min(each.layers, spec.depth) for each in sets}))
+        raise UserError(
+            f"the last {most} blocks of a backbone of depth {spec.depth}",
+            expected="no more layers than blocks",
+            fix=f"set tasks.NAME.layers=[{layers}]",
+        )
+    if spec.arch == "sam" and most > 1:
+        raise UserError(
+            "several layers of a backbone with windowed attention",
+            expected="only its last layer",
+            fix="set tasks.NAME.layers=[1]",
+        )
 
 
 @dataclass(frozen=True)
 class SplitFeatures:
-    """Features of one split, memory-mapped. values: one (N, width) float32 a set, a row an image; known (N,): whether the image
-    did decode."""
+    """Memory-mapped features of one split of N images.
+
+    Attributes:
+        values: one array (N, width) in float32 per set.
+        targets (N,): labels.
+        decoded (N,): whether the image could be read.
+    """
 
     values: tuple[np.ndarray, ...]
     targets: np.ndarray
-    known: np.ndarray
+    decoded: np.ndarray
 
-    def rows(self) -> np.ndarray:
-        """The rows that are known, sorted."""
-        return np.flatnonzero(self.known)
+    def decoded_rows(self) -> np.ndarray:
+        """Return the rows of the images that could be read, sorted."""
+        return np.flatnonzero(self.decoded)
 
-    def whole(self, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """All sets' values side by side (n, widths) and targets (n,) of these rows on the device."""
+    def load(self, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return values (n, sum of the widths) and targets (n,) of these rows on the device."""
         targets = torch.from_numpy(self.targets[rows].astype(np.int64))
         values = np.concatenate([values[rows] for values in self.values], axis=1)
         return torch.from_numpy(values).to(device), targets.to(device)
 
-    def chunks(
+    def iter_chunks(
         self, rows: np.ndarray, size: int, device: torch.device
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(values (n, width), targets (n,)) on the device, at most `size` rows at a time."""
+        """Yield `load` of at most `size` rows at a time."""
         for begin in range(0, len(rows), size):
-            yield self.whole(rows[begin : begin + size], device)
+            yield self.load(rows[begin : begin + size], device)
 
 
-def cached_features(
-    model: FrozenFeatures,
-    data: Data,
-    config: PooledConfig,
-    spec: BackboneSpec,
-    device: torch.device,
-    progress: Progress,
+def load_features(
+    context: TaskContext[PooledConfig], data: Data, model: FrozenFeatures
 ) -> dict[str, SplitFeatures]:
-    """Features of "train" and "val" under the evaluation crop, from the cache or made now by all processes together.
+    """Return the features of "train" and "val" under the evaluation crop; all ranks compute the missing ones.
 
-    Each set of features is kept by itself, so that protocols share what they have in common. The key: the weights themselves,
-    the spec (the same weights with other heads, another activation or another mean are another backbone), how images are fed
-    (size, crop, precision), the set, and the data's digest. What was made before an interruption
-    is not made again. They lie below $MAE_BENCH_CACHE/features.
+    Each set is cached separately below $MAE_BENCH_CACHE/features, so that protocols share the sets they have
+    in common. The key covers the weights, the spec (the same weights with another number of heads, activation
+    or mean are another backbone), the input (size, crop, precision), the set and the digest of the data. An
+    interrupted computation resumes.
     """
+    config, spec = context.config, context.spec
     size = config.img_size or spec.img_size
     key = json_digest(
         {
             "version": VERSION,
-            "weights": weights_digest(model.vit),
+            "weights": digest_weights(model.vit),
             "spec": spec.to_dict(),
             "feed": [size, config.crop_pct, config.amp_dtype],
-            "data": data.report.digest,
+            "data": data.layout.digest,
         }
     )
     folder = cache_folder() / "features" / key[:32]
-    feed = Feed(config, spec, device)
-    made = {}
-    for split, images, bad in (("train", data.train, data.bad_train), ("val", data.val, data.bad_val)):
-        made[split] = _split(folder / split, model, images, bad, feed, progress, f"features of {split}")
-    return made
+    return {
+        "train": _load_split(context, folder / "train", model, data.train, data.bad_train),
+        "val": _load_split(context, folder / "val", model, data.val, data.bad_val),
+    }
 
 
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over names and values of all weights."""
+def digest_weights(model: nn.Module) -> str:
+    """Return the SHA-256 over the names and values of all weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b""
-        )
+        if tensor.numel():
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _split(
+def _load_split(
+    context: TaskContext[PooledConfig],
     folder: Path,
     model: FrozenFeatures,
     images: ImageSource,
     bad: BadImages,
-    feed: Feed,
-    progress: Progress,
-    stage: str,
 ) -> SplitFeatures:
-    places = {each: folder / each.name for each in model.sets}
+    """Return the features in `folder`, computing those that are missing under a lock per set."""
+    folders = {each: folder / each.name for each in model.sets}
     widths = dict(zip(model.sets, model.widths, strict=True))
     with ExitStack() as stack:
         if world().is_main:
-            for each in sorted(
-                places, key=lambda each: each.name
-            ):  # in one order, or two cells could wait for each other
-                places[each].mkdir(parents=True, exist_ok=True)
-                stack.enter_context(file_lock(places[each] / DONE))
-                _reserve(places[each], len(images), widths[each])
-        gather_over_ranks(None)  # the others wait until the files are there
+            for each in sorted(folders, key=lambda each: each.name):  # one order for all cells: no deadlock
+                folders[each].mkdir(parents=True, exist_ok=True)
+                stack.enter_context(file_lock(folders[each] / DONE))
+                _reserve(folders[each], len(images), widths[each])
+        gather_over_ranks(None)  # the other ranks wait for the files
         _require_shared(folder)
-        if missing := [each for each in model.sets if not _is_whole(places[each])]:
-            _fill([places[each] for each in missing], model.only(missing), images, bad, feed, progress, stage)
+        missing = [each for each in model.sets if not _is_complete(folders[each])]
+        if missing:
+            _compute(context, [folders[each] for each in missing], model.select(missing), images, bad)
             gather_over_ranks(None)
-            for each in missing if world().is_main else ():
-                write_json(places[each] / DONE, {"images": len(images), "bad": bad.names})
-        for place in places.values() if world().is_main else ():
-            for name, reason in json.loads((place / DONE).read_text(encoding="utf-8"))["bad"].items():
-                bad.add(name, reason)
-    known = np.logical_and.reduce([np.load(place / "known.npy") for place in places.values()])
-    values = tuple(np.load(place / "values.npy", mmap_mode="r") for place in places.values())
-    return SplitFeatures(values, np.asarray(images.targets), known)
+        if world().is_main:
+            for each in missing:
+                write_json(folders[each] / DONE, {"images": len(images), "bad": bad.names})
+            for place in folders.values():
+                for name, reason in json.loads((place / DONE).read_text(encoding="utf-8"))["bad"].items():
+                    bad.add(name, reason)
+    decoded = np.logical_and.reduce([np.load(place / "known.npy") for place in folders.values()])
+    values = tuple(np.load(place / "values.npy", mmap_mode="r") for place in folders.values())
+    return SplitFeatures(values, np.asarray(images.targets), decoded)
 
 
-def _is_whole(place: Path) -> bool:
-    """Whether nothing is left to be made; images that could not be read are tried again each time, as long as there are some."""
-    done = place / DONE
+def _is_complete(folder: Path) -> bool:
+    """Return whether all features are computed; images that could not be read are tried again each time."""
+    done = folder / DONE
     return done.is_file() and not json.loads(done.read_text(encoding="utf-8"))["bad"]
 
 
@@ -225,12 +235,12 @@ def _require_shared(folder: Path) -> None:
         raise UserError(
             f"{folder} is not on this machine",
             expected="a cache that all machines share",
-            fix="set MAE_BENCH_CACHE to a folder on a disk that all of them see",
+            fix="set MAE_BENCH_CACHE to a folder on a disk that all machines see",
         )
 
 
 def _reserve(folder: Path, count: int, width: int) -> None:
-    """Files of their final size, so that a full disk is met here and not in the middle."""
+    """Create the files at their final size, so that a full disk fails here and not halfway through."""
     for name, dtype, shape in (("known.npy", np.bool_, (count,)), ("values.npy", np.float32, (count, width))):
         if (folder / name).is_file():
             continue
@@ -246,106 +256,98 @@ def _reserve(folder: Path, count: int, width: int) -> None:
                 raise
             raise UserError(
                 f"no room in {folder} for {count * width * 4 / 2**30:.1f} GiB of features",
-                expected="as much free disk", fix="set MAE_BENCH_CACHE to a folder on a larger disk",
-            ) from error  # fmt: skip
+                expected="as much free disk space",
+                fix="set MAE_BENCH_CACHE to a folder on a larger disk",
+            ) from error
         part.replace(folder / name)
 
 
 def _require_finite(features: torch.Tensor) -> None:
-    """UserError where features (N, D) are not numbers: neighbours and few labels would make a score of them."""
-    if strange := int((~features.isfinite().all(dim=1)).sum()):
+    """Raise UserError if features (n, D) are not finite: neighbours and few-shot would still give a score."""
+    num_wrong = int((~features.isfinite().all(dim=1)).sum())
+    if num_wrong:
         raise UserError(
-            f"features of {strange} of {len(features)} images are not finite",
-            expected="a backbone whose weights and activations are numbers in the precision",
+            f"features of {num_wrong} of {len(features)} images are not finite",
+            expected="a backbone whose weights and activations are finite in this precision",
             fix="use amp_dtype=float32, or look at the checkpoint: mae-bench inspect",
         )
 
 
-def _fill(
-    places: list[Path],
+def _compute(
+    context: TaskContext[PooledConfig],
+    folders: list[Path],
     model: FrozenFeatures,
     images: ImageSource,
     bad: BadImages,
-    feed: Feed,
-    progress: Progress,
-    stage: str,
 ) -> None:
-    """This process's share of the rows that are still missing in one of the sets, of `model.sets` in their order."""
-    values = [np.load(place / "values.npy", mmap_mode="r+") for place in places]
-    known = [np.load(place / "known.npy", mmap_mode="r+") for place in places]
-    left = np.flatnonzero(~np.logical_and.reduce(known))
-    gather_over_ranks(None)  # all have looked before anyone writes
-    progress.stage(stage, len(left))
+    """Compute this rank's share of the rows missing in any set; `folders` are those of `model.sets`."""
+    values = [np.load(folder / "values.npy", mmap_mode="r+") for folder in folders]
+    decoded = [np.load(folder / "known.npy", mmap_mode="r+") for folder in folders]
+    missing = np.flatnonzero(~np.logical_and.reduce(decoded))
+    gather_over_ranks(None)  # every rank has read the files before any rank writes to them
+    context.progress.stage(f"features of {folders[0].parent.name}", len(missing))
+    feed = Feed(context)
     done = 0
-    for indices, _, imgs in feed.batches(Subset(images, left), bad):
-        rows = left[indices.numpy()]
-        found = feed.run(model, imgs).cpu()
-        _require_finite(found)
-        for array, mark, part in zip(values, known, found.split(model.widths, dim=1), strict=True):
+    for indices, _, imgs in feed.batches(Subset(images, missing), bad):
+        rows = missing[indices.numpy()]
+        features: Any = feed.run(model, imgs).cpu()
+        _require_finite(features)
+        for array, mark, part in zip(values, decoded, features.split(model.widths, dim=1), strict=True):
             array[rows] = part.numpy()
             mark[rows] = True
         done += len(rows) * world().size
-        progress.step(done)
+        context.progress.step(done)
     share_bad(bad)
-    for array in (*values, *known):
+    for array in (*values, *decoded):
         array.flush()
 
 
 @dataclass(frozen=True)
-class FrozenTask:
-    """A protocol on cached features of one set: what it reads, and how it says what it found.
+class FrozenTask(Generic[C]):
+    """A protocol on the cached features of one set.
 
-    seconds_features: until they were there, made now or read."""
+    seconds_features: the time to load the features, or to compute them.
+    """
 
-    config: PooledConfig
-    job: Job
+    context: TaskContext[C]
     data: Data
-    spec: BackboneSpec
-    report: ConversionReport
-    device: torch.device
     model: FrozenFeatures
     features: dict[str, SplitFeatures]
     seconds_features: float
-    main_metric: str
 
-    def outcome(
+    def build_outcome(
         self,
         metrics: dict[str, Metric],
         num_samples: int,
         seconds_eval: float,
+        main_metric: str = "top1",
         artefacts: dict[str, str] | None = None,
     ) -> Outcome:
-        """The Outcome on the validation images."""
-        found = outcome_of(
+        """Return the Outcome on the validation images."""
+        outcome = build_outcome(
+            self.context,
             metrics,
             num_samples,
-            self.data.report,
-            self.config,
-            self.spec,
-            self.report,
-            self.job,
             seconds_eval,
             num_params(self.model),
-            self.main_metric,
+            main_metric,
             notes=self.data.notes,
         )
-        cost = found.cost | {"seconds_features": self.seconds_features}
-        return replace(found, cost=cost, artefacts=found.artefacts | (artefacts or {}))
+        cost = outcome.cost | {"seconds_features": self.seconds_features}
+        return replace(outcome, cost=cost, artefacts=outcome.artefacts | (artefacts or {}))
 
 
-def feature_set(config: PooledConfig, spec: BackboneSpec) -> FeatureSet:
-    """The last layer's features of the config's pooling."""
-    return FeatureSet(cast(Pool, pooled_as_it_is(config, spec).global_pool))
+def build_feature_set(config: PooledConfig, spec: BackboneSpec) -> FeatureSet:
+    """Return the set of the last layer under the config's pooling."""
+    return FeatureSet(cast(Pool, resolve_pool(config, spec).global_pool))
 
 
-def frozen_task(config: PooledConfig, job: Job, progress: Progress, main_metric: str = "top1") -> FrozenTask:
-    """Checks the data, loads the backbone and brings its features of the config's pooling."""
+def load_frozen_task(config: C, job: Job, progress: Progress) -> FrozenTask[C]:
+    """Check the data, load the backbone and load or compute its features."""
     data = open_data(config)
-    device = torch.device(job.device)
     vit, spec, report = load_at_size(config, job.backbone)
-    model = FrozenFeatures(vit, spec, [feature_set(config, spec)]).to(device)
+    context = TaskContext(config, job, progress, data.layout, spec, report)
+    model = FrozenFeatures(vit, spec, [build_feature_set(config, spec)]).to(context.device)
     began = time.monotonic()
-    features = cached_features(model, data, config, spec, device, progress)
-    return FrozenTask(
-        config, job, data, spec, report, device, model, features, time.monotonic() - began, main_metric
-    )
+    features = load_features(context, data, model)
+    return FrozenTask(context, data, model, features, time.monotonic() - began)

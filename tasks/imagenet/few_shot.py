@@ -1,10 +1,14 @@
-"""Few labels: a linear classifier on frozen features of some images a class, drawn several times."""
+"""A linear classifier on frozen features of a few labelled images per class, averaged over random draws.
+
+N images, n labelled images, D width, K classes.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,143 +23,175 @@ from mae_bench.job import Job, Outcome
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from tasks.imagenet.config import FewShotConfig
-from tasks.imagenet.evaluate import PREDICTIONS_FILE, Predictions, fits_memory, joined, said
-from tasks.imagenet.features import SplitFeatures, frozen_task
+from tasks.imagenet.evaluate import (
+    PREDICTIONS_FILE,
+    Predictions,
+    concatenate_predictions,
+    predictions_from_logits,
+    report_out_of_memory,
+)
+from tasks.imagenet.features import FrozenTask, SplitFeatures, load_frozen_task
 
-Classify = Callable[[torch.Tensor], torch.Tensor]
+Classify = Callable[[torch.Tensor], torch.Tensor]  # features (N, D) -> logits (N, K)
 DRAWS_FILE = "draws.json"
-CHOSEN_ON = 10  # images a class, not drawn, that the weight decay is chosen on
+CHOSEN_ON = 10  # images per class, outside the draw, that the weight decay is chosen on
 MAX_ITERATIONS = 200
 EPS = 1e-6
 
 
 def run(config: FewShotConfig, job: Job, progress: Progress) -> Outcome:
-    """For every number of labels: the mean top1 over config.draws and half the width of its 95 % interval (`mean_margin`).
+    """Compute, per number of labels, the mean top1 over config.draws and half the width of its 95 % interval.
 
-    Draws and images follow from the job's seed. The single draws are kept in `draws.json`, of config.score's first draw the
-    predictions too.
+    The job's seed determines the draws. The top1 of every draw is saved in `draws.json`, and the predictions
+    of the first draw of config.score in `predictions.npz`.
     """
-    labels: dict[str, int | float] = {f"{shots}shot": shots for shots in config.shots}
-    labels |= {f"{100 * share:g}%": share for share in config.shares}
-    if config.score not in labels:
-        raise UserError(f"score {config.score!r}", expected=f"one of {', '.join(labels)}")
-    task = frozen_task(config, job, progress, f"top1_{config.score}")
-    train, val = task.features["train"], task.features["val"]
+    amounts: dict[str, int | float] = {f"{shots}shot": shots for shots in config.shots}
+    amounts |= {f"{100 * share:g}%": share for share in config.shares}
+    if config.score not in amounts:
+        raise UserError(f"score {config.score!r}", expected=f"one of {', '.join(amounts)}")
+    task = load_frozen_task(config, job, progress)
     began = time.monotonic()
-    plan = [(name, amount, draw) for name, amount in labels.items() for draw in range(config.draws)]
-    progress.stage("few labels", len(plan))
-    mine, kept = {}, None
-    for done, (name, amount, draw) in enumerate(plan[world().rank :: world().size], 1):
-        found = predictions_of_draw(config, train, val, amount, job.seed * config.draws + draw, task.device)
-        mine[name, draw] = found.metrics()["top1"].value
-        kept = found if (name, draw) == (config.score, 0) else kept
-        progress.step(done * world().size)
-    by_draw = {key: value for part in gather_over_ranks(mine) for key, value in part.items()}
-    by_name = {name: [by_draw[name, draw] for draw in range(config.draws)] for name in labels}
-    first = next(part for part in gather_over_ranks(kept) if part)
+    top1, scored = score_draws(task, amounts)
     if world().is_main:
-        write_json(job.dir / DRAWS_FILE, by_name)
-        first.save(job.dir / PREDICTIONS_FILE)
-    metrics = {f"top1_{name}": Metric(fmean(values)) for name, values in by_name.items()}
+        write_json(job.dir / DRAWS_FILE, top1)
+        scored.save(job.dir / PREDICTIONS_FILE)
+    metrics = {f"top1_{name}": Metric(fmean(values)) for name, values in top1.items()}
     metrics |= {
-        f"top1_{name}_margin": Metric(mean_margin(values), "%", "lower") for name, values in by_name.items()
+        f"top1_{name}_margin": Metric(mean_margin(values), "%", "lower") for name, values in top1.items()
     }
-    outcome = task.outcome(metrics, len(val.rows()), time.monotonic() - began, {"draws": DRAWS_FILE})
-    return replace(outcome, notes=[*_too_few(config, train), *outcome.notes])
+    num_samples, seconds = len(task.features["val"].decoded_rows()), time.monotonic() - began
+    outcome = task.build_outcome(
+        metrics, num_samples, seconds, f"top1_{config.score}", artefacts={"draws": DRAWS_FILE}
+    )
+    return replace(outcome, notes=[*_note_small_classes(config, task.features["train"]), *outcome.notes])
 
 
-def _too_few(config: FewShotConfig, train: SplitFeatures) -> list[str]:
-    """A note where classes have fewer images than were to be drawn."""
-    counts = np.bincount(train.targets[train.rows()])
-    short = {shots: int((counts < shots).sum()) for shots in config.shots if (counts < shots).any()}
-    return [
-        f"{number} classes have fewer than {shots} images: all of theirs are drawn"
-        for shots, number in short.items()
-    ]
+def score_draws(
+    task: FrozenTask[FewShotConfig], amounts: dict[str, int | float]
+) -> tuple[dict[str, list[float]], Predictions]:
+    """Return top1 per number of labels and draw, and the predictions of the first draw of config.score.
+
+    The draws are shared out over the ranks.
+    """
+    config, context = task.context.config, task.context
+    plan = [(name, draw) for name in amounts for draw in range(config.draws)]
+    context.progress.stage("few labels", len(plan))
+    mine, scored = {}, None
+    for done, (name, draw) in enumerate(plan[world().rank :: world().size], 1):
+        predictions = predict_draw(task, amounts[name], context.job.seed * config.draws + draw)
+        mine[name, draw] = predictions.metrics()["top1"].value
+        if (name, draw) == (config.score, 0):
+            scored = predictions
+        context.progress.step(done * world().size)
+    by_draw: dict[tuple[str, int], float] = {}
+    for part in gather_over_ranks(mine):
+        by_draw |= part
+    top1 = {name: [by_draw[name, draw] for draw in range(config.draws)] for name in amounts}
+    return top1, next(part for part in gather_over_ranks(scored) if part)
 
 
-def predictions_of_draw(
-    config: FewShotConfig,
-    train: SplitFeatures,
-    val: SplitFeatures,
-    amount: int | float,
-    seed: int,
-    device: torch.device,
-) -> Predictions:
-    """What the classifier of one draw says of val; its weight decay is chosen on training images that were not drawn."""
-    rows = train.rows()
+def _note_small_classes(config: FewShotConfig, train: SplitFeatures) -> list[str]:
+    """Return notes on the classes that have fewer images than are drawn."""
+    counts = np.bincount(train.targets[train.decoded_rows()])
+    notes = []
+    for shots in config.shots:
+        num_short = int((counts < shots).sum())
+        if num_short:
+            notes.append(f"{num_short} classes have fewer than {shots} images: all of their images are drawn")
+    return notes
+
+
+def predict_draw(task: FrozenTask[FewShotConfig], amount: int | float, seed: int) -> Predictions:
+    """Return the predictions on val of the classifier of one draw.
+
+    amount: images per class, or their share. The weight decay is chosen on training images outside the draw.
+    """
+    config, device = task.context.config, task.context.device
+    train, val = task.features["train"], task.features["val"]
+    rows = train.decoded_rows()
     drawn = rows[sample_per_class(train.targets[rows], amount, seed)]
     left = np.setdiff1d(rows, drawn)
     if not len(left):
         name = "shares" if isinstance(amount, float) else "shots"
+        largest = np.bincount(train.targets[rows]).max()
         raise UserError(
-            f"every training image is drawn by {name}={amount:g}: the largest class has {np.bincount(train.targets[rows]).max()}",
-            expected="some left to choose the weight decay on",
-            fix=f"leave {amount:g} out of tasks.NAME.{name}",
+            f"every training image is drawn by {name}={amount:g}: the largest class has {largest}",
+            expected="images left over to choose the weight decay on",
+            fix=f"remove {amount:g} from tasks.NAME.{name}",
         )
-    judges = left[sample_per_class(train.targets[left], CHOSEN_ON, seed)]
+    chosen_on = left[sample_per_class(train.targets[left], CHOSEN_ON, seed)]
     best, chosen = -1.0, None
-    with fits_memory(f"{len(drawn)} labelled images", "leave the largest of shares away"):
-        for classify in classifiers(config, *train.whole(drawn, device), int(train.targets.max()) + 1):
-            accuracy = (
-                _predictions(classify, train, judges, config.eval_batch_size, device).metrics()["top1"].value
-            )
+    with report_out_of_memory(f"{len(drawn)} labelled images", "remove the largest of shares"):
+        for classify in fit_classifiers(config, *train.load(drawn, device), int(train.targets.max()) + 1):
+            predictions = _predict(classify, train, chosen_on, config.eval_batch_size, device)
+            accuracy = predictions.metrics()["top1"].value
             if accuracy > best:
                 best, chosen = accuracy, classify
         assert chosen is not None
-        return _predictions(chosen, val, val.rows(), config.eval_batch_size, device)
+        return _predict(chosen, val, val.decoded_rows(), config.eval_batch_size, device)
 
 
-def classifiers(
+def fit_classifiers(
     config: FewShotConfig, features: torch.Tensor, targets: torch.Tensor, num_classes: int
 ) -> Iterator[Classify]:
-    """One for each weight decay, on standardised features: (n, D) and (n,) -> functions (N, D) -> logits (N, K)."""
+    """Yield one classifier per weight decay, fitted to standardised features (n, D) and targets (n,)."""
     mean, std = features.mean(dim=0), features.std(dim=0, correction=0) + EPS
-    for weight in decay_path(
-        (features - mean) / std, targets, num_classes, sorted(config.weight_decays, reverse=True)
-    ):
-        yield partial(_logits, weight, mean, std)
+    decays = sorted(config.weight_decays, reverse=True)
+    for weight in solve_decay_path((features - mean) / std, targets, num_classes, decays):
+        yield partial(_compute_logits, weight, mean, std)
 
 
-def _logits(
+def _compute_logits(
     weight: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
     return F.linear((values - mean) / std, weight[:, :-1], weight[:, -1])
 
 
-def _predictions(
+def _predict(
     classify: Classify, split: SplitFeatures, rows: np.ndarray, size: int, device: torch.device
 ) -> Predictions:
-    batches = zip(torch.from_numpy(rows).split(size), split.chunks(rows, size, device), strict=True)
-    return joined([said(classify(values), indices, targets) for indices, (values, targets) in batches])
+    parts = []
+    for number, (values, targets) in enumerate(split.iter_chunks(rows, size, device)):
+        indices = torch.from_numpy(rows[number * size : (number + 1) * size])
+        parts.append(predictions_from_logits(classify(values), indices, targets))
+    return concatenate_predictions(parts)
 
 
-def decay_path(
+def solve_decay_path(
     features: torch.Tensor, targets: torch.Tensor, num_classes: int, decays: Sequence[float]
 ) -> Iterator[torch.Tensor]:
-    """The weights (K, D + 1), biases last, that minimise mean cross-entropy + decay / 2 |W|^2, for each decay from the last's.
+    """Yield the weights (K, D + 1), bias last, that minimise mean cross-entropy + decay / 2 |W|^2, per decay.
 
-    Solved in float64: in float32 the line search ends where rounding hides the descent."""
+    Each solution starts from the previous one. Solved in float64: in float32 the line search stops where
+    rounding hides the descent.
+    """
     features = features.double()
     weight = features.new_zeros(num_classes, features.shape[1] + 1)
     for decay in decays:
-        weight = weight.detach().clone().requires_grad_(True)
-        optimizer = torch.optim.LBFGS(
-            [weight],
-            max_iter=MAX_ITERATIONS,
-            line_search_fn="strong_wolfe",
-            tolerance_grad=1e-5,
-            tolerance_change=0,
-        )
+        weight = _minimise(features, targets, weight, decay)
+        yield weight.float()
 
-        def loss() -> torch.Tensor:
-            optimizer.zero_grad()  # noqa: B023 - called before the next round
-            matrix, bias = weight[:, :-1], weight[:, -1]  # noqa: B023
-            value = (
-                F.cross_entropy(F.linear(features, matrix, bias), targets) + decay / 2 * matrix.square().sum()
-            )  # noqa: B023
-            value.backward()
-            return value
 
-        optimizer.step(loss)  # type: ignore[arg-type]
-        yield weight.detach().float()
+def _minimise(
+    features: torch.Tensor, targets: torch.Tensor, start: torch.Tensor, decay: float
+) -> torch.Tensor:
+    """Return the weights (K, D + 1) that L-BFGS reaches from `start`."""
+    weight = start.clone().requires_grad_(True)
+    optimizer: Any = torch.optim.LBFGS(
+        [weight],
+        max_iter=MAX_ITERATIONS,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-5,
+        tolerance_change=0,
+    )
+
+    def compute_loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        matrix, bias = weight[:, :-1], weight[:, -1]
+        loss: Any = F.cross_entropy(F.linear(features, matrix, bias), targets)
+        loss = loss + decay / 2 * matrix.square().sum()
+        loss.backward()
+        return loss  # type: ignore[no-any-return]
+
+    optimizer.step(compute_loss)
+    return weight.detach()

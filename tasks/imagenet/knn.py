@@ -1,4 +1,7 @@
-"""Weighted nearest neighbours on frozen features, as DINO evaluates (arXiv 2104.14294, appendix F.1)."""
+"""Weighted nearest neighbours on frozen features, as DINO evaluates (arXiv 2104.14294, appendix F.1).
+
+N queries, n training images of a chunk, k neighbours, D width, K classes.
+"""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -12,91 +15,100 @@ from mae_bench.errors import UserError
 from mae_bench.job import Job, Outcome
 from mae_bench.progress import Progress
 from tasks.imagenet.config import KnnConfig
-from tasks.imagenet.evaluate import PREDICTIONS_FILE, TOP, Predictions, fits_memory, gathered
-from tasks.imagenet.features import SplitFeatures, frozen_task
+from tasks.imagenet.evaluate import (
+    PREDICTIONS_FILE,
+    TOP,
+    Predictions,
+    gather_predictions,
+    report_out_of_memory,
+)
+from tasks.imagenet.features import FrozenTask, load_frozen_task
 
-Chunk = tuple[torch.Tensor, torch.Tensor]
+Chunk = tuple[torch.Tensor, torch.Tensor]  # features (n, D), labels (n,)
 
 
 def run(config: KnnConfig, job: Job, progress: Progress) -> Outcome:
-    """top1 for every k, top5 and the kept predictions for config.k, which is the score. Every seed gives the same."""
-    task = frozen_task(config, job, progress)
+    """Compute top1 for every k, and top5 and predictions for config.k, the score; the seed has no effect."""
+    task = load_frozen_task(config, job, progress)
     began = time.monotonic()
-    train, val = task.features["train"], task.features["val"]
-    with fits_memory("the neighbours", f"set chunk={config.chunk // 2}: the scores stay"):
-        found = predictions_by_k(config, train, val, task.data.num_classes, task.device, progress)
-    scored = found[config.k]
+    with report_out_of_memory("the neighbours", f"set chunk={config.chunk // 2}; the scores do not change"):
+        by_k = predict_by_k(task)
+    scored = by_k[config.k]
     if world().is_main:
         scored.save(job.dir / PREDICTIONS_FILE)
-    metrics = scored.metrics() | {f"top1_k{k}": each.metrics()["top1"] for k, each in found.items()}
-    return task.outcome(metrics, len(scored.targets), time.monotonic() - began)
+    metrics = scored.metrics()
+    metrics |= {f"top1_k{k}": predictions.metrics()["top1"] for k, predictions in by_k.items()}
+    return task.build_outcome(metrics, len(scored.targets), time.monotonic() - began)
 
 
-def predictions_by_k(
-    config: KnnConfig,
-    train: SplitFeatures,
-    val: SplitFeatures,
-    num_classes: int,
-    device: torch.device,
-    progress: Progress,
-) -> dict[int, Predictions]:
-    """What the neighbours of every validation image say, for every k; each process looks for those of its share."""
-    known, most = train.rows(), max(config.ks)
-    if len(known) < most:
-        fit = [k for k in config.ks if k <= len(known)] or [len(known)]
-        score = "" if config.k in fit else f" tasks.NAME.k={fit[-1]}"
-        raise UserError(
-            f"k {most} with {len(known)} training images",
-            expected="no more neighbours than images",
-            fix=f"set tasks.NAME.ks={fit}{score}".replace(", ", ","),
-        )
-    rows = val.rows()[world().rank :: world().size]
-    queries, targets = val.whole(rows, device)
-    progress.stage("neighbours", len(known))
+def predict_by_k(task: FrozenTask[KnnConfig]) -> dict[int, Predictions]:
+    """Return the predictions on val for every k; each rank searches for its share of the images."""
+    config, device, progress = task.context.config, task.context.device, task.context.progress
+    train, val = task.features["train"], task.features["val"]
+    train_rows, max_k = train.decoded_rows(), max(config.ks)
+    _require_neighbours(config, len(train_rows))
+    rows = val.decoded_rows()[world().rank :: world().size]
+    queries, targets = val.load(rows, device)
+    progress.stage("neighbours", len(train_rows))
 
-    def chunks() -> Iterator[Chunk]:
-        for number, chunk in enumerate(train.chunks(known, config.chunk, device)):
+    def iter_chunks() -> Iterator[Chunk]:
+        for number, chunk in enumerate(train.iter_chunks(train_rows, config.chunk, device)):
             progress.step(number * config.chunk)
             yield chunk
 
-    near, labels = nearest(queries, chunks(), most, config.eval_batch_size)
-    found = {}
+    similarity, labels = find_nearest(queries, iter_chunks(), max_k, config.eval_batch_size)
+    by_k = {}
     for k in config.ks:
-        top, margin = vote(near[:, :k], labels[:, :k], num_classes, config.temperature)
+        top, margin = vote(similarity[:, :k], labels[:, :k], task.data.num_classes, config.temperature)
         mine = Predictions(
             rows, targets.cpu().numpy(), top.cpu().numpy().astype(np.int32), margin.cpu().numpy()
         )
-        found[k] = gathered([mine], len(val.known))
-    return found
+        by_k[k] = gather_predictions([mine], len(val.decoded))
+    return by_k
 
 
-def nearest(
+def _require_neighbours(config: KnnConfig, num_images: int) -> None:
+    """Raise UserError if there are fewer training images than the largest k."""
+    if num_images >= max(config.ks):
+        return
+    ks = [k for k in config.ks if k <= num_images] or [num_images]
+    score = "" if config.k in ks else f" tasks.NAME.k={ks[-1]}"
+    raise UserError(
+        f"k {max(config.ks)} with {num_images} training images",
+        expected="no more neighbours than images",
+        fix=f"set tasks.NAME.ks=[{','.join(map(str, ks))}]{score}",
+    )
+
+
+def find_nearest(
     queries: torch.Tensor, train: Iterable[Chunk], k: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine similarity (N, k) of the k nearest training images, falling, and their labels (N, k).
+    """Return cosine similarities (N, k), falling, and labels (N, k) of the k nearest training images.
 
-    queries (N, D); train: chunks of features (n, D) and labels (n,), which are read once. Never more similarities are held than
-    those of `size` queries and one chunk.
+    queries (N, D); train: chunks of features (n, D) and labels (n,), which are read once. At most size x n
+    similarities are in memory at a time.
     """
     queries = F.normalize(queries, dim=1)
-    near = queries.new_full((len(queries), k), -torch.inf)
+    similarity = queries.new_full((len(queries), k), -torch.inf)
     labels = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
     for values, targets in train:
         values = F.normalize(values, dim=1)
         for begin in range(0, len(queries), size):
             part = slice(begin, begin + size)
-            near[part], places = torch.cat([near[part], queries[part] @ values.T], dim=1).topk(k, dim=1)
-            before = labels[part].gather(1, places.clamp(max=k - 1))
-            labels[part] = torch.where(places < k, before, targets[(places - k).clamp(min=0)])
-    return near, labels
+            candidates = torch.cat([similarity[part], queries[part] @ values.T], dim=1)  # (size, k + n)
+            similarity[part], places = candidates.topk(k, dim=1)
+            previous = labels[part].gather(1, places.clamp(max=k - 1))
+            labels[part] = torch.where(places < k, previous, targets[(places - k).clamp(min=0)])
+    return similarity, labels
 
 
 def vote(
     similarity: torch.Tensor, labels: torch.Tensor, num_classes: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The (at most) five classes with the most votes, (N, k) -> (N, 5), -1 where fewer have one; the margin (N,) of the first.
+    """Return the classes with the most votes, (N, k) -> (N, at most 5), and the margin (N,) of the first.
 
-    A neighbour's vote is exp(similarity / temperature), here as a share of all votes.
+    The vote of a neighbour is exp(similarity / temperature), as a share of all votes. Places without votes
+    are -1.
     """
     weights = (similarity / temperature).softmax(dim=1)
     votes = torch.zeros(len(labels), num_classes, device=labels.device).scatter_add_(1, labels, weights)

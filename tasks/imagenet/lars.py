@@ -1,4 +1,4 @@
-"""LARS as the reference trains its linear probes (arXiv 1708.03888; facebookresearch/mae util/lars.py)."""
+"""LARS as facebookresearch/mae trains linear probes (util/lars.py; arXiv 1708.03888)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 TRUST = 0.001
-MOST = 1e6  # norm of a matrix beyond which its head has diverged; it then stands still, and its weights stay finite
+MAX_NORM = 1e6  # a matrix with a larger norm has diverged; it is no longer updated, so that it stays finite
 
 
 class Lars(torch.optim.Optimizer):
-    """Momentum SGD whose step for a matrix p is scaled by TRUST |p| / |gradient + weight_decay p|.
+    """Momentum SGD whose update of a matrix p is scaled by TRUST |p| / |gradient + weight_decay p|.
 
-    Vectors (biases) have neither trust scaling nor weight decay. Each group's `lr` may be its own.
+    Vectors (biases) get neither the scaling nor weight decay. Each group may have its own `lr`.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, weight_decay: float):
@@ -35,9 +35,10 @@ class Lars(torch.optim.Optimizer):
         else:
             if group["weight_decay"]:
                 update = update.add(parameter, alpha=group["weight_decay"])
-            size, of_update = parameter.norm(), update.norm()
-            trust = torch.where((size > 0) & (of_update > 0), TRUST * size / of_update, 1.0)
-            alive = (size < MOST) & of_update.isfinite()
+            norm, update_norm = parameter.norm(), update.norm()
+            trust = torch.where((norm > 0) & (update_norm > 0), TRUST * norm / update_norm, 1.0)
             momentum.mul_(group["momentum"]).addcmul_(update, trust)
-            momentum.copy_(torch.where(alive, momentum, 0.0))
+            # a diverged matrix stands still
+            finite = (norm < MAX_NORM) & update_norm.isfinite()
+            momentum.copy_(torch.where(finite, momentum, 0.0))
         parameter.add_(momentum, alpha=-group["lr"])

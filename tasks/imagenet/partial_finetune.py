@@ -1,4 +1,4 @@
-"""Partial fine-tuning: the last n blocks alone, for several n, as one curve (arXiv 2111.06377, Figure 9)."""
+"""Partial fine-tuning: train only the last n blocks, for several n (arXiv 2111.06377, Figure 9)."""
 
 import json
 import shutil
@@ -18,13 +18,14 @@ from tasks.imagenet.finetune import fine_tune
 
 CURVE_FILE = "curve.json"
 OUTCOME_FILE = "outcome.json"
-ADDED_UP = ("seconds_train", "seconds_eval")
+SUMMED_COSTS = ("seconds_train", "seconds_eval")
 
 
 def run(config: PartialFinetuneConfig, job: Job, progress: Progress) -> Outcome:
-    """top1 for every number of tuned blocks (`top1_blocks_N`); top1, top5 and loss are those of config.score.
+    """Compute top1 per number of tuned blocks (`top1_blocks_N`).
 
-    Each is trained in a folder of its own below the job's; what is finished is not trained again.
+    top1, top5 and loss are those of config.score. Each number of blocks is trained in its own folder below
+    the job's; finished ones are not trained again.
     """
     depth = translate(open_source(job.backbone))[2].depth
     counts = sorted({count for count in config.blocks if count <= depth})
@@ -32,47 +33,50 @@ def run(config: PartialFinetuneConfig, job: Job, progress: Progress) -> Outcome:
         raise UserError(
             f"score {config.score:g} with a backbone of {depth} blocks", expected=f"one of {counts}"
         )
-    found = {}
+    outcomes = {}
     for number, count in enumerate(counts, 1):
         progress.note(f"{count:g} of {depth} blocks, {number} of {len(counts)}")
-        found[count] = _trained(config, job, progress, count)
-    curve = {f"{count:g}": outcome.metrics["top1"].value for count, outcome in found.items()}
+        outcomes[count] = _train(config, job, progress, count)
+    curve = {f"{count:g}": outcome.metrics["top1"].value for count, outcome in outcomes.items()}
     if world().is_main:
         write_json(job.dir / CURVE_FILE, {"depth": depth, "top1": curve})
-    scored = found[config.score]
-    artefacts = {name: f"{folder_of(config.score)}/{path}" for name, path in scored.artefacts.items()}
+    scored = outcomes[config.score]
+    folder = get_folder_name(config.score)
+    artefacts = {name: f"{folder}/{path}" for name, path in scored.artefacts.items()}
+    summed = {name: sum(outcome.cost[name] for outcome in outcomes.values()) for name in SUMMED_COSTS}
     return replace(
         scored,
         metrics=scored.metrics | {f"top1_blocks_{count}": Metric(top1) for count, top1 in curve.items()},
-        cost=scored.cost | {name: sum(outcome.cost[name] for outcome in found.values()) for name in ADDED_UP},
+        cost=scored.cost | summed,
         artefacts=artefacts | {"curve": CURVE_FILE},
     )
 
 
-def folder_of(count: float) -> str:
-    """Where so many blocks are trained, below the job's folder."""
+def get_folder_name(count: float) -> str:
+    """Return the name of the folder, in the job's, for this number of blocks."""
     return f"blocks-{count:g}"
 
 
-def _trained(config: PartialFinetuneConfig, job: Job, progress: Progress, count: float) -> Outcome:
-    """The outcome of one number of blocks, trained now or found finished."""
-    part = replace(job, dir=job.dir / folder_of(count))
+def _train(config: PartialFinetuneConfig, job: Job, progress: Progress, count: float) -> Outcome:
+    """Train with this number of blocks, or return the outcome of a run that is already finished."""
+    part = replace(job, dir=job.dir / get_folder_name(count))
     part.dir.mkdir(exist_ok=True)
     path = part.dir / OUTCOME_FILE
-    finished = gather_over_ranks(
-        path.read_text(encoding="utf-8") if world().is_main and path.is_file() else ""
-    )[0]
+    finished = path.read_text(encoding="utf-8") if world().is_main and path.is_file() else ""
+    finished = gather_over_ranks(finished)[0]
     if finished:
-        value = json.loads(finished)
-        return Outcome(
-            **value | {"metrics": {name: Metric(**metric) for name, metric in value["metrics"].items()}}
-        )
-    outcome = (
-        fine_tune(config, part, progress, count)
-        if count
-        else linear_probe.run(config.probe(), part, progress)
-    )
+        return _parse_outcome(finished)
+    if count:
+        outcome = fine_tune(config, part, progress, count)
+    else:
+        outcome = linear_probe.run(config.build_probe_config(), part, progress)
     if world().is_main:
         write_json(path, asdict(outcome))
         shutil.rmtree(part.dir / STATES, ignore_errors=True)
     return outcome
+
+
+def _parse_outcome(text: str) -> Outcome:
+    value = json.loads(text)
+    metrics = {name: Metric(**metric) for name, metric in value["metrics"].items()}
+    return Outcome(**value | {"metrics": metrics})

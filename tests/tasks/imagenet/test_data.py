@@ -18,15 +18,15 @@ from tasks.imagenet.data import (
     IMAGENET_CLASSES,
     IMAGENET_SIZES,
     TRANSFER_SETS,
-    doubt,
-    imagenet_classes,
+    describe_near_imagenet,
+    load_imagenet_classes,
     open_data,
     require_imagenet,
     require_set,
 )
 from tests.tasks.imagenet.toy import job, write_images
 
-KNOWN = imagenet_classes()
+KNOWN = load_imagenet_classes()
 WHOLE = dict(IMAGENET_SIZES)
 
 
@@ -54,11 +54,11 @@ def test_the_known_digest_is_that_of_the_sorted_wordnet_ids() -> None:
         (
             KNOWN[:-1],
             None,
-            ["has 999 classes: 1 of ImageNet-1k are absent (n15075141), 0 are not of it (none)"],
+            ["has 999 classes: 1 of ImageNet-1k are missing (n15075141), 0 are not in it (none)"],
         ),
-        ((*KNOWN[:5], "n00000000", *KNOWN[6:]), None, [f"absent ({KNOWN[5]})", "not of it (n00000000)"]),
+        ((*KNOWN[:5], "n00000000", *KNOWN[6:]), None, [f"missing ({KNOWN[5]})", "not in it (n00000000)"]),
         ((*KNOWN[:7], KNOWN[8], KNOWN[7], *KNOWN[9:]), None, [f"differently, from label 7 ({KNOWN[8]}) on"]),
-        ([str(i) for i in range(1000)], None, ["1000 of ImageNet-1k are absent"]),
+        ([str(i) for i in range(1000)], None, ["1000 of ImageNet-1k are missing"]),
         (KNOWN, WHOLE | {"train": 1_281_166}, ["1281166", "1281167"]),
         (KNOWN, {"val": 50_000}, ["{'val': 50000}"]),
     ],
@@ -75,7 +75,9 @@ def test_what_is_not_imagenet_is_refused_with_the_difference(
 def test_imagenet_passes_without_a_doubt() -> None:
     require_imagenet(report(KNOWN))
     require_set("imagenet-1k", report(KNOWN, {"val": 50_000}), ("val",))
-    assert doubt(report(KNOWN)) == doubt(report(KNOWN, {"val": 50_000})) == ""
+    assert (
+        describe_near_imagenet(report(KNOWN)) == describe_near_imagenet(report(KNOWN, {"val": 50_000})) == ""
+    )
 
 
 @pytest.mark.parametrize("name", TRANSFER_SETS)
@@ -84,7 +86,7 @@ def test_transfer_sets_are_told_by_their_counts(name: str) -> None:
     classes = [f"class {i}" for i in range(num_classes)]
     require_set(name, report(classes, splits))
     require_set(name, report(classes, {"val": splits["val"]}), ("val",))
-    assert doubt(report(classes, splits)) == ""
+    assert describe_near_imagenet(report(classes, splits)) == ""
     for wrong in (report(classes[1:], splits), report(classes, splits | {"train": 1})):
         with pytest.raises(UserError, match=f"(?s)/data/set has .*those of {name}: {num_classes} classes"):
             require_set(name, wrong)
@@ -93,19 +95,23 @@ def test_transfer_sets_are_told_by_their_counts(name: str) -> None:
 @pytest.mark.parametrize(
     ("classes", "splits", "words"),
     [
-        (KNOWN[:-1], None, ["nearly ImageNet-1k", "999 classes", "absent (n15075141)"]),
-        ((*KNOWN, "n99999999"), None, ["1001 classes", "not of it (n99999999)"]),
-        ((*KNOWN[:5], "zebra", *KNOWN[6:]), None, [f"absent ({KNOWN[5]})", "not of it (zebra)"]),
+        (KNOWN[:-1], None, ["nearly ImageNet-1k", "999 classes", "missing (n15075141)"]),
+        ((*KNOWN, "n99999999"), None, ["1001 classes", "not in it (n99999999)"]),
+        ((*KNOWN[:5], "zebra", *KNOWN[6:]), None, [f"missing ({KNOWN[5]})", "not in it (zebra)"]),
         (KNOWN[::-1], None, [f"differently, from label 0 ({KNOWN[-1]}) on"]),
         (sorted(str(i) for i in range(1000)), None, ["sorted as text", "label 2 is class 10"]),
         (sorted(str(i) for i in range(1, 1001)), None, ["sorted as text", "label 0 is class 1"]),
-        (KNOWN, {"train": 12_811, "val": 50_000}, ["images are not", "12811 in train instead of 1281167"]),
+        (
+            KNOWN,
+            {"train": 12_811, "val": 50_000},
+            ["number of images is not", "12811 in train instead of 1281167"],
+        ),
     ],
 )
 def test_what_is_nearly_imagenet_is_told(
     classes: tuple[str, ...], splits: dict[str, int] | None, words: list[str]
 ) -> None:
-    told = doubt(report(classes, splits))
+    told = describe_near_imagenet(report(classes, splits))
     for word in words:
         assert word in told
 
@@ -122,7 +128,7 @@ def test_what_is_nearly_imagenet_is_told(
     ids=["a hundred", "padded numbers", "numbers in order", "species", "ImageNet-21k"],
 )
 def test_another_set_is_no_nearly_imagenet(classes: list[str]) -> None:
-    assert doubt(report(classes, {"train": 10, "val": 10})) == ""
+    assert describe_near_imagenet(report(classes, {"train": 10, "val": 10})) == ""
 
 
 @pytest.fixture

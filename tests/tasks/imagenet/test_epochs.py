@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mae_bench.job import Outcome
-from tasks.imagenet.evaluate import best_epoch
+from tasks.imagenet.evaluate import select_best_epoch
 from tests.tasks.imagenet.toy import job, predictions_of, run_protocol, state_of
 
 
@@ -68,9 +68,9 @@ def test_the_last_epoch_may_be_the_best(tmp_path: Path, last: float, best: float
     (tmp_path / "epochs.json").write_text(
         json.dumps([{"epoch": 1.0, "top1": 60.0}, {"epoch": 2.5, "top1": 60.0}])
     )
-    metrics, notes = best_epoch(job(tmp_path), 3.0, last)
+    metrics, notes = select_best_epoch(job(tmp_path), 3.0, last)
     assert (metrics["best_top1"].value, metrics["best_epoch"].value) == (best, of)
-    assert f"of epoch {of:g}" in notes[0]
+    assert f"epoch {of:g}" in notes[0]
 
 
 def test_what_another_run_left_is_not_told(faint: Path, sources: dict[str, str], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mae_bench.models.vit import build_vit
 from mae_bench.progress import Progress
 from tasks.imagenet import eval_only, finetune, robustness
 from tasks.imagenet.config import EvalOnlyConfig, FinetuneConfig, RobustnessConfig
-from tasks.imagenet.data import imagenet_classes
+from tasks.imagenet.data import load_imagenet_classes
 from tasks.imagenet.evaluate import Predictions
 from tests.tasks.imagenet.toy import PLAIN, SPEC, TRAIN, job
 
@@ -127,29 +127,29 @@ class TestReal:
 
     def test_any_accepted_label_counts_and_images_without_one_do_not(self):
         labels = [[5], [], [1, 2], [9]]  # of images 1 to 4
-        assert eval_only.real_accuracy(predictions([2, 5, 7, 8]), self.NAMES, labels) == pytest.approx(
-            100 * 2 / 3
-        )
+        assert eval_only.compute_real_accuracy(
+            predictions([2, 5, 7, 8]), self.NAMES, labels
+        ) == pytest.approx(100 * 2 / 3)
 
     @pytest.mark.parametrize("content", ["{", "{}", "[1, 2]"])
     def test_another_file_is_refused(self, tmp_path, content):
         (tmp_path / "real.json").write_text(content)
         with pytest.raises(UserError):
-            eval_only.read_real(tmp_path / "real.json")
+            eval_only.read_real_labels(tmp_path / "real.json")
 
     def test_other_classes_are_refused(self, data, tmp_path):
         with pytest.raises(
-            UserError, match="real=x.json and .* has 3 classes: 1000 of ImageNet-1k are absent"
+            UserError, match="real=x.json and .* has 3 classes: 1000 of ImageNet-1k are missing"
         ):
             as_it_is(data, tmp_path, "", real="x.json")
 
     def test_images_that_are_not_imagenets_are_refused(self):
         with pytest.raises(UserError, match="has no number"):
-            eval_only.real_accuracy(predictions([1]), ["class0/1.png"], [[1]])
+            eval_only.compute_real_accuracy(predictions([1]), ["class0/1.png"], [[1]])
         with pytest.raises(UserError, match="3 with 1 entries"):
-            eval_only.real_accuracy(predictions([1]), self.NAMES[:1], [[1]])
+            eval_only.compute_real_accuracy(predictions([1]), self.NAMES[:1], [[1]])
         with pytest.raises(UserError, match="none of the images"):
-            eval_only.real_accuracy(predictions([1]), self.NAMES[:1], [[1], [2], []])
+            eval_only.compute_real_accuracy(predictions([1]), self.NAMES[:1], [[1], [2], []])
 
 
 class TestCorruptions:
@@ -162,13 +162,13 @@ class TestCorruptions:
             for name, error in robustness.ALEXNET_ERROR.items()
             for severity in range(1, 6)
         }
-        assert robustness.corruption_metrics(top1)["mCE"].value == pytest.approx(100)
+        assert robustness.compute_corruption_metrics(top1)["mCE"].value == pytest.approx(100)
 
     def test_a_case_by_hand(self):
         """All corruptions at 50 % but fog, whose severities differ: only their mean counts."""
         top1 = self.all_at(50.0) | {f"fog/{severity}": 10.0 * severity for severity in range(1, 6)}
         ratios = [(0.7 if name == "fog" else 0.5) / error for name, error in robustness.ALEXNET_ERROR.items()]
-        found = robustness.corruption_metrics(top1)
+        found = robustness.compute_corruption_metrics(top1)
         assert found["mCE"].value == pytest.approx(100 * np.mean(ratios))
         assert found["mCE"].direction == "lower"
         assert found["top1"].value == pytest.approx((14 * 50 + 30) / 15)
@@ -177,34 +177,36 @@ class TestCorruptions:
         top1 = self.all_at(50.0)
         del top1["snow/3"]
         with pytest.raises(UserError, match="all severities of snow"):
-            robustness.corruption_metrics(top1)
+            robustness.compute_corruption_metrics(top1)
 
 
 class TestSubsets:
     def test_numbers_sort_as_text_and_count_as_numbers(self):
         folders = sorted(map(str, range(1000)))
         assert folders[2] == "10"
-        assert robustness.classes_of("imagenet-v2", folders) == [int(folder) for folder in folders]
+        assert robustness.match_classes("imagenet-v2", folders) == [int(folder) for folder in folders]
 
     @pytest.mark.parametrize("name", ["imagenet-a", "imagenet-r"])
     def test_wordnet_ids_find_their_class(self, name):
-        folders, known = sorted(robustness.subset_of(name)), imagenet_classes()
+        folders, known = sorted(robustness.load_subset_classes(name)), load_imagenet_classes()
         assert len(folders) == 200
-        assert [known[place] for place in robustness.classes_of(name, folders)] == folders
-        assert robustness.classes_of("imagenet-sketch", list(known)) == list(range(1000))
+        assert [known[place] for place in robustness.match_classes(name, folders)] == folders
+        assert robustness.match_classes("imagenet-sketch", list(known)) == list(range(1000))
 
     def test_another_set_is_refused(self):
-        a, r = (sorted(robustness.subset_of(name)) for name in ("imagenet-a", "imagenet-r"))
+        a, r = (sorted(robustness.load_subset_classes(name)) for name in ("imagenet-a", "imagenet-r"))
         for name, folders in (("imagenet-a", r), ("imagenet-r", a), ("imagenet-a", a[:-1]), ("imagenet-r", ["cat"] * 200),
                               ("imagenet-sketch", a), ("imagenet-a", [str(i) for i in range(200)])):  # fmt: skip
             with pytest.raises(UserError, match=name):
-                robustness.classes_of(name, folders)
+                robustness.match_classes(name, folders)
 
     def test_a_classifier_chooses_among_the_sets_classes(self, tmp_path, monkeypatch):
         """Four of 1000 classes: the largest logit of the others does not count."""
-        known = imagenet_classes()
+        known = load_imagenet_classes()
         places = [7, 100, 500, 900]
-        monkeypatch.setattr(robustness, "subset_of", lambda name: frozenset(known[place] for place in places))
+        monkeypatch.setattr(
+            robustness, "load_subset_classes", lambda name: frozenset(known[place] for place in places)
+        )
         for place in places:
             (tmp_path / "set" / known[place]).mkdir(parents=True)
             for number in range(2):
@@ -231,8 +233,8 @@ class TestSubsets:
 
     def test_corruptions_in_folders(self, tmp_path, monkeypatch):
         monkeypatch.setattr(robustness, "ALEXNET_ERROR", {"fog": 0.5, "snow": 0.25})
-        known = imagenet_classes()
-        monkeypatch.setattr(robustness, "subset_of", lambda name: frozenset(known[:2]))
+        known = load_imagenet_classes()
+        monkeypatch.setattr(robustness, "load_subset_classes", lambda name: frozenset(known[:2]))
         for corruption in ("fog", "snow", "spatter"):  # the last is one of the extra ones, which do not count
             for severity in range(1, 6):
                 for place in (0, 1):

@@ -59,7 +59,7 @@ def no_room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_no_memory_in_training(data, tmp_path, backbone, no_room):
-    no_room(Classifier, "features", lambda model: model.training)
+    no_room(Classifier, "forward_features", lambda model: model.training)
     failure = work_on("finetune", data, tmp_path, backbone)
     assert "does not hold a training step on 8 images at once (step 0)" in failure["reason"]
     assert "device_batch_size=4" in failure["fix"]
@@ -67,17 +67,17 @@ def test_no_memory_in_training(data, tmp_path, backbone, no_room):
 
 def test_no_memory_in_evaluation_and_on_again_with_less(data, tmp_path, backbone, monkeypatch, no_room):
     with monkeypatch.context() as patch:
-        real = Classifier.features
+        real = Classifier.forward_features
 
         def fail(self, imgs):
             if not self.training and len(imgs) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return real(self, imgs)
 
-        patch.setattr(Classifier, "features", fail)
+        patch.setattr(Classifier, "forward_features", fail)
         failure = work_on("finetune", data, tmp_path, backbone, eval_epochs=None, eval_batch_size=5)
         assert "an evaluation of 5 images at once" in failure["reason"]
-        assert "eval_batch_size=2: the scores stay" in failure["fix"]
+        assert "eval_batch_size=2; the scores do not change" in failure["fix"]
     record = work_on("finetune", data, tmp_path, backbone, eval_epochs=None, eval_batch_size=2)
     assert record["metrics"]["top1"]["value"] >= 0
 
@@ -85,10 +85,10 @@ def test_no_memory_in_evaluation_and_on_again_with_less(data, tmp_path, backbone
 @pytest.mark.parametrize(
     ("name", "owner", "function", "fix"),
     [
-        ("grid", FrozenFeatures, "_layers", "device_batch_size=4"),
-        ("cached", FrozenFeatures, "_layers", "eval_batch_size=1"),
-        ("knn", knn, "nearest", "chunk=32768"),
-        ("few_shot", few_shot, "classifiers", "largest of shares"),
+        ("grid", FrozenFeatures, "_forward_layers", "device_batch_size=4"),
+        ("cached", FrozenFeatures, "_forward_layers", "eval_batch_size=1"),
+        ("knn", knn, "find_nearest", "chunk=32768"),
+        ("few_shot", few_shot, "fit_classifiers", "largest of shares"),
     ],
 )
 def test_no_memory_in_what_works_on_features(data, tmp_path, backbone, no_room, name, owner, function, fix):
@@ -156,9 +156,9 @@ class TestHeadsThatDiverge:
 
 
 def test_one_image_has_no_variance(data, tmp_path, backbone):
-    with pytest.raises(UserError, match="device_batch_size 1: a BatchNorm"):
+    with pytest.raises(UserError, match="device_batch_size 1: the BatchNorm"):
         run_protocol("probe", data, tmp_path / "a", backbone, device_batch_size=1)
-    with pytest.raises(UserError, match="a single image in front of a BatchNorm"):
+    with pytest.raises(UserError, match="a single image before a BatchNorm"):
         run_protocol("probe", data, tmp_path / "b", backbone, global_batch_size=5, device_batch_size=2)
 
 

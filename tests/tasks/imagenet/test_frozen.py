@@ -173,7 +173,7 @@ class TestKnn:
         similarity = F.normalize(queries, dim=1) @ F.normalize(train, dim=1).T
         for size in (1, 7, 50, 80):
             chunks = zip(train.split(size), labels.split(size), strict=True)
-            near, found = knn.nearest(queries, chunks, 5, size=3)
+            near, found = knn.find_nearest(queries, chunks, 5, size=3)
             torch.testing.assert_close(near, similarity.topk(5, dim=1).values)
             top, margin = knn.vote(near, found, 4, 0.07)
             for i in range(7):
@@ -200,7 +200,7 @@ class TestKnn:
             with pytest.raises(UserError, match="k 25 with 24") as caught:
                 run_knn(data, tmp_path / "run", backbone, **values)
             assert caught.value.fix == f"set tasks.NAME.{fix}"
-        with pytest.raises(UserError, match="none of ks"):
+        with pytest.raises(UserError, match="not one of ks"):
             build(KnnConfig, {"kind": "knn", "data": "", **COMMON, "ks": [3], "k": 5}, "test")
 
 
@@ -228,7 +228,7 @@ class TestFewShot:
         x, y = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
         norms = []
         for decay, weight in zip(
-            [1.0, 0.1, 0.01], few_shot.decay_path(x, y, 3, [1.0, 0.1, 0.01]), strict=True
+            [1.0, 0.1, 0.01], few_shot.solve_decay_path(x, y, 3, [1.0, 0.1, 0.01]), strict=True
         ):
             w = weight.clone().requires_grad_(True)
             loss = F.cross_entropy(F.linear(x, w[:, :-1], w[:, -1]), y) + decay / 2 * w[:, :-1].square().sum()
@@ -242,7 +242,7 @@ class TestFewShot:
         for path in sorted((root / "train/class0").iterdir())[3:]:
             path.unlink()
         outcome = run_few_shot(root, tmp_path / "run", backbone, shots=[3, 5], shares=[], score="3shot")
-        assert "1 classes have fewer than 5 images: all of theirs are drawn" in outcome.notes
+        assert "1 classes have fewer than 5 images: all of their images are drawn" in outcome.notes
         assert not any("fewer than 3" in note for note in outcome.notes)
 
     def test_what_cannot_be_drawn_is_refused(self, data, tmp_path, backbone):
@@ -251,14 +251,14 @@ class TestFewShot:
                 UserError, match=f"drawn by {name}={value}: the largest class has 8"
             ) as caught:
                 run_few_shot(data, tmp_path / "a", backbone, 0, **{name: values})
-            assert caught.value.fix == f"leave {value} out of tasks.NAME.{name}"
+            assert caught.value.fix == f"remove {value} from tasks.NAME.{name}"
         with pytest.raises(UserError, match="score '7shot'"):
             run_few_shot(data, tmp_path / "b", backbone, score="7shot")
 
 
 def test_data_of_another_set_is_refused(data):
     config = build(KnnConfig, {"kind": "knn", "data": str(data), **COMMON, "expect": "imagenet-1k"}, "test")
-    with pytest.raises(UserError, match="3 classes: 1000 of ImageNet-1k are absent"):
+    with pytest.raises(UserError, match="3 classes: 1000 of ImageNet-1k are missing"):
         open_data(config)
 
 

@@ -18,7 +18,7 @@ from mae_bench.progress import Progress
 from tasks.imagenet import linear_probe
 from tasks.imagenet.config import LinearProbeConfig
 from tasks.imagenet.features import FeatureSet, FrozenFeatures
-from tasks.imagenet.lars import MOST, Lars
+from tasks.imagenet.lars import MAX_NORM, Lars
 from tests.tasks.imagenet.toy import TRAIN, job
 
 GRID: dict[str, Any] = {
@@ -46,14 +46,14 @@ def test_separable_features_reach_100(data, tmp_path, backbone, global_pool, fea
 @pytest.mark.parametrize("features", ["augmented", "cached"])
 def test_a_grid_equals_each_head_alone(data, tmp_path, backbone, monkeypatch, features):
     trained: dict[str, list[torch.Tensor]] = {}
-    real = linear_probe.choose
+    real = linear_probe.choose_head
 
-    def keep(probe, heads, *rest):
+    def keep(context, probe, heads, *rest):
         for head, linear in zip(heads, probe.heads, strict=True):
             trained.setdefault(head.name, []).append(linear.weight.detach().clone())
-        return real(probe, heads, *rest)
+        return real(context, probe, heads, *rest)
 
-    monkeypatch.setattr(linear_probe, "choose", keep)
+    monkeypatch.setattr(linear_probe, "choose_head", keep)
     common = {"epochs": 3, "features": features}
     probe(data, tmp_path / "grid", backbone, **GRID, **common)
     for lr in GRID["lrs"]:
@@ -80,9 +80,9 @@ def test_the_head_is_chosen_on_images_held_out_of_train(data, tmp_path, backbone
 
 def test_choosing_on_val_is_refused():
     values = {"kind": "linear_probe", "data": "", **TRAIN, "lrs": [0.1, 1.0]}
-    with pytest.raises(UserError, match="val is not chosen on"):
+    with pytest.raises(UserError, match="a share of train to choose on"):
         build(LinearProbeConfig, values, "test")
-    with pytest.raises(UserError, match="chosen at the end"):
+    with pytest.raises(UserError, match="chosen only at the end"):
         build(LinearProbeConfig, {**values, "holdout": 0.1, "eval_epochs": 1}, "test")
 
 
@@ -103,12 +103,12 @@ def test_the_backbone_stays_as_it_was(backbone):
     vit, spec, _ = load_backbone(backbone, drop_path_rate=0.5)
     before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
     config = build(LinearProbeConfig, {"kind": "linear_probe", "data": "", **TRAIN}, "test")
-    heads = linear_probe.heads_of(config, spec)
+    heads = linear_probe.build_heads(config, spec)
     extract = FrozenFeatures(vit, spec, [heads[0].features])
-    model = linear_probe.Probe(heads, [heads[0].features], extract.widths, 3, 0).on(extract)
-    optimizer = linear_probe.lars(model, config, heads)
+    model = linear_probe.Probe(heads, [heads[0].features], extract.widths, 3, 0).attach(extract)
+    optimizer = linear_probe.build_lars(model, config, heads)
     model.train()
-    linear_probe.sum_of_losses(model(torch.randn(6, 3, 16, 16)), torch.arange(6) % 3).backward()
+    linear_probe.sum_losses(model(torch.randn(6, 3, 16, 16)), torch.arange(6) % 3).backward()
     optimizer.step()
     assert {name for name, _ in model.named_parameters()} == {"heads.0.weight", "heads.0.bias"}
     assert not vit.training, "no drop path under a frozen backbone"
@@ -185,13 +185,13 @@ def test_a_head_that_diverges_stays_finite_and_does_not_stop_the_others(data, tm
     model = torch.nn.Linear(4, 3)
     steps_of(Lars([{"params": list(model.parameters())}], lr=1e5, momentum=0.9, weight_decay=0.0), model, 300)
     assert model.weight.isfinite().all()
-    assert model.weight.norm() < MOST**3
+    assert model.weight.norm() < MAX_NORM**3
 
 
 def test_loss_of_several_heads_is_the_sum_of_their_means():
     logits, targets = torch.randn(5, 2, 3), torch.tensor([0, 1, 2, 0, 1])
     expected = F.cross_entropy(logits[:, 0], targets) + F.cross_entropy(logits[:, 1], targets)
-    torch.testing.assert_close(linear_probe.sum_of_losses(logits, targets), expected)
+    torch.testing.assert_close(linear_probe.sum_losses(logits, targets), expected)
 
 
 def test_images_held_out_are_the_same_for_every_seed(data, tmp_path, backbone, monkeypatch):

@@ -139,7 +139,11 @@ def test_what_is_finished_is_not_trained_again(data, tmp_path, backbone, monkeyp
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [({"blocks": [1.5]}, "0.5"), ({"score": 3}, "none of blocks"), ({"linear": {"momentun": 1}}, "momentun")],
+    [
+        ({"blocks": [1.5]}, "0.5"),
+        ({"score": 3}, "not one of blocks"),
+        ({"linear": {"momentun": 1}}, "momentun"),
+    ],
 )
 def test_what_cannot_be_tuned_is_refused(change, told):
     with pytest.raises(UserError, match=told):
@@ -148,9 +152,11 @@ def test_what_cannot_be_tuned_is_refused(change, told):
 
 def test_no_blocks_are_pooled_as_the_others_unless_told():
     values = {**VALUES, **BLOCKS, "data": "", "global_pool": "token", "linear": {}}
-    assert build(PartialFinetuneConfig, values, "test").probe().global_pool == "token"
+    assert build(PartialFinetuneConfig, values, "test").build_probe_config().global_pool == "token"
     assert (
-        build(PartialFinetuneConfig, {**values, "linear": {"global_pool": "avg"}}, "test").probe().global_pool
+        build(PartialFinetuneConfig, {**values, "linear": {"global_pool": "avg"}}, "test")
+        .build_probe_config()
+        .global_pool
         == "avg"
     )
 

@@ -14,7 +14,7 @@ from mae_bench.config import build
 from tasks.imagenet.classify import Classifier
 from tasks.imagenet.config import LinearProbeConfig
 from tasks.imagenet.features import FrozenFeatures
-from tasks.imagenet.linear_probe import Probe, heads_of
+from tasks.imagenet.linear_probe import Probe, build_heads
 from tests.tasks.imagenet.toy import PROTOCOLS, SPEC, predictions_of, run_protocol
 
 COSTS = {"seconds_eval", "images_per_second", "params", "gmacs", "peak_memory_mib"}
@@ -23,10 +23,10 @@ COSTS = {"seconds_eval", "images_per_second", "params", "gmacs", "peak_memory_mi
 def probe_of(backbone: str, **changes: Any) -> Probe:
     vit, spec, _ = load_backbone(backbone)
     config = build(LinearProbeConfig, {**PROTOCOLS["grid"], "data": "", **changes}, "test")
-    heads = heads_of(config, spec)
+    heads = build_heads(config, spec)
     sets = list(dict.fromkeys(head.features for head in heads))
     extract = FrozenFeatures(vit, spec, sets)
-    return Probe(heads, sets, extract.widths, 3, 0).on(extract)
+    return Probe(heads, sets, extract.widths, 3, 0).attach(extract)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

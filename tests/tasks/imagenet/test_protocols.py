@@ -19,6 +19,7 @@ from mae_bench.export import write_export
 from mae_bench.job import Outcome
 from mae_bench.models.vit import build_vit
 from mae_bench.progress import Progress
+from tasks.context import TaskContext
 from tasks.imagenet import finetune, linear_probe, supervised
 from tasks.imagenet.classify import Classifier, MixedLoss
 from tasks.imagenet.config import FinetuneConfig, LinearProbeConfig, SupervisedConfig
@@ -113,7 +114,7 @@ def test_supervised_exports_what_it_trained(data: Path, tmp_path: Path) -> None:
 def test_evaluation_counts_each_image_once_whatever_the_batch(
     data: Path, tmp_path: Path, backbone: str
 ) -> None:
-    vit, spec, _ = load_backbone(backbone)
+    vit, spec, report = load_backbone(backbone)
     torch.manual_seed(0)
     model = Classifier(vit, spec, 3, "avg", fc_norm=False)
     torch.nn.init.normal_(model.head.weight)
@@ -121,7 +122,9 @@ def test_evaluation_counts_each_image_once_whatever_the_batch(
     for batch_size in (1, 4, 100):
         values = {"kind": "linear_probe", "data": str(data), **TRAIN, "eval_batch_size": batch_size}
         config = build(LinearProbeConfig, values, "test")
-        results.append(evaluate(model, open_data(config), config, spec, job(tmp_path), Progress()))
+        opened = open_data(config)
+        context = TaskContext(config, job(tmp_path), Progress(), opened.layout, spec, report)
+        results.append(evaluate(context, opened, model))
     assert {count for _, count in results} == {9}
     for metrics, _ in results[1:]:
         assert metrics["top1"] == results[0][0]["top1"]
@@ -148,7 +151,7 @@ def test_fine_tuning_layout_replaces_the_final_norm(backbone: str) -> None:
     imgs = torch.randn(2, 3, 16, 16)
     tokens = vit.blocks(vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(imgs)))))
     model = Classifier(vit, spec, 3, "avg", fc_norm=True)
-    torch.testing.assert_close(model.features(imgs), model.fc_norm(tokens[:, 1:].mean(dim=1)))
+    torch.testing.assert_close(model.forward_features(imgs), model.fc_norm(tokens[:, 1:].mean(dim=1)))
 
 
 def test_size_that_the_patch_does_not_divide_is_refused(data: Path, tmp_path: Path, backbone: str) -> None:

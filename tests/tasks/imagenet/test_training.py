@@ -65,7 +65,7 @@ def built(
     """The model and the optimizer that fine-tuning makes."""
     made: list[Any] = []
 
-    def keep(config, job, progress, data, model, spec, make_optimizer):
+    def keep(context, data, model, make_optimizer):
         made.extend([model, make_optimizer(model)])
         raise KeyboardInterrupt
 
@@ -108,9 +108,11 @@ def test_drop_path_grows_with_depth(built: tuple[Classifier, torch.optim.Optimiz
     assert rates == pytest.approx([0.0, 0.3])
     imgs = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     model.eval()
-    assert torch.equal(model.features(imgs), model.features(imgs)), "no path is dropped in evaluation"
+    assert torch.equal(model.forward_features(imgs), model.forward_features(imgs)), (
+        "no path is dropped in evaluation"
+    )
     model.train()
-    assert not torch.equal(model.features(imgs), model.features(imgs))
+    assert not torch.equal(model.forward_features(imgs), model.forward_features(imgs))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -181,7 +183,7 @@ def test_the_class_token_is_read_behind_the_backbones_norm(backbone: str) -> Non
     imgs = torch.randn(2, 3, 16, 16)
     tokens = vit.norm(vit.blocks(vit._pos_embed(vit.patch_embed(imgs))))
     model = Classifier(vit, spec, 3, "token", fc_norm=False)
-    torch.testing.assert_close(model.features(imgs), tokens[:, 0])
+    torch.testing.assert_close(model.forward_features(imgs), tokens[:, 0])
     assert not any(name.startswith("fc_norm") for name, _ in model.named_parameters())
 
 
