@@ -51,7 +51,8 @@ def _build_figure(run: Run) -> Figure:
 def _read_picture(run: Run) -> bytes:
     """Return the artefact's bytes.
 
-    Raise ValueError for a path outside the record's folder and for a file that is missing, too large or no PNG.
+    Raise ValueError for a path outside the record's folder, and for a file that is missing, too large, or
+    not a PNG.
     """
     folder = run.path.parent.resolve()
     path = (folder / str(run.record.artefacts[ARTEFACT])).resolve()

@@ -22,7 +22,7 @@ COLOURS = "Coloured differences: the interval excludes 0."
 def build_section(results: Results) -> Section:
     """Return one table per group of neighbouring columns."""
     comparison = results.comparison
-    groups = _group_columns(len(comparison.columns))
+    groups = _group_columns(comparison.columns)
     tables = []
     for i, group in enumerate(groups):
         part = f"part {i + 1} of {len(groups)}" if len(groups) > 1 else ""
@@ -38,11 +38,20 @@ def _explain(comparison: Comparison) -> str:
     )
 
 
-def _group_columns(num_columns: int) -> list[range]:
-    """Divide the columns into as few groups as possible, of about the same size."""
-    num_groups = math.ceil(num_columns / MOST_COLUMNS)
-    edges = [num_columns * i // num_groups for i in range(num_groups + 1)] if num_groups else []
-    return [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+def _group_columns(columns: list[Column]) -> list[range]:
+    """Divide the columns evenly into as few tables as possible, between two tasks where possible."""
+    groups = []
+    start, num_columns = 0, len(columns)
+    while start < num_columns:
+        rest = num_columns - start
+        num_tables = math.ceil(rest / MOST_COLUMNS)
+        sizes = range(max(1, rest - MOST_COLUMNS * (num_tables - 1)), min(MOST_COLUMNS, rest) + 1)
+        even = math.ceil(rest / num_tables)
+        tasks = [column.task for column in columns[start:]]
+        size = min(sizes, key=lambda n: (n < rest and tasks[n - 1] == tasks[n], abs(n - even)))
+        groups.append(range(start, start + size))
+        start += size
+    return groups
 
 
 def _build_table(comparison: Comparison, group: range, part: str) -> Table:
@@ -55,7 +64,9 @@ def _build_table(comparison: Comparison, group: range, part: str) -> Table:
     headers = (Header("backbone", align="left"), *map(_build_header, columns))
     name = f"{TITLE}, {part}" if part else TITLE
     caption = f"{part.capitalize()}." if part else ""
-    return Table(name, headers, tuple(rows), caption, colours=COLOURS, is_compact=False)
+    differences = [comparison.cells[row][i].difference for row in comparison.rows for i in group]
+    colours = COLOURS if any(change and change.is_clear for change in differences) else ""
+    return Table(name, headers, tuple(rows), caption, colours, is_compact=False)
 
 
 def _build_header(column: Column) -> Header:

@@ -91,13 +91,14 @@ def _draw_fact(name: str, value: str) -> str:
 
 def _draw_table(table: Table) -> str:
     """Return a sortable table that scrolls on a narrow screen, by keyboard too."""
-    caption = escape(f"{table.caption} {table.colours}".strip() or table.name)
+    text = f"{table.caption} {table.colours}".strip()
+    caption = f"<caption>{escape(text)}" if text else f'<caption class="hidden">{escape(table.name)}'
     head = "".join(map(_draw_header, table.headers))
     body = "".join(_draw_row(table.headers, row) for row in table.rows)
     kind = "sortable compact" if table.is_compact else "sortable"
     return (
         f'<div class="scroll" role="region" aria-label="{escape(table.name)}" tabindex="0">'
-        f'<table class="{kind}"><caption>{caption}</caption>'
+        f'<table class="{kind}">{caption}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -105,14 +106,14 @@ def _draw_table(table: Table) -> str:
 def _draw_header(header: Header) -> str:
     kind = ' class="text"' if header.align == "left" else ""
     lines = "".join(f"<small>{escape(line)}</small>" for line in header.lines)
-    return f'<th scope="col"{kind}>{escape(header.text)}{lines}</th>'
+    return f'<th scope="col"{kind}>{_escape_name(header.text)}{lines}</th>'
 
 
 def _draw_row(headers: tuple[Header, ...], row: tuple[TableCell, ...]) -> str:
     name, *cells = row
     lines = "".join(map(_draw_line, name.lines))
     body = "".join(_draw_cell(header, cell) for header, cell in zip(headers[1:], cells, strict=True))
-    return f'<tr><th scope="row">{escape(name.text)}{lines}</th>{body}</tr>'
+    return f'<tr><th scope="row">{_escape_name(name.text)}{lines}</th>{body}</tr>'
 
 
 def _draw_cell(header: Header, cell: TableCell) -> str:
@@ -149,6 +150,11 @@ def _draw_line(line: Line, is_number: bool = False) -> str:
 def _escape_number(text: str) -> str:
     """Return the text with minus signs for hyphens; a lone hyphen marks a missing value."""
     return text if text == MISSING else escape(text.replace("-", "\N{MINUS SIGN}"))
+
+
+def _escape_name(text: str) -> str:
+    """Return the text with places to break a long name between its words."""
+    return escape(text).replace("_", "_<wbr>")
 
 
 def _draw_figures(block: Figures) -> str:

@@ -1,4 +1,4 @@
-"""Makes folders of runs without running anything."""
+"""Fixtures that write folders of runs without running anything."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +33,7 @@ RECORD = ResultRecord(
 
 
 class Folder:
-    """A folder of runs that grows by one cell a call."""
+    """A folder of runs that grows by one cell per call."""
 
     def __init__(self, root: Path):
         self.root, self.count = root, 0
@@ -70,7 +70,7 @@ def folder(tmp_path: Path) -> Folder:
 
 @pytest.fixture
 def seeds(folder: Folder) -> Callable[..., None]:
-    """Adds a score a seed, from seed 0 on."""
+    """Return a function that adds one record per score, with seeds 0, 1, ..."""
 
     def add(backbone: str, *scores: float, **changes: object) -> None:
         for seed, score in enumerate(scores):

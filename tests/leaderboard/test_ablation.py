@@ -1,4 +1,4 @@
-"""An ablation's published numbers stand beside the measured ones, and are called comparable only where they are."""
+"""Test that published and measured results of an ablation are paired, and called comparable only if they are."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PRETRAIN: dict[str, Any] = {
 
 @pytest.fixture
 def ablation(folder: Folder, seeds: Callable) -> Folder:
-    """Two rows of Table 1 as the paper has them, and a row that it does not have."""
+    """Rows with the settings of the paper's Table 1, and a row that it does not have."""
     folder.add("default", 0.4, config={"kind": "pretrain", **PRETRAINING}, **PRETRAIN)
     for row, ft, lin in (
         ("default", 84.7, 73.4),
@@ -57,7 +57,7 @@ def lines(comparison: Comparison) -> list[list[str]]:
     return [[cell.text for cell in row] for row in build_table(comparison).rows]
 
 
-def test_measured_and_published_stand_in_one_line_in_the_papers_order(ablation: Folder) -> None:
+def test_measured_and_published_scores_are_paired_in_the_order_of_the_paper(ablation: Folder) -> None:
     assert lines(read(ablation)) == [
         ["default", "84.7", "84.9", "73.4", "73.5", "Table 1"],
         ["decoder_depth_1", "84.5 (-0.2)", "84.8 (-0.1)", "65.0 (-8.4)", "65.5 (-8.0)", "Table 1a"],
@@ -66,7 +66,7 @@ def test_measured_and_published_stand_in_one_line_in_the_papers_order(ablation: 
     ]
 
 
-def test_the_papers_own_setting_is_called_comparable(ablation: Folder) -> None:
+def test_the_setting_of_the_paper_is_comparable(ablation: Folder) -> None:
     comparison = read(ablation)
     assert [published.differs for published in comparison.published_comparisons] == [(), ()]
     assert not [sentence for sentence in describe_settings(comparison) if "not comparable" in sentence]
@@ -83,7 +83,7 @@ def test_the_papers_own_setting_is_called_comparable(ablation: Folder) -> None:
         ({}, {"norm_pix_loss": True}, "pretraining norm_pix_loss True, published False"),
     ],
 )
-def test_what_differs_from_the_paper_is_named(
+def test_differences_from_the_paper_are_named(
     folder: Folder, seeds: Callable, transfer: dict[str, Any], pretraining: dict[str, Any], named: str
 ) -> None:
     folder.add("default", 0.4, config={"kind": "pretrain", **PRETRAINING, **pretraining}, **PRETRAIN)
@@ -94,16 +94,14 @@ def test_what_differs_from_the_paper_is_named(
     assert "not comparable" in " ".join(describe_settings(read(folder)))
 
 
-def test_a_pretraining_that_is_not_recorded_is_no_ground_for_comparing(
-    folder: Folder, seeds: Callable
-) -> None:
+def test_without_a_recorded_pretraining_nothing_is_comparable(folder: Folder, seeds: Callable) -> None:
     for row in ("default", "mask_grid_75"):
         seeds(row, 50.0, **FINETUNE)
     (published,) = read(folder).published_comparisons
     assert "pretraining epochs not recorded, published 800" in published.differs
 
 
-def test_names_that_meet_by_chance_make_no_ablation(folder: Folder, seeds: Callable, tmp_path: Path) -> None:
+def test_a_single_matching_name_is_no_ablation(folder: Folder, seeds: Callable, tmp_path: Path) -> None:
     for row in ("default", "supervised"):
         seeds(row, 50.0, **FINETUNE)
     assert read(folder).published_comparisons == []
@@ -116,13 +114,13 @@ def test_a_row_without_a_score_keeps_its_published_number(ablation: Folder) -> N
     assert line == ["encoder_mask_tokens", "failed", "84.2 (-0.7)", "-", "59.6 (-13.9)", "Table 1c"]
 
 
-def test_a_quoted_number_keeps_its_decimals_beside_small_scores(folder: Folder, seeds: Callable) -> None:
+def test_a_published_number_keeps_its_decimals_next_to_small_scores(folder: Folder, seeds: Callable) -> None:
     for row, score in (("default", 7.5), ("mask_grid_75", 7.25)):
         seeds(row, score, **FINETUNE)
     assert lines(read(folder))[1][1:3] == ["7.25 (-0.25)", "84.0 (-0.9)"]
 
 
-def test_every_rendering_has_them(ablation: Folder, tmp_path: Path) -> None:
+def test_every_rendering_has_the_published_numbers(ablation: Folder, tmp_path: Path) -> None:
     texts = {
         path.suffix: path.read_text(encoding="utf-8")
         for path in write_report(ablation.root, tmp_path / "out", "default")
@@ -154,8 +152,8 @@ def test_every_rendering_has_them(ablation: Folder, tmp_path: Path) -> None:
     )
 
 
-def test_the_papers_table_1_is_quoted_whole() -> None:
-    """Fine-tuned and linear scores by the table's letters; the default row stands once."""
+def test_table_1_of_the_paper_is_complete() -> None:
+    """Compare the fine-tuning and linear probing scores per sub-table; the default row is quoted once."""
     rows = [row for row in load_published() if row.ablation and row.place.startswith("Table 1")]
     linear = {row.ablation: row.value for row in rows if row.protocol == "linear-90ep"}
     found: dict[str, list[tuple[float, float]]] = {}

@@ -1,4 +1,4 @@
-"""The comparison: known answers, like with like, nothing in place of what is missing."""
+"""Test the comparison: known statistics, comparable records only, and no value for a missing score."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_mean_std_and_paired_interval_by_hand(folder: Folder, seeds: Callable) -
     )
 
 
-def test_other_seeds_are_not_paired(folder: Folder, seeds: Callable) -> None:
+def test_different_seeds_are_not_paired(folder: Folder, seeds: Callable) -> None:
     seeds("supervised", 60.0, 62.0, 64.0)
     seeds("mae", 61.0, 64.0)
     change = read(folder).cells["mae"][0].difference
@@ -109,7 +109,7 @@ def test_a_protocol_without_any_score_has_its_column(folder: Folder, seeds: Call
     assert comparison.verdicts[1] == "ade20k upernet-160k-512: no scores."
 
 
-def test_a_failed_seed_beside_measured_ones_is_kept(folder: Folder, seeds: Callable) -> None:
+def test_a_failed_seed_next_to_measured_ones_is_kept(folder: Folder, seeds: Callable) -> None:
     seeds("mae", 60.0, 61.0)
     folder.fail("mae", seed=2)
     cell = read(folder).cells["mae"][0]
@@ -124,7 +124,7 @@ def test_a_failed_seed_beside_measured_ones_is_kept(folder: Folder, seeds: Calla
         ({"config": {"kind": "linear_probe", "base_lr": 0.2}}, "config.base_lr (0.1 / 0.2)"),
     ],
 )
-def test_unlike_records_are_not_mixed_and_the_conflict_is_named(
+def test_records_that_differ_get_separate_columns_and_a_named_conflict(
     folder: Folder, seeds: Callable, change: dict, named: str
 ) -> None:
     seeds("supervised", 60.0, 61.0)
@@ -150,7 +150,7 @@ def test_another_split_data_set_or_protocol_is_another_column_and_no_conflict(
     assert all(cell.difference is None for cell in comparison.cells["mae"])
 
 
-def test_where_the_data_lies_and_who_loads_it_is_no_difference(folder: Folder, seeds: Callable) -> None:
+def test_data_path_and_loading_options_make_no_difference(folder: Folder, seeds: Callable) -> None:
     seeds("supervised", 60.0)
     seeds(
         "mae",
@@ -168,7 +168,7 @@ def test_where_the_data_lies_and_who_loads_it_is_no_difference(folder: Folder, s
     assert comparison.problems == []
 
 
-def test_a_score_of_another_backbone_than_the_rows_is_named(folder: Folder) -> None:
+def test_a_score_of_a_backbone_that_was_not_pretrained_for_the_row_is_named(folder: Folder) -> None:
     pretrain: dict[str, Any] = {"task": "pretrain", "protocol": "mae", "main_metric": "loss"}
     folder.add("mae", 0.5, backbone_digest="1", **pretrain)
     folder.add("mae", 61.0, backbone_digest="1")
@@ -180,7 +180,7 @@ def test_a_score_of_another_backbone_than_the_rows_is_named(folder: Folder) -> N
     )
 
 
-def test_of_a_seed_recorded_twice_the_newer_counts_and_both_are_named(folder: Folder) -> None:
+def test_the_newer_of_two_records_of_a_seed_is_used_and_both_are_named(folder: Folder) -> None:
     folder.add("supervised", 60.0)
     folder.add("mae", 61.0, finished="2026-11-21T13:00:00Z")
     folder.add("mae", 99.0, finished="2026-11-20T13:00:00Z")
@@ -198,7 +198,7 @@ def test_seeds_of_different_architectures_are_named(folder: Folder) -> None:
     assert "different architectures" in read(folder).problems[0]
 
 
-def test_without_the_baseline_the_table_stands(folder: Folder, seeds: Callable) -> None:
+def test_without_the_baseline_there_are_scores_but_no_differences(folder: Folder, seeds: Callable) -> None:
     seeds("mae", 61.0, 62.0)
     seeds("random", 20.0, 21.0)
     comparison = read(folder)
@@ -208,7 +208,7 @@ def test_without_the_baseline_the_table_stands(folder: Folder, seeds: Callable) 
     assert "supervised has no score" in comparison.verdicts[0]
 
 
-def test_another_baseline_can_be_named(folder: Folder, seeds: Callable) -> None:
+def test_the_baseline_can_be_chosen(folder: Folder, seeds: Callable) -> None:
     seeds("mae", 61.0)
     seeds("random", 20.0)
     comparison = read(folder, "random")
@@ -216,7 +216,7 @@ def test_another_baseline_can_be_named(folder: Folder, seeds: Callable) -> None:
     assert comparison.cells["mae"][0].difference.value == 41  # type: ignore[union-attr]
 
 
-def test_seeds_that_change_nothing_give_no_interval(folder: Folder, seeds: Callable) -> None:
+def test_identical_scores_in_every_seed_give_no_interval(folder: Folder, seeds: Callable) -> None:
     seeds("supervised", 40.0, 40.0, 40.0)
     seeds("mae", 53.5, 53.5, 53.5)
     seeds("other", 53.0, 53.5, 54.0)
@@ -232,7 +232,7 @@ def test_seeds_that_change_nothing_give_no_interval(folder: Folder, seeds: Calla
     assert any("every seed gave the same score" in note for note in comparison.notes)
 
 
-def test_pretraining_is_a_cost_and_no_column(folder: Folder, seeds: Callable) -> None:
+def test_pretraining_is_a_cost_and_not_a_column(folder: Folder, seeds: Callable) -> None:
     seeds("mae", 61.0)
     seeds(
         "mae",
@@ -256,13 +256,13 @@ def test_pretraining_is_a_cost_and_no_column(folder: Folder, seeds: Callable) ->
     ("config", "cost", "seconds"),
     [
         ({"epochs": 3}, {"seconds_train": 20.0, "seconds_eval": 2.0}, 22),
-        ({"epochs": 3}, {"seconds_eval": 2.0}, None),  # it was trained, and nobody knows for how long
+        ({"epochs": 3}, {"seconds_eval": 2.0}, None),  # trained, without a recorded time
         ({"epochs": 3}, {"seconds_train": 20.0, "seconds_features": 5.0, "seconds_eval": 2.0}, 27),
         ({"ks": [20]}, {"seconds_features": 5.0, "seconds_eval": 2.0}, 7),  # nothing was trained
         ({}, {"params": 5e6}, None),
     ],
 )
-def test_the_time_of_a_transfer_has_all_its_parts(
+def test_the_time_of_a_transfer_is_the_sum_of_its_parts(
     folder: Folder, config: dict[str, object], cost: dict[str, float], seconds: float | None
 ) -> None:
     folder.add("mae", 61.0, config=config, cost=cost)
@@ -272,7 +272,7 @@ def test_the_time_of_a_transfer_has_all_its_parts(
     assert comparison.costs[0].seconds_features == cost.get("seconds_features")
 
 
-def test_a_spread_over_one_backbone_is_called_the_transfers(folder: Folder, seeds: Callable) -> None:
+def test_seeds_of_one_backbone_are_noted_as_spread_of_the_transfer(folder: Folder, seeds: Callable) -> None:
     seeds("mae", 60.0, 61.0)
     folder.add("random", 20.0, 0)
     folder.add("random", 21.0, 1, backbone_digest="e" * 64)

@@ -1,4 +1,4 @@
-"""Partial fine-tuning is drawn as a curve over the seeds, and the published one stands apart from it."""
+"""Test the curve of partial fine-tuning and its chart, with the published curve apart from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add(folder: Folder, backbone: str, seed: int, points: dict[str, float]) -> N
 
 @pytest.fixture
 def partial(folder: Folder) -> Folder:
-    """Two rows, one of them of a shallower backbone; in the names' order 10 would stand before 2."""
+    """Two rows, one with a shallower backbone. Sorted as text, 10 blocks would precede 2."""
     for seed, shift in enumerate((-1.0, 0.0, 1.0)):
         add(folder, "mae", seed, {"0": 30 + shift, "0.5": 50 + shift, "2": 60 + shift, "10": 70 + shift})
         add(folder, "supervised", seed, {"0": 40, "0.5": 45, "2": 50})
@@ -64,7 +64,7 @@ def test_points_are_means_over_seeds_in_the_order_of_the_blocks(partial: Folder)
     ]
 
 
-def test_numbers_of_blocks_rise_whatever_each_row_has() -> None:
+def test_numbers_of_blocks_are_sorted_over_all_rows() -> None:
     one = Measured(1.0, None, 1, "%", "higher")
     points: dict[str, dict[float, Measured]] = {
         "deep": {24: one, 12: one},
@@ -73,12 +73,12 @@ def test_numbers_of_blocks_rise_whatever_each_row_has() -> None:
     assert Curve("", "", points, {}).num_blocks == [0, 0.5, 6, 12, 24]
 
 
-def test_points_stand_in_the_curves_table_alone(partial: Folder) -> None:
+def test_points_are_only_in_the_table_of_the_curve(partial: Folder) -> None:
     comparison = compare(load_runs(partial.root))
     assert [metrics.build_table(comparison, place) for place in range(2)] == [None, None]
 
 
-def test_a_single_number_of_blocks_is_no_curve(folder: Folder) -> None:
+def test_a_single_number_of_blocks_is_not_a_curve(folder: Folder) -> None:
     add(folder, "mae", 0, {"1": 50})
     assert build_curves(compare(load_runs(folder.root))) == []
 
@@ -87,7 +87,7 @@ def test_a_single_number_of_blocks_is_no_curve(folder: Folder) -> None:
     ("method", "count", "value"),
     [("MAE", 0, 73.5), ("MAE", 0.5, 79.1), ("MAE", 4, 84.2), ("MoCo v3", 4, 81.6)],
 )
-def test_the_published_curve_is_the_papers(method: str, count: float, value: float) -> None:
+def test_the_published_curve_matches_the_paper(method: str, count: float, value: float) -> None:
     (curve,) = build_published_curves()
     assert curve.points[method][count].mean == value
     assert "Figure 9" in curve.name
@@ -96,7 +96,7 @@ def test_the_published_curve_is_the_papers(method: str, count: float, value: flo
     assert 0.5 not in curve.points["MoCo v3"]
 
 
-def test_the_paper_is_in_a_chart_of_its_own(partial: Folder, tmp_path: Path) -> None:
+def test_the_published_curve_has_its_own_chart(partial: Folder, tmp_path: Path) -> None:
     markdown, _, text, html = (
         path.read_text(encoding="utf-8") for path in write_report(partial.root, tmp_path / "out")
     )
@@ -114,7 +114,7 @@ def test_the_paper_is_in_a_chart_of_its_own(partial: Folder, tmp_path: Path) -> 
     assert json.loads(text)["cells"]["mae"][1]["metrics"]["top1_blocks_0.5"]["mean"] == 50
 
 
-def test_without_curves_nothing_is_quoted(folder: Folder, tmp_path: Path) -> None:
+def test_without_measured_curves_none_is_quoted(folder: Folder, tmp_path: Path) -> None:
     folder.add("mae", 50.0)
     assert not [
         path
@@ -123,20 +123,20 @@ def test_without_curves_nothing_is_quoted(folder: Folder, tmp_path: Path) -> Non
     ]
 
 
-def test_numbers_stand_in_even_steps_and_values_to_scale() -> None:
+def test_x_is_evenly_spaced_and_y_is_to_scale() -> None:
     spots = polyline(drawn({"mae": {0: 70.0, 1: 75.0, 24: 85.0}}), "line0")
     (x0, y0), (x1, y1), (x2, y2) = spots
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
     assert (y1 - y2) == pytest.approx(2 * (y0 - y1), abs=0.3)
 
 
-def test_a_missing_point_keeps_the_place_of_its_number() -> None:
+def test_a_missing_point_leaves_its_place_empty() -> None:
     svg = drawn({"whole": {0: 1.0, 1: 2.0, 2: 3.0}, "part": {0: 1.0, 2: 3.0}})
     whole, part = polyline(svg, "line0"), polyline(svg, "line1")
     assert part[1][0] - part[0][0] == pytest.approx(whole[2][0] - whole[0][0], abs=0.2)
 
 
-def test_the_baseline_is_grey_and_whiskers_reach_a_deviation() -> None:
+def test_the_baseline_is_grey_and_whiskers_are_one_deviation_long() -> None:
     svg = drawn({"supervised": {0: 10.0, 1: 20.0}, "mae": {0: 12.0, 1: 22.0}}, std=2.0, baseline="supervised")
     (_, low), (_, high) = polyline(svg, "plainline")
     whisker = next(line for line in svg.findall("g[@class='line0']/line") if "class" not in line.attrib)
@@ -147,7 +147,7 @@ def test_the_baseline_is_grey_and_whiskers_reach_a_deviation() -> None:
 @pytest.mark.parametrize(
     "values", [[50.0] * 5, [50.0 + i / 10 for i in range(14)], [0.0, 100.0, 99.9], [1e-9, 0.0]]
 )
-def test_names_do_not_overlap_and_nothing_leaves_the_picture(values: list[float]) -> None:
+def test_names_do_not_overlap_and_everything_is_inside_the_picture(values: list[float]) -> None:
     svg = drawn({f"row {i}": {0: value, 1: value} for i, value in enumerate(values)})
     *_, width, height = map(float, svg.attrib["viewBox"].split())
     names = sorted(float(text.attrib["y"]) for text in svg.findall("g/text"))

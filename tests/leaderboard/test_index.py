@@ -1,4 +1,4 @@
-"""Reading a folder of runs: everything is found, nothing is dropped without a word."""
+"""Test that a folder of runs is read completely and that every ignored file is named."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_broken_record_is_named_and_the_rest_is_shown(folder: Folder, change: 
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"null"])
-def test_files_that_are_no_records_are_named(folder: Folder, content: bytes) -> None:
+def test_files_that_are_not_records_are_named(folder: Folder, content: bytes) -> None:
     folder.add("supervised", 60)
     folder.add("mae", 61).write_bytes(content)
     folder.fail("mae").write_bytes(content)
@@ -63,7 +63,7 @@ def test_files_that_are_no_records_are_named(folder: Folder, content: bytes) -> 
     ]
 
 
-def test_a_failure_beside_a_record_is_stale(folder: Folder) -> None:
+def test_a_failure_next_to_a_record_is_ignored(folder: Folder) -> None:
     path = folder.add("mae", 61)
     folder.fail("mae").rename(path.parent / "failure.json")
     runs = load_runs(folder.root)
@@ -72,7 +72,7 @@ def test_a_failure_beside_a_record_is_stale(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_no_result_at_all_says_what_to_do(folder: Folder, exists: bool) -> None:
+def test_an_empty_folder_is_an_error_with_a_next_step(folder: Folder, exists: bool) -> None:
     if exists:
         folder.root.mkdir()
     with pytest.raises(RecordError) as caught:

@@ -1,4 +1,4 @@
-"""What a protocol measures beside its score is in the report: numbers of labels, neighbours, best epochs, the chosen head."""
+"""Test that the report has every metric of a protocol: label counts, neighbours, best epochs, margins."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def lines(comparison: Comparison) -> list[list[str]]:
     return [[cell.text for cell in row] for row in table(comparison).rows]
 
 
-def test_numbers_of_labels_stand_in_the_records_order_with_their_margins(folder: Folder) -> None:
+def test_metrics_keep_the_order_of_the_records_and_show_their_margins(folder: Folder) -> None:
     for seed, shift in enumerate((-1, 1)):
         metrics = {f"top1_{name}": Metric(20.0 + shift) for name in ("1shot", "10shot", "1%")}
         metrics |= {
@@ -55,12 +55,12 @@ def test_numbers_of_labels_stand_in_the_records_order_with_their_margins(folder:
     assert "over the draws of one record" in table(comparison).caption
 
 
-def test_a_margin_of_nothing_is_a_metric(folder: Folder) -> None:
+def test_a_margin_without_its_metric_is_a_metric(folder: Folder) -> None:
     folder.add("mae", 0, metrics={"top1": Metric(5.0), "safety_margin": Metric(1.5, "px")})
     assert lines(read(folder)) == [["mae", "5.00", "1.500"]]
 
 
-def test_what_lies_on_the_best_epoch_is_said_to_be_chosen_on_val(folder: Folder) -> None:
+def test_the_best_epoch_is_marked_as_selected_on_the_evaluated_images(folder: Folder) -> None:
     folder.add(
         "mae", 0, metrics={"top1": Metric(60.0), "best_top1": Metric(61.0), "best_epoch": Metric(7, "epochs")}
     )
@@ -71,7 +71,7 @@ def test_what_lies_on_the_best_epoch_is_said_to_be_chosen_on_val(folder: Folder)
     assert comparison.cells["mae"][0].mean == 60
 
 
-def test_the_direction_of_each_metric_is_said(folder: Folder) -> None:
+def test_a_metric_where_lower_is_better_says_so(folder: Folder) -> None:
     for row, error in (("supervised", 60.0), ("mae", 52.0)):
         folder.add(
             row, 0, metrics={"mCE": Metric(error, "%", "lower"), "top1": Metric(50.0)}, main_metric="mCE"
@@ -81,14 +81,14 @@ def test_the_direction_of_each_metric_is_said(folder: Folder) -> None:
     assert comparison.cells["mae"][0].is_best
 
 
-def test_a_metric_that_some_records_lack_says_how_many_have_it(folder: Folder) -> None:
+def test_a_metric_missing_in_some_records_states_its_number_of_seeds(folder: Folder) -> None:
     folder.add("mae", 0, 0, metrics={"top1": Metric(60.0), "top5": Metric(80.0)})
     folder.add("mae", 0, 1, metrics={"top1": Metric(62.0)})
     folder.add("supervised", 61.0)
     assert lines(read(folder)) == [["supervised", "61.0", "-"], ["mae", "61.0 ± 1.4", "80.0 n=1"]]
 
 
-def test_a_score_alone_needs_no_table(folder: Folder, tmp_path: Path) -> None:
+def test_a_score_without_further_metrics_has_no_table(folder: Folder, tmp_path: Path) -> None:
     folder.add("mae", 50.0)
     assert build_table(read(folder), 0) is None
     assert not [
@@ -98,7 +98,7 @@ def test_a_score_alone_needs_no_table(folder: Folder, tmp_path: Path) -> None:
     ]
 
 
-def test_names_of_metrics_are_text(folder: Folder, tmp_path: Path) -> None:
+def test_names_of_metrics_are_escaped(folder: Folder, tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     folder.add(
         "mae",

@@ -1,11 +1,11 @@
-"""Quoted numbers: each has its source, and the ones that readers look for are right."""
+"""Test that every published number has its source, and that the best-known ones are right."""
 
 import pytest
 
 from leaderboard.published import load_published, select_published
 
 
-def test_every_row_says_whose_number_it_is() -> None:
+def test_every_row_has_its_source() -> None:
     for row in load_published():
         assert row.url.startswith("https://")
         assert all(
@@ -25,7 +25,7 @@ def test_every_row_says_whose_number_it_is() -> None:
         assert (row.unit, row.direction) == ("%", "lower" if row.metric == "mCE" else "higher")
 
 
-def test_no_number_stands_twice() -> None:
+def test_no_number_is_quoted_twice() -> None:
     keys = [
         (
             r.method,
@@ -57,7 +57,7 @@ def test_no_number_stands_twice() -> None:
         ("ViT-H/14 at 448", "transfer-448", "top1", "Places365", "Table 6", 60.3),
     ],
 )
-def test_the_papers_mae_rows(
+def test_the_mae_rows_match_the_papers(
     backbone: str, protocol: str, metric: str, dataset: str, place: str, value: float
 ) -> None:
     key = ("MAE", backbone, protocol, metric, dataset, place)
@@ -69,10 +69,10 @@ def test_the_papers_mae_rows(
     assert found == [value]
 
 
-def test_points_of_a_curve_are_not_quoted_one_by_one() -> None:
+def test_points_of_curves_and_rows_of_ablations_are_not_selected() -> None:
     assert any(row.blocks is not None for row in load_published())
     assert all(row.blocks is None and not row.ablation for row in select_published({"imagenet"}))
 
 
-def test_only_the_tasks_that_were_run_are_quoted() -> None:
+def test_only_tasks_that_were_run_are_selected() -> None:
     assert {row.task for row in select_published({"coco", "pretrain"})} == {"coco"}

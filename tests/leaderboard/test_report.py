@@ -1,4 +1,4 @@
-"""Every rendering of one folder of runs: the same numbers, nothing from a record that a page would run."""
+"""Test every rendering of one folder of runs: the same numbers, and no text of a record that a page would run."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ if TYPE_CHECKING:
 
 EVIL = "<script>alert(1)</script>"
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 class Page(HTMLParser):
-    """What a browser would load, run or show of a page."""
+    """The addresses, tags and table rows of a page, as a browser reads them."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -211,7 +210,7 @@ def test_charts_start_at_zero(folder: Folder, seeds: Callable, tmp_path: Path) -
     assert '<rect class="bar" x="0.0" y="60" width="160.0"' in html
 
 
-def test_negative_scores_hang_below_zero(folder: Folder, seeds: Callable, tmp_path: Path) -> None:
+def test_bars_of_negative_scores_end_at_zero(folder: Folder, seeds: Callable, tmp_path: Path) -> None:
     seeds("supervised", -2.0)
     seeds("mae", -1.0)
     html = write_report(folder.root, tmp_path / "out")[-1].read_text()
@@ -219,7 +218,7 @@ def test_negative_scores_hang_below_zero(folder: Folder, seeds: Callable, tmp_pa
     assert '<rect class="bar" x="160.0" y="60" width="160.0"' in html
 
 
-def test_the_package_is_light() -> None:
+def test_importing_the_report_loads_no_heavy_package() -> None:
     heavy = "{'torch', 'pandas', 'numpy', 'rich'} & set(sys.modules)"
     code = f"import sys, leaderboard.report; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -232,7 +231,7 @@ def test_only_failures_make_a_report(folder: Folder, tmp_path: Path) -> None:
         assert "disk is full" in path.read_text()
 
 
-def test_a_folder_that_cannot_be_written_is_a_users_error(runs: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_a_user_error(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RecordError, match="cannot be written"):
         write_report(runs, tmp_path / "file")
