@@ -11,6 +11,7 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Output folder; runs/NAME by default.")]
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Number of concurrent worker processes.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and run nothing, as `plan` does.")]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON, and only that, to stdout.")]
 
 

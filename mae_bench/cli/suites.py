@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mae_bench.cli.options import Format, Jobs, Json, Out, Overrides, Trust, Weights
+from mae_bench.cli.options import DryRun, Format, Jobs, Json, Out, Overrides, Trust, Weights
 from mae_bench.cli.output import FAILED, print_answer, print_json
 from mae_bench.errors import UserError
 
@@ -25,9 +25,15 @@ FILE_WIDTH = 100  # columns of a table that is written to a file
 Source = str | Callable[[], dict[str, Any]]
 
 
-def demo(overrides: Overrides = None, out: Out = None, jobs: Jobs = None, as_json: Json = False) -> None:
+def demo(
+    overrides: Overrides = None,
+    out: Out = None,
+    jobs: Jobs = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
     """Run the full benchmark once on generated toy data: three backbones, four tasks, a leaderboard."""
-    _run(DEMO, overrides, out, jobs, as_json)
+    _run(DEMO, overrides, out, jobs, dry_run, as_json)
 
 
 def run(
@@ -38,10 +44,11 @@ def run(
     overrides: Overrides = None,
     out: Out = None,
     jobs: Jobs = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Run every unfinished cell of a suite, then write the report."""
-    _run(suite, overrides, out, jobs, as_json)
+    _run(suite, overrides, out, jobs, dry_run, as_json)
 
 
 def pretrain(
@@ -61,6 +68,7 @@ def pretrain(
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option("--device", help="The device to train on.")
     ] = "auto",
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Train one backbone. Every other command reads the folder `export/` in its output as a checkpoint.
@@ -78,7 +86,7 @@ def pretrain(
         value = {"name": name, "backbones": {name: job}, "backbone_seed": seed, "device": device}
         return value | ({"processes": processes} if processes else {})
 
-    _run(suite, None, out, None, as_json)
+    _run(suite, None, out, None, dry_run, as_json)
 
 
 def evaluate(
@@ -98,6 +106,7 @@ def evaluate(
     format: Format = None,
     weights: Weights = None,
     trust: Trust = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Transfer given checkpoints to given tasks.
@@ -107,7 +116,7 @@ def evaluate(
     """
     options: dict[str, Any] = {"format": format, "weights": weights, "trust": trust or None}
     given = {key: value for key, value in options.items() if value is not None}
-    _run(lambda: _evaluation_suite(checkpoint, tasks, given), overrides, out, jobs, as_json)
+    _run(lambda: _evaluation_suite(checkpoint, tasks, given), overrides, out, jobs, dry_run, as_json)
 
 
 def _evaluation_suite(checkpoints: list[str], tasks: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -140,10 +149,14 @@ def plan(
 
     Exit codes: 0 all can run, 1 some would fail.
     """
+    _print_plan(suite, overrides or [], out, as_json)
+
+
+def _print_plan(source: Source, changes: list[str], out: Path | None, as_json: bool) -> None:
     from mae_bench.runner.plan import plan_of, render
     from mae_bench.suite.config import load_suite
 
-    found = plan_of(load_suite(suite, overrides or [], out))
+    found = plan_of(load_suite(source() if callable(source) else source, changes, out))
     print_answer(found, render(found), as_json)
     if any(cell["state"] == "would fail" for cell in found["cells"]):
         raise typer.Exit(FAILED)
@@ -176,7 +189,12 @@ def report(
 
 
 def _run(
-    source: Source, overrides: list[str] | None, out: Path | None, jobs: int | None, as_json: bool
+    source: Source,
+    overrides: list[str] | None,
+    out: Path | None,
+    jobs: int | None,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Run a suite; of several launched processes, rank 0 runs it and the others follow its orders."""
     from mae_bench.runner.launcher import LaunchGroup, launched
@@ -185,6 +203,9 @@ def _run(
     changes = list(overrides or [])
     if jobs:
         changes.append(f"jobs={jobs}")
+    if dry_run:
+        _print_plan(source, changes, out, as_json)
+        return
     if not launched():
         _run_suite(source, changes, out, as_json, None)
         return
