@@ -19,6 +19,9 @@ Model = TypeVar("Model", bound=nn.Module)
 # one rounding of an entry reaches the tokens of a toy of two blocks about once, and eight are allowed.
 FLOAT32_TABLES = 8 * torch.finfo(torch.float32).eps
 
+# Rounding errors of a mean over a batch: torch sums in blocks, whose error grows with the logarithm of the number of terms.
+MEAN = 64
+
 
 def assert_parity(ours: Any, reference: Any, *, rtol: float = 1e-9, msg: str = "") -> None:
     """Assert that `ours` equals `reference` up to `rtol` times the largest magnitude of the reference.
