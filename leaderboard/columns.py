@@ -23,7 +23,7 @@ def group_columns(runs: list[Run], problems: list[str]) -> list[tuple[Column, li
     """
     columns = []
     for _, group in group_by(runs, lambda run: _column_key(run.record)):
-        variants = [members for _, members in group_by(group, lambda run: _signature(run.record))]
+        variants = [members for _, members in group_by(group, lambda run: _encode_conditions(run.record))]
         variants.sort(key=len, reverse=True)
         for i, members in enumerate(variants):
             letter = _name_variant(i) if len(variants) > 1 else ""
@@ -37,11 +37,11 @@ def _column_key(record: ResultRecord) -> tuple[str, ...]:
     return record.task, record.protocol, record.dataset, record.split, record.main_metric
 
 
-def _signature(record: ResultRecord) -> str:
-    return json.dumps(_conditions(record), sort_keys=True, default=str)
+def _encode_conditions(record: ResultRecord) -> str:
+    return json.dumps(_collect_conditions(record), sort_keys=True, default=str)
 
 
-def _conditions(record: ResultRecord) -> dict[str, Any]:
+def _collect_conditions(record: ResultRecord) -> dict[str, Any]:
     """Return what two scores must share to be comparable."""
     return {
         "data_digest": record.data_digest,
@@ -82,7 +82,7 @@ def _build_column(members: list[Run], variant: str) -> Column:
 
 def _describe_conflict(records: list[ResultRecord]) -> str:
     """Return a sentence that names what the records of the variants of a column differ in."""
-    conditions = [_flatten(_conditions(record)) for record in records]
+    conditions = [_flatten(_collect_conditions(record)) for record in records]
     keys = sorted({key for flat in conditions for key in flat})
     differing = [key for key in keys if len({repr(flat.get(key)) for flat in conditions}) > 1]
     shown = [

@@ -116,14 +116,15 @@ def build_table(curve: Curve) -> Table:
     columns = []
     for count in counts:
         own = [points.get(count) for points in curve.points.values()]
-        columns.append(_build_cells(own, num_seeds))
+        columns.append(build_cells(own, num_seeds))
     rows = tuple((TableCell(row), *own) for row, *own in zip(curve.points, *columns, strict=True))
     headers = (Header("tuned blocks", align="left"), *(Header(f"{count:g}") for count in counts))
     caption = f"{curve.name}: {curve.place}. {curve.note}".strip()
     return Table(f"Points of {curve.name}", headers, rows, caption=caption)
 
 
-def _build_cells(values: Sequence[Measured | None], num_seeds: list[int]) -> list[TableCell]:
+def build_cells(values: Sequence[Measured | None], num_seeds: Sequence[int]) -> list[TableCell]:
+    """Return one metric of several cells as table cells."""
     texts = format_metric(values, num_seeds)
     return [
         TableCell(text, value=value.mean if value else None)

@@ -2,10 +2,10 @@
 
 from statistics import fmean
 
-from leaderboard.curve import is_point
+from leaderboard.curve import build_cells, is_point
 from leaderboard.sections import Block, Fold, Header, Paragraph, Results, Section, Table, TableCell
 from leaderboard.table import Comparison, Measured
-from leaderboard.wording import format_metric, name_column, name_data
+from leaderboard.wording import name_column, name_data
 from mae_bench.intervals import sample_std
 from mae_bench.record import ResultRecord
 
@@ -64,14 +64,7 @@ def build_table(comparison: Comparison, place: int) -> Table | None:
     num_seeds = [len(cell.values) for cell in cells.values()]
     columns = []
     for name in shown:
-        own = [cell.metrics.get(name) for cell in cells.values()]
-        texts = format_metric(own, num_seeds)
-        columns.append(
-            [
-                TableCell(text, value=value.mean if value else None)
-                for text, value in zip(texts, own, strict=True)
-            ]
-        )
+        columns.append(build_cells([cell.metrics.get(name) for cell in cells.values()], num_seeds))
     rows = tuple((TableCell(row), *own) for row, *own in zip(cells, *columns, strict=True))
     headers = (
         Header("backbone", align="left"),

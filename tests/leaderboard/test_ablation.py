@@ -1,4 +1,4 @@
-"""Test that published and measured results of an ablation are paired, and called comparable only if they are."""
+"""Test that published and measured results of an ablation are paired, and comparable only if they are alike."""
 
 from __future__ import annotations
 

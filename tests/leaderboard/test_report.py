@@ -1,4 +1,4 @@
-"""Test every rendering of one folder of runs: the same numbers, and no text of a record that a page would run."""
+"""Test every rendering of one folder of runs: the same numbers, and all text of records escaped."""
 
 from __future__ import annotations
 
