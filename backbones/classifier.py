@@ -21,7 +21,7 @@ PROBE_NORM = "head.0"
 PROBE_EPS = 1e-6  # main_linprobe.py
 
 
-def head_of(checkpoint: Checkpoint) -> nn.Linear | None:
+def extract_head(checkpoint: Checkpoint) -> nn.Linear | None:
     """The linear classifier in a checkpoint, None where there is none; a probe's BatchNorm is folded into it.
 
     UserError for a head that is no plain linear layer on pooled features (a distilled model's two).
@@ -61,7 +61,7 @@ def write_head(folder: Path, head: nn.Linear, classes: list[str], spec: Backbone
     write_safetensors(folder / HEAD_FILE, weights, spec, {"classes": classes})
 
 
-def read_head(source: str | Path) -> tuple[nn.Linear, list[str]]:
+def load_head(source: str | Path) -> tuple[nn.Linear, list[str]]:
     """The head that `write_head` put beside the exported backbone behind `source`, and its classes (none where unknown).
 
     UserError where there is none."""
@@ -78,7 +78,7 @@ def read_head(source: str | Path) -> tuple[nn.Linear, list[str]]:
 
 
 def has_head(source: str | Path) -> bool:
-    """Whether `read_head` finds one."""
+    """Whether `load_head` finds one."""
     return _head_file(source) is not None
 
 

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: its format, architecture, sizes, digests, contents, spec and report, as JSON or for a terminal."""
+"""Describe a checkpoint: format, architecture, sizes, digests, contents, spec and report, as JSON or for a terminal."""
 
 import argparse
 import math
@@ -7,38 +7,36 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from backbones.load import check_fit, make_report, translate
-from backbones.reading.source import Checkpoint, open_source
+from backbones.load import ReadOptions, read_backbone
+from backbones.reading.source import Checkpoint
 from backbones.reading.unwrap import SeveralSets
 from backbones.translating.origins import find_family, find_origins, get_published
-from backbones.translating.structure import infer_global_pool
 from mae_bench.errors import UserError
-from mae_bench.models.vit import ARCHS, build_vit
+from mae_bench.models.vit import ARCHS
 from mae_bench.spec import BackboneSpec
 
-NAMES = {
+NAMES = {  # (embed_dim, depth) of the standard ViTs
     (192, 12): "ViT-Ti",
     (384, 12): "ViT-S",
     (768, 12): "ViT-B",
     (1024, 24): "ViT-L",
     (1280, 32): "ViT-H",
-}  # (width, depth)
-LONGEST = 1000  # characters of a text in a file that are shown
-PARTS = {  # what a component of a dropped tensor's name says that it belongs to; the first that fits
+}
+MAX_TEXT = 1000  # characters of a string in a file that are shown
+PARTS = {  # pattern of a dropped tensor's name -> the part of the model it belongs to; the first match counts
     r"(^|\.)\w*decoder": "decoder",
     r"(^|\.)mask_token": "mask token",
     r"(^|\.)(\w*head\w*|\w*classifier|fc|projector|predictor|visual_projection)\.": "head",
     r"(^|\.)(text_model|transformer\.resblocks|token_embedding|text_projection)(\.|$)": "text tower",
 }
-STATES = (
+TRAINING_STATE = (  # keys of a file that hold the state of its training
     "optimizer",
     "optimizer_states",
     "optim",
@@ -47,36 +45,27 @@ STATES = (
     "lr_schedulers",
     "scheduler",
     "amp",
-)  # of a training
+)
+SET_FIELDS = ("weights", "format", "architecture", "tensors", "parameters")  # shown for each of several sets
 
 
-def inspect_checkpoint(
-    source: str | Path,
-    format: str | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    weights: str | None = None,
-    *,
-    trust: bool = False,
-) -> dict[str, Any]:
-    """A JSON-ready description of a checkpoint; everything that `load_backbone` refuses raises the same UserError here.
+def inspect_checkpoint(source: str | Path, **options: Unpack[ReadOptions]) -> dict[str, Any]:
+    """Return a JSON-ready description of a checkpoint; raise UserError where `load_backbone` does.
 
-    A file with several sets of ViT weights, of which `weights` names none, is described by the list of them (`sets`).
+    If the file holds several sets of ViT weights and `weights` names none of them, the description lists the sets
+    (`sets`). options: `backbones.load.ReadOptions`.
     """
     try:
-        checkpoint = open_source(source, weights=weights, trust=trust)
+        checkpoint, translation, spec, report = read_backbone(source, **options)
     except SeveralSets as several:
-        if weights is not None:
+        if options.get("weights") is not None:
             raise
-        return _describe_sets(source, several.labels, format, overrides, trust)
-    name, translation, spec = translate(checkpoint, format, overrides)
-    with torch.device("meta" if spec.arch == "vit" else "cpu"):
-        model = build_vit(spec, global_pool=infer_global_pool(translation.weights))
-    check_fit(model, translation.weights, checkpoint.source, name)
-    report = make_report(checkpoint, name, translation).to_dict()
+        return _describe_sets(source, several.labels, options)
+    account = report.to_dict()
     return {
         "source": checkpoint.source,
-        "format": name,
-        "architecture": architecture(spec),
+        "format": report.format,
+        "architecture": describe_architecture(spec),
         "weights": checkpoint.label,
         "sha256": checkpoint.digest,
         "files": checkpoint.files,
@@ -85,157 +74,155 @@ def inspect_checkpoint(
         "dtypes": dict(Counter(str(t.dtype).removeprefix("torch.") for t in checkpoint.stored.values())),
         "parameters": {
             "backbone": sum(tensor.numel() for tensor in translation.weights.values()),
-            **_parts(checkpoint, report["dropped"]),
+            **_count_dropped(checkpoint, report.dropped),
         },
-        "training_state": [key for key in checkpoint.extras if key in STATES],
+        "training_state": [key for key in checkpoint.extras if key in TRAINING_STATE],
         "wrapper": checkpoint.wrapper,
-        "extras": {str(key): _summary(value) for key, value in checkpoint.extras.items()},
+        "extras": {str(key): _summarise(value) for key, value in checkpoint.extras.items()},
         "spec": spec.to_dict(),
-        "origins": find_origins(name, translation, checkpoint, spec, overrides),
-        "published": get_published(find_family(name, translation.assumed)),
-        "report": report,
+        "origins": find_origins(report.format, translation, checkpoint, spec, options.get("overrides")),
+        "published": get_published(find_family(report.format, translation.assumed)),
+        "report": account,
     }
 
 
-def _describe_sets(
-    source: str | Path,
-    labels: list[str],
-    format: str | None,
-    overrides: Mapping[str, Any] | None,
-    trust: bool,
-) -> dict[str, Any]:
-    """Each set by what `--weights` calls it, with what it is or why it cannot be read."""
+def _describe_sets(source: str | Path, labels: list[str], options: ReadOptions) -> dict[str, Any]:
+    """Describe each set under the label that `weights` takes, or why it cannot be read."""
     rows: list[dict[str, Any]] = []
-    told: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for label in labels:
         try:
-            told = inspect_checkpoint(source, format, overrides, label, trust=trust)
-            rows.append(
-                {key: told[key] for key in ("weights", "format", "architecture", "tensors", "parameters")}
-            )
+            one: ReadOptions = {**options, "weights": label}
+            found = inspect_checkpoint(source, **one)
         except UserError as error:
             rows.append({"weights": label, "error": error.given, "fix": error.fix})
-    file = {key: told[key] for key in ("sha256", "files", "bytes") if told}
+            continue
+        rows.append({key: found[key] for key in SET_FIELDS})
+    file = {key: found[key] for key in ("sha256", "files", "bytes") if found}
     return {"source": str(source), **file, "sets": rows}
 
 
-def architecture(spec: BackboneSpec) -> str:
-    """ViT-B/16 and its like, else the widths; with the class that builds it unless that is "vit"; a timm name as it is."""
+def describe_architecture(spec: BackboneSpec) -> str:
+    """Return ViT-B/16 or the sizes of another ViT, with its class unless that is "vit"; a timm model's name as it is."""
     if spec.arch not in ARCHS:
         return spec.arch
     patch = "x".join(map(str, dict.fromkeys(spec.patch_size)))
-    widths = f"width {spec.embed_dim}, depth {spec.depth}, {spec.num_heads} heads"
-    name = NAMES.get((spec.embed_dim, spec.depth), f"ViT ({widths})")
+    sizes = f"width {spec.embed_dim}, depth {spec.depth}, {spec.num_heads} heads"
+    name = NAMES.get((spec.embed_dim, spec.depth), f"ViT ({sizes})")
     return f"{name}/{patch}" + ("" if spec.arch == "vit" else f" as {spec.arch}")
 
 
-def _parts(checkpoint: Checkpoint, dropped: Mapping[str, str]) -> dict[str, int]:
-    """Parameters of what is left out, by what it belongs to."""
+def _count_dropped(checkpoint: Checkpoint, dropped: Mapping[str, str]) -> dict[str, int]:
+    """Return the number of dropped parameters per part of the model; integer tensors (indices, counters) do not count."""
     parts: Counter[str] = Counter()
     stored = checkpoint.stored
     for key in dropped:
-        if stored[key].is_floating_point():  # else an index or a counter
-            parts[part_of(key)] += stored[key].numel()
+        if stored[key].is_floating_point():
+            parts[identify_part(key)] += stored[key].numel()
     return {part: count for part, count in parts.items() if count}
 
 
-def part_of(key: str) -> str:
-    """What a tensor that is left out belongs to, by its name."""
+def identify_part(key: str) -> str:
+    """Return the part of the model that a dropped tensor belongs to, by its name."""
     return next((part for pattern, part in PARTS.items() if re.search(pattern, key)), "other")
 
 
-def _summary(value: Any) -> Any:
-    """Numbers, strings and command lines as they are; of anything else its size."""
+def _summarise(value: Any) -> Any:
+    """Return numbers, strings and command lines as they are, and the type and size of anything else."""
     if isinstance(value, argparse.Namespace):
-        return {key: _summary(item) for key, item in vars(value).items()}
+        return {key: _summarise(item) for key, item in vars(value).items()}
     if isinstance(value, dict | list | tuple):
-        return f"{type(value).__name__} of {len(value)}"
+        return f"{type(value).__name__} of length {len(value)}"
     if isinstance(value, str):
-        return value[:LONGEST] + ("..." if len(value) > LONGEST else "")
-    if (
-        value is None
-        or (isinstance(value, int) and abs(value) < 2**64)
-        or (isinstance(value, float) and math.isfinite(value))
-    ):
-        return value
-    return type(value).__name__
+        return value[:MAX_TEXT] + ("..." if len(value) > MAX_TEXT else "")
+    is_int = isinstance(value, int) and abs(value) < 2**64
+    is_float = isinstance(value, float) and math.isfinite(value)
+    return value if value is None or is_int or is_float else type(value).__name__
 
 
 def render(inspection: Mapping[str, Any]) -> RenderableType:
-    """The description for a terminal: what it is, the spec with its origins, what became of the keys; or the sets to choose."""
+    """Render a description for a terminal: facts, digests, the spec with its origins and the keys; or the sets to choose from."""
     if "sets" in inspection:
         return _render_sets(inspection)
-    facts = _table(
-        {
-            "format": inspection["format"],
-            "architecture": inspection["architecture"],
-            "size": f"{inspection['bytes'] / 2**20:.1f} MiB, {inspection['tensors']} tensors, {', '.join(inspection['dtypes'])}",
-            **{f"{part} parameters": f"{count:,}" for part, count in inspection["parameters"].items()},
-            **{f"also in the file: {key}": value for key, value in inspection["extras"].items()},
-        },
-        inspection["source"],
+    size = f"{inspection['bytes'] / 2**20:.1f} MiB, {inspection['tensors']} tensors"
+    facts = {
+        "format": inspection["format"],
+        "architecture": inspection["architecture"],
+        "size": f"{size}, {', '.join(inspection['dtypes'])}",
+        **{f"{part} parameters": f"{count:,}" for part, count in inspection["parameters"].items()},
+        **{f"also in the file: {key}": value for key, value in inspection["extras"].items()},
+    }
+    return Group(
+        _table(facts, inspection["source"]),
+        _render_digests(inspection["files"] or {inspection["source"]: inspection["sha256"]}),
+        _render_spec(inspection),
+        _render_keys(inspection["report"]),
     )
-    report = inspection["report"]
-    reasons = Counter(report["dropped"].values())
-    account = {
-        "kept": f"{len(report['renamed'])} tensors, {sum(a != b for a, b in report['renamed'].items())} under another name",
-        **{f"dropped: {reason}": f"{count} tensors" for reason, count in reasons.items()},
-        **{
-            f"reshaped: {what}": f"{count} tensors"
-            for what, count in Counter(report["reshaped"].values()).items()
-        },
+
+
+def _render_keys(report: Mapping[str, Any]) -> RenderableType:
+    """Render the number of tensors that were kept, dropped and reshaped, with the reasons, and the notes."""
+    renamed = sum(name != target for name, target in report["renamed"].items())
+    dropped = Counter(report["dropped"].values())
+    reshaped = Counter(report["reshaped"].values())
+    rows = {
+        "kept": f"{_count(len(report['renamed']))}, {renamed} renamed",
+        **{f"dropped: {reason}": _count(count) for reason, count in dropped.items()},
+        **{f"reshaped: {what}": _count(count) for what, count in reshaped.items()},
         **{f"note {number}": note for number, note in enumerate(report["notes"], 1)},
     }
-    digests = _digests(inspection["files"] or {"it": inspection["sha256"]})
-    return Group(facts, digests, _render_spec(inspection), _table(account, "keys"))
+    return _table(rows, "keys")
 
 
-def _digests(files: Mapping[str, str]) -> RenderableType:
-    """As sha256sum prints them: a line each, however narrow the terminal."""
-    return Group(
-        "", _text("sha256", "bold"), *(_whole(f"{digest}  {name}") for name, digest in files.items())
-    )
+def _count(num_tensors: int) -> str:
+    return f"{num_tensors} tensor" + ("" if num_tensors == 1 else "s")
+
+
+def _render_digests(files: Mapping[str, str]) -> RenderableType:
+    """Render digests as sha256sum prints them: one unwrapped line per file, however narrow the terminal."""
+    lines = [_unwrapped(f"{digest}  {name}") for name, digest in files.items()]
+    return Group("", _text("sha256", "bold"), *lines)
 
 
 def _render_spec(inspection: Mapping[str, Any]) -> RenderableType:
-    """Fields, values and origins; where a family publishes its fields stands once, below."""
-    places: dict[str, int] = {}
+    """Render each field of the spec with its value and origin; sources of family values are numbered footnotes."""
+    sources: dict[str, int] = {}
     rows = {}
     for key, value in inspection["spec"].items():
-        origin, _, place = inspection["origins"][key].partition(": ")
-        if origin.startswith("family ") and place:
-            origin += f" [{places.setdefault(place, len(places) + 1)}]"
-        else:
-            origin = inspection["origins"][key]
+        origin = inspection["origins"][key]
+        family, _, source = origin.partition(": ")
+        if family.startswith("family ") and source:
+            origin = f"{family} [{sources.setdefault(source, len(sources) + 1)}]"
         rows[key] = (value, origin)
-    return Group(_table(rows, "spec"), *(_text(f"[{number}] {place}") for place, number in places.items()))
+    footnotes = [_text(f"[{number}] {source}") for source, number in sources.items()]
+    return Group(_table(rows, "spec"), *footnotes)
 
 
 def _render_sets(inspection: Mapping[str, Any]) -> RenderableType:
-    """For each set what chooses it, as it is copied, and what it is or why it cannot be read."""
+    """Render each set as the option that selects it, followed by what it is or why it cannot be read."""
     lines: list[RenderableType] = []
-    for found in inspection["sets"]:
-        told = found.get("error") or (
-            f"{found['format']}, {found['architecture']}, {found['parameters']['backbone']:,} parameters"
-        )
-        lines += [
-            _whole(f"--weights {shlex.quote(found['weights'])}", "cyan"),
-            Padding(_text(told), (0, 0, 0, 4)),
-        ]
-    title = f"{inspection['source']} holds {len(inspection['sets'])} sets of ViT weights; say which with"
-    return Group("", _text(title, "bold"), *lines, _digests(inspection.get("files", {})))
+    for row in inspection["sets"]:
+        option = f"--weights {shlex.quote(row['weights'])}"
+        if "error" in row:
+            description = row["error"]
+        else:
+            parameters = f"{row['parameters']['backbone']:,} parameters"
+            description = f"{row['format']}, {row['architecture']}, {parameters}"
+        lines += [_unwrapped(option, "cyan"), Padding(_text(description), (0, 0, 0, 4))]
+    title = f"{inspection['source']} holds {len(inspection['sets'])} sets of ViT weights; select one with"
+    return Group("", _text(title, "bold"), *lines, _render_digests(inspection.get("files", {})))
 
 
-def render_published(found: Mapping[str, Any]) -> RenderableType:
-    """How the family's authors feed it, for beside a suggestion; one line where the family is not known."""
-    if not found:
-        return Text("No published values are known for these weights.")
-    rows = {key: value for key, value in found.items() if key not in ("family", "source")}
-    return _table(rows, f"published for {found['family']}: {found['source']}")
+def render_published(values: Mapping[str, Any]) -> RenderableType:
+    """Render the preprocessing and pooling that the family's authors publish, or one line if the family is unknown."""
+    if not values:
+        return Text("No published preprocessing is known for these weights.")
+    rows = {key: value for key, value in values.items() if key not in ("family", "source")}
+    return _table(rows, f"published for {values['family']}: {values['source']}")
 
 
 def _table(rows: Mapping[str, Any], title: str) -> RenderableType:
-    """Names and values; a tuple is several columns."""
+    """Render names and values under a title; a tuple fills several columns."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column()
     for name, value in rows.items():
@@ -246,15 +233,14 @@ def _table(rows: Mapping[str, Any], title: str) -> RenderableType:
     return Group("", _text(title, "bold"), table)
 
 
-def _whole(line: str, style: str = "") -> Text:
-    """A line to copy: never wrapped nor cut."""
+def _unwrapped(line: str, style: str = "") -> Text:
+    """Return a line that can be copied: never wrapped or cropped."""
     text = _text(line, style)
     text.no_wrap, text.overflow = True, "ignore"
     return text
 
 
 def _text(value: Any, style: str = "") -> Text:
-    """Names in a file may look like markup, and may hold what steers a terminal."""
-    return Text(
-        "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value)), style=style
-    )
+    """Return plain text: names in a file may look like markup or contain terminal control characters."""
+    printable = [c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value)]
+    return Text("".join(printable), style=style)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from backbones.classifier import has_head, head_of, read_head, write_head
+from backbones.classifier import extract_head, has_head, load_head, write_head
 from backbones.config import CheckpointConfig
 from backbones.load import load_backbone
 from backbones.reading.source import Checkpoint, open_source
@@ -26,7 +26,7 @@ def run(config: CheckpointConfig, job: Job, progress: Progress) -> Outcome:
     progress.stage("export")
     provenance = {"config": job.config, "converted": report.to_dict()}
     digest = write_export(job.dir / EXPORT, model.state_dict(), spec, provenance)
-    notes = [*report.notes, *carry_head(checkpoint, job.dir / EXPORT, spec)]
+    notes = [*report.notes, *export_head(checkpoint, job.dir / EXPORT, spec)]
     return Outcome(
         task="pretrain",
         dataset=spec.pretrain_data,
@@ -43,15 +43,15 @@ def run(config: CheckpointConfig, job: Job, progress: Progress) -> Outcome:
     )
 
 
-def carry_head(checkpoint: Checkpoint, folder: Path, spec: BackboneSpec) -> list[str]:
+def export_head(checkpoint: Checkpoint, folder: Path, spec: BackboneSpec) -> list[str]:
     """Keeps the classifier that came with the backbone, if one did, for the protocols that train none.
 
     One that cannot be kept is no fault of the backbone: a note says why it was left behind."""
     if has_head(checkpoint.source):
-        write_head(folder, *read_head(checkpoint.source), spec)
+        write_head(folder, *load_head(checkpoint.source), spec)
         return []
     try:
-        head = head_of(checkpoint)
+        head = extract_head(checkpoint)
     except UserError as error:
         return [f"its classifier is left behind: {error.given}"]
     if head:

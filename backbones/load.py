@@ -1,9 +1,9 @@
-"""One door for every checkpoint: `load_backbone(SOURCE)` gives a timm model, its BackboneSpec and a ConversionReport."""
+"""Load any known checkpoint: `load_backbone(SOURCE)` returns a timm ViT, its BackboneSpec and a ConversionReport."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import torch
 
@@ -22,13 +22,30 @@ from mae_bench.models.vit import ARCHS, ViT, build_vit
 from mae_bench.spec import BackboneSpec
 
 NUMBERED = re.compile(r"(.*\b(?:blocks|layers?|resblocks))\.(\d{1,4})\.")
-FILLED = (
-    "vit",
-    "eva",
-)  # wholly, by weights and computed buffers: random numbers for billions of weights would take minutes
+# Architectures whose tensors all come from the file or are computed buffers: built on the meta device, because
+# initialising billions of weights at random takes minutes.
+FILLED = ("vit", "eva")
+MAX_LISTED = 12  # tensor names in an error message
 
-SURPLUS = "if the unexpected ones are no part of the backbone, save the state_dict without them"
-ANOTHER = "if it is of another family, --format NAME reads it as another format"
+SURPLUS = "if the unexpected tensors are not part of the backbone, save the state_dict without them"
+ANOTHER = "if the file is in another format, name it with --format NAME"
+
+
+class ReadOptions(TypedDict, total=False):
+    """The keywords of every function that reads a checkpoint.
+
+    format: a name in `backbones.translating.detect.FORMATS`; by default it is detected.
+    weights: which set of weights to read from a file with several (teacher, model_ema, ...).
+    sha256: the expected digest of the weight file.
+    overrides: BackboneSpec fields that cannot be inferred from the file (num_heads, mean, ...).
+    trust: unpickle a file that cannot be read as data, in a subprocess without network.
+    """
+
+    format: str | None
+    weights: str | None
+    sha256: str | None
+    overrides: Mapping[str, Any] | None
+    trust: bool
 
 
 def load_backbone(
@@ -46,167 +63,223 @@ def load_backbone(
     overrides: Mapping[str, Any] | None = None,
     trust: bool = False,
 ) -> tuple[ViT, BackboneSpec, ConversionReport]:
-    """Loads any known checkpoint into a timm ViT without a head, in float32.
+    """Load a checkpoint into a timm ViT without a head, in float32 and in eval mode.
 
-    `forward_features` gives prefix and patch tokens after the final norm; weights whose norm stands behind the average pooling
-    (`fc_norm`) keep it there, and `forward_head(..., pre_logits=True)` applies it. `global_pool` "avg" asks for that layout:
-    a final norm is then dropped and a new one put behind the pooling, as MAE fine-tunes.
-    source: a path, file:PATH, run:DIR, timm:NAME, official:NAME, hf:REPO@REVISION; or what `open_source` made of one (with
-    its weights, sha256 and trust). format: a name of `backbones.translating.detect.FORMATS` where detection cannot decide. weights:
-    which set of weights, where the file holds several (teacher, model_ema ...).
-    img_size, patch_size: (height, width) in pixels, or one number for both, where a task needs others than the weights were
-    trained at: tables and patch embedding are resampled (`backbones.translating.resample`), the latter by
-    `patch_resample` "pinv" or "bicubic".
-    sha256: the weight file's digest, which must match. overrides: spec fields that the file does not tell (num_heads, ...).
-    trust: unpickle what cannot be read as data, in a subprocess without network; the report says so.
-    Raises UserError for whatever is wrong with the file: nothing is loaded in part.
+    `forward_features` maps images (N, C, H, W) to prefix and patch tokens (N, prefix + L, D) after the final norm.
+    Weights whose norm was trained after average pooling (`fc_norm`) keep it there; apply it with
+    `forward_head(..., pre_logits=True)`.
+
+    Args:
+        source: a path, file:PATH, run:DIR, timm:NAME, official:NAME, hf:REPO@REVISION, or an opened `Checkpoint`
+            (then `weights`, `sha256` and `trust` are those it was opened with).
+        global_pool: "token" or "avg"; by default that of the weights. "avg" drops a final norm and adds a new one
+            after the pooling, as MAE does for fine-tuning.
+        drop_path_rate: stochastic depth rate of the last block; the rate grows linearly with depth.
+        dynamic_img_size: accept images of any size that is a multiple of the patch size.
+        img_size, patch_size: pixels, as (height, width) or one number. Position tables and patch embedding are
+            resampled (`backbones.translating.resample`) if the weights were trained at another size.
+        patch_resample: "pinv" or "bicubic", how the patch embedding is resampled.
+        format, weights, sha256, overrides, trust: see `ReadOptions`.
+
+    Raises UserError for anything wrong with the file; a checkpoint is never loaded in part.
     """
-    checkpoint = (
-        source if isinstance(source, Checkpoint) else open_source(source, sha256, weights, trust=trust)
-    )
+    # 1. Open the source: tensors, metadata and digest, nothing interpreted yet.
+    checkpoint = source
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_source(checkpoint, sha256, weights, trust=trust)
+
+    # 2. Detect the format, rename every tensor to timm's names and infer the spec.
     name, translation, spec = translate(checkpoint, format, overrides)
     translation.weights = {key: tensor.float() for key, tensor in translation.weights.items()}
+
+    # 3. Move the final norm if another pooling is asked for.
     layout = _fit_pooling(translation, global_pool, checkpoint.source, spec)
-    spec = resample(
-        translation, spec, _pair(img_size, "img_size"), _pair(patch_size, "patch_size"), patch_resample
-    )
-    options: Any = {"drop_path_rate": drop_path_rate, "dynamic_img_size": dynamic_img_size}
+
+    # 4. Resample position tables and patch embedding to the requested sizes.
+    sizes = _as_pair(img_size, "img_size"), _as_pair(patch_size, "patch_size")
+    spec = resample(translation, spec, *sizes, patch_resample)
+
+    # 5. Build the model without allocating weights, and check that each tensor has its place.
     with torch.device("meta" if spec.arch in FILLED else "cpu"):
-        model = build_vit(spec, global_pool=layout, **options)
+        model = build_vit(
+            spec, global_pool=layout, drop_path_rate=drop_path_rate, dynamic_img_size=dynamic_img_size
+        )
     check_fit(model, translation.weights, checkpoint.source, name)
+
+    # 6. Copy the weights: the file's tensors may be memory-mapped, and must not have changed since their digest was taken.
     model.load_state_dict({key: tensor.clone() for key, tensor in translation.weights.items()}, assign=True)
     checkpoint.check_unchanged()
     _fill_buffers(model)
-    return model, spec, make_report(checkpoint, name, translation)
+    return model.eval(), spec, make_report(checkpoint, name, translation)
 
 
-def _pair(size: Size | None, what: str) -> tuple[int, int] | None:
+def _as_pair(size: Size | None, what: str) -> tuple[int, int] | None:
     return None if size is None else parse_size(size, what)
 
 
 def _fill_buffers(model: torch.nn.Module) -> None:
-    """Buffers that no file holds (rotary embeddings, the missing bias of keys) are computed by the modules that have them."""
+    """Compute the buffers that no file stores (rotary embeddings, the zero bias of keys) in the modules that own them."""
     for module in model.modules():
-        hollow = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
-        for name, buffer in hollow.items():
+        empty = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in empty.items():
             module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
-        if hollow:
+        if empty:
             cast(Any, module).init_non_persistent_buffers()
 
 
 def translate(
     checkpoint: Checkpoint, format: str | None = None, overrides: Mapping[str, Any] | None = None
 ) -> tuple[str, Translation, BackboneSpec]:
-    """Format, translation (weights still in the stored precision, all finite) and spec of an opened checkpoint.
+    """Return the format, the translation and the spec of an opened checkpoint.
 
-    The account names the tensors as the file does: with their prefix, and with those that stand outside of it.
+    The weights are finite and still in the stored precision. The translation accounts for every tensor by its name in
+    the file, including the prefix and the tensors outside the ViT.
     """
     name = format or checkpoint.format or detect(checkpoint)
     translation = get_format(name).read(checkpoint)
     _check_blocks(checkpoint, translation)
-    if lost := sorted(set(checkpoint.tensors) - set(translation.renamed) - set(translation.dropped)):
+    unexplained = sorted(set(checkpoint.tensors) - set(translation.renamed) - set(translation.dropped))
+    if unexplained:
         raise UserError(
-            f"{checkpoint.source}: {name} does not explain {', '.join(lost)}",
+            f"{checkpoint.source}: the format {name} does not explain {', '.join(unexplained)}",
             expected="a reason for every key",
         )
     check_values(translation.weights, checkpoint.source)
-    if format and (by_itself := checkpoint.format or _only_fit(checkpoint)) not in ("", format):
-        translation.notes.append(
-            f"by itself this file would be read as {by_itself}; it was read as {format}, as was asked for"
-        )
-    if other := sorted({str(tensor.dtype) for tensor in translation.weights.values()} - {"torch.float32"}):
-        translation.notes.append(f"stored as {', '.join(other)}; loaded as torch.float32")
+    translation.notes += _make_notes(checkpoint, translation, format)
+    _restore_names(checkpoint, translation)
+    spec = infer_spec(translation, checkpoint.source, checkpoint.stated_spec, overrides)
+    return name, translation, spec
+
+
+def _make_notes(checkpoint: Checkpoint, translation: Translation, format: str | None) -> list[str]:
+    """Return notes on a format that overrides the detected one, on the stored precision and on the place in the file."""
+    notes = []
+    if format:
+        detected = checkpoint.format or _detect_only_fit(checkpoint)
+        if detected not in ("", format):
+            notes.append(f"the file was detected as {detected} and read as {format}, as requested")
+    dtypes = sorted({str(tensor.dtype) for tensor in translation.weights.values()} - {"torch.float32"})
+    if dtypes:
+        notes.append(f"stored as {', '.join(dtypes)}; loaded as torch.float32")
     if checkpoint.wrapper or checkpoint.prefix:
-        translation.notes.append(f"read from {checkpoint.label!r}")
-    translation.renamed = {
-        checkpoint.prefix + theirs: ours for theirs, ours in translation.renamed.items()
-    } | translation.taken
-    translation.dropped = {
-        checkpoint.prefix + theirs: reason for theirs, reason in translation.dropped.items()
-    }
-    for theirs in (name for name in checkpoint.outside if name not in translation.taken):
-        translation.dropped[theirs] = translation.outside.get(
-            theirs, f"outside of {checkpoint.label!r}, where the ViT is"
-        )
-    return name, translation, infer_spec(translation, checkpoint.source, checkpoint.stated_spec, overrides)
+        notes.append(f"read from {checkpoint.label!r}")
+    return notes
 
 
-def _only_fit(checkpoint: Checkpoint) -> str:
+def _detect_only_fit(checkpoint: Checkpoint) -> str:
     found = find_formats(checkpoint)
     return found[0] if len(found) == 1 else ""
 
 
+def _restore_names(checkpoint: Checkpoint, translation: Translation) -> None:
+    """Rewrite the account from names without the prefix to names in the file, and add the tensors outside the ViT."""
+    prefix = checkpoint.prefix
+    renamed = {prefix + name: target for name, target in translation.renamed.items()}
+    dropped = {prefix + name: reason for name, reason in translation.dropped.items()}
+    for name in checkpoint.outside:
+        if name not in translation.taken:
+            reason = f"outside {checkpoint.label!r}, which holds the ViT"
+            dropped[name] = translation.outside.get(name, reason)
+    translation.renamed = renamed | translation.taken
+    translation.dropped = dropped
+
+
 def _check_blocks(checkpoint: Checkpoint, translation: Translation) -> None:
-    """UserError where blocks stand outside that go on where the ViT's end: one model in two parts, of which one would be lost."""
+    """Raise UserError if blocks outside the ViT continue its numbering: loading would lose part of the model."""
     depth = len({name.split(".")[1] for name in translation.weights if name.startswith("blocks.")})
     numbers: dict[str, set[int]] = {}
     for name in set(checkpoint.outside) - set(translation.taken):
-        if match := NUMBERED.match(name):
+        match = NUMBERED.match(name)
+        if match:
             numbers.setdefault(match[1], set()).add(int(match[2]))
-    if split := sorted(stem for stem, found in numbers.items() if 0 not in found and depth in found):
+    split = sorted(stem for stem, found in numbers.items() if 0 not in found and depth in found)
+    if split:
         raise UserError(
-            f"{checkpoint.source}: the ViT under {checkpoint.label!r} ends with block {depth - 1}, and {split[0]} goes on",
-            expected="all blocks of a model under one prefix", fix="join its parts under the same names",
-        )  # fmt: skip
+            f"{checkpoint.source}: the ViT under {checkpoint.label!r} ends with block {depth - 1}, "
+            f"and {split[0]} continues it",
+            expected="all blocks of a model under one prefix",
+            fix="save the parts under one prefix",
+        )
 
 
 def _fit_pooling(translation: Translation, global_pool: str | None, source: str, spec: BackboneSpec) -> str:
-    """timm's pooling for the model; moves the final norm behind the pooling where that is asked for."""
+    """Return timm's pooling for the model; replace a final norm by one after the pooling if that is asked for."""
     weights = translation.weights
     if global_pool == "token" and "cls_token" not in weights:
         raise UserError(
-            f"{source}: global_pool token of a ViT without a class token", expected="global_pool avg"
+            f"{source}: global_pool token for a ViT without a class token", expected="global_pool avg"
         )
     if "fc_norm.weight" in weights:
         if global_pool == "token":
             raise UserError(
-                f"{source}: its last norm was trained behind the average pooling (fc_norm)", expected="global_pool avg",
-            )  # fmt: skip
+                f"{source}: its last norm was trained after average pooling (fc_norm)",
+                expected="global_pool avg",
+            )
         return "avg"
     if global_pool == "avg" and "norm.weight" in weights:
         for key in [key for key in ("weight", "bias") if f"norm.{key}" in weights]:  # an RMSNorm has no bias
             del weights[f"norm.{key}"]
-            stored = next(name for name, ours in translation.renamed.items() if ours == f"norm.{key}")
+            stored = next(name for name, target in translation.renamed.items() if target == f"norm.{key}")
             del translation.renamed[stored]
             translation.dropped[stored] = (
-                "average pooling was asked for: MAE puts a new norm behind it (fc_norm)"
+                "average pooling was requested: MAE replaces the final norm by a new one after pooling (fc_norm)"
             )
-            translation.new[f"fc_norm.{key}"] = "a fresh LayerNorm behind the average pooling"
+            translation.new[f"fc_norm.{key}"] = "a new LayerNorm after average pooling"
             weights[f"fc_norm.{key}"] = torch.full((spec.embed_dim,), 1.0 if key == "weight" else 0.0)
     return global_pool or infer_global_pool(weights)
 
 
+def read_backbone(
+    source: str | Path,
+    *,
+    format: str | None = None,
+    weights: str | None = None,
+    sha256: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    trust: bool = False,
+) -> tuple[Checkpoint, Translation, BackboneSpec, ConversionReport]:
+    """Open and translate a checkpoint, and check that its weights fill the model they describe, without loading them."""
+    checkpoint = open_source(source, sha256, weights, trust=trust)
+    name, translation, spec = translate(checkpoint, format, overrides)
+    with torch.device("meta" if spec.arch in FILLED else "cpu"):
+        model = build_vit(spec, global_pool=infer_global_pool(translation.weights))
+    check_fit(model, translation.weights, checkpoint.source, name)
+    return checkpoint, translation, spec, make_report(checkpoint, name, translation)
+
+
 def check_fit(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], source: str, format: str) -> None:
-    """Every weight of the model is filled by one of its shape, and none is left over; else UserError lists them."""
+    """Raise UserError unless names and shapes of the weights are exactly those of the model."""
     target = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    differ = {key for key in set(found) & set(target) if found[key] != target[key]}
+    differ = sorted(key for key in set(found) & set(target) if found[key] != target[key])
     problems = {
         "missing": sorted(set(target) - set(found)),
         "unexpected": sorted(set(found) - set(target)),
-        "of another shape": [f"{key} {found[key]} for {target[key]}" for key in sorted(differ)],
+        "wrong shape": [f"{key} {found[key]} instead of {target[key]}" for key in differ],
     }
     if any(problems.values()):
-        told = "; ".join(f"{what}: {_listed(keys)}" for what, keys in problems.items() if keys)
+        listed = "; ".join(f"{what}: {_list(keys)}" for what, keys in problems.items() if keys)
         raise UserError(
-            f"{source}, read as {format}, does not fill the model that it describes{_sizes(model)}: {told}",
-            expected="one tensor for every weight, and a reason for each that is left out",
-            fix="; ".join([*([SURPLUS] if problems["unexpected"] else []), ANOTHER]),
+            f"{source}, read as {format}, does not match the model it describes{_describe(model)}: {listed}",
+            expected="one tensor for every weight, and a reason for each tensor that is dropped",
+            fix=f"{SURPLUS}; {ANOTHER}" if problems["unexpected"] else ANOTHER,
         )
 
 
-def _sizes(model: Any) -> str:
-    """In brackets what a ViT is (vit, width 192, depth 2); nothing for another model."""
+def _describe(model: Any) -> str:
+    """Return a ViT's class and sizes in brackets: (vit, width 192, depth 2); "" for another model."""
     arch = next((arch for arch, kind in ARCHS.items() if type(model) is kind), type(model).__name__)
     return f" ({arch}, width {model.embed_dim}, depth {len(model.blocks)})" if isinstance(model, ViT) else ""
 
 
-def _listed(keys: list[str], limit: int = 12) -> str:
-    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+def _list(keys: list[str]) -> str:
+    more = len(keys) - MAX_LISTED
+    return ", ".join(keys[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def make_report(checkpoint: Checkpoint, format: str, translation: Translation) -> ConversionReport:
-    """The account of a translated checkpoint."""
+    """Return the account of a translated checkpoint."""
+    trusted = [TRUSTED] if checkpoint.trusted else []
     return ConversionReport(
         source=checkpoint.source,
         format=format,
@@ -216,5 +289,5 @@ def make_report(checkpoint: Checkpoint, format: str, translation: Translation) -
         dropped=translation.dropped,
         new=translation.new,
         files=checkpoint.files,
-        notes=[*checkpoint.notes, *([TRUSTED] if checkpoint.trusted else []), *translation.notes],
+        notes=[*checkpoint.notes, *trusted, *translation.notes],
     )

@@ -1,4 +1,4 @@
-"""The user's own code, by MODULE:CALLABLE: imported and run; whatever it raises is told in a line."""
+"""Import and call the user's own code by MODULE:CALLABLE; any exception it raises becomes a one-line error."""
 
 import importlib
 import importlib.util
@@ -12,40 +12,40 @@ from typing import Any
 
 from mae_bench.errors import UserError, did_you_mean
 
-MESSAGE = 500  # characters of an exception's text that are shown
+MAX_MESSAGE = 500  # characters of an exception's text that are shown
 
 
-def callable_named(against: str) -> Callable[..., Any]:
-    """CALLABLE of MODULE, which is imported: from the working folder, or installed. UserError where it cannot be had."""
-    module, colon, name = against.partition(":")
-    if not colon or not module or not name:
+def load_callable(against: str) -> Callable[..., Any]:
+    """Import MODULE, from the working folder or installed, and return its CALLABLE; raise UserError if there is none."""
+    module_name, colon, name = against.partition(":")
+    if not colon or not module_name or not name:
         raise UserError(
             f"--against {against}",
             expected="MODULE:CALLABLE, for example my_model:build for build() in my_model.py",
         )
     with _importing_from(Path.cwd()):
-        _require(module.partition(".")[0])
-        made = run_theirs(f"{module} cannot be imported", importlib.import_module, module)
+        _require(module_name.partition(".")[0])
+        module = call_user_code(f"{module_name} cannot be imported", importlib.import_module, module_name)
     try:
-        found = attrgetter(name)(made)
+        found: Callable[..., Any] = attrgetter(name)(module)
     except AttributeError as error:
         raise UserError(
-            f"{module} has no {name}", expected="MODULE:CALLABLE", fix=did_you_mean(name, vars(made))
+            f"{module_name} has no {name}", expected="MODULE:CALLABLE", fix=did_you_mean(name, vars(module))
         ) from error
     if not callable(found):
         raise UserError(
-            f"{against} is of the type {type(found).__name__}",
+            f"{against} is of type {type(found).__name__}",
             expected="a callable that returns a torch.nn.Module",
         )
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _require(module: str) -> None:
-    """UserError for a module that is nowhere, with the files here that are spelled like it."""
+    """Raise UserError, with similarly named files of the working folder, if a module cannot be found."""
     if module in sys.modules or importlib.util.find_spec(module):
         return
     raise UserError(
-        f"there is no module {module}",
+        f"no module {module}",
         expected=f"{module}.py in this folder, or an installed module",
         fix=did_you_mean(module, [path.stem for path in Path.cwd().glob("*.py")]),
     )
@@ -60,13 +60,13 @@ def _importing_from(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-def run_theirs(what: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Runs the user's own code: whatever it raises is told in a line, with the place."""
+def call_user_code(what: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Call the user's own code; turn any exception into a UserError with its type, message and place."""
     try:
-        return call(*arguments)
+        return function(*args)
     except UserError:
         raise
     except Exception as error:
         frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
         place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-        raise UserError(f"{what}: {type(error).__name__}: {str(error)[:MESSAGE]}{place}") from error
+        raise UserError(f"{what}: {type(error).__name__}: {str(error)[:MAX_MESSAGE]}{place}") from error

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from backbones.adapters.features import FeatureMaps, layer_id
+from backbones.adapters.features import FeatureMaps, get_layer_id
 from backbones.load import load_backbone
 from backbones.translating.report import ConversionReport
 from mae_bench.errors import NotInstalled, UserError
@@ -39,7 +39,7 @@ class ViTBackbone(Backbone):
         super().__init__()
         self.features = FeatureMaps(vit, spec, [spec.depth - 1] if out_indices is None else out_indices)
         self.spec, self.report = spec, report
-        self._stride = square_patch(spec)
+        self._stride = get_patch_side(spec)
         self._out_features = [f"block{index}" for index in self.features.out_indices]
         self._out_feature_channels = dict.fromkeys(self._out_features, spec.embed_dim)
         self._out_feature_strides = dict.fromkeys(self._out_features, self._stride)
@@ -73,7 +73,7 @@ def load_vit_backbone(
     return ViTBackbone(vit, spec, report, out_indices)
 
 
-def square_patch(spec: BackboneSpec) -> int:
+def get_patch_side(spec: BackboneSpec) -> int:
     """The patch's side, which is the stride of every map; detectron2 knows one stride for both directions."""
     height, width = spec.patch_size
     if height != width:
@@ -85,9 +85,9 @@ def square_patch(spec: BackboneSpec) -> int:
     return height
 
 
-def pyramid_scales(spec: BackboneSpec, strides: Sequence[int]) -> list[float]:
+def get_pyramid_scales(spec: BackboneSpec, strides: Sequence[int]) -> list[float]:
     """Scale of each pyramid level over the ViT's map: patch 8, strides (4, 8, 16): 2, 1, 0.5 (arXiv 2203.16527 sec. 3)."""
-    patch = square_patch(spec)
+    patch = get_patch_side(spec)
     if bad := [stride for stride in strides if patch / stride not in PYRAMID_SCALES]:
         reachable = [int(patch / scale) for scale in PYRAMID_SCALES if patch % scale == 0]
         raise UserError(
@@ -97,11 +97,11 @@ def pyramid_scales(spec: BackboneSpec, strides: Sequence[int]) -> list[float]:
     return [patch / stride for stride in strides]
 
 
-def lr_scale(spec: BackboneSpec, layer_decay: float) -> Callable[[str], float]:
+def build_lr_scale(spec: BackboneSpec, layer_decay: float) -> Callable[[str], float]:
     """lr over the base lr by a detector's parameter name: layer_decay ** (depth + 1 - layer) inside the ViT, 1 outside."""
 
     def scale(name: str) -> float:
         _, inside, vit_name = name.partition(VIT_PREFIX)
-        return layer_decay ** (spec.depth + 1 - layer_id(vit_name, spec.depth)) if inside else 1.0
+        return layer_decay ** (spec.depth + 1 - get_layer_id(vit_name, spec.depth)) if inside else 1.0
 
     return scale

@@ -38,10 +38,10 @@ class FeatureMaps(nn.Module):
         return [maps[taps.index(i)] for i in self.out_indices]
 
 
-def layer_id(name: str, depth: int) -> int:
+def get_layer_id(name: str, depth: int) -> int:
     """Layer of a backbone's parameter for layer-wise decay: 0 for the embedding, i + 1 for block i, depth + 1 for the rest.
 
-    `name` is the parameter's name inside the timm ViT; scale = layer_decay ** (depth + 1 - layer_id)
+    `name` is the parameter's name inside the timm ViT; scale = layer_decay ** (depth + 1 - get_layer_id)
     (facebookresearch/mae util/lr_decay.py, arXiv 2111.06377 A.1).
     """
     if name.startswith(("cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre")):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from backbones.adapters.features import FeatureMaps, layer_id
+from backbones.adapters.features import FeatureMaps, get_layer_id
 from backbones.load import load_backbone
 from mae_bench.engine.optim import finetune_no_decay, param_groups
 from mae_bench.errors import NotInstalled, UserError
@@ -55,7 +55,7 @@ class MAEBenchViT(nn.Module):
         return tuple(self.features(imgs))
 
 
-def patch_side(spec: BackboneSpec) -> int:
+def get_patch_side(spec: BackboneSpec) -> int:
     """The side of the patch in pixels; UserError where the backbone cannot stand under mmsegmentation's pyramid."""
     side, across = spec.patch_size
     if side != across or spec.in_chans != 3:
@@ -64,7 +64,7 @@ def patch_side(spec: BackboneSpec) -> int:
     return side
 
 
-def preprocessor(spec: BackboneSpec, crop_size: int) -> dict[str, Any]:
+def build_preprocessor(spec: BackboneSpec, crop_size: int) -> dict[str, Any]:
     """SegDataPreProcessor's config: the spec's mean and std for pixels of 0 to 255, mmcv's BGR turned to RGB.
 
     Images are padded to the crop in training and to a multiple of the patch in test, with pixels that no loss or metric sees.
@@ -72,13 +72,13 @@ def preprocessor(spec: BackboneSpec, crop_size: int) -> dict[str, Any]:
     return {
         "type": "SegDataPreProcessor", "mean": [255 * value for value in spec.mean], "std": [255 * value for value in spec.std],
         "bgr_to_rgb": True, "pad_val": 0, "seg_pad_val": 255, "size": (crop_size, crop_size),
-        "test_cfg": {"size_divisor": patch_side(spec)},
+        "test_cfg": {"size_divisor": get_patch_side(spec)},
     }  # fmt: skip
 
 
-def neck(spec: BackboneSpec, norm: dict[str, Any]) -> dict[str, Any]:
+def build_neck(spec: BackboneSpec, norm: dict[str, Any]) -> dict[str, Any]:
     """Feature2Pyramid's config: strides 4, 8, 16, 32 from patches of 16 or 8; other patches come as near as its scales allow."""
-    rescales = [4, 2, 1, 0.5] if patch_side(spec) > 8 else [2, 1, 0.5, 0.25]
+    rescales = [4, 2, 1, 0.5] if get_patch_side(spec) > 8 else [2, 1, 0.5, 0.25]
     return {"type": "Feature2Pyramid", "embed_dim": spec.embed_dim, "rescales": rescales, "norm_cfg": norm}
 
 
@@ -99,7 +99,7 @@ class MAEBenchLayerDecay:
 
         def lr_scale(name: str) -> float:
             return (
-                decay ** (depth + 1 - layer_id(name.removeprefix(VIT_PREFIX), depth))
+                decay ** (depth + 1 - get_layer_id(name.removeprefix(VIT_PREFIX), depth))
                 if name.startswith(VIT_PREFIX)
                 else 1.0
             )

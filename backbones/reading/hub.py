@@ -50,7 +50,7 @@ class _First(logging.Filter):
 
 
 @contextmanager
-def told_once() -> Iterator[None]:
+def log_once() -> Iterator[None]:
     """What the hub's client has to say while it tries again and again is printed once."""
     filters = [(handler, _First()) for handler in get_logger().handlers]
     for handler, first in filters:
@@ -64,7 +64,7 @@ def told_once() -> Iterator[None]:
 
 def _download(repo: str, revision: str, patterns: tuple[str, ...]) -> Path:
     try:
-        with told_once():
+        with log_once():
             return Path(snapshot_download(repo, revision=revision, allow_patterns=[*DESCRIPTIONS, *patterns]))
     except Exception as error:  # the client's own types, httpx's and OSError: to the user all mean one thing
         reason = f"{type(error).__name__}: {(str(error).strip() or ' ').splitlines()[0]}"

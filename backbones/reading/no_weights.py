@@ -19,7 +19,7 @@ FETCH = "fetch the file again and compare its SHA-256"
 UNPACK = "unpack it, and give the weight file that is inside"
 
 
-def what_else(start: bytes) -> tuple[str, str]:
+def describe_content(start: bytes) -> tuple[str, str]:
     """What a file that begins with these FIRST bytes is, and the advice; for files that are no safetensors, zip or pickle."""
     if not start:
         return "empty", FETCH
@@ -46,7 +46,7 @@ def is_text(start: bytes) -> bool:
     return all(character.isprintable() or character.isspace() for character in text)
 
 
-def zipped(names: Sequence[str]) -> tuple[str, str]:
+def describe_archive(names: Sequence[str]) -> tuple[str, str]:
     """What a zip archive of these names is, if torch.save did not write it, and the advice."""
     if names and all(name.endswith(".npy") for name in names):
         return (

@@ -26,7 +26,7 @@ class Official:
 
 
 @cache
-def table() -> dict[str, Official]:
+def load_table() -> dict[str, Official]:
     """Name -> what is published."""
     groups: Any = OmegaConf.to_container(
         OmegaConf.create(files("backbones.reading").joinpath("official.yaml").read_text("utf-8"))
@@ -44,9 +44,9 @@ def table() -> dict[str, Official]:
     }
 
 
-def name_of(url: str) -> str | None:
+def find_name(url: str) -> str | None:
     """The name of the weights that are published at that address; None where none are known."""
-    return next((name for name, entry in table().items() if entry.url == url), None)
+    return next((name for name, entry in load_table().items() if entry.url == url), None)
 
 
 def _fetched(entry: Official) -> Path:
@@ -63,13 +63,13 @@ def _fetched(entry: Official) -> Path:
 def fetch_official(name: str) -> tuple[Path, Official]:
     """The file behind official:NAME, brought into the cache once. UserError for an unknown name, a file that cannot be brought,
     and one that does not have the published checksum."""
-    if name not in table():
+    if name not in load_table():
         raise UserError(
             f"no official weights {name!r}",
-            expected=f"one of {', '.join(table())}",
-            fix=did_you_mean(name, table()) or "weights on a hub are hf:REPO@REVISION or timm:NAME",
+            expected=f"one of {', '.join(load_table())}",
+            fix=did_you_mean(name, load_table()) or "weights on a hub are hf:REPO@REVISION or timm:NAME",
         )
-    entry = table()[name]
+    entry = load_table()[name]
     path = _fetched(entry)
     kind, _, published = entry.checksum.partition(":")
     if published:

@@ -280,7 +280,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> No
     return Node("tensor")
 
 
-def look_through(
+def scan_pickle(
     stream: IO[bytes], file_size: int, records: Mapping[str, int] | None = None
 ) -> tuple[Any, dict[str, int]]:
     """Goes through one pickle of a file of `file_size` bytes; gives a description of its value, and its storages' bytes by key.
@@ -346,7 +346,7 @@ def _measure(root: Any, made: int) -> None:
         stack += [(child, False) for child in children]
 
 
-def value_of(node: Any, made: dict[int, Any] | None = None) -> Any:
+def build_value(node: Any, made: dict[int, Any] | None = None) -> Any:
     """The value that was described by a pickle without stored numbers (detectron2's .pkl): arrays of numpy become tensors.
 
     made: what was made of each node, so that what stands in many places is made once.
@@ -354,7 +354,7 @@ def value_of(node: Any, made: dict[int, Any] | None = None) -> Any:
     made = {} if made is None else made
     if isinstance(node, Node) and id(node) not in made:
         made[id(node)] = _make(
-            node, [value_of(part, made) for part in node.parts if node.about not in UNKEPT]
+            node, [build_value(part, made) for part in node.parts if node.about not in UNKEPT]
         )
     return made[id(node)] if isinstance(node, Node) else node
 

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from backbones.reading import trust as trusting
-from backbones.reading.no_weights import FETCH, FIRST, is_text, what_else, zipped
-from backbones.reading.pickled import Refused, look_through, value_of
+from backbones.reading.no_weights import FETCH, FIRST, describe_archive, describe_content, is_text
+from backbones.reading.pickled import Refused, build_value, scan_pickle
 from backbones.reading.stand_ins import ALLOWED
 from mae_bench.errors import UserError
 
@@ -105,7 +105,7 @@ def _read(file: IO[bytes], path: Path, trust: bool) -> tuple[Any, dict[str, str]
     if start[8:9] == b"{" and not is_text(start[:8]):
         return *_read_safetensors(file, path), False
     if not start.startswith((b"PK\x03\x04", b"\x80")):
-        raise _broken(path, *what_else(start))
+        raise _broken(path, *describe_content(start))
     try:
         return _read_pickle(file, path, start.startswith(b"PK")), {}, False
     except NeedsTrust:
@@ -192,7 +192,7 @@ def _check_zip(file: IO[bytes], path: Path) -> None:
     if "constants.pkl" in inside:
         raise _program(path)
     if "data.pkl" not in inside and len(set(names)) == len(names):
-        raise _broken(path, *zipped(names))
+        raise _broken(path, *describe_archive(names))
     packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     at = sorted((entry.header_offset, entry.file_size) for entry in entries)
     ends = [offset + length for offset, length in at]
@@ -211,7 +211,7 @@ def _check_zip(file: IO[bytes], path: Path) -> None:
     data = torch._C.PyTorchFileReader(_named(file)).get_record(
         "data.pkl"
     )  # by torch's own reader: what it will read
-    look_through(io.BytesIO(data), size, records)
+    scan_pickle(io.BytesIO(data), size, records)
 
 
 def _count(file: IO[bytes], signature: bytes) -> int:
@@ -226,12 +226,12 @@ def _check_legacy(file: IO[bytes]) -> Any:
     """Looks through the pickles of torch's old format; of a bare pickle, gives the content."""
     size = os.fstat(file.fileno()).st_size
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        value, _ = look_through(data, size)  # type: ignore[arg-type]
+        value, _ = scan_pickle(data, size)  # type: ignore[arg-type]
         if value != LEGACY_MAGIC:
-            return value_of(value)
+            return build_value(value)
         stored: dict[str, int] = {}
         for _ in range(LEGACY_PICKLES - 1):
-            value, storages = look_through(data, size)  # type: ignore[arg-type]
+            value, storages = scan_pickle(data, size)  # type: ignore[arg-type]
             stored |= storages
         if sorted(stored) != sorted(value.parts):
             raise Refused("a checkpoint that does not hold the numbers of all its tensors")

@@ -16,8 +16,8 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 
 from backbones.reading.description import read_json
-from backbones.reading.hub import fetch_repo, told_once
-from backbones.reading.official import fetch_official, name_of
+from backbones.reading.hub import fetch_repo, log_once
+from backbones.reading.official import fetch_official, find_name
 from backbones.reading.safe import State, WeightFile, check_tensors, check_unchanged, read_file
 from backbones.reading.shards import INDEX_SUFFIX, read_shards
 from backbones.reading.unwrap import unwrap
@@ -110,7 +110,7 @@ def open_source(
         folder, pinned, notes = fetch_repo(rest)
         return replace(_open_path(f"hf:{pinned}", folder, sha256, weights, trust), notes=notes)
     if kind in ("http", "https"):
-        known = name_of(str(source))
+        known = find_name(str(source))
         raise UserError(
             f"{source} is an address",
             expected="weights that lie here, or by a name that is known",
@@ -195,7 +195,7 @@ def _open_timm(name: str, sha256: str | None) -> Checkpoint:
             fix=did_you_mean(name, timm.list_models(pretrained=True), cutoff=0.6),
         )
     try:
-        with told_once():
+        with log_once():
             model = timm.create_model(name, pretrained=True, num_classes=0)
     except (
         Exception

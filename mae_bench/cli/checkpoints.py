@@ -61,9 +61,9 @@ def inspect(
     from rich.console import Group
 
     from backbones.preprocessing import render as render_suggestion
-    from backbones.preprocessing import suggest
+    from backbones.preprocessing import suggest_preprocessing
 
-    suggestion = suggest(ckpt, images, **options)
+    suggestion = suggest_preprocessing(ckpt, images, **options)
     rendered = Group(
         render(found), "", render_suggestion(suggestion), "", render_published(found["published"])
     )
@@ -120,9 +120,9 @@ def verify(
     argument without a default. Its blocks are its first ModuleList or Sequential with as many members as the
     backbone has blocks. Exit code 1 if a difference exceeds --tolerance.
     """
-    from backbones.user_code import callable_named
+    from backbones.user_code import load_callable
 
-    callable_named(against)  # before torch is imported, unless the user's code imports it
+    load_callable(against)  # before torch is imported, unless the user's code imports it
     from backbones.parity import render
     from backbones.parity import verify as compare
 
@@ -130,7 +130,7 @@ def verify(
         ckpt,
         against,
         images=images,
-        count=num_images,
+        num_images=num_images,
         seed=seed,
         tolerance=tolerance,
         **reading_options(format, weights, trust, fields),

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from backbones.adapters.mmseg import neck, patch_side, preprocessor
+from backbones.adapters.mmseg import build_neck, build_preprocessor, get_patch_side
 from mae_bench.errors import UserError
 from mae_bench.job import Job
 from mae_bench.spec import BackboneSpec
@@ -23,7 +23,7 @@ Part = dict[str, Any]
 
 def mmseg_config(config: UPerNetConfig, job: Job, spec: BackboneSpec, classes: list[str]) -> Part:
     """All that mmengine's Runner builds from; UserError where the crop does not fit the patch."""
-    if config.crop_size % (patch := patch_side(spec)):
+    if config.crop_size % (patch := get_patch_side(spec)):
         raise UserError(f"crop_size {config.crop_size} with a patch of {patch}", expected="a multiple of the patch",
                         fix=f"set crop_size={-(-config.crop_size // patch) * patch}")  # fmt: skip
     return {
@@ -64,7 +64,7 @@ def _model(config: UPerNetConfig, source: str, spec: BackboneSpec, num_classes: 
         else {}
     )
     model = {
-        "type": "EncoderDecoder", "data_preprocessor": preprocessor(spec, config.crop_size), "neck": neck(spec, NORM),
+        "type": "EncoderDecoder", "data_preprocessor": build_preprocessor(spec, config.crop_size), "neck": build_neck(spec, NORM),
         "backbone": {
             "type": "MAEBenchViT", "source": source, "out_indices": config.out_indices, "drop_path_rate": config.drop_path,
         },

@@ -25,7 +25,12 @@ from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
 from omegaconf import DictConfig, OmegaConf
 
-from backbones.adapters.detectron2 import TopLevelMaxPool, load_vit_backbone, lr_scale, pyramid_scales
+from backbones.adapters.detectron2 import (
+    TopLevelMaxPool,
+    build_lr_scale,
+    get_pyramid_scales,
+    load_vit_backbone,
+)
 from mae_bench.spec import BackboneSpec
 from tasks.coco.config import MaskRCNNConfig
 
@@ -62,7 +67,7 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW over detectron2's parameter groups: lr decayed by layer; no weight decay for norms, position table, prefix tokens."""
     params = get_default_optimizer_params(
-        model, base_lr=lr, weight_decay_norm=0.0, lr_factor_func=lr_scale(model.backbone.net.spec, layer_decay),
+        model, base_lr=lr, weight_decay_norm=0.0, lr_factor_func=build_lr_scale(model.backbone.net.spec, layer_decay),
         overrides={name: {"weight_decay": 0.0} for name in NO_WEIGHT_DECAY},
     )  # fmt: skip
     return torch.optim.AdamW(
@@ -94,7 +99,7 @@ def _model(config: MaskRCNNConfig, spec: BackboneSpec, source: str, num_classes:
         backbone=L(SimpleFeaturePyramid)(
             net=L(load_vit_backbone)(source=source, drop_path_rate=config.drop_path),
             in_feature=f"block{spec.depth - 1}", out_channels=config.pyramid_width,
-            scale_factors=pyramid_scales(spec, config.pyramid_strides),
+            scale_factors=get_pyramid_scales(spec, config.pyramid_strides),
             top_block=L(TopLevelMaxPool)(in_feature=_levels(config)[-1]), norm="LN", square_pad=config.img_size,
         ),
         proposal_generator=_rpn(config),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from backbones.classifier import read_head
+from backbones.classifier import load_head
 from backbones.translating.report import ConversionReport
 from mae_bench.config import expand_variables
 from mae_bench.data.checks.layouts import LayoutReport, check_layout
@@ -55,7 +55,7 @@ class LoadedClassifier:
 
 def load_classifier(config: ImageConfig, job: Job) -> LoadedClassifier:
     """Load the classifier job.backbone, pooled as it was trained; raise UserError if it has no head."""
-    head, classes = read_head(job.backbone)
+    head, classes = load_head(job.backbone)
     vit, spec, report = load_at_size(config, job.backbone)
     if head.in_features != vit.num_features:
         raise UserError(

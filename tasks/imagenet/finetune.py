@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from backbones.adapters.features import layer_id
+from backbones.adapters.features import get_layer_id
 from backbones.classifier import write_head
 from mae_bench.data.seeds import derive_seed, seed_everything
 from mae_bench.engine.distributed import world
@@ -41,7 +41,7 @@ def fine_tune(
         model.freeze(last_blocks)
 
     def lr_scale(name: str) -> float:
-        layer = layer_id(name.removeprefix("vit."), spec.depth)
+        layer = get_layer_id(name.removeprefix("vit."), spec.depth)
         return config.layer_decay ** (spec.depth + 1 - layer)
 
     optimizer = make_adamw(config, finetune_no_decay, lr_scale)

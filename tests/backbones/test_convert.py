@@ -161,7 +161,7 @@ def test_what_does_not_read_back_is_removed(tmp_path, files, monkeypatch, to):
         write(weights | {"norm.bias": weights["norm.bias"] + 1e-6}, *rest)
 
     monkeypatch.setattr(module, "write", wrong)
-    with pytest.raises(UserError, match="does not read back"):
+    with pytest.raises(UserError, match="differs from what was written"):
         convert(files["full"][0], place(tmp_path, to), to)
     assert not place(tmp_path, to).exists()
 

@@ -8,7 +8,13 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from backbones.families import published_in
-from backbones.inspection import architecture, inspect_checkpoint, part_of, render, render_published
+from backbones.inspection import (
+    describe_architecture,
+    identify_part,
+    inspect_checkpoint,
+    render,
+    render_published,
+)
 from mae_bench.errors import UserError
 from mae_bench.files import file_digest
 from mae_bench.spec import BackboneSpec
@@ -52,7 +58,7 @@ def test_what_is_in_the_file(files, toys):
     assert training["training_state"] == ["optimizer", "scaler"]
     assert training["extras"]["epoch"] == 7
     assert training["extras"]["args"]["blr"] == 1.5e-4
-    assert training["extras"]["optimizer"] == "dict of 2"
+    assert training["extras"]["optimizer"] == "dict of length 2"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +91,7 @@ def test_what_is_in_the_file(files, toys):
     ],
 )
 def test_what_is_left_out_is_called_by_its_name(part, keys):
-    assert {part_of(key) for key in keys} == {part}
+    assert {identify_part(key) for key in keys} == {part}
 
 
 def test_every_file_has_its_digest(files):
@@ -135,7 +141,7 @@ def test_published_values_name_their_place(files):
         "token",
     )
     assert "published for official_mae: facebookresearch/mae" in shown(render_published(told))
-    assert "No published values" in shown(render_published({}))
+    assert "No published preprocessing" in shown(render_published({}))
 
 
 def test_several_sets_are_listed_with_what_reads_each(tmp_path, encoder):
@@ -171,10 +177,10 @@ def test_what_a_file_says_cannot_steer_the_terminal_or_flood_it(tmp_path, encode
 
 
 def test_published_sizes_have_their_names():
-    assert architecture(spec_of(768, 12, 16, 12)) == "ViT-B/16"
-    assert architecture(spec_of(1280, 32, 14, 16)) == "ViT-H/14"
-    assert architecture(spec_of(1024, 24, 14, 16, "eva")) == "ViT-L/14 as eva"
-    assert architecture(spec_of(768, 12, 16, 12, "vit_base_patch16_224")) == "vit_base_patch16_224"
+    assert describe_architecture(spec_of(768, 12, 16, 12)) == "ViT-B/16"
+    assert describe_architecture(spec_of(1280, 32, 14, 16)) == "ViT-H/14"
+    assert describe_architecture(spec_of(1024, 24, 14, 16, "eva")) == "ViT-L/14 as eva"
+    assert describe_architecture(spec_of(768, 12, 16, 12, "vit_base_patch16_224")) == "vit_base_patch16_224"
 
 
 def test_a_refused_file_is_refused_here_too(tmp_path, encoder):

@@ -46,6 +46,12 @@ def test_every_layout_gives_the_published_features(files, toys, imgs, name):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["encoder", "fine", "hf"])
+def test_the_model_is_in_eval_mode(files, name):
+    model, _, _ = load_backbone(files[name][0], drop_path_rate=0.5)
+    assert not any(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_report_explains_every_key(files, name):
     path, _ = files[name]
@@ -172,7 +178,7 @@ def test_drop_path_and_dynamic_size_reach_the_model(files):
     [
         (lambda w: w.update({"blocks.0.mystery": torch.zeros(3)}), "unexpected: blocks.0.mystery"),
         (lambda w: w.pop("blocks.1.norm2.bias"), "missing: blocks.1.norm2.bias"),
-        (lambda w: w.update({"norm.bias": torch.zeros(3)}), "of another shape: norm.bias"),
+        (lambda w: w.update({"norm.bias": torch.zeros(3)}), "wrong shape: norm.bias"),
         (lambda w: w.update({"pos_embed": torch.zeros(1, 16, 192)}), "no square image"),
         (lambda w: w.update({"norm.bias": torch.full((192,), float("nan"))}), "NaN"),
         (lambda w: w.update({"norm.bias": torch.full((192,), float("inf"))}), "infinity"),
@@ -193,7 +199,7 @@ def test_half_of_the_blocks_under_another_prefix_is_no_shorter_model(tmp_path, e
         (other if name.startswith("blocks.1.") else mine) + name: tensor for name, tensor in encoder.items()
     }
     save_file(moved, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=f"ends with block 0, and {other}blocks goes on"):
+    with pytest.raises(UserError, match=f"ends with block 0, and {other}blocks continues it"):
         load_backbone(tmp_path / "x.safetensors")
 
 
@@ -240,19 +246,22 @@ def test_an_ambiguous_file_asks_for_its_format(tmp_path, encoder):
 
 def test_a_format_that_the_file_itself_does_not_say_is_noted(files):
     path, _ = files["encoder"]
-    told = "by itself this file would be read as official_mae; it was read as dinov2, as was asked for"
+    told = "the file was detected as official_mae and read as dinov2, as requested"
     assert told in load_backbone(path, format="dinov2")[2].notes
-    assert not any("by itself" in note for note in load_backbone(path, format="official_mae")[2].notes)
-    assert not any("by itself" in note for note in load_backbone(path)[2].notes)
+    assert not any("was detected" in note for note in load_backbone(path, format="official_mae")[2].notes)
+    assert not any("was detected" in note for note in load_backbone(path)[2].notes)
 
 
 def test_what_does_not_fill_the_model_says_which_model_and_what_to_do(tmp_path, encoder):
     save_file(encoder | {"blocks.0.surplus": torch.zeros(3)}, tmp_path / "x.safetensors")
     with pytest.raises(
-        UserError, match=r"does not fill the model that it describes \(vit, width 192, depth 2\): unexp"
+        UserError, match=r"does not match the model it describes \(vit, width 192, depth 2\): unexp"
     ) as error:
         load_backbone(tmp_path / "x.safetensors")
-    assert "save the state_dict without them; if it is of another family, --format" in error.value.fix
+    assert (
+        "save the state_dict without them; if the file is in another format, name it with --format"
+        in error.value.fix
+    )
     del encoder["norm.bias"]
     save_file(encoder, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="missing: norm.bias") as error:

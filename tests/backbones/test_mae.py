@@ -294,7 +294,7 @@ def test_damaged_files_are_refused(tmp_path, toys, theirs):
     refuse({name: t for name, t in full.items() if name != "decoder_embed.weight"}, "no decoder")
     refuse(full | {"decoder_extra": torch.zeros(2)}, "unexpected: decoder_extra")
     refuse(full | {"decoder_pred.bias": torch.full((192,), math.nan)}, "NaN")
-    refuse(full | {"decoder_pred.bias": torch.zeros(3)}, "another shape")
+    refuse(full | {"decoder_pred.bias": torch.zeros(3)}, "wrong shape")
     save_mae(MAE(SPEC, MAEOptions(**SMALL)), tmp_path)
     weights = load_file(tmp_path / "mae.safetensors")
     save_file(

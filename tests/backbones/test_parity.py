@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
-from backbones.parity import Parity, compare, other_model, render, some_images, verdict, verify
+from backbones.parity import Parity, build_reference_model, compare, draw_images, render, verdict, verify
 from mae_bench.errors import UserError
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
@@ -30,7 +30,7 @@ PASSED_ON = {  # how other code hands tokens on -> what stands around each block
 
 @pytest.fixture
 def imgs():
-    return some_images(SPEC, None, 2, 0)
+    return draw_images(SPEC, None, 2, 0)
 
 
 def vit(spec: BackboneSpec = SPEC) -> Any:
@@ -183,7 +183,7 @@ def test_final_tokens_as_far_as_they_are_given(imgs, output, compared):
         (lambda: vit(BackboneSpec("vit", (32, 32), (8, 8), 3, 96, 3, 4)), r"other shapes.*\(2, 17, 96\)"),
         (
             lambda: vit(BackboneSpec("vit", (16, 16), (8, 8), 3, 48, 3, 4)),
-            "their forward fails.*AssertionError",
+            "the reference's forward fails.*AssertionError",
         ),
         (lambda: nn.Conv2d(3, 3, 1), "it has none"),
     ],
@@ -238,36 +238,36 @@ def test_the_callable_is_found_and_called(tmp_path, monkeypatch):
         "value = 5\n"
     )
     monkeypatch.chdir(tmp_path)
-    bare = other_model("their_code:bare", "x")
+    bare = build_reference_model("their_code:bare", "x")
     assert (bare.weight.dtype, bare.training) == (torch.float32, False)
-    assert other_model("their_code:of", "file:abc").out_features == 3
-    assert isinstance(other_model("their_code:A.make", "x"), nn.Linear)
+    assert build_reference_model("their_code:of", "file:abc").out_features == 3
+    assert isinstance(build_reference_model("their_code:A.make", "x"), nn.Linear)
     for against, told in {
         "their_code": "MODULE:CALLABLE",
         "their_code:nothing": "has no nothing",
-        "their_code:value": "is of the type int",
-        "their_code:wrong": "returns an object of the type int",
+        "their_code:value": "is of type int",
+        "their_code:wrong": "returns an object of type int",
         "their_code:breaks": r"breaks fails: KeyError: 'key' \(their_code.py:7\)$",
-        "no_module:f": "there is no module no_module\nExpected: no_module.py in this folder, or an installed module$",
+        "no_module:f": "no module no_module\nExpected: no_module.py in this folder, or an installed module$",
         "thier_code:bare": r"did you mean their_code\?",
         "their_code:bear": "did you mean bare or",
         "torch.nothing:f": "torch.nothing cannot be imported: ModuleNotFoundError",
     }.items():
         with pytest.raises(UserError, match=told):
-            other_model(against, "x")
+            build_reference_model(against, "x")
     assert str(tmp_path) not in sys.path
 
 
 def test_images_of_a_folder_are_normalised(tmp_path):
     for number in range(3):
         Image.new("RGB", (40, 40), (255, 0, 0)).save(tmp_path / f"{number}.png")
-    imgs = some_images(SPEC, tmp_path, 2, 0)
+    imgs = draw_images(SPEC, tmp_path, 2, 0)
     assert imgs.shape == (2, 3, 32, 32)
     assert imgs[0, :, 5, 5].tolist() == pytest.approx(
         [(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225], rel=1e-4
     )
-    assert torch.equal(some_images(SPEC, None, 2, 3), some_images(SPEC, None, 2, 3))
-    assert not torch.equal(some_images(SPEC, None, 2, 3), some_images(SPEC, None, 2, 4))
+    assert torch.equal(draw_images(SPEC, None, 2, 3), draw_images(SPEC, None, 2, 3))
+    assert not torch.equal(draw_images(SPEC, None, 2, 3), draw_images(SPEC, None, 2, 4))
 
 
 def test_the_table_has_a_row_a_layer(imgs):

@@ -1,4 +1,4 @@
-"""The probe of feeding: it finds the known answer of a synthetic backbone, says when images do not tell, and applies nothing."""
+"""Suggested preprocessing: it finds the known answer of a synthetic backbone, says when images cannot decide, and applies nothing."""
 
 import json
 
@@ -11,7 +11,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from backbones.load import load_backbone
-from backbones.preprocessing import FEWEST, KNN, RETRIEVAL, a_sample, render, suggest, try_candidates, verdict
+from backbones.preprocessing import (
+    KNN,
+    MIN_IMAGES,
+    RETRIEVAL,
+    draw_sample,
+    render,
+    score_candidates,
+    suggest_preprocessing,
+    verdict,
+)
 from mae_bench.errors import UserError
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
@@ -22,14 +31,14 @@ LEVELS = (77, 102, 128)  # red of the three classes, 0.3 to 0.5: not negative in
 
 
 class Synthetic(nn.Module):
-    """Sees the class (red) only in positive inputs and in one kind of token; green, which tells nothing, it sees anywhere.
+    """Sees the class (red) only in positive inputs and in one kind of token; green, which says nothing of the class, it sees anywhere.
 
-    tells: the kind of token that has the class. N images, tokens (N, 1 + 4, 4).
+    shows: the kind of token that has the class. N images, tokens (N, 1 + 4, 4).
     """
 
-    def __init__(self, tells: str):
+    def __init__(self, shows: str):
         super().__init__()
-        self.tells, self.fc_norm = tells, nn.Identity()
+        self.shows, self.fc_norm = shows, nn.Identity()
         self.norm: nn.Module = nn.Identity()
 
     def forward_features(self, imgs):
@@ -40,7 +49,7 @@ class Synthetic(nn.Module):
         blind = torch.stack(
             [torch.zeros_like(red), torch.zeros_like(red), green, torch.ones_like(red)], dim=1
         )
-        first, others = (seen, blind) if self.tells == "token" else (blind, seen)
+        first, others = (seen, blind) if self.shows == "token" else (blind, seen)
         return torch.stack([first, *[others] * 4], dim=1)
 
 
@@ -68,19 +77,19 @@ def textures(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("tells", ["token", "avg"])
-def test_the_known_answer_is_found(classes, tells):
-    found = try_candidates(Synthetic(tells), SPEC, a_sample(classes, 256))
+@pytest.mark.parametrize("shows", ["token", "avg"])
+def test_the_known_answer_is_found(classes, shows):
+    found = score_candidates(Synthetic(shows), SPEC, draw_sample(classes, 256))
     assert (found.measure, found.images) == (KNN, 60)
-    assert (found.best.normalisation, found.best.global_pool, found.best.score) == ("[0, 1]", tells, 1.0)
+    assert (found.best.normalisation, found.best.global_pool, found.best.score) == ("[0, 1]", shows, 1.0)
     assert found.clear
     scores = {(row.normalisation, row.global_pool): row.score for row in found.candidates}
     assert len(scores) == 8
-    assert all(score < 0.7 for key, score in scores.items() if key != ("[0, 1]", tells))
+    assert all(score < 0.7 for key, score in scores.items() if key != ("[0, 1]", shows))
     assert (found.present.normalisation, found.present.global_pool) == ("imagenet", "token")
     assert found.present.behind == pytest.approx(1 - found.present.score)
     assert 0 < found.present.low < found.present.behind < found.present.high
-    assert f"global_pool={tells}" in verdict(found)
+    assert f"global_pool={shows}" in verdict(found)
     assert "'mean=[0,0,0]' 'std=[1,1,1]'" in verdict(found)
     assert "nothing was applied" in verdict(found)
 
@@ -90,18 +99,18 @@ def test_a_tie_is_no_suggestion(classes):
         def forward_features(self, imgs):
             return torch.ones(len(imgs), 5, 4)
 
-    found = try_candidates(Blind("token"), SPEC, a_sample(classes, 256))
+    found = score_candidates(Blind("token"), SPEC, draw_sample(classes, 256))
     assert not found.clear
     assert found.best == found.present, "among equals the present reading goes first"
     assert len({row.score for row in found.candidates}) == 1
-    assert "leave it as it is" in verdict(found)
+    assert "keep it" in verdict(found)
 
 
 def test_the_norm_is_tried_with_and_without(classes):
     model = Synthetic("avg")
     model.norm = norm = nn.LayerNorm(4)
     nn.init.zeros_(norm.weight)  # makes every image the same
-    found = try_candidates(model, SPEC, a_sample(classes, 256))
+    found = score_candidates(model, SPEC, draw_sample(classes, 256))
     assert {row.norm for row in found.candidates} == {True, False}
     assert not found.best.norm
     assert all(row.score < 0.7 for row in found.candidates if row.norm)
@@ -121,7 +130,7 @@ def test_without_classes_crops_find_each_other(textures):
             colour = torch.cat([imgs.mean((2, 3)), torch.ones(len(imgs), 1)], dim=1)
             return torch.stack([torch.ones_like(colour), *[colour] * 4], dim=1)
 
-    found = try_candidates(Colour("avg"), spec, a_sample(textures, 256))
+    found = score_candidates(Colour("avg"), spec, draw_sample(textures, 256))
     assert (found.measure, found.images) == (RETRIEVAL, 32)
     assert found.best.global_pool == "avg"
     assert found.best.score > 0.6
@@ -133,17 +142,17 @@ def test_without_classes_crops_find_each_other(textures):
 def test_a_checkpoint_is_probed_and_stays_as_it_is(tmp_path, classes):
     spec = BackboneSpec("vit", (16, 16), (8, 8), 3, 192, 1, 3)
     save_file(randomise(build_vit(spec)).state_dict(), tmp_path / "x.safetensors")
-    found = suggest(tmp_path / "x.safetensors", classes, most=24, format="timm")
+    found = suggest_preprocessing(tmp_path / "x.safetensors", classes, max_images=24, format="timm")
     assert found.images == 24
     assert len(found.candidates) == 4 * 2 * 2
-    told = found.to_dict()
-    assert json.loads(json.dumps(told, allow_nan=False))["applied"] is False
+    expected = found.to_dict()
+    assert json.loads(json.dumps(expected, allow_nan=False))["applied"] is False
     assert load_backbone(tmp_path / "x.safetensors", format="timm")[1].mean == (0.485, 0.456, 0.406)
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(render(found))
     text = console.export_text()
-    assert "as it is read now" in text
-    assert "A suggestion from 24 images" in text
+    assert "(current)" in text
+    assert "a suggestion from 24 images" in text
 
 
 def test_a_sample_is_of_the_validation_split_and_skips_bad_images(tmp_path, classes):
@@ -152,21 +161,21 @@ def test_a_sample_is_of_the_validation_split_and_skips_bad_images(tmp_path, clas
         for number in range(count):
             Image.new("RGB", (16, 16)).save(tmp_path / split / f"{number}.png")
     (tmp_path / "val" / "4.png").write_bytes(b"no image")
-    sample = a_sample(tmp_path, 10)
+    sample = draw_sample(tmp_path, 10)
     assert (len(sample.indices), sample.targets) == (5, None)
-    imgs, which = sample.view(lambda image: torch.zeros(3, 2, 2, dtype=torch.uint8))
+    imgs, which = sample.load_view(lambda image: torch.zeros(3, 2, 2, dtype=torch.uint8))
     assert (len(imgs), which.tolist()) == (4, [0, 1, 2, 3])
-    drawn = a_sample(classes, 30)
+    drawn = draw_sample(classes, 30)
     assert len(set(drawn.indices)) == 30
     assert drawn.targets is not None
     assert torch.bincount(drawn.targets).min() > 3, "not the first classes alone"
 
 
 @pytest.mark.parametrize(
-    ("channels", "count", "told"),
-    [(3, FEWEST - 1, f"at least {FEWEST}"), (4, FEWEST, "takes 4 channels"), (3, 0, "no images")],
+    ("channels", "count", "expected"),
+    [(3, MIN_IMAGES - 1, f"at least {MIN_IMAGES}"), (4, MIN_IMAGES, "takes 4 channels"), (3, 0, "no images")],
 )
-def test_what_cannot_be_probed_says_why(tmp_path, channels, count, told):
+def test_what_cannot_be_probed_says_why(tmp_path, channels, count, expected):
     spec = BackboneSpec(
         "vit", (16, 16), (8, 8), channels, 192, 1, 3, mean=(0.5,) * channels, std=(0.5,) * channels
     )
@@ -175,5 +184,5 @@ def test_what_cannot_be_probed_says_why(tmp_path, channels, count, told):
     for number in range(count):
         Image.new("RGB", (16, 16)).save(tmp_path / "images" / f"{number}.png")
     given = {"mean": spec.mean, "std": spec.std}
-    with pytest.raises(UserError, match=told):
-        suggest(tmp_path / "x.safetensors", tmp_path / "images", format="timm", overrides=given)
+    with pytest.raises(UserError, match=expected):
+        suggest_preprocessing(tmp_path / "x.safetensors", tmp_path / "images", format="timm", overrides=given)

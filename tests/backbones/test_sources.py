@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save, save_file
 
 from backbones.load import load_backbone
 from backbones.reading import hub, official
-from backbones.reading.official import Official, table
+from backbones.reading.official import Official, load_table
 from backbones.reading.source import open_source
 from backbones.translating.detect import FORMATS
 from mae_bench.data.sets import fetch as fetching
@@ -106,7 +106,7 @@ class TestOfficial:
     def publish(self, monkeypatch, server: Server, content: bytes, checksum: str) -> None:
         server.files["/toy.pth"] = content
         entry = Official(f"{server.url}/toy.pth", "timm", "the authors", "teacher", checksum)
-        monkeypatch.setattr(official, "table", lambda: {"dino_toy": entry})
+        monkeypatch.setattr(official, "load_table", lambda: {"dino_toy": entry})
 
     @pytest.mark.parametrize("kind", ["md5", "sha256", ""])
     def test_is_brought_once_and_read_as_the_authors_say(self, monkeypatch, server, content, toys, kind):
@@ -145,10 +145,10 @@ class TestOfficial:
     def test_all_names_are_listed(self, name):
         with pytest.raises(UserError) as error:
             open_source(f"official:{name}")
-        assert error.value.expected == f"one of {', '.join(table())}"
+        assert error.value.expected == f"one of {', '.join(load_table())}"
 
     def test_an_address_is_answered_with_its_name(self):
-        for name, entry in table().items():
+        for name, entry in load_table().items():
             with pytest.raises(UserError, match=f"give official:{name}$"):
                 open_source(entry.url)
         with pytest.raises(
@@ -158,17 +158,18 @@ class TestOfficial:
 
 
 def test_every_official_entry_is_usable():
-    assert {entry.format for entry in table().values()} <= set(FORMATS)
-    for name, entry in table().items():
+    assert {entry.format for entry in load_table().values()} <= set(FORMATS)
+    for name, entry in load_table().items():
         kind, _, published = entry.checksum.partition(":")
         assert entry.url.startswith("https://"), name
         assert entry.source, name
         assert not entry.checksum or (
             kind in ("md5", "sha256") and len(published) >= 6 and int(published, 16)
         ), name
-    assert len({entry.url for entry in table().values()}) == len(table())
+    assert len({entry.url for entry in load_table().values()}) == len(load_table())
     assert (
-        table()["mae_vit_base"].url == "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth"
+        load_table()["mae_vit_base"].url
+        == "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth"
     )
 
 
@@ -340,7 +341,7 @@ def test_a_client_that_tries_again_and_again_is_heard_once():
     log.addHandler(handler)
     try:
         for _ in range(2):
-            with hub.told_once():
+            with hub.log_once():
                 for number in range(3):
                     logging.getLogger(f"{log.name}.inner").warning("try %d", number)
         log.warning("later")

@@ -437,8 +437,8 @@ def test_inspect_suggests_how_to_feed(tmp_path: Path, vit: VisionTransformer, he
     assert (found["suggestion"]["applied"], found["suggestion"]["images"]) == (False, 16)
     assert found["spec"]["mean"] == [0.485, 0.456, 0.406]
     _, shown, _ = here("inspect", "vit.safetensors", "--images", "images")
-    assert "A suggestion from 16 images; nothing was applied." in shown
-    assert "No published values are known" in shown
+    assert "a suggestion from 16 images; nothing was applied." in shown
+    assert "No published preprocessing is known" in shown
     code, _, told = here("inspect", "several.pth", "--images", "images")
     assert (code, "--weights NAME" in told) == (2, True)
 
@@ -475,7 +475,7 @@ def test_verify_is_0_for_equal_models_and_1_for_others(tmp_path: Path, vit: Visi
     )
     code, out, told = here("verify", "vit.safetensors", "--against", "theirs_in_cli:same")
     assert code == 0, told
-    assert "They are equal within 1e-05" in out
+    assert "The models are equal within 1e-05" in out
     code, out, _ = here("verify", "vit.safetensors", "--against", "theirs_in_cli:other", "--json")
     assert (code, [layer["absolute"] > 0 for layer in json.loads(out)["layers"]]) == (
         1,

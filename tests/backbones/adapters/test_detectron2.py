@@ -18,9 +18,9 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from backbones.adapters.detectron2 import (  # noqa: E402
     TopLevelMaxPool,
     ViTBackbone,
+    build_lr_scale,
+    get_pyramid_scales,
     load_vit_backbone,
-    lr_scale,
-    pyramid_scales,
 )
 from backbones.translating.report import ConversionReport  # noqa: E402
 from mae_bench.errors import NotInstalled, UserError  # noqa: E402
@@ -83,7 +83,7 @@ def test_every_kind_of_vit_gives_maps_gradients_and_layers(exported: tuple[Path,
     )
     assert [(s.channels, s.stride) for s in backbone.output_shape().values()] == [(spec.embed_dim, patch)] * 2
     maps[f"block{last}"].square().sum().backward()
-    scale = lr_scale(spec, DECAY)
+    scale = build_lr_scale(spec, DECAY)
     for name, parameter in backbone.named_parameters():
         inside = name.removeprefix("features.vit.")
         assert inside.startswith(UNUSED) or (parameter.grad is not None and parameter.grad.any()), name
@@ -107,10 +107,15 @@ def test_pyramid_levels_have_the_strides_asked_for(
     patch: int, strides: tuple[int, ...], scales: list[float]
 ) -> None:
     spec = make_spec(patch)
-    assert pyramid_scales(spec, strides) == scales
+    assert get_pyramid_scales(spec, strides) == scales
     top = f"p{strides[-1].bit_length() - 1}"
     pyramid = SimpleFeaturePyramid(
-        make_backbone(spec), "block1", 16, pyramid_scales(spec, strides), TopLevelMaxPool(top), square_pad=64
+        make_backbone(spec),
+        "block1",
+        16,
+        get_pyramid_scales(spec, strides),
+        TopLevelMaxPool(top),
+        square_pad=64,
     )
     maps = pyramid(torch.randn(1, 3, 64, 64))
     assert [shape.stride for shape in pyramid.output_shape().values()] == [*strides, 2 * strides[-1]]
@@ -121,7 +126,7 @@ def test_pyramid_levels_have_the_strides_asked_for(
 
 def test_strides_and_patches_out_of_reach_are_refused() -> None:
     with pytest.raises(UserError, match=r"pyramid strides \[32\] over a map of stride 8") as error:
-        pyramid_scales(make_spec(8), (8, 16, 32))
+        get_pyramid_scales(make_spec(8), (8, 16, 32))
     assert "[2, 4, 8, 16]" in error.value.expected
     spec = BackboneSpec(
         arch="vit", img_size=(32, 32), patch_size=(16, 8), in_chans=3, embed_dim=24, depth=1, num_heads=2
@@ -178,7 +183,7 @@ def test_loading_tells_what_was_loaded(export: Path) -> None:
 
 
 def test_lr_scales_known_answers() -> None:
-    scale = lr_scale(make_spec(depth=12), 0.7)
+    scale = build_lr_scale(make_spec(depth=12), 0.7)
     prefix = "backbone.net.features.vit."
     assert (
         scale(prefix + "pos_embed")
@@ -193,7 +198,7 @@ def test_lr_scales_known_answers() -> None:
 
 def test_lr_scales_are_those_of_detectron2() -> None:
     spec = make_spec(depth=4)
-    backbone, scale = make_backbone(spec), lr_scale(spec, 0.8)
+    backbone, scale = make_backbone(spec), build_lr_scale(spec, 0.8)
     for name, _ in backbone.named_parameters():
         if name.split(".")[-1] != "cls_token":  # detectron2's ViT has none
             assert scale(f"backbone.net.{name}") == pytest.approx(

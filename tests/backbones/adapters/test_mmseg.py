@@ -13,7 +13,7 @@ pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
-from backbones.adapters.mmseg import MAEBenchViT, neck, preprocessor
+from backbones.adapters.mmseg import MAEBenchViT, build_neck, build_preprocessor
 from mae_bench.errors import NotInstalled, UserError
 from mae_bench.export import write_export
 from mae_bench.models.vit import build_vit
@@ -50,7 +50,7 @@ def segmentor(source: str, spec: BackboneSpec, **backbone) -> nn.Module:
     init_default_scope("mmseg")  # as a stock config says
     norm = {"type": "BN", "requires_grad": True}
     return MODELS.build({
-        "type": "EncoderDecoder", "data_preprocessor": preprocessor(spec, 32), "neck": neck(spec, norm),
+        "type": "EncoderDecoder", "data_preprocessor": build_preprocessor(spec, 32), "neck": build_neck(spec, norm),
         "backbone": {"type": "MAEBenchViT", "source": source, **backbone},
         "decode_head": {
             "type": "UPerHead", "in_channels": [spec.embed_dim] * 4, "in_index": [0, 1, 2, 3], "pool_scales": (1, 2),
@@ -90,11 +90,11 @@ def test_initialisation_leaves_the_loaded_weights_alone(source):
 
 def test_preprocessor_normalises_rgb_by_the_spec_and_pads(source):
     spec = spec_of()
-    processor = MODELS.build(preprocessor(spec, 32))
+    processor = MODELS.build(build_preprocessor(spec, 32))
     bgr = torch.tensor([30, 20, 10], dtype=torch.uint8).view(3, 1, 1).expand(3, 30, 27)
-    sample = MODELS.build(preprocessor(spec, 32))({"inputs": [bgr], "data_samples": []}, training=False)[
-        "inputs"
-    ]
+    sample = MODELS.build(build_preprocessor(spec, 32))(
+        {"inputs": [bgr], "data_samples": []}, training=False
+    )["inputs"]
     assert tuple(sample.shape) == (1, 3, 32, 32)  # multiples of the patch
     expected = [
         (value / 255 - mean) / std for value, mean, std in zip((10, 20, 30), spec.mean, spec.std, strict=True)
@@ -173,7 +173,7 @@ def test_bfloat16_wrapper_computes_in_bfloat16_and_keeps_float32_weights():
 
 def test_patches_that_are_not_square_are_refused():
     with pytest.raises(UserError, match="square patches"):
-        neck(spec_of(img_size=(16, 16), patch_size=(8, 4)), {"type": "BN"})
+        build_neck(spec_of(img_size=(16, 16), patch_size=(8, 4)), {"type": "BN"})
 
 
 def test_missing_mmseg_names_the_command(monkeypatch):

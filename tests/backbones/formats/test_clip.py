@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
-from backbones.adapters.features import layer_id
+from backbones.adapters.features import get_layer_id
 from backbones.load import load_backbone
 from mae_bench.errors import UserError
 from mae_bench.models.cost import backbone_gmacs
@@ -119,7 +119,7 @@ def test_it_is_fine_tuned_as_any_backbone(files, imgs):
     model, spec, _ = load_backbone(files["quickgelu"][0], drop_path_rate=0.1)
     Classifier(model, spec, 5, "token", fc_norm=False)(imgs.float()).sum().backward()
     layers = {
-        name: layer_id(name, spec.depth)
+        name: get_layer_id(name, spec.depth)
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
@@ -180,7 +180,7 @@ def test_published_sizes(width, heads, depth, hidden, patch):
         (lambda w: w.update({"visual.attn_pool.query": torch.zeros(3)}), "CoCa"),
         (lambda w: w.pop("visual.ln_pre.weight"), "open_clip_config.json"),
         (lambda w: w.update({"visual.conv1.weight": torch.zeros(())}), "conv1"),
-        (lambda w: w.update({"visual.class_embedding": torch.zeros(())}), "another shape: cls_token"),
+        (lambda w: w.update({"visual.class_embedding": torch.zeros(())}), "wrong shape: cls_token"),
     ],
 )
 def test_whatever_is_unexplained_is_refused(tmp_path, change, told):

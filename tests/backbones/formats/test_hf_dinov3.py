@@ -121,7 +121,7 @@ def test_a_description_that_makes_no_sense_is_refused(files, tmp_path, config):
     ({"model.layer.1.norm2.bias": None}, "missing: blocks.1.norm2.bias"),
     ({"model.layer.1.attention.k_proj.weight": None}, "query, key and value"),
     ({"model.layer.1.attention.v_proj.bias": None}, "missing: blocks.1.attn.v_bias"),
-    ({"model.layer.1.mlp.up_proj.weight": torch.zeros(400, 192)}, "another shape: blocks.1.mlp.fc1_x.weight"),
+    ({"model.layer.1.mlp.up_proj.weight": torch.zeros(400, 192)}, "wrong shape: blocks.1.mlp.fc1_x.weight"),
 ])  # fmt: skip
 def test_whatever_does_not_fit_is_refused(files, tmp_path, change, told):
     weights = torch.load(files["memory"][0]) | change

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from backbones.adapters.features import FeatureMaps, layer_id
+from backbones.adapters.features import FeatureMaps, get_layer_id
 from backbones.load import load_backbone
 from mae_bench.errors import UserError
 from mae_bench.models.cost import backbone_gmacs, num_params
@@ -151,7 +151,7 @@ def test_it_is_fine_tuned_and_counted_as_any_backbone(files):
     assert all(parameter.grad is not None for parameter in classifier.parameters())
     assert backbone_gmacs(spec) == pytest.approx(expected_gmacs(), rel=1e-6)
     assert num_params(model) == sum(math.prod(shape) for shape in toys_sam.SQUARE.values())
-    layers = {name: layer_id(name, spec.depth) for name, _ in model.named_parameters()}
+    layers = {name: get_layer_id(name, spec.depth) for name, _ in model.named_parameters()}
     assert (layers["pos_embed"], layers["blocks.2.attn.rel_pos_h"], layers["neck.0.weight"]) == (0, 3, 5)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from backbones.classifier import head_of
+from backbones.classifier import extract_head
 from backbones.config import CheckpointConfig
 from backbones.job import run as bring
 from backbones.reading.source import Checkpoint
@@ -97,7 +97,7 @@ def test_a_probes_batch_norm_is_folded_into_its_head():
         norm(torch.randn(8, 4) * 3 + 1)
     probe = torch.nn.Sequential(norm, layer).eval()
     tensors = {f"head.{name}": tensor for name, tensor in probe.state_dict().items()}
-    head = head_of(Checkpoint("x", "0" * 64, tensors))
+    head = extract_head(Checkpoint("x", "0" * 64, tensors))
     assert head is not None
     x = torch.randn(6, 4)
     torch.testing.assert_close(head(x), probe(x))
@@ -113,7 +113,7 @@ def test_what_is_no_classifier_of_these_classes_is_refused(data, tmp_path, backb
     with pytest.raises(UserError, match="3 classes on 1 class folders(.|\n)*Next: give their folder as data"):
         as_it_is(tmp_path / "other", tmp_path / "b", row(tmp_path / "row2", path, spec={"num_heads": 2}))
     with pytest.raises(UserError, match="two heads"):
-        head_of(Checkpoint("x", "0" * 64, {"head_dist.weight": torch.zeros(3, 4)}))
+        extract_head(Checkpoint("x", "0" * 64, {"head_dist.weight": torch.zeros(3, 4)}))
 
 
 def predictions(top1: list[int]) -> Predictions:

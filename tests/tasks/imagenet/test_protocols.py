@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from backbones.adapters.features import layer_id
+from backbones.adapters.features import get_layer_id
 from backbones.load import load_backbone
 from mae_bench.config import build
 from mae_bench.data.batches.loader import Batch
@@ -47,7 +47,7 @@ def test_layer_ids_of_the_reference() -> None:
         "fc_norm.weight",
         "head.bias",
     ]
-    assert [layer_id(name, 12) for name in names] == [0, 0, 0, 1, 12, 13, 13]
+    assert [get_layer_id(name, 12) for name in names] == [0, 0, 0, 1, 12, 13, 13]
     assert pytest.approx(3.70e-3, rel=1e-2) == 0.65 ** (13 - 0), (
         "ViT-B's patch embedding (mae.md, from util/lr_decay.py)"
     )
