@@ -66,16 +66,14 @@ def load_backbone(
     """Load a checkpoint into a timm ViT without a head, in float32 and in eval mode.
 
     `forward_features` maps images (N, C, H, W) to prefix and patch tokens (N, prefix + L, D) after the final norm.
-    Weights whose norm was trained after average pooling (`fc_norm`) keep it there; apply it with
-    `forward_head(..., pre_logits=True)`.
+    Weights whose norm was trained after average pooling (`fc_norm`) keep it in `forward_head(..., pre_logits=True)`.
 
     Args:
-        source: a path, file:PATH, run:DIR, timm:NAME, official:NAME, hf:REPO@REVISION, or an opened `Checkpoint`
-            (then `weights`, `sha256` and `trust` are those it was opened with).
-        global_pool: "token" or "avg"; by default that of the weights. "avg" drops a final norm and adds a new one
-            after the pooling, as MAE does for fine-tuning.
+        source: a path, file:PATH, run:DIR, timm:NAME, official:NAME, hf:REPO@REVISION, or what `open_source` returned.
+        global_pool: "token" or "avg"; by default that of the weights. "avg" replaces a final norm by a new one after
+            the pooling, as MAE does for fine-tuning.
         drop_path_rate: stochastic depth rate of the last block; the rate grows linearly with depth.
-        dynamic_img_size: accept images of any size that is a multiple of the patch size.
+        dynamic_img_size: accept images of any multiple of the patch size.
         img_size, patch_size: pixels, as (height, width) or one number. Position tables and patch embedding are
             resampled (`backbones.translating.resample`) if the weights were trained at another size.
         patch_resample: "pinv" or "bicubic", how the patch embedding is resampled.
@@ -83,10 +81,10 @@ def load_backbone(
 
     Raises UserError for anything wrong with the file; a checkpoint is never loaded in part.
     """
-    # 1. Open the source: tensors, metadata and digest, nothing interpreted yet.
-    checkpoint = source
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = open_source(checkpoint, sha256, weights, trust=trust)
+    # 1. Open the source: tensors, metadata and digest.
+    checkpoint = (
+        source if isinstance(source, Checkpoint) else open_source(source, sha256, weights, trust=trust)
+    )
 
     # 2. Detect the format, rename every tensor to timm's names and infer the spec.
     name, translation, spec = translate(checkpoint, format, overrides)
@@ -100,10 +98,9 @@ def load_backbone(
     spec = resample(translation, spec, *sizes, patch_resample)
 
     # 5. Build the model without allocating weights, and check that each tensor has its place.
+    options: Any = {"drop_path_rate": drop_path_rate, "dynamic_img_size": dynamic_img_size}
     with torch.device("meta" if spec.arch in FILLED else "cpu"):
-        model = build_vit(
-            spec, global_pool=layout, drop_path_rate=drop_path_rate, dynamic_img_size=dynamic_img_size
-        )
+        model = build_vit(spec, global_pool=layout, **options)
     check_fit(model, translation.weights, checkpoint.source, name)
 
     # 6. Copy the weights: the file's tensors may be memory-mapped, and must not have changed since their digest was taken.
