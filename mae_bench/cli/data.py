@@ -195,7 +195,7 @@ def prepare_imagenet(
             packed=PackOptions(short_side=short_side) if packed else None,
             num_workers=num_cores(),
         )
-    print(f"{out}: train: {made.train} images, val: {made.val} images; {made.classes} classes")
+    print(f"{out}: train: {made.num_train} images, val: {made.num_val} images; {made.num_classes} classes")
 
 
 @contextmanager

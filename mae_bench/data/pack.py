@@ -18,16 +18,17 @@ def pack_set(
     num_workers: int = 0,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
-    """Packs every split of the set at `source` into the folder `out`; see `PackOptions` and `pack_sources`. Returns the header."""
-    how = PackOptions(short_side, quality, raw)
-    splits = find_splits(source)
-    sources = {split: open_images(source, split, refresh=True) for split in splits}
+    """Pack every split of the set at `source` into the folder `out` and return the header.
+
+    See `PackOptions` for short_side, quality and raw.
+    """
+    options = PackOptions(short_side, quality, raw)
+    sources = {split: open_images(source, split, refresh=True) for split in find_splits(source)}
     if not sources:
         raise UserError(
-            f"{source} holds no images",
+            f"no images in {source}",
             expected="a set of images in any form",
             fix="mae-bench data check images PATH",
         )
-    return pack_sources(
-        sources, Path(out), how, name=read_dataset_name(source), num_workers=num_workers, progress=progress
-    )
+    name = read_dataset_name(source)
+    return pack_sources(sources, Path(out), options, name=name, num_workers=num_workers, progress=progress)

@@ -1,4 +1,7 @@
-"""Which part of an image is taken, and its resampling: of one image on the CPU, or of a whole batch on its device."""
+"""Sample crops of images and resample them: one image on the CPU, or a whole batch on its device.
+
+Dimensions: N batch, C channels, H W image, h w output.
+"""
 
 import math
 import random
@@ -15,17 +18,17 @@ Size = tuple[int, int]  # height, width
 RATIO = (3 / 4, 4 / 3)  # width / height of RandomResizedCrop
 TRIES = 10
 CROP_PCT = 0.875  # 224 of 256
-VERTICAL_FIRST = (
-    int(PIL.__version__.split(".")[0]) >= 13
-)  # Pillow 13 begins with the rows where that is much less work
+# Pillow 13 resamples the rows first where that is much less work.
+VERTICAL_FIRST = int(PIL.__version__.split(".")[0]) >= 13
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 @dataclass(frozen=True)
 class Crop:
-    """The box at (top, left) of (height, width) is resized to `size`; the input is the part of that at `offset`, then flipped.
+    """A crop in pixels, each pair as (vertical, horizontal).
 
-    All in pixels, (vertical, horizontal).
+    The box at (top, left) with (height, width) is resized to `size`, cut at `offset` to the input size, and
+    flipped.
     """
 
     top: int
@@ -38,7 +41,7 @@ class Crop:
 
     @property
     def vertical_first(self) -> bool:
-        """Whether Pillow resamples the rows before the columns: it rounds to 8 bits between the two."""
+        """Whether Pillow resamples the rows before the columns; it rounds to 8 bits between the two."""
         down, across = self.height - self.size[0], self.width - self.size[1]
         return VERTICAL_FIRST and down > 2 * max(0, across)
 
@@ -46,8 +49,11 @@ class Crop:
 def random_resized_crop(
     height: int, width: int, img_size: Size, scale: tuple[float, float], draw: random.Random
 ) -> Crop:
-    """torchvision's RandomResizedCrop: a share `scale` of the area at a log-uniform ratio, in ten tries, else the centre; and a
-    flip."""
+    """Sample torchvision's RandomResizedCrop and a flip.
+
+    The crop covers a fraction in the range `scale` of the area, with a log-uniform aspect ratio. After ten
+    failed attempts it is the central crop.
+    """
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
     for _ in range(TRIES):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * draw.random())
@@ -61,10 +67,13 @@ def random_resized_crop(
 
 
 def fixed_size_crop(height: int, width: int, img_size: Size, draw: random.Random | None = None) -> Crop:
-    """The whole image is resized to the least size that covers img_size / 0.875 (a short side of 256 for 224); of that, a random
-    img_size and a flip (MAE, Table 1e, 'crop, fixed size'), or without `draw` the centre as it is."""
+    """Sample a crop of fixed size and a flip (MAE, Table 1e); without `draw`, return the central crop.
+
+    The whole image is first resized to the smallest size that covers img_size / 0.875 (a short side of 256
+    for 224).
+    """
     cover_height, cover_width = (round(side / CROP_PCT) for side in img_size)
-    if cover_height * width > cover_width * height:  # torchvision cuts the long side's fraction
+    if cover_height * width > cover_width * height:  # torchvision rounds the long side down
         size = cover_height, int(cover_height * width / height)
     else:
         size = int(cover_width * height / width), cover_width
@@ -76,7 +85,7 @@ def fixed_size_crop(height: int, width: int, img_size: Size, draw: random.Random
 
 
 def take_box(pixels: np.ndarray, crop: Crop) -> torch.Tensor:
-    """(H, W, C) -> a copy of the crop's box as (1, C, height, width), channels last in memory."""
+    """Copy the crop's box of (H, W, C) to (1, C, height, width), channels last in memory."""
     rows = pixels.reshape(pixels.shape[0], -1)[crop.top : crop.top + crop.height]
     channels = pixels.shape[2]
     box = np.array(rows[:, crop.left * channels : (crop.left + crop.width) * channels])
@@ -84,8 +93,10 @@ def take_box(pixels: np.ndarray, crop: Crop) -> torch.Tensor:
 
 
 def resample(pixels: np.ndarray, crop: Crop, img_size: Size, interpolation: str = "bicubic") -> torch.Tensor:
-    """(H, W, C) -> (C, *img_size) of the same dtype, channels last in memory, with antialiasing as Pillow's: uint8 within 0.05
-    of 255 on average."""
+    """Resample (H, W, C) to (C, *img_size) of the same dtype, channels last in memory, with antialiasing.
+
+    uint8 pixels differ from Pillow's by less than 0.05 of 255 on average.
+    """
     box = take_box(pixels, crop)
     imgs = box if box.dtype == torch.uint8 else box.float()
     if crop.vertical_first:
@@ -97,8 +108,7 @@ def resample(pixels: np.ndarray, crop: Crop, img_size: Size, interpolation: str 
 def resample_exact(
     pixels: np.ndarray, crop: Crop, img_size: Size, interpolation: str = "bicubic"
 ) -> torch.Tensor:
-    """As `resample`, by Pillow: bit for bit what torchvision gives on Pillow's images. Deeper than 8 bits there is nothing to
-    be equal to."""
+    """Resample with Pillow, bit for bit as torchvision does; images above 8 bits are left to `resample`."""
     if pixels.dtype != np.uint8:
         return resample(pixels, crop, img_size, interpolation)
     if pixels.shape[2] not in (1, 3):
@@ -124,49 +134,53 @@ def _window(imgs: torch.Tensor, crop: Crop, img_size: Size) -> torch.Tensor:
 
 
 def _restore(imgs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Float values as `dtype`; integers are rounded as Pillow rounds (halves up) and clamped."""
+    """Convert float values to `dtype`; integers are rounded half up, as in Pillow, and clamped."""
     if imgs.dtype == dtype or dtype.is_floating_point:
         return imgs.to(dtype)
     return imgs.add(0.5).floor().clamp(0, torch.iinfo(dtype).max).to(dtype)
 
 
 def describe(crop: Crop) -> list[int]:
-    """The crop as the numbers that `resample_batch` takes, for an image that is the crop's box alone."""
+    """Return the numbers that describe the crop to `resample_batch`, for an image cut to the crop's box."""
     return [crop.height, crop.width, *crop.size, *crop.offset, int(crop.flip), int(crop.vertical_first)]
 
 
 def resample_batch(
     imgs: torch.Tensor, crops: torch.Tensor, img_size: Size, interpolation: str = "bicubic"
 ) -> torch.Tensor:
-    """(N, C, H, W), each image in the top left corner and zero below and beside it -> (N, C, *img_size) on imgs' device.
+    """Resample zero-padded images (N, C, H, W) to (N, C, *img_size) on their device.
 
-    crops (N, 8) on the CPU: a row of `describe` an image. Two batched products with the weights of Pillow's antialiased filter,
-    in float32 whatever autocast and TF32 say, rounded where Pillow rounds: nearly always its pixels, else one apart. Nothing
-    waits for the device. It is made for GPUs: products with whole rows of zeros take a CPU far longer than `resample`.
+    imgs: each image is in the top left corner, with zeros below and to the right of it.
+    crops: one row of `describe` per image, (N, 8), on the CPU.
+
+    Two batched matrix products with the weights of Pillow's antialiased filter, in float32 regardless of
+    autocast and TF32, rounded where Pillow rounds: almost all pixels equal Pillow's, the rest differ by one.
+    There is no synchronisation with the device. Meant for GPUs: on a CPU, products with whole rows of zeros
+    take much longer than `resample`.
     """
     numbers = crops.to(imgs.device, non_blocking=True).double()
     height, width, down, across, top, left, flip, vertical_first = numbers.unbind(1)
-    taps = [_most_taps(crops[:, axis], crops[:, 2 + axis], interpolation) for axis in (0, 1)]
+    taps = [_max_taps(crops[:, axis], crops[:, 2 + axis], interpolation) for axis in (0, 1)]
     rows = _weights(height, down, top, img_size[0], imgs.shape[2], taps[0], interpolation)
     columns = _weights(width, across, left, img_size[1], imgs.shape[3], taps[1], interpolation)
     columns = torch.where(flip.bool()[:, None, None], columns.flip(1), columns).mT[:, None]  # (N, 1, W, w)
     rows = rows[:, None]  # (N, 1, h, H)
-    with torch.autocast(imgs.device.type, enabled=False), _full_precision(imgs.device):
-        values, integer = imgs.float(), not imgs.dtype.is_floating_point
-        most = torch.iinfo(imgs.dtype).max if integer else 0
-
-        def rounded(x: torch.Tensor) -> torch.Tensor:
-            return x.add_(0.5).floor_().clamp_(0, most) if imgs.dtype == torch.uint8 else x
-
-        across_first = rows @ rounded(values @ columns)
+    with torch.autocast(imgs.device.type, enabled=False), _FullPrecision(imgs.device):
+        values, is_uint8 = imgs.float(), imgs.dtype == torch.uint8
+        across_first = rows @ _round(values @ columns, is_uint8)
         if bool(crops[:, 7].any()):
-            down_first = rounded(rows @ values) @ columns
+            down_first = _round(rows @ values, is_uint8) @ columns
             across_first = torch.where(vertical_first.bool()[:, None, None, None], down_first, across_first)
     return _restore(across_first, imgs.dtype)
 
 
-class _full_precision:
-    """Products in float32 proper: TF32 keeps 10 bits of a weight."""
+def _round(values: torch.Tensor, is_uint8: bool) -> torch.Tensor:
+    """Round to 8 bits in place, as Pillow does between its two passes over an 8-bit image."""
+    return values.add_(0.5).floor_().clamp_(0, 255) if is_uint8 else values
+
+
+class _FullPrecision:
+    """Disable TF32, which keeps only 10 bits of the mantissa of a weight."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -181,10 +195,10 @@ class _full_precision:
             torch.backends.cuda.matmul.allow_tf32 = self._before
 
 
-SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}  # of the filters, in source pixels where nothing is shrunk
+SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}  # radius of the filters in source pixels, without downsampling
 
 
-def _most_taps(before: torch.Tensor, after: torch.Tensor, interpolation: str) -> int:
+def _max_taps(before: torch.Tensor, after: torch.Tensor, interpolation: str) -> int:
     scale = max(1.0, float((before.double() / after).max()))
     return math.ceil(SUPPORT[interpolation] * scale) * 2 + 1
 
@@ -198,8 +212,11 @@ def _weights(
     taps: int,
     interpolation: str,
 ) -> torch.Tensor:
-    """(N, length, padded): how much each source pixel gives to the outputs offset ... offset + length - 1 of `before` pixels
-    resized to `after` (each (N,), float64)."""
+    """Return the weight of each source pixel in each output pixel, (N, length, padded).
+
+    The outputs are the pixels offset ... offset + length - 1 of `before` pixels resized to `after`, each (N,)
+    float64.
+    """
     scale = (before / after)[:, None]
     stretch = scale.clamp(min=1)
     centre = (torch.arange(length, device=before.device) + offset[:, None] + 0.5) * scale
@@ -215,7 +232,7 @@ def _weights(
 
 
 def _filter(x: torch.Tensor, interpolation: str) -> torch.Tensor:
-    """Pillow's kernels at distance x >= 0: the triangle, and the cubic of Keys (1981) with a = -0.5."""
+    """Return Pillow's filter at distance x >= 0: the triangle, or the cubic of Keys (1981), a = -0.5."""
     if interpolation == "bilinear":
         return (1 - x).clamp(min=0)
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2

@@ -1,4 +1,7 @@
-"""Batches of images whose order and augmentation depend on (seed, epoch, index) alone, however many processes read them."""
+"""Load batches that depend only on (seed, epoch, index), not on the number of loader processes.
+
+Dimensions: N batch, C channels, H W image.
+"""
 
 import re
 import signal
@@ -18,23 +21,25 @@ from mae_bench.data.sets.source import BadImage, ImageSource, decode
 from mae_bench.errors import UserError
 
 Transform = Callable[[Image.Image], torch.Tensor] | PretrainTransform
-Item = tuple[
-    int, int, int
-]  # epoch, which seeds the augmentation; index in the image set; place in the step's global batch
-View = tuple[
-    torch.Tensor, list[int] | None
-]  # an input (C, H, W); or what a crop on the device begins with, and its numbers
+# Epoch, which seeds the augmentation; index in the image set; position in the step's global batch.
+Item = tuple[int, int, int]
+# An input (C, H, W) and None; or, for crops on the device, the crop's box and the numbers of the crop.
+View = tuple[torch.Tensor, list[int] | None]
 
-OUTLIVES = 45  # seconds that a loader process lives on when it is asked to end: longer than its main process has to save
-MOST_BAD_IN_A_ROW = 100  # a set that begins like this is another kind of set
+GRACE_SECONDS = 45  # a loader process keeps running for this long after SIGTERM, while its main process saves
+MAX_BAD_IN_A_ROW = 100  # more than this is not a damaged image set but the wrong one
 
 
 @dataclass
 class Batch:
-    """imgs (N, C, H, W), uint8 unless the set is deeper; targets (N,) int64, indices (N,) in the image set.
+    """A batch of images.
 
-    bad: what did not decode, with the reason. start: the place of the first image in the step's global batch.
-    crops: (N, 8) for `mae_bench.data.batches.crops.resample_batch`, where the images are still to be cropped on the device.
+    imgs: (N, C, H, W), uint8 unless the image set has more bits.
+    targets: (N,) int64.
+    indices: index in the image set, (N,).
+    bad: name and reason of each image that did not decode.
+    start: position of the first image in the step's global batch.
+    crops: (N, 8), only for images still to be cropped by `mae_bench.data.batches.crops.resample_batch`.
     """
 
     imgs: torch.Tensor
@@ -45,7 +50,7 @@ class Batch:
     crops: torch.Tensor | None = None
 
     def split(self, sizes: Sequence[int]) -> Iterator["Batch"]:
-        """Parts of so many images, in order; `bad` stays behind."""
+        """Yield consecutive parts of these sizes, without `bad`."""
         begin = 0
         for size in sizes:
             part = slice(begin, begin + size)
@@ -56,16 +61,16 @@ class Batch:
             begin += size
 
     def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory, from where copies to a GPU do not wait (the DataLoader calls it)."""
+        """Return the batch in page-locked memory, which the DataLoader requests for copies to a GPU."""
         crops = None if self.crops is None else self.crops.pin_memory()
         return replace(self, imgs=self.imgs.pin_memory(), targets=self.targets.pin_memory(), crops=crops)
 
 
 class Images(Dataset[Batch | UserError]):
-    """Decoded and transformed images of a source, a batch at a time, addressed by lists of items.
+    """Decoded and transformed images of a source, addressed by a list of items per batch.
 
-    replace_bad: an image that does not decode gives its place to the next one (training); else its place stays empty
-    (evaluation). A UserError is returned, not raised: a worker's exception would reach the user as a traceback.
+    replace_bad: an image that does not decode is replaced by the next one (training) or dropped (evaluation).
+    A UserError is returned rather than raised: an exception in a worker would reach the user as a traceback.
     """
 
     def __init__(self, images: ImageSource, transform: Transform, seed: int, replace_bad: bool):
@@ -73,52 +78,54 @@ class Images(Dataset[Batch | UserError]):
 
     def __getitems__(self, items: list[Item]) -> Batch | UserError:
         views: list[View] = []
-        places: list[int] = []
+        indices: list[int] = []
         bad: list[tuple[str, str]] = []
         try:
             for epoch, index, _ in items:
-                if (found := self._first_good(epoch, index, bad)) is not None:
-                    places.append(found[0])
+                found = self._first_good(epoch, index, bad)
+                if found is not None:
+                    indices.append(found[0])
                     views.append(found[1])
         except UserError as error:
             return error
         imgs, crops = _stack(views)
-        targets = torch.tensor([int(self.images.targets[place]) for place in places], dtype=torch.int64)
-        return Batch(imgs, targets, torch.tensor(places, dtype=torch.int64), bad, items[0][2], crops)
+        targets = torch.tensor([int(self.images.targets[index]) for index in indices], dtype=torch.int64)
+        return Batch(imgs, targets, torch.tensor(indices, dtype=torch.int64), bad, items[0][2], crops)
 
     def _first_good(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, View] | None:
-        tries = min(MOST_BAD_IN_A_ROW, len(self.images)) if self.replace_bad else 1
-        for place in range(index, index + tries):
-            place %= len(self.images)
+        tries = min(MAX_BAD_IN_A_ROW, len(self.images)) if self.replace_bad else 1
+        for attempt in range(tries):
+            i = (index + attempt) % len(self.images)
             try:
-                return place, self._view(epoch, place)
+                return i, self._view(epoch, i)
             except (BadImage, OSError) as error:
-                bad.append((self.images.name(place), str(error)))
+                bad.append((self.images.name(i), str(error)))
         if not self.replace_bad:
             return None
         raise UserError(
             f"none of {tries} images in a row can be used, from {bad[-tries][0]}: {bad[-1][1]}",
             expected="images that decode and have the model's channels",
-            fix="look at these files; model.in_chans is the number of channels",
+            fix="check these files; model.in_chans is the number of channels",
         )
 
-    def _view(self, epoch: int, place: int) -> View:
-        seed, transform = derive_seed(self.seed, epoch, place), self.transform
+    def _view(self, epoch: int, i: int) -> View:
+        seed, transform = derive_seed(self.seed, epoch, i), self.transform
         if not isinstance(transform, PretrainTransform):
-            stored = self.images.pixels(place)
-            image = decode(self.images.read(place)) if stored is None else Image.fromarray(stored)
+            stored = self.images.pixels(i)
+            image = decode(self.images.read(i)) if stored is None else Image.fromarray(stored)
             seed_everything(seed)
             return transform(image), None
-        pixels = read_pixels(self.images, place, transform.in_chans, fast=transform.decode == "fast")
-        return (
-            transform.defer(pixels, seed)
-            if transform.crop_on == "device"
-            else (transform(pixels, seed), None)
-        )
+        pixels = read_pixels(self.images, i, transform.in_chans, fast=transform.decode == "fast")
+        if transform.crop_on == "device":
+            return transform.defer(pixels, seed)
+        return transform(pixels, seed), None
 
 
 def _stack(views: list[View]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(N, C, H, W), padded to the largest, channels last in memory; in a worker in shared memory, so that it is written once."""
+    """Stack images to (N, C, H, W), channels last in memory, and pad those that are still to be cropped.
+
+    A worker writes the batch directly to shared memory, so that it is copied only once.
+    """
     if not views:
         return torch.empty(0, 0, 0, 0, dtype=torch.uint8), None
     imgs = [img for img, _ in views]
@@ -131,22 +138,26 @@ def _stack(views: list[View]) -> tuple[torch.Tensor, torch.Tensor | None]:
 def _pad(imgs: list[torch.Tensor]) -> torch.Tensor:
     height, width = (max(img.shape[axis] for img in imgs) for axis in (1, 2))
     padded = torch.zeros(len(imgs), height, width, len(imgs[0]), dtype=imgs[0].dtype)
-    for place, img in zip(padded, imgs, strict=True):
-        place[: img.shape[1], : img.shape[2]] = img.permute(1, 2, 0)
-    return (padded.share_memory_() if get_worker_info() else padded).permute(0, 3, 1, 2)
+    for row, img in zip(padded, imgs, strict=True):
+        row[: img.shape[1], : img.shape[2]] = img.permute(1, 2, 0)
+    if get_worker_info():
+        padded.share_memory_()  # type: ignore[no-untyped-call]
+    return padded.permute(0, 3, 1, 2)
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> torch.Tensor:
-    """The permutation of one epoch."""
+    """Return the permutation of the images for one epoch."""
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(derive_seed(seed, epoch, -1)))
 
 
 @dataclass(frozen=True)
 class TrainingOrder:
-    """Which images make up each step: a function of (seed, step), so a run resumes at any step and on any number of processes.
+    """Assign images to steps as a function of (seed, step), so that a run resumes at any step and world size.
 
-    An epoch has num_images // global_batch_size steps (the rest waits for another epoch's order); rank r of `world_size` takes
-    the r-th equal part of each global batch. sizes: the micro-batches that it is loaded in; none: all at once.
+    An epoch has num_images // global_batch_size steps; the remaining images are skipped in that epoch. Each
+    rank takes an equal, consecutive part of each global batch.
+
+    sizes: sizes of the micro-batches of a step on one rank; () for a single one.
     """
 
     num_images: int
@@ -166,7 +177,7 @@ class TrainingOrder:
         if self.global_batch_size % self.world_size:
             raise UserError(
                 f"global_batch_size {self.global_batch_size} on {self.world_size} processes",
-                expected="a multiple of the processes",
+                expected="a multiple of the number of processes",
             )
 
     @property
@@ -175,27 +186,28 @@ class TrainingOrder:
 
     @property
     def part(self) -> int:
-        """Images of a step on one rank."""
+        """Number of images of a step on one rank."""
         return self.global_batch_size // self.world_size
 
     def batches(self, start: int, stop: int) -> Iterator[list[Item]]:
-        """The items of this rank for steps start to stop - 1, a list a micro-batch."""
+        """Yield the items of this rank for steps start to stop - 1, one list per micro-batch."""
         sizes = self.sizes or (self.part,)
         epoch, order = -1, torch.empty(0)
         for step in range(start, stop):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 order = epoch_order(self.num_images, self.seed, epoch)
-            begin, place = step % self.steps_per_epoch * self.global_batch_size, self.rank * self.part
+            begin = step % self.steps_per_epoch * self.global_batch_size
+            position = self.rank * self.part
             for size in sizes:
-                indices = order[begin + place : begin + place + size].tolist()
-                yield [(epoch, index, place + i) for i, index in enumerate(indices)]
-                place += size
+                indices = order[begin + position : begin + position + size].tolist()
+                yield [(epoch, index, position + i) for i, index in enumerate(indices)]
+                position += size
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The batches of steps start to stop - 1 as a batch sampler: made one by one, so that a long run holds one epoch's order."""
+    """Batch sampler for steps start to stop - 1 that keeps only the order of one epoch in memory."""
 
     order: TrainingOrder
     start: int
@@ -211,12 +223,13 @@ class Steps:
 def training_batches(
     images: ImageSource, transform: Transform, order: TrainingOrder, start: int, stop: int, num_workers: int
 ) -> Iterator[Batch]:
-    """Batches for steps start to stop - 1: the order's micro-batches.
+    """Yield the order's micro-batches for steps start to stop - 1.
 
-    num_workers processes read ahead; 0 reads in this one, without a thread: augmentations may seed the global generators.
+    num_workers: number of processes that read ahead; 0 reads in this process, without a thread, as
+    augmentations may seed the global generators.
     """
     dataset = Images(images, transform, order.seed, replace_bad=True)
-    return _batches(dataset, Steps(order, start, stop), num_workers)
+    return _load_batches(dataset, Steps(order, start, stop), num_workers)
 
 
 def evaluation_batches(
@@ -227,52 +240,55 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Every image of the set exactly once over all ranks, in order; the last batch may be smaller."""
+    """Yield every image exactly once over all ranks, in order; the last batch may be smaller."""
     mine = [(0, index, 0) for index in range(rank, len(images), world_size)]
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    return _batches(Images(images, transform, seed=0, replace_bad=False), batches, num_workers)
+    return _load_batches(Images(images, transform, seed=0, replace_bad=False), batches, num_workers)
 
 
-def _batches(dataset: Images, batches: Any, num_workers: int) -> Iterator[Batch]:
+def _load_batches(dataset: Images, batches: Any, num_workers: int) -> Iterator[Batch]:
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=_as_it_is,
+        collate_fn=_keep,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_begin_worker,
+        worker_init_fn=_init_worker,
     )
     try:
-        for batch in _ahead(iter(loader)) if num_workers else loader:
+        for batch in _prefetch(iter(loader)) if num_workers else loader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
     except (RuntimeError, OSError) as error:
-        raise (_lost_worker(str(error), num_workers) or error) from error
+        raise (_explain_lost_worker(str(error), num_workers) or error) from error
 
 
-def _ahead(batches: Iterator[Batch | UserError]) -> Iterator[Batch | UserError]:
-    """Takes the next batch over from its loader process while the present one is used: to map its memory takes milliseconds."""
+def _prefetch(batches: Iterator[Batch | UserError]) -> Iterator[Batch | UserError]:
+    """Fetch the next batch in a thread while the current one is used: mapping its memory is slow."""
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
+        pending = thread.submit(next, batches, None)
+        while (batch := pending.result()) is not None:
+            pending = thread.submit(next, batches, None)
             yield batch
 
 
-def _as_it_is(batch: Any) -> Any:
+def _keep(batch: Any) -> Any:
     return batch
 
 
-def _begin_worker(_: int) -> None:
-    """Signals that stop a job are its main process's to answer: a launcher may send them to every process, and a worker that
-    dies at once would take the main process with it before it has saved. It ends with its main process, or a while after."""
+def _init_worker(_: int) -> None:
+    """Ignore the signals that stop a job in a loader process, and end some time after SIGTERM.
+
+    A launcher may signal every process. A worker that exits at once would take down the main process before
+    it has saved; otherwise it ends together with the main process.
+    """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(OUTLIVES))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
 
 
-LOST = (  # what a loader's failure says, and what mends it
+LOST = (  # pattern in the message of a failed loader, fix
     (
         r"[Bb]us error|shared memory|No space left",
         "give more shared memory (/dev/shm; docker run --shm-size=16g), or lower num_workers",
@@ -286,7 +302,7 @@ LOST = (  # what a loader's failure says, and what mends it
 )
 
 
-def _lost_worker(message: str, num_workers: int) -> UserError | None:
+def _explain_lost_worker(message: str, num_workers: int) -> UserError | None:
     for pattern, fix in LOST:
         if num_workers and re.search(pattern, message, re.DOTALL):
             what = message.strip().splitlines()[-1][:300]

@@ -1,6 +1,10 @@
-"""Augmentation and evaluation transforms: an image in, a uint8 (C, H, W) tensor out; normalisation happens on the device."""
+"""Transform images to tensors for training and evaluation; normalisation happens on the device.
+
+Dimensions: N batch, C channels, H W image.
+"""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -33,7 +37,7 @@ from mae_bench.data.batches.crops import (
 from mae_bench.data.sets.decode import Jpeg
 from mae_bench.errors import UserError
 
-MOST_DEFERRED = 640  # pixels a side of what is sent to the device undecimated
+MAX_DEFERRED = 640  # pixels per side of a crop that is resampled on the device
 
 
 def train_transform(
@@ -43,54 +47,49 @@ def train_transform(
     hflip: float = 0.5,
     auto_augment: str | None = None,
 ) -> T.Compose:
-    """RandomResizedCrop and flip, then RandAugment if named (MAE: scale (0.2, 1) in pretraining; fine-tuning (0.08, 1) and
-    rand-m9-mstd0.5-inc1)."""
-    steps: list[Any] = [RandomResizedCropAndInterpolation(img_size, scale, interpolation=interpolation)]
+    """Build RandomResizedCrop and a horizontal flip, then RandAugment if `auto_augment` names a policy.
+
+    MAE pretrains with scale (0.2, 1) and fine-tunes with scale (0.08, 1) and rand-m9-mstd0.5-inc1.
+    """
+    crop = RandomResizedCropAndInterpolation(  # type: ignore[no-untyped-call]
+        img_size, scale, interpolation=interpolation
+    )
+    steps: list[Any] = [crop]
     if hflip:
         steps.append(T.RandomHorizontalFlip(hflip))
     if auto_augment:
-        fill = tuple(
-            round(255 * mean) for mean in (0.485, 0.456, 0.406)
-        )  # the grey that timm's create_transform fills with
-        steps.append(
-            rand_augment_transform(
-                auto_augment, {"translate_const": int(min(img_size) * 0.45), "img_mean": fill}
-            )
-        )
+        # The fill colour of timm's create_transform.
+        grey = tuple(round(255 * mean) for mean in (0.485, 0.456, 0.406))
+        options = {"translate_const": int(min(img_size) * 0.45), "img_mean": grey}
+        steps.append(rand_augment_transform(auto_augment, options))
     return T.Compose([*steps, T.PILToTensor()])
 
 
 def eval_transform(
     img_size: tuple[int, int], crop_pct: float = 0.875, interpolation: str = "bicubic"
 ) -> T.Compose:
-    """Resize the short side to img_size / crop_pct and crop the centre (MAE: 256 then 224)."""
-    mode = InterpolationMode(interpolation)
+    """Build a resize of the short side to img_size / crop_pct and a central crop (MAE: 256, then 224).
+
+    For an img_size that is not square, both sides are resized.
+    """
+    size: int | list[int] = [round(side / crop_pct) for side in img_size]
     if img_size[0] == img_size[1]:
-        return T.Compose(
-            [
-                T.Resize(round(img_size[0] / crop_pct), mode, antialias=True),
-                T.CenterCrop(img_size),
-                T.PILToTensor(),
-            ]
-        )
-    return T.Compose(
-        [
-            T.Resize([round(side / crop_pct) for side in img_size], mode, antialias=True),
-            T.CenterCrop(img_size),
-            T.PILToTensor(),
-        ]
-    )
+        size = round(img_size[0] / crop_pct)
+    resize = T.Resize(size, InterpolationMode(interpolation), antialias=True)
+    return T.Compose([resize, T.CenterCrop(img_size), T.PILToTensor()])
 
 
 @dataclass(frozen=True)
 class PretrainTransform:
-    """Pixels (H, W, C) -> input (C, *img_size) of the same dtype; the crop, the flip and the jitter follow from a seed alone.
+    """Transform pixels (H, W, C) to an input (C, *img_size) of the same dtype, deterministically for a seed.
 
-    augment: none (the centre, no flip), crop (fixed size) or resized_crop, each but none with a flip (MAE, Table 1e).
-    color_jitter s: brightness, contrast and saturation by up to s, hue by up to s / 4 (at most half the circle), in random order.
-    The paper names no strengths; the ratio is SimCLR's (arXiv 2002.05709, appendix A).
-    decode: exact is torchvision on Pillow's images, bit for bit; fast takes less time and is within 0.05 of 255 on average.
-    crop_on: device leaves the resampling and the flip to `mae_bench.data.batches.crops.resample_batch`.
+    augment: none (central crop, no flip), crop (fixed size) or resized_crop, the latter two with a flip (MAE,
+    Table 1e).
+    color_jitter: strength s of brightness, contrast and saturation, with hue s / 4 (at most 0.5), in random
+    order. The paper states no strengths; the ratio is that of SimCLR (arXiv 2002.05709, appendix A).
+    decode: "exact" equals torchvision on Pillow's images bit for bit; "fast" differs by less than 0.05 of 255
+    on average.
+    crop_on: "device" leaves resampling and flip to `mae_bench.data.batches.crops.resample_batch`.
     """
 
     img_size: tuple[int, int]
@@ -117,20 +116,21 @@ class PretrainTransform:
             )
 
     def __call__(self, pixels: np.ndarray | Jpeg, seed: int) -> torch.Tensor:
-        """The input (C, *img_size)."""
+        """Return the input, (C, *img_size)."""
         draw = random.Random(seed)
         crop = self._crop(pixels.shape, draw)
-        return self._resample(_rows(pixels, crop), crop, draw)
+        return self._resample(_decode_rows(pixels, crop), crop, draw)
 
     def defer(self, pixels: np.ndarray | Jpeg, seed: int) -> tuple[torch.Tensor, list[int]]:
-        """The crop's box (C, height, width) and the numbers for `resample_batch`.
+        """Return the crop's box, (C, height, width), and the numbers that `resample_batch` needs.
 
-        A box with a side of more than MOST_DEFERRED pixels is resampled here: a batch is as large as its largest image.
+        A box with a side above MAX_DEFERRED pixels is resampled here, as a batch is padded to its largest
+        image.
         """
         draw = random.Random(seed)
         crop = self._crop(pixels.shape, draw)
-        pixels = _rows(pixels, crop)
-        if max(crop.height, crop.width) <= MOST_DEFERRED:
+        pixels = _decode_rows(pixels, crop)
+        if max(crop.height, crop.width) <= MAX_DEFERRED:
             return take_box(pixels, crop)[0], describe(crop)
         return self._resample(pixels, crop, draw), describe(Crop(0, 0, *self.img_size, self.img_size))
 
@@ -141,27 +141,29 @@ class PretrainTransform:
         return fixed_size_crop(height, width, self.img_size, draw if self.augment == "crop" else None)
 
     def _resample(self, pixels: np.ndarray, crop: Crop, draw: random.Random) -> torch.Tensor:
-        how = resample if self.decode == "fast" else resample_exact
-        img = how(pixels, crop, self.img_size, self.interpolation)
+        resample_image = resample if self.decode == "fast" else resample_exact
+        img = resample_image(pixels, crop, self.img_size, self.interpolation)
         return jitter_colors(img, self.color_jitter, draw) if self.color_jitter else img
 
 
-def _rows(pixels: np.ndarray | Jpeg, crop: Crop) -> np.ndarray:
+def _decode_rows(pixels: np.ndarray | Jpeg, crop: Crop) -> np.ndarray:
     return pixels.rows(crop.top + crop.height) if isinstance(pixels, Jpeg) else pixels
 
 
 def jitter_colors(img: torch.Tensor, strength: float, draw: random.Random) -> torch.Tensor:
-    """torchvision's ColorJitter(s, s, s, s / 4) of a uint8 (C, H, W) image, its factors drawn from `draw`; deeper images raise
-    UserError."""
+    """Apply torchvision's ColorJitter(s, s, s, s / 4) to a uint8 (C, H, W) image, with factors from `draw`.
+
+    Raises UserError for images above 8 bits.
+    """
     if img.dtype != torch.uint8:
         raise UserError(
             f"color_jitter on images of {img.dtype}", expected="8-bit images", fix="set color_jitter=0"
         )
-    image = to_pil_image(img)
+    image: Any = to_pil_image(img)
     low, high, hue = max(0.0, 1 - strength), 1 + strength, min(0.5, strength / 4)
     brightness, contrast, saturation = (low + (high - low) * draw.random() for _ in range(3))
     turn = hue * (2 * draw.random() - 1)
-    steps = [
+    steps: list[Callable[[Any], Any]] = [
         lambda x: adjust_brightness(x, brightness),
         lambda x: adjust_contrast(x, contrast),
         lambda x: adjust_saturation(x, saturation),
@@ -169,13 +171,15 @@ def jitter_colors(img: torch.Tensor, strength: float, draw: random.Random) -> to
     ]
     for step in sorted(steps, key=lambda _: draw.random()):
         image = step(image)
-    return pil_to_tensor(image)
+    jittered: torch.Tensor = pil_to_tensor(image)
+    return jittered
 
 
 def normalize(imgs: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """(N, C, H, W) -> float32 of the same memory format, (x - mean) / std a channel; uint8 is divided by 255 first.
+    """Normalise (N, C, H, W) to float32 of the same memory format: (x - mean) / std per channel.
 
-    So mean and std are of pixels in [0, 1] for uint8, and in the array's own unit for any other dtype.
+    uint8 is divided by 255 first: mean and std refer to pixels in [0, 1] for uint8, and to raw values for
+    other dtypes.
     """
     scale, shift = _constants(
         tuple(mean), tuple(std), 255.0 if imgs.dtype == torch.uint8 else 1.0, imgs.device
@@ -187,8 +191,9 @@ def normalize(imgs: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...
 def _constants(
     mean: tuple[float, ...], std: tuple[float, ...], unit: float, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """1 / (unit * std) and -mean / std, copied to the device once: a copy a step would wait for it."""
+    """Return 1 / (unit * std) and -mean / std, copied to the device once: a copy per step would block."""
     with torch.inference_mode(False):
         deviation = torch.tensor(std, dtype=torch.float64)
         scale, shift = 1 / (deviation * unit), -torch.tensor(mean, dtype=torch.float64) / deviation
-        return tuple(x.float().view(1, -1, 1, 1).to(device) for x in (scale, shift))  # type: ignore[return-value]
+        scale, shift = scale.float().view(1, -1, 1, 1), shift.float().view(1, -1, 1, 1)
+        return scale.to(device), shift.to(device)

@@ -97,7 +97,7 @@ def expected(picture: Picture) -> dict[str, bytes]:
 def test_archives_become_the_layout(devkit: Path, tmp_path: Path, picture: Picture) -> None:
     steps: list[tuple[str, int, int]] = []
     made = prepare_imagenet(devkit, tmp_path / "out", lambda *step: steps.append(step), check=False)
-    assert (made.train, made.val, made.classes) == (6, 4, 3)
+    assert (made.num_train, made.num_val, made.num_classes) == (6, 4, 3)
     assert listing(tmp_path / "out") == expected(picture)
     assert open_images(tmp_path / "out", "train").classes == WNIDS
     assert check_layout("imagenet", tmp_path / "out").splits == {"train": 6, "val": 4}
@@ -110,7 +110,7 @@ def test_archives_become_a_packed_set_without_being_unpacked(devkit: Path, tmp_p
     prepare_imagenet(devkit, folders, check=False)
     made = prepare_imagenet(devkit, out, check=False, packed=PackOptions(short_side=8), num_workers=1)
     pack_set(folders, tmp_path / "again", short_side=8)
-    assert (made.train, made.val, made.classes) == (6, 4, 3)
+    assert (made.num_train, made.num_val, made.num_classes) == (6, 4, 3)
     assert {path.name for path in out.iterdir()} == {
         "packed.json",
         "train.data",
@@ -153,7 +153,9 @@ def test_md5_and_counts(
     with pytest.raises(UserError, match="'train': 6"):
         prepare_imagenet(devkit, tmp_path / "out")
     monkeypatch.setattr(prepare, "COUNTS", {"train": 6, "val": 4, "classes": 3})
-    monkeypatch.setattr(prepare, "_md5", lambda *_: pytest.fail("an archive is read again that was right"))
+    monkeypatch.setattr(
+        prepare, "_compute_md5", lambda *_: pytest.fail("an archive is read again that was right")
+    )
     prepare_imagenet(devkit, tmp_path / "out")
     assert listing(tmp_path / "out") == expected(picture)
     assert check_layout("imagenet", tmp_path / "out").name == "ImageNet-1K"
