@@ -1,4 +1,4 @@
-"""Test that published and measured results of an ablation are paired, and comparable only if they are alike."""
+"""Test that measured and published results of an ablation are paired, and that differences are named."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import TYPE_CHECKING, get_args
 
 import pytest
@@ -67,7 +68,7 @@ def test_the_blocks_of_this_test_are_all_kinds() -> None:
 
 
 @pytest.mark.parametrize("render", [render_html, render_markdown, render_text])
-def test_every_renderer_draws_every_kind_of_block(render) -> None:  # type: ignore[no-untyped-def]
+def test_every_renderer_draws_every_kind_of_block(render: Callable[[Report], str]) -> None:
     text = render(Report("Title", "Lead", (Section("Section", BLOCKS, medium="terminal"),)))
     for part in (
         "A sentence.",
