@@ -8,7 +8,7 @@ from typing import Any
 from leaderboard.index import Run
 from leaderboard.table import Column
 from leaderboard.wording import choose_decimals
-from mae_bench.record import NOT_THE_METHOD, Failure, ResultRecord
+from mae_bench.record import NOT_IDENTITY, Failure, ResultRecord
 
 PRETRAIN = "pretrain"  # the task of pretraining jobs: a cost and a picture, never a column
 TASKS = (PRETRAIN, "imagenet", "coco", "ade20k")  # the order of tasks; others follow by name
@@ -54,7 +54,7 @@ def _collect_conditions(record: ResultRecord) -> dict[str, Any]:
 
 def _select_method(record: ResultRecord) -> dict[str, Any]:
     """Return the part of the config that may change a score."""
-    return {key: value for key, value in record.config.items() if key not in NOT_THE_METHOD}
+    return {key: value for key, value in record.config.items() if key not in NOT_IDENTITY}
 
 
 def _name_variant(index: int) -> str:

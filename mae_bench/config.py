@@ -3,11 +3,11 @@
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import product, takewhile
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
@@ -24,13 +24,35 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+T = TypeVar("T")
+_NOT_IDENTITY = "not identity"
+
+# The type of a field that decides neither the scores nor the weights of its job: where the data is, how work is
+# divided, how often state is saved. Such a field is no part of the cell key or the config digest, and may differ between
+# comparable results. Example: `num_workers: NotIdentity[int] = 0`.
+NotIdentity = Annotated[T, _NOT_IDENTITY]
+
+
+def not_identity(cls: type[BaseModel]) -> set[str]:
+    """Return the names of a config's NotIdentity fields."""
+    return {name for name, field in cls.model_fields.items() if _NOT_IDENTITY in field.metadata}
+
+
+def identity(cls: type[BaseModel], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what identifies the results of a `cls` config: all values but those of its NotIdentity fields."""
+    left_out = not_identity(cls)
+    return {key: value for key, value in config.items() if key not in left_out}
+
+
 class JobConfig(Config):
     """What every job says of itself; each kind adds its own fields. `kind` is a key of `mae_bench.registry.KINDS`."""
 
     kind: str
     protocol: str = Field(description="the name in the record; only records of one protocol are compared")
-    data: str = Field(description="root folder of the data set, in the layout that the kind reads")
-    max_bad_images: float = Field(
+    data: NotIdentity[str] = Field(
+        description="root folder of the data set, in the layout that the kind reads"
+    )
+    max_bad_images: NotIdentity[float] = Field(
         0.001, ge=0, le=1, description="share of images that may fail to decode before the job stops"
     )
 
@@ -45,26 +67,30 @@ class TrainConfig(JobConfig):
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     global_batch_size: int = Field(gt=0)
-    device_batch_size: int | None = Field(
+    device_batch_size: NotIdentity[int | None] = Field(
         None,
         gt=0,
         description="the most images a device takes at once; the accumulation follows from it and the devices at hand",
     )
     clip_grad: float | None = Field(None, gt=0)
     amp_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    parallel: Literal["ddp", "fsdp"] = Field(
+    parallel: NotIdentity[Literal["ddp", "fsdp"]] = Field(
         "ddp", description="what several processes share: copies of the model, or its shards"
     )
-    compile: bool | None = Field(None, description="torch.compile; null compiles on CUDA alone")
-    deterministic: bool = Field(
+    compile: NotIdentity[bool | None] = Field(None, description="torch.compile; null compiles on CUDA alone")
+    deterministic: NotIdentity[bool] = Field(
         False, description="algorithms that repeat bit for bit on a GPU too, and are slower"
     )
-    checkpoint_seconds: float = Field(30, ge=0, description="seconds between two saved training states")
-    keep_checkpoints: int = Field(2, ge=1, description="the last training states that are kept")
-    trackers: list[Literal["wandb", "mlflow"]] = Field(
+    checkpoint_seconds: NotIdentity[float] = Field(
+        30, ge=0, description="seconds between two saved training states"
+    )
+    keep_checkpoints: NotIdentity[int] = Field(2, ge=1, description="the last training states that are kept")
+    trackers: NotIdentity[list[Literal["wandb", "mlflow"]]] = Field(
         [], description="where curves are sent besides TensorBoard's files"
     )
-    num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
+    num_workers: NotIdentity[int] = Field(
+        0, ge=0, description="loader processes; 0 loads in the training process"
+    )
 
     @model_validator(mode="after")
     def _warms_up_in_time(self) -> "TrainConfig":

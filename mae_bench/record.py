@@ -13,8 +13,10 @@ SCHEMA_VERSION = 1
 RECORD_FILE = "record.json"
 FAILURE_FILE = "failure.json"
 
-# Keys of a job's config that decide neither its score nor its weights: they may differ between like results.
-NOT_THE_METHOD = frozenset(
+# Names of the config fields marked NotIdentity (see `mae_bench.config`): they may differ between comparable
+# records. Listed here as well because records of any version are compared without their config classes; a
+# test holds the two together.
+NOT_IDENTITY = frozenset(
     {
         "data",
         "num_workers",
@@ -54,8 +56,9 @@ class Metric:
 class ResultRecord:
     """One cell: a backbone, transferred by one protocol, measured on one split.
 
-    A score that was not measured is absent from `metrics`, never 0 and never NaN. Times are ISO 8601 in UTC, durations
-    seconds, digests SHA-256. `artefacts` maps a name to a file's path relative to the record's folder.
+    A score that was not measured is absent from `metrics`, never 0 and never NaN. Times are ISO 8601 in UTC,
+    durations seconds, digests SHA-256. `artefacts` maps a name to a file's path relative to the record's
+    folder.
     """
 
     backbone: str  # the row's name, as the suite calls it

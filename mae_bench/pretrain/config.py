@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from mae_bench.config import Config, TrainConfig
+from mae_bench.config import Config, NotIdentity, TrainConfig
 from mae_bench.errors import UserError
 from mae_bench.models.options import LossOn, MAEOptions, Sampling, TargetName
 from mae_bench.spec import BackboneSpec
@@ -83,17 +83,19 @@ class PretrainConfig(TrainConfig):
     decode: Literal["fast", "exact"] = Field(
         "fast", description="exact is Pillow's pixels bit for bit; fast is within 0.05 of 255"
     )
-    crop_on: Literal["cpu", "device"] = Field("cpu", description="where crops are resampled and flipped")
+    crop_on: NotIdentity[Literal["cpu", "device"]] = Field(
+        "cpu", description="where crops are resampled and flipped"
+    )
     betas: tuple[float, float] = (0.9, 0.95)
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="export averaged weights; the paper does not"
     )
-    activation_checkpointing: bool = Field(
+    activation_checkpointing: NotIdentity[bool] = Field(
         MAEOptions.activation_checkpointing,
         description="recompute each block in the backward pass: less memory, more time",
     )
-    num_reconstructions: int = Field(8, ge=1, description="validation images drawn")
-    reconstruct_epochs: float | None = Field(
+    num_reconstructions: NotIdentity[int] = Field(8, ge=1, description="validation images drawn")
+    reconstruct_epochs: NotIdentity[float | None] = Field(
         None, gt=0, description="draw them every so many epochs too, not at the end alone"
     )
 

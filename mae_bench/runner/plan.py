@@ -8,10 +8,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mae_bench.config import identity
 from mae_bench.environment.provenance import visible_gpus
 from mae_bench.errors import UserError
-from mae_bench.record import NOT_THE_METHOD, RECORD_FILE, Failure, ResultRecord
-from mae_bench.registry import EXTRAS, kind
+from mae_bench.record import RECORD_FILE, Failure, ResultRecord
+from mae_bench.registry import EXTRAS, kind, load_object
 from mae_bench.runner.runner import check_data, num_processes
 from mae_bench.suite.cell import CELL_FILE, Cell
 from mae_bench.suite.config import Place, SuiteConfig, expand
@@ -91,9 +92,8 @@ def _finished_otherwise(cell: Cell) -> dict[str, str]:
         return {}
     last = max(others, key=lambda folder: (folder / RECORD_FILE).stat().st_mtime)
     config = json.loads((last / CELL_FILE).read_text(encoding="utf-8"))["cell"]["config"]
-    changes = [
-        change for change in _changes(config, cell.config) if change.split(": ")[0] not in NOT_THE_METHOD
-    ]
+    config_class = load_object(kind(cell.kind).config)
+    changes = _changes(identity(config_class, config), identity(config_class, cell.config))
     more = [f"{len(changes) - MOST_CHANGES} more"] if len(changes) > MOST_CHANGES else []
     why = (
         ", ".join(changes[:MOST_CHANGES] + more)

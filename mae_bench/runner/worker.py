@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from mae_bench.config import build, expand_variables
+from mae_bench.config import build, expand_variables, identity
 from mae_bench.environment.provenance import git_hash, hardware, now, versions
 from mae_bench.errors import Interrupted, NotInstalled, UserError
 from mae_bench.files import is_full, json_digest, write_json
@@ -21,7 +21,6 @@ from mae_bench.job import EXPORT, STATES, Job, Outcome
 from mae_bench.progress import EVENTS_FILE, Progress
 from mae_bench.record import (
     FAILURE_FILE,
-    NOT_THE_METHOD,
     RECORD_FILE,
     Failure,
     ResultRecord,
@@ -217,9 +216,7 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
         protocol=cell.config.get("protocol", cell.kind),
         seed=cell.seed,
         config=cell.config,
-        config_digest=json_digest(
-            {key: value for key, value in cell.config.items() if key not in NOT_THE_METHOD}
-        ),
+        config_digest=json_digest(identity(type(config), cell.config)),
         versions=versions(),
         git_hash=code,
         hardware=hardware()

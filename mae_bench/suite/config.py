@@ -8,13 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from mae_bench.config import Config, build, resolve
+from mae_bench.config import Config, build, identity, resolve
 from mae_bench.data.checks.layouts import Layout
 from mae_bench.data.demo.demo import DemoConfig
 from mae_bench.errors import UserError, near_path
 from mae_bench.files import file_digest, json_digest
 from mae_bench.job import EXPORT
-from mae_bench.record import NOT_THE_METHOD
 from mae_bench.registry import KINDS, kind, load_object
 from mae_bench.suite.cell import BACKBONE, Cell
 
@@ -208,14 +207,15 @@ def _cell(
 ) -> Cell:
     chosen = kind(job["kind"])
     place: Any = (chosen.layout, job.get("data"))
-    identity = {
+    config = identity(load_object(chosen.config), job)
+    decisive = {
         "version": chosen.version,
-        "config": {key: _content(key, value) for key, value in job.items() if key not in NOT_THE_METHOD},
+        "config": {key: _content(key, value) for key, value in config.items()},
         "data": digests.get(place, ""),
         "seed": seed,
         "backbone": maker.key if maker else "",
     }
-    key = json_digest(identity)
+    key = json_digest(decisive)
     folder = Path(suite.out) / CELLS / name / f"{task}-s{seed}-{key[:8]}"
     return Cell(name, task, chosen.task, job["kind"], job, seed, key, folder, maker.dir if maker else None)
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mae_bench.config import JobConfig
+from mae_bench.config import JobConfig, NotIdentity
 
 
 class UPerNetConfig(JobConfig):
@@ -55,8 +55,12 @@ class UPerNetConfig(JobConfig):
 
     test_mode: Literal["whole", "slide"] = "slide"
     test_stride: int = Field(341, gt=0, description="of the sliding window")
-    num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
-    checkpoint_seconds: float = Field(30, ge=0, description="seconds between two saved training states")
+    num_workers: NotIdentity[int] = Field(
+        0, ge=0, description="loader processes; 0 loads in the training process"
+    )
+    checkpoint_seconds: NotIdentity[float] = Field(
+        30, ge=0, description="seconds between two saved training states"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "UPerNetConfig":

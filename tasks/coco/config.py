@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mae_bench.config import JobConfig
+from mae_bench.config import JobConfig, NotIdentity
 
 
 class MaskRCNNConfig(JobConfig):
@@ -55,8 +55,12 @@ class MaskRCNNConfig(JobConfig):
     score_threshold: float = Field(0.05, ge=0, lt=1, description="detections below it are dropped")
     detections_per_image: int = Field(100, gt=0)
     eval_batch_size: int = Field(1, gt=0)
-    num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
-    checkpoint_period: int = Field(1000, gt=0, description="iterations between two saved training states")
+    num_workers: NotIdentity[int] = Field(
+        0, ge=0, description="loader processes; 0 loads in the training process"
+    )
+    checkpoint_period: NotIdentity[int] = Field(
+        1000, gt=0, description="iterations between two saved training states"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "MaskRCNNConfig":

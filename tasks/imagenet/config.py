@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mae_bench.config import JobConfig, TrainConfig
+from mae_bench.config import JobConfig, NotIdentity, TrainConfig
 from mae_bench.pretrain.config import ModelConfig
 
 Pool = Literal["token", "avg"]
@@ -53,13 +53,13 @@ class ImageConfig(JobConfig):
     amp_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="autocast precision; logits and losses are float32 in any case"
     )
-    num_workers: int = Field(
+    num_workers: NotIdentity[int] = Field(
         0, ge=0, description="data loader processes; 0 loads images in the training process"
     )
     expect: DataSet | None = Field(
         None, description="name of the data set; refuse data with other classes or another number of images"
     )
-    overlap: Literal["note", "refuse"] = Field(
+    overlap: NotIdentity[Literal["note", "refuse"]] = Field(
         "note",
         description="what to do if both splits contain byte-identical images: note it or refuse to run",
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mae_bench.cli.app import main
-from mae_bench.config import Config
+from mae_bench.config import Config, NotIdentity
 from mae_bench.errors import NotInstalled, UserError
 from mae_bench.job import EXPORT, Job, Outcome
 from mae_bench.progress import Progress
@@ -39,11 +39,11 @@ class PretrainingConfig(Config):
     behave: Literal["well", "user error", "exception on rank 1", "exit 3 on rank 1", "wait"] = "well"
     steps: int = 5
     global_batch_size: int = 8
-    device_batch_size: int | None = None
+    device_batch_size: NotIdentity[int | None] = None
 
 
 class TransferConfig(MakerConfig):
-    data: str
+    data: NotIdentity[str]
 
 
 def run(config: MakerConfig, job: Job, progress: Progress) -> Outcome:

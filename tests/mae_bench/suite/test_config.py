@@ -1,12 +1,14 @@
 """What a suite expands to, what its cells' keys depend on, and what it refuses."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mae_bench.config import CONFIGS, load_yaml
+from mae_bench.config import CONFIGS, load_yaml, not_identity
 from mae_bench.errors import UserError
+from mae_bench.record import NOT_IDENTITY
 from mae_bench.registry import KINDS, kind, load_object
 from mae_bench.suite.config import complete_job, expand, load_suite, places
 
@@ -15,6 +17,26 @@ def keys(suite: dict[str, Any], *overrides: str, digest: str = "d") -> dict[tupl
     loaded = load_suite(suite, overrides)
     cells = expand(loaded, dict.fromkeys(places(loaded), digest))
     return {(cell.backbone, cell.row, cell.seed): cell.key for cell in cells}
+
+
+STORED_KEYS: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "cell_keys.json").read_text())
+
+
+@pytest.mark.parametrize("name", STORED_KEYS)
+def test_keys_of_packaged_suites_never_change(name: str, tmp_path: Path) -> None:
+    """A changed key would run finished cells again. Data digests are the names of the layouts; keys are cut to 16 digits."""
+    suite = load_suite(f"suites/{name}.yaml", ["data.root=/data"], tmp_path)
+    cells = expand(suite, {place: place[0] for place in places(suite)})
+    found = {f"{cell.backbone}/{cell.row}-s{cell.seed}": cell.key[:16] for cell in cells}
+    assert found == STORED_KEYS[name]
+
+
+def test_fields_outside_the_identity_are_listed_for_readers_of_records() -> None:
+    marked = [not_identity(load_object(chosen.config)) for chosen in KINDS.values()]
+    assert set().union(*marked) == NOT_IDENTITY
+    for chosen in KINDS.values():
+        fields = load_object(chosen.config).model_fields
+        assert not_identity(load_object(chosen.config)) == NOT_IDENTITY & fields.keys(), chosen.config
 
 
 def changed(before: dict[Any, str], after: dict[Any, str]) -> set[Any]:
