@@ -1,10 +1,10 @@
 """The contract between the suite and everything that runs in it: a Job goes in, an Outcome comes out."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mae_bench.record import Metric
+from mae_bench.record import Outcome as Outcome
 
 EXPORT = "export"  # the folder, inside a job's, that holds the backbone that it made
 STATES = "checkpoints"  # the folder, inside a job's, of the training states that it goes on from; its worker removes it
@@ -25,22 +25,3 @@ class Job:
     seed: int
     backbone: str = ""
     device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a job measured; the runner adds identity, versions, hardware and times and writes the ResultRecord."""
-
-    task: str
-    dataset: str
-    split: str
-    num_samples: int
-    metrics: dict[str, Metric]
-    main_metric: str
-    data_digest: str
-    backbone_spec: dict[str, Any]
-    backbone_digest: str
-    conversion_report: dict[str, Any] = field(default_factory=dict)
-    cost: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    artefacts: dict[str, str] = field(default_factory=dict)

@@ -52,43 +52,65 @@ class Metric:
     direction: Literal["higher", "lower"] = "higher"
 
 
-@dataclass(frozen=True)
-class ResultRecord:
-    """One cell: a backbone, transferred by one protocol, measured on one split.
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a job measured. Every field is also a field of the ResultRecord.
 
-    A score that was not measured is absent from `metrics`, never 0 and never NaN. Times are ISO 8601 in UTC,
-    durations seconds, digests SHA-256. `artefacts` maps a name to a file's path relative to the record's
-    folder.
+    A score that was not measured is absent from `metrics`, never 0 or NaN.
+
+    Attributes:
+        task: "pretrain", "imagenet", "coco" or "ade20k".
+        dataset, split, num_samples: what was measured on.
+        metrics: each metric by name.
+        main_metric: the name of the metric that the protocol is judged by.
+        data_digest: SHA-256 of the data set.
+        backbone_spec: `BackboneSpec.to_dict()`.
+        backbone_digest: SHA-256 of the backbone's weight file.
+        conversion_report: what was done to the keys of a checkpoint.
+        cost: seconds_train, seconds_eval, images_per_second, gmacs, params, peak_memory_mib, ...
+        notes: remarks for the reader of a score.
+        artefacts: name -> path of a file, relative to the folder of the record.
     """
 
-    backbone: str  # the row's name, as the suite calls it
-    task: str  # "pretrain", "imagenet", "coco", "ade20k"
-    protocol: (
-        str  # "finetune-100ep", "linear-90ep", "maskrcnn-li2021-100ep", ...: only like is compared with like
-    )
+    task: str
     dataset: str
     split: str
     num_samples: int
     metrics: dict[str, Metric]
     main_metric: str
-    seed: int
+    data_digest: str
     backbone_spec: dict[str, Any]
     backbone_digest: str
+    conversion_report: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    artefacts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultRecord(Outcome):
+    """One cell: a backbone, transferred by one protocol, measured on one split; the Outcome and how it came about.
+
+    Times are ISO 8601 in UTC, durations are in seconds, digests are SHA-256.
+
+    Attributes: backbone: the name of the backbone in its suite. protocol: "finetune-100ep", "linear-90ep",
+    "maskrcnn-li2021-100ep", ...: only records of one protocol are compared. seed: the seed of the job.
+    config, config_digest: the complete config, and the digest of the part that identifies the result.
+    versions, git_hash, hardware, command: what the result was computed with. started, finished: when.
+    schema_version: the version of this layout.
+    """
+
+    backbone: str
+    protocol: str
+    seed: int
     config: dict[str, Any]
     config_digest: str
-    data_digest: str
-    conversion_report: dict[str, Any] = field(default_factory=dict)
-    cost: dict[str, float] = field(
-        default_factory=dict
-    )  # seconds_train, seconds_eval, images_per_second, gmacs, params, peak_memory_mib
     versions: dict[str, str] = field(default_factory=dict)
     git_hash: str = ""
     hardware: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     started: str = ""
     finished: str = ""
-    notes: list[str] = field(default_factory=list)
-    artefacts: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -205,13 +205,13 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
     source = str(cell.upstream / EXPORT) if cell.upstream else ""
     job = Job(cell.name, cell.kind, cell.config, cell.dir, cell.seed, source, order.device)
     outcome: Outcome = run(config, job, progress)
-    parts: dict[str, Any] = {name: getattr(outcome, name) for name in Outcome.__dataclass_fields__}
+    measured: dict[str, Any] = {field.name: getattr(outcome, field.name) for field in fields(Outcome)}
     if cell.upstream and outcome.conversion_report:
-        parts["conversion_report"] = outcome.conversion_report | {
+        measured["conversion_report"] = outcome.conversion_report | {
             "source": f"run:{cell.backbone}"
         }  # no path of this machine
     return ResultRecord(
-        **parts,
+        **measured,
         backbone=cell.backbone,
         protocol=cell.config.get("protocol", cell.kind),
         seed=cell.seed,
