@@ -17,6 +17,7 @@ from mae_bench.engine.ema import Ema
 from mae_bench.engine.optim import finetune_no_decay, param_groups, pretrain_no_decay
 from mae_bench.engine.schedule import absolute_lr, cosine_lr
 from mae_bench.errors import Interrupted, UserError
+from tests.parity import assert_parity
 
 RARELY = {"checkpoint_seconds": 1e6}
 TOTAL = 3 * STEPS_PER_EPOCH
@@ -99,9 +100,15 @@ def test_accumulation_equals_plain_training_on_the_whole_batch(
 ) -> None:
     """Against a loop written out here: order, schedule, loss, clipping and AdamW by torch's own functions."""
     trainer = train(
-        tmp_path, dropout=0.0, clip_grad=0.5, device_batch_size=device_batch_size, in_parts=in_parts, **RARELY
+        tmp_path,
+        dropout=0.0,
+        clip_grad=0.5,
+        device_batch_size=device_batch_size,
+        in_parts=in_parts,
+        dtype="float64",
+        **RARELY,
     )
-    model = Net()
+    model = Net().double()
     optimizer = torch.optim.AdamW(
         param_groups(model.named_parameters(), 0.05, pretrain_no_decay), betas=(0.9, 0.999)
     )
@@ -111,18 +118,18 @@ def test_accumulation_equals_plain_training_on_the_whole_batch(
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step / STEPS_PER_EPOCH, lr=0.01, min_lr=0, warmup_epochs=1, epochs=3)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(pixels(batch)), batch % 3)
+        loss = F.cross_entropy(model(pixels(batch).double()), batch % 3)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         line = log(tmp_path)[step]
-        assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
-        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)  # written with six digits
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)  # written with four digits
         assert line["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-12)
     for (name, tensor), other in zip(
         trainer.model.state_dict().items(), model.state_dict().values(), strict=True
     ):
-        torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-5, msg=name)
+        assert_parity(tensor, other, msg=name)
 
 
 def test_a_norm_that_overflowed_is_no_number_of_the_log(tmp_path: Path) -> None:
@@ -145,7 +152,7 @@ def test_every_step_has_a_whole_batch_to_the_end_of_the_epoch(tmp_path: Path, in
 
 
 def test_ema_equals_torchs(tmp_path: Path) -> None:
-    model = Net(statistics=True)
+    model = Net(statistics=True).double()
     ours, torchs = (
         Ema(model, 0.9),
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
@@ -154,12 +161,12 @@ def test_ema_equals_torchs(tmp_path: Path) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += torch.randn_like(parameter)
-            model(torch.randn(8, 6))
+            model(torch.randn(8, 6).double())
         ours.update(model, step)
         torchs.update_parameters(model)
     for name, tensor in torchs.module.state_dict().items():
         if tensor.is_floating_point():
-            torch.testing.assert_close(ours.weights[name], tensor)
+            assert_parity(ours.weights[name], tensor)
     assert ours.weights["norm.num_batches_tracked"] == 5
 
 
@@ -257,11 +264,11 @@ def test_compiled_training_is_the_same_and_keeps_the_names(
         return real(model, backend="eager")
 
     monkeypatch.setattr(torch, "compile", eager)
-    trainer = train(tmp_path / "compiled", dropout=0.0, compile=compiles, **RARELY)
+    trainer = train(tmp_path / "compiled", dropout=0.0, compile=compiles, dtype="float64", **RARELY)
     assert bool(compiled) == (compiles is True), "null compiles on CUDA alone"
-    plain = train(tmp_path / "plain", dropout=0.0, compile=False, **RARELY)
+    plain = train(tmp_path / "plain", dropout=0.0, compile=False, dtype="float64", **RARELY)
     for name, tensor in weights(plain).items():
-        torch.testing.assert_close(weights(trainer)[name], tensor)
+        assert_parity(weights(trainer)[name], tensor)
     assert trainer._tensors().keys() == plain._tensors().keys()
     assert not any("_orig_mod" in name or "module." in name for name in trainer._tensors())
 

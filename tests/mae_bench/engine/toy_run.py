@@ -78,6 +78,7 @@ class Run:
     stop_at, crash_at, kill_at: the step in which the process that is `on` gets SIGTERM, a RuntimeError, SIGKILL;
     poison, overflow: the step with a NaN loss, with a gradient that is infinite in one number.
     narrow: weights travel in bfloat16 on the CPU too. in_parts: the loader yields micro-batches, not whole batches.
+    dtype: of the weights and the pixels.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Run:
         bad: int = 0,
         narrow: bool = False,
         in_parts: bool = False,
+        dtype: str = "float32",
         **changes: Any,
     ):
         folder.mkdir(exist_ok=True)
@@ -105,12 +107,12 @@ class Run:
         self.order = TrainingOrder(NUM_IMAGES, config.global_batch_size, 5, world().rank, world().size)
         self.seen: list[tuple[int, int, list[int]]] = []
         self.hooked: list[int] = []
-        self.in_parts = in_parts
+        self.in_parts, self.dtype = in_parts, getattr(torch, dtype)
         self.meets: list[bool] = []  # of each micro-batch, whether copies exchange its gradients
         if narrow:
             parallel.NARROW_DEVICES.add("cpu")
         self.trainer = Trainer(
-            Job("test", "test", {}, folder, seed=5), config, Net(dropout, statistics, classes),
+            Job("test", "test", {}, folder, seed=5), config, Net(dropout, statistics, classes).to(self.dtype),
             make_adamw(config, pretrain_no_decay), self.order.steps_per_epoch, self.progress, BadImages(0.1, 100),
             ema_decay=0.9 if ema else None,
         )  # fmt: skip
@@ -132,7 +134,7 @@ class Run:
             step = start + number // count
             indices = torch.tensor([index for _, index, _ in items])
             bad = [(f"bad {step} {world().rank}", "broken")] if step < self.bad else []
-            yield Batch(pixels(indices), indices % 3, indices, bad, start=items[0][2])
+            yield Batch(pixels(indices).to(self.dtype), indices % 3, indices, bad, start=items[0][2])
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
         """Cross-entropy, and the faults that are asked for."""

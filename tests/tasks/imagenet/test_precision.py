@@ -15,6 +15,7 @@ from tasks.imagenet.classify import Classifier
 from tasks.imagenet.config import LinearProbeConfig
 from tasks.imagenet.features import FrozenFeatures
 from tasks.imagenet.linear_probe import Probe, build_heads
+from tests.parity import MEAN, assert_within_rounding
 from tests.tasks.imagenet.toy import PROTOCOLS, SPEC, predictions_of, run_protocol
 
 COSTS = {"seconds_eval", "images_per_second", "params", "gmacs", "peak_memory_mib"}
@@ -88,7 +89,8 @@ def test_the_frozen_backbone_is_compiled_with_its_heads(backbone: str, layers: l
 
     probe, imgs = probe_of(backbone, layers=layers).train(), torch.randn(4, 3, 16, 16)
     expected = probe(imgs)
-    torch.testing.assert_close(torch.compile(probe, backend=keep)(imgs), expected)
+    # the graph is run as it is
+    assert_within_rounding(torch.compile(probe, backend=keep)(imgs), expected, roundings=MEAN)
     calls = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     assert len(graphs) == 1, "nothing breaks the graph"
     assert sum("scaled_dot_product_attention" in call for call in calls) == SPEC.depth
