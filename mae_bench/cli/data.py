@@ -88,7 +88,7 @@ def _label_notes(layout: str, path: str, found: "LayoutReport") -> list[str]:
 
 def _bad_images(layout: str, path: str, splits: list[str]) -> dict[str, dict[str, str]]:
     """Return, per split, the images that do not decode and why."""
-    from mae_bench.data.checks.verify import bad_images
+    from mae_bench.data.checks.verify import find_bad_images
     from mae_bench.data.sets.open import open_images
     from mae_bench.environment.provenance import num_cores
 
@@ -96,7 +96,7 @@ def _bad_images(layout: str, path: str, splits: list[str]) -> dict[str, dict[str
         raise UserError(f"--decode with the layout {layout}", expected="imagenet or images")
     with _progress() as progress:
         return {
-            split: bad_images(open_images(path, split), num_cores(), partial(progress, split))
+            split: find_bad_images(open_images(path, split), num_cores(), partial(progress, split))
             for split in splits
         }
 

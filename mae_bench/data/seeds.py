@@ -18,7 +18,7 @@ def seed_everything(seed: int) -> None:
     """Seed torch, NumPy and random: augmentations draw from all three."""
     torch.default_generator.manual_seed(seed)
     # Before CUDA starts, torch.manual_seed would queue a call, with a stack trace, for its initialisation.
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_bench.data.checks.layouts import LayoutReport, check_layout
-from mae_bench.data.checks.overlap import known_overlap, overlap_note
+from mae_bench.data.checks.overlap import load_or_find_overlap, note_overlap
 from mae_bench.data.sets.open import open_images
 from mae_bench.data.sets.source import BadImages, ImageSource
 from mae_bench.errors import UserError
@@ -79,7 +79,7 @@ def describe_overlap(layout: LayoutReport, train: ImageSource, val: ImageSource)
 
     The result is cached per digest of the data set.
     """
-    return overlap_note(known_overlap(train, val, layout.digest), len(val))
+    return note_overlap(load_or_find_overlap(train, val, layout.digest), len(val))
 
 
 @cache

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mae_bench.data.checks.layouts import check_layout, image_sets
+from mae_bench.data.checks.layouts import check_layout, find_image_sets
 from mae_bench.data.sets.open import open_images
 from mae_bench.data.sets.source import BadImages
 from mae_bench.engine.distributed import world
@@ -115,7 +115,7 @@ def _require_imagenet_classifier(classifier: LoadedClassifier) -> None:
 
 def find_scored_sets(config: RobustnessConfig) -> dict[str, Path]:
     """Return the folders that count: of ImageNet-C the fifteen corruptions of its mCE, not the extra ones."""
-    sets = image_sets(Path(config.data))
+    sets = find_image_sets(Path(config.data))
     return {name: path for name, path in sets.items() if name == "." or name.split("/")[0] in ALEXNET_ERROR}
 
 

@@ -298,7 +298,7 @@ def test_data_check_answers_for_people_and_programs(toy_data: Path) -> None:
 
 def test_data_check_tells_what_val_shares_with_train(toy_data: Path, tmp_path: Path) -> None:
     """The toy's one image a class is the same in both splits."""
-    told = "2 of 2 images of val are in train too, byte for byte: a/val.png is a/train.png"
+    told = "2 of 2 images of val are also in train, byte for byte: a/val.png is a/train.png"
     assert told in mae_bench("data", "check", "imagenet", str(toy_data / "imagenet")).stdout
     assert (
         told

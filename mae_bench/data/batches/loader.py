@@ -141,7 +141,7 @@ def _pad(imgs: list[torch.Tensor]) -> torch.Tensor:
     for row, img in zip(padded, imgs, strict=True):
         row[: img.shape[1], : img.shape[2]] = img.permute(1, 2, 0)
     if get_worker_info():
-        padded.share_memory_()  # type: ignore[no-untyped-call]
+        padded.share_memory_()
     return padded.permute(0, 3, 1, 2)
 
 

@@ -51,10 +51,7 @@ def train_transform(
 
     MAE pretrains with scale (0.2, 1) and fine-tunes with scale (0.08, 1) and rand-m9-mstd0.5-inc1.
     """
-    crop = RandomResizedCropAndInterpolation(  # type: ignore[no-untyped-call]
-        img_size, scale, interpolation=interpolation
-    )
-    steps: list[Any] = [crop]
+    steps: list[Any] = [RandomResizedCropAndInterpolation(img_size, scale, interpolation=interpolation)]
     if hflip:
         steps.append(T.RandomHorizontalFlip(hflip))
     if auto_augment:

@@ -1,4 +1,4 @@
-"""Finds images of one split that are, byte for byte, images of the other too."""
+"""Find images that are in both splits, byte for byte."""
 
 import hashlib
 import json
@@ -14,78 +14,84 @@ from mae_bench.data.sets.source import ImageSource
 
 log = logging.getLogger(__name__)
 
-BLOCK = 4096  # bytes: more than the headers that a camera or a program writes the same into every image
-THREADS = 16  # they wait for the disk
-CHUNK = 64  # images that a thread is given at once
-MOST_NAMED = 5
+BLOCK = 4096  # bytes: more than the identical headers that a camera or program writes into every image
+NUM_THREADS = 16  # they wait for the disk
+CHUNK = 64  # images per task of a thread
+MAX_SHOWN = 5
 
-Pairs = list[tuple[str, str]]  # an image of val, the same image of train
+Pairs = list[tuple[str, str]]  # (image of val, the same image in train)
 
 
-def known_overlap(train: ImageSource, val: ImageSource, digest: str) -> Pairs:
-    """`overlap`, once for each digest of a set: the cache keeps it, and of several processes one looks while the rest wait."""
+def load_or_find_overlap(train: ImageSource, val: ImageSource, digest: str) -> Pairs:
+    """Load the overlap cached for a set's digest, or find and cache it; other processes wait for the first."""
     path = cache_path("overlap", digest, ".json")
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(file_lock(path))
         except OSError as error:
-            log.info("%s cannot be locked, so each process looks for itself: %s", path, error)
+            log.info("%s cannot be locked, so each process searches on its own: %s", path, error)
         try:
-            return [(theirs, ours) for theirs, ours in json.loads(path.read_text(encoding="utf-8"))]
+            return [(val_name, name) for val_name, name in json.loads(path.read_text(encoding="utf-8"))]
         except (OSError, ValueError, TypeError):
-            found = overlap(train, val)
+            found = find_overlap(train, val)
             try_to_cache(path, json.dumps(found).encode())
             return found
 
 
-def overlap(train: ImageSource, val: ImageSource) -> Pairs:
-    """Every image of val that train has too, with the first such image of train, in val's order.
+def find_overlap(train: ImageSource, val: ImageSource) -> Pairs:
+    """Return each image of val that is also in train, with its first occurrence in train, in val's order.
 
-    Candidates are of one size with an image of the other split; of these the first block is read, and of those that agree in
-    it the whole. An image that cannot be read, or is empty, is like no other.
+    Candidates have the size of an image in the other split. Their first blocks are compared, and then the
+    whole content of those that agree. Unreadable and empty images match no other image.
     """
-    sizes = train.stored_sizes(), val.stored_sizes()
-    ours, theirs = (np.flatnonzero(np.isin(own, other) & (own > 0)) for own, other in (sizes, sizes[::-1]))
+    train_sizes, val_sizes = train.stored_sizes(), val.stored_sizes()
+    train_rows = np.flatnonzero(np.isin(train_sizes, val_sizes) & (train_sizes > 0)).tolist()
+    val_rows = np.flatnonzero(np.isin(val_sizes, train_sizes) & (val_sizes > 0)).tolist()
     log.info(
-        "looking for images of train in val, once: %d of %d have the size of one in val",
-        len(ours),
+        "searching val for images of train (once): %d of %d have the size of an image in val",
+        len(train_rows),
         len(train),
     )
-    alike, others = dict.fromkeys(ours.tolist(), b""), dict.fromkeys(theirs.tolist(), b"")
+    train_digests, val_digests = dict.fromkeys(train_rows, b""), dict.fromkeys(val_rows, b"")
     for length in (BLOCK, None):
-        alike, others = _digests(train, list(alike), length), _digests(val, list(others), length)
-        shared = set(alike.values()) & set(others.values())
-        alike, others = (
-            {i: digest for i, digest in found.items() if digest in shared} for found in (alike, others)
-        )
-    first = {digest: i for i, digest in reversed(alike.items())}
-    return [(val.name(i), train.name(first[digest])) for i, digest in others.items()]
+        train_digests = _digest_images(train, list(train_digests), length)
+        val_digests = _digest_images(val, list(val_digests), length)
+        shared = set(train_digests.values()) & set(val_digests.values())
+        train_digests = {i: digest for i, digest in train_digests.items() if digest in shared}
+        val_digests = {i: digest for i, digest in val_digests.items() if digest in shared}
+    first = {digest: i for i, digest in reversed(train_digests.items())}
+    return [(val.name(i), train.name(first[digest])) for i, digest in val_digests.items()]
 
 
-def _digests(images: ImageSource, rows: list[int], length: int | None) -> dict[int, bytes]:
-    """Row -> digest of the first `length` bytes (None: of all) of each image that can be read, in the rows' order."""
+def _digest_images(images: ImageSource, rows: list[int], length: int | None) -> dict[int, bytes]:
+    """Return the digest of the first `length` bytes (None: all) of each readable image, by row."""
 
-    def digest(i: int) -> bytes:
-        try:
-            data = images.stored(i, length)
-        except OSError:
-            data = b""
-        return hashlib.blake2b(data, digest_size=16).digest() if data else b""
+    def digest_chunk(chunk: list[int]) -> list[bytes]:
+        return [_digest_image(images, i, length) for i in chunk]
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
-        digests = [
-            each for chunk in pool.map(lambda chunk: [digest(i) for i in chunk], chunks) for each in chunk
-        ]
-    return {i: each for i, each in zip(rows, digests, strict=True) if each}
+    chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+    digests: list[bytes] = []
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for found in pool.map(digest_chunk, chunks):
+            digests += found
+    return {i: digest for i, digest in zip(rows, digests, strict=True) if digest}
 
 
-def overlap_note(pairs: Pairs, num_val: int) -> str:
-    """For the record: how many images of val a model may have been trained on, and some of them; "" for none."""
+def _digest_image(images: ImageSource, i: int, length: int | None) -> bytes:
+    """Return the digest of the first bytes of an image; b"" if it is empty or cannot be read."""
+    try:
+        data = images.stored(i, length)
+    except OSError:
+        return b""
+    return hashlib.blake2b(data, digest_size=16).digest() if data else b""
+
+
+def note_overlap(pairs: Pairs, num_val: int) -> str:
+    """Return a note for the record on images of val that are also in train; "" if there are none."""
     if not pairs:
         return ""
-    shown = ", ".join(f"{theirs} is {ours}" for theirs, ours in pairs[:MOST_NAMED]) + (
-        ", ..." if len(pairs) > MOST_NAMED else ""
-    )
-    return f"{len(pairs)} of {num_val} images of val are in train too, byte for byte: {shown}"
+    shown = ", ".join(f"{val_name} is {name}" for val_name, name in pairs[:MAX_SHOWN])
+    if len(pairs) > MAX_SHOWN:
+        shown += ", ..."
+    return f"{len(pairs)} of {num_val} images of val are also in train, byte for byte: {shown}"

@@ -110,7 +110,7 @@ def test_one_class_is_refused_with_its_name(
     form: Callable[..., Path], tmp_path: Path, picture: Picture
 ) -> None:
     root = form(tmp_path / "set", {"train": ["ant", "ant"], "val": ["ant"]}, picture)
-    refused(root, str(root), "one class only: ant")
+    refused(root, str(root), "only one class: ant")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

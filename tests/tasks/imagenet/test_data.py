@@ -139,7 +139,7 @@ def shared(tmp_path: Path) -> Path:
     return root
 
 
-NOTE = "1 of 9 images of val are in train too, byte for byte: class0/0.png is class0/3.png"
+NOTE = "1 of 9 images of val are also in train, byte for byte: class0/0.png is class0/3.png"
 
 
 def test_shared_images_stand_in_the_record(shared: Path, tmp_path: Path, backbone: str) -> None:
@@ -182,7 +182,7 @@ def test_shared_images_are_refused_where_the_config_says_so(shared: Path) -> Non
 
 def test_every_cell_of_a_set_is_served_by_one_search(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_data(config(shared))
-    monkeypatch.setattr(overlap, "overlap", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(overlap, "find_overlap", lambda *_: pytest.fail("searched again"))
     assert open_data(config(shared)).notes == [NOTE]
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mae_bench.data.checks import overlap as module
-from mae_bench.data.checks.overlap import known_overlap, overlap, overlap_note
+from mae_bench.data.checks.overlap import find_overlap, load_or_find_overlap, note_overlap
 from mae_bench.data.pack import pack_set
 from mae_bench.data.sets.index import IndexedImages
 from mae_bench.data.sets.open import open_images
@@ -61,8 +61,8 @@ FORMS: dict[str, Callable[[Path, Path], Path]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_finds_the_same(form: str, root: Path, tmp_path: Path) -> None:
     train, val = splits(FORMS[form](root, tmp_path / form))
-    assert overlap(train, val) == EXPECTED
-    assert overlap(val, train) == [
+    assert find_overlap(train, val) == EXPECTED
+    assert find_overlap(val, train) == [
         ("a/2.png", "y/10.png"),
         ("b/5.png", "x/9.png"),
         ("b/again.png", "x/9.png"),
@@ -75,14 +75,14 @@ def test_a_source_that_only_reads_is_enough(root: Path) -> None:
         stored_sizes = ImageSource.stored_sizes
 
     train, val = splits(root)
-    assert overlap(Plain(train, range(len(train))), Plain(val, range(len(val)))) == EXPECTED
-    assert overlap(Subset(train, [8, 5, 2]), Subset(val, [3, 2])) == EXPECTED[1:]
+    assert find_overlap(Plain(train, range(len(train))), Plain(val, range(len(val)))) == EXPECTED
+    assert find_overlap(Subset(train, [8, 5, 2]), Subset(val, [3, 2])) == EXPECTED[1:]
 
 
 def test_disjoint_splits_have_none(root: Path) -> None:
     train, val = splits(root)
-    assert overlap(Subset(train, [0, 1, 3]), Subset(val, [0, 3])) == []
-    assert overlap_note([], 4) == ""
+    assert find_overlap(Subset(train, [0, 1, 3]), Subset(val, [0, 3])) == []
+    assert note_overlap([], 4) == ""
 
 
 def test_images_of_one_size_and_one_beginning_are_told_apart(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_images_of_one_size_and_one_beginning_are_told_apart(tmp_path: Path) -> 
         pixels[0, -1] = last  # BMP ends with the first row
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / name)
-    assert overlap(*splits(tmp_path)) == [("a/3.bmp", "a/2.bmp")]
+    assert find_overlap(*splits(tmp_path)) == [("a/3.bmp", "a/2.bmp")]
 
 
 def test_few_bytes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_few_bytes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return data
 
     monkeypatch.setattr(IndexedImages, "stored", counting)
-    assert overlap(*splits(tmp_path)) == [("a/4.jpg", "a/1.jpg")]
+    assert find_overlap(*splits(tmp_path)) == [("a/4.jpg", "a/1.jpg")]
     block = module.BLOCK
     assert read == {"a/1.jpg": [block, 50_000], "a/2.jpg": [block], "a/4.jpg": [block, 50_000]}
 
@@ -127,18 +127,18 @@ def test_images_that_cannot_be_read_are_like_no_other(root: Path) -> None:
     (root / "train/b/empty.png").touch()
     train, val = splits(root)
     (root / "train/a/2.png").unlink()
-    assert overlap(train, val) == EXPECTED[:1]
+    assert find_overlap(train, val) == EXPECTED[:1]
 
 
 def test_a_set_is_looked_through_once(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train, val = splits(root)
-    assert known_overlap(train, val, "this set") == EXPECTED
-    monkeypatch.setattr(module, "overlap", lambda *_: [("a", "b")])
-    assert known_overlap(train, val, "this set") == EXPECTED
-    assert known_overlap(train, val, "another set") == [("a", "b")]
+    assert load_or_find_overlap(train, val, "this set") == EXPECTED
+    monkeypatch.setattr(module, "find_overlap", lambda *_: [("a", "b")])
+    assert load_or_find_overlap(train, val, "this set") == EXPECTED
+    assert load_or_find_overlap(train, val, "another set") == [("a", "b")]
     for path in (cache / "overlap").glob("*.json"):
         path.write_text("[[")
-    assert known_overlap(train, val, "this set") == [("a", "b")], "what the cache lost is found again"
+    assert load_or_find_overlap(train, val, "this set") == [("a", "b")], "what the cache lost is found again"
 
 
 def test_of_several_processes_one_looks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,11 +149,11 @@ def test_of_several_processes_one_looks(root: Path, monkeypatch: pytest.MonkeyPa
     def slow(*images: ImageSource) -> list[tuple[str, str]]:
         calls.append(1)
         time.sleep(0.2)
-        return overlap(*images)
+        return find_overlap(*images)
 
-    monkeypatch.setattr(module, "overlap", slow)
+    monkeypatch.setattr(module, "find_overlap", slow)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: known_overlap(train, val, "this set"), range(4)))
+        found = list(pool.map(lambda _: load_or_find_overlap(train, val, "this set"), range(4)))
     assert found == [EXPECTED] * 4
     assert len(calls) == 1
 
@@ -163,23 +163,23 @@ def test_a_cache_that_locks_nothing_is_no_obstacle(root: Path, monkeypatch: pyte
         raise OSError(f"{path}: no locks here")
 
     monkeypatch.setattr(module, "file_lock", closed)
-    assert known_overlap(*splits(root), "this set") == EXPECTED
+    assert load_or_find_overlap(*splits(root), "this set") == EXPECTED
 
 
 def test_it_is_found_without_a_cache(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("MAE_BENCH_CACHE", str(tmp_path / "file"))
-    assert known_overlap(*splits(root), "this set") == EXPECTED
+    assert load_or_find_overlap(*splits(root), "this set") == EXPECTED
 
 
 def test_the_note_counts_images_of_val_and_names_some(root: Path) -> None:
     shutil.copytree(root / "train" / "a", root / "val" / "z")
-    pairs = overlap(*splits(root))
-    note = overlap_note(pairs, 8)
+    pairs = find_overlap(*splits(root))
+    note = note_overlap(pairs, 8)
     assert note.startswith(
-        "6 of 8 images of val are in train too, byte for byte: x/9.png is b/5.png, y/10.png is a/2.png, "
+        "6 of 8 images of val are also in train, byte for byte: x/9.png is b/5.png, y/10.png is a/2.png, "
     )
     assert note.endswith(", ...")
-    assert overlap_note(EXPECTED, 4) == (
-        "2 of 4 images of val are in train too, byte for byte: x/9.png is b/5.png, y/10.png is a/2.png"
+    assert note_overlap(EXPECTED, 4) == (
+        "2 of 4 images of val are also in train, byte for byte: x/9.png is b/5.png, y/10.png is a/2.png"
     )

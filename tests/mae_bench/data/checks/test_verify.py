@@ -19,7 +19,7 @@ def test_the_bad_ones_are_named(
         (tmp_path / f"{number}.jpg").write_bytes(picture(number) if number % 4 else picture(number)[:40])
     np.save(tmp_path / "9.npy", np.zeros((4, 4, 7), np.uint8))
     seen: list[tuple[int, int]] = []
-    found = verify.bad_images(
+    found = verify.find_bad_images(
         open_images(tmp_path, "train"), num_workers, lambda done, total: seen.append((done, total))
     )
     assert list(found) == ["0.jpg", "4.jpg"]
