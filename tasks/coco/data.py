@@ -1,4 +1,4 @@
-"""COCO for detectron2: registered splits, large-scale jitter, and loaders that resume exactly and survive bad images."""
+"""COCO for detectron2: registered splits, large-scale jitter, and loaders that resume and skip bad images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,19 +29,14 @@ from mae_bench.files import json_digest
 from tasks.coco.config import MaskRCNNConfig
 
 Sample = dict[str, Any]
-READ_ERRORS = (
-    OSError,
-    SyntaxError,
-    EOFError,
-    Image.DecompressionBombError,
-    SizeMismatchError,
-)  # SyntaxError: a broken PNG
-STEP, SAMPLE = 0, 1  # derive_seed's streams: randomness of the model's step, of a sample's augmentation
+# SyntaxError: a broken PNG
+READ_ERRORS = (OSError, SyntaxError, EOFError, Image.DecompressionBombError, SizeMismatchError)
+STEP, SAMPLE = 0, 1  # streams of derive_seed: the model's step, the augmentation of a sample
 
 
 @dataclass(frozen=True)
 class CocoNames:
-    """detectron2's names of the two registered splits, and how many classes they have."""
+    """detectron2's names of the two registered splits, and their number of classes."""
 
     train: str
     val: str
@@ -49,17 +44,16 @@ class CocoNames:
 
 
 def register(root: Path, digest: str) -> CocoNames:
-    """Registers `root` (train2017/, val2017/, annotations/) under names unique to its place and content.
+    """Register `root` (train2017/, val2017/, annotations/) under names unique to its path and content.
 
-    detectron2 maps category ids to 0..K-1 split by split, so both splits must list the same categories: else UserError.
+    Raise UserError if the splits list different categories: detectron2 maps category ids to 0..K-1 per split.
     """
     key = json_digest([str(root.resolve()), digest])[:16]
     train, val = (f"coco_{key}_{split}" for split in ("train", "val"))
     for name, split in ((train, "train2017"), (val, "val2017")):
         if name not in DatasetCatalog.list():
-            register_coco_instances(
-                name, {}, str(root / "annotations" / f"instances_{split}.json"), str(root / split)
-            )
+            annotations = root / "annotations" / f"instances_{split}.json"
+            register_coco_instances(name, {}, str(annotations), str(root / split))
         DatasetCatalog.get(name)  # fills the metadata
     ids, val_ids = (MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id for name in (train, val))
     if ids != val_ids:
@@ -71,20 +65,24 @@ def register(root: Path, digest: str) -> CocoNames:
 
 
 class NameBadImages:
-    """A DatasetMapper that hands an image which cannot be read on by its name instead of failing."""
+    """A DatasetMapper that returns the name of an image which cannot be read, instead of failing."""
 
     def __init__(self, mapper: DatasetMapper):
         self.mapper = mapper
 
     def __call__(self, sample: Sample) -> Sample:
         try:
-            return self.mapper(sample)
+            mapped: Sample = self.mapper(sample)
         except READ_ERRORS as error:
             return {"bad_image": sample["file_name"], "reason": str(error)}
+        return mapped
 
 
-class TrainingStream(Dataset):
-    """Mapped images addressed by position * num_images + index: the position in the whole training seeds the augmentation."""
+class TrainingStream(Dataset[Sample]):
+    """Mapped images by address, position * num_images + index.
+
+    The position in the whole training seeds the augmentation.
+    """
 
     def __init__(self, dicts: list[Sample], mapper: NameBadImages, seed: int):
         self.dicts, self.mapper, self.seed = DatasetFromList(dicts, copy=False), mapper, seed
@@ -99,7 +97,7 @@ class TrainingStream(Dataset):
 
 
 class ContinuedSampler(TrainingSampler):
-    """detectron2's endless shuffled stream from its `start`-th image on, as the addresses of a `TrainingStream`."""
+    """detectron2's endless shuffled stream from image `start` on, as addresses of a `TrainingStream`."""
 
     def __init__(self, size: int, seed: int, start: int):
         super().__init__(size, seed=seed)
@@ -111,7 +109,10 @@ class ContinuedSampler(TrainingSampler):
 
 
 class GoodImages:
-    """Batches of `loader` without the images that cannot be read, which `bad` counts; a seed fixes each step's randomness."""
+    """Batches of `loader` without the images that cannot be read, which are added to `bad`.
+
+    A seed fixes the randomness of each step.
+    """
 
     def __init__(self, loader: Any, bad: BadImages, seed: int | None = None, first_step: int = 0):
         self.loader, self.bad, self.seed, self.first_step = loader, bad, seed, first_step
@@ -124,38 +125,49 @@ class GoodImages:
             for sample in batch:
                 if "bad_image" in sample:
                     self.bad.add(sample["bad_image"], sample["reason"])
-            if (
-                self.seed is not None
-            ):  # drop path and proposal sampling follow from the step, whoever loaded it
+            # Drop path and proposal sampling depend on the step, not on the number of loader processes.
+            if self.seed is not None:
                 seed_everything(derive_seed(self.seed, STEP, step))
-            if good := [sample for sample in batch if "bad_image" not in sample]:
+            good = [sample for sample in batch if "bad_image" not in sample]
+            if good:
                 yield good
 
 
-def train_loader(config: MaskRCNNConfig, name: str, bad: BadImages, seed: int, start: int) -> GoodImages:
-    """Batches from iteration `start` on, the same whatever ran before and however many processes load them.
+def build_train_loader(
+    config: MaskRCNNConfig, name: str, bad: BadImages, seed: int, start: int
+) -> GoodImages:
+    """Return batches from iteration `start` on, whatever ran before and however many workers load them.
 
     Flip, scale jitter and crop as in detectron2's coco_loader_lsj; images without objects are left out.
     """
     dicts = get_detection_dataset_dicts(name, filter_empty=True)
+    size = config.img_size
     mapper = DatasetMapper(
-        is_train=True, image_format="RGB", use_instance_mask=True, instance_mask_format=_mask_format(dicts), recompute_boxes=True,
+        is_train=True,
+        image_format="RGB",
+        use_instance_mask=True,
+        instance_mask_format=_find_mask_format(dicts),
+        recompute_boxes=True,
         augmentations=[
             T.RandomFlip(horizontal=True),
-            T.ResizeScale(*config.scale_range, target_height=config.img_size, target_width=config.img_size),
-            T.FixedSizeCrop((config.img_size, config.img_size), pad=False),
+            T.ResizeScale(*config.scale_range, target_height=size, target_width=size),
+            T.FixedSizeCrop((size, size), pad=False),
         ],
-    )  # fmt: skip
+    )
     loader = build_detection_train_loader(
-        TrainingStream(dicts, NameBadImages(mapper), seed), mapper=None,
+        TrainingStream(dicts, NameBadImages(mapper), seed),
+        mapper=None,
         sampler=ContinuedSampler(len(dicts), seed, start * config.global_batch_size),
-        total_batch_size=config.global_batch_size, aspect_ratio_grouping=False, num_workers=config.num_workers, seed=seed,
-    )  # fmt: skip
+        total_batch_size=config.global_batch_size,
+        aspect_ratio_grouping=False,
+        num_workers=config.num_workers,
+        seed=seed,
+    )
     return GoodImages(loader, bad, seed, start)
 
 
-def val_loader(config: MaskRCNNConfig, name: str, bad: BadImages) -> GoodImages:
-    """Every image of the split once, its longer side scaled to img_size."""
+def build_val_loader(config: MaskRCNNConfig, name: str, bad: BadImages) -> GoodImages:
+    """Return batches with every image of the split once, its longer side scaled to img_size."""
     dicts = get_detection_dataset_dicts(name, filter_empty=False)
     mapper = DatasetMapper(
         is_train=False,
@@ -168,16 +180,11 @@ def val_loader(config: MaskRCNNConfig, name: str, bad: BadImages) -> GoodImages:
     return GoodImages(loader, bad)
 
 
-def _mask_format(dicts: list[Sample]) -> str:
-    """Polygons where all objects have them (cheaper), else bitmaps; crowds are not trained on."""
-    objects = (
-        annotation
-        for image in dicts
-        for annotation in image["annotations"]
-        if not annotation.get("iscrowd", 0)
-    )
-    return (
-        "bitmask"
-        if any(isinstance(annotation.get("segmentation"), dict) for annotation in objects)
-        else "polygon"
-    )
+def _find_mask_format(dicts: list[Sample]) -> str:
+    """Return "polygon" (cheaper) if all objects have polygons, else "bitmask"; crowds are not trained on."""
+    for image in dicts:
+        for annotation in image["annotations"]:
+            crowd = annotation.get("iscrowd", 0)
+            if not crowd and isinstance(annotation.get("segmentation"), dict):
+                return "bitmask"
+    return "polygon"

@@ -1,4 +1,4 @@
-"""A detector's score on a COCO split by detectron2's inference loop and COCOEvaluator; the detections stay as COCO JSON."""
+"""Score a detector on a COCO split with detectron2's COCOEvaluator and keep the detections as COCO JSON."""
 
 import json
 from pathlib import Path
@@ -12,15 +12,15 @@ from mae_bench.record import Metric
 from tasks.coco.data import GoodImages
 from tasks.coco.metrics import SUFFIXES, translate
 
-DETECTIONS_FILE = "coco_instances_results.json"  # COCOEvaluator's name for it
+DETECTIONS_FILE = "coco_instances_results.json"  # as COCOEvaluator names it
 
 
 def evaluate(
     model: nn.Module, loader: GoodImages, name: str, folder: Path, progress: Progress
 ) -> tuple[dict[str, Metric], int]:
-    """Metrics in percent and the number of detections, which are left in folder/DETECTIONS_FILE.
+    """Return metrics in percent and the number of detections, which are saved in folder/DETECTIONS_FILE.
 
-    An image that the loader skipped counts as an image without detections.
+    An image that the loader skips counts as an image without detections.
     """
     evaluator = COCOEvaluator(
         name, tasks=tuple(SUFFIXES), distributed=False, output_dir=str(folder), use_fast_impl=False
@@ -29,6 +29,6 @@ def evaluate(
     done = iter(range(1, len(loader) + 1))
     callbacks = {"after_inference": lambda: progress.step(next(done))}
     results: dict[str, Any] = inference_on_dataset(model, loader, evaluator, callbacks=callbacks)
-    (folder / "instances_predictions.pth").unlink()  # the same detections once more, pickled
+    (folder / "instances_predictions.pth").unlink()  # the same detections, pickled
     num_detections = len(json.loads((folder / DETECTIONS_FILE).read_text()))
     return translate(results, num_detections), num_detections

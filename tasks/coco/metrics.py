@@ -1,4 +1,4 @@
-"""COCO's metrics under this project's names: the one place where detectron2's spelling is translated."""
+"""Translate COCO's metrics from detectron2's names into this project's."""
 
 import math
 from collections.abc import Mapping
@@ -7,27 +7,22 @@ from mae_bench.record import Metric
 
 MAIN_METRIC = "AP_box"
 SUFFIXES = {"bbox": "box", "segm": "mask"}  # detectron2's task -> ours
-NAMES = (
-    "AP",
-    "AP50",
-    "AP75",
-    "APs",
-    "APm",
-    "APl",
-)  # over IoU 0.5:0.95, at 0.5, at 0.75, by area below 32^2, to 96^2, above
+# Over IoU 0.5:0.95, at 0.5, at 0.75; by object area up to 32^2, up to 96^2, above.
+NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def translate(results: Mapping[str, Mapping[str, float]], num_detections: int) -> dict[str, Metric]:
-    """COCOEvaluator's results -> {"AP_box": ..., "AP50_box": ..., "AP_mask": ...} in percent; what is nan is absent.
+    """Return COCOEvaluator's results as {"AP_box": ..., "AP_mask": ...} in percent; NaN is left out.
 
-    detectron2 gives nan for everything when nothing was detected. By COCO's definition the AP is then 0 (recall stays 0), and
-    it is reported so, without the AP by area, which is defined only where such objects exist.
+    detectron2 returns NaN for everything if there are no detections. By COCO's definition the AP is then 0,
+    because the recall stays 0; the APs by area are left out, since they are defined only where such objects
+    exist.
     """
     if not num_detections:
         return {f"{name}_{suffix}": Metric(0.0) for suffix in SUFFIXES.values() for name in NAMES[:3]}
-    return {
-        f"{name}_{suffix}": Metric(float(results[task][name]))
-        for task, suffix in SUFFIXES.items()
-        for name in NAMES
-        if math.isfinite(results[task][name])
-    }
+    metrics = {}
+    for task, suffix in SUFFIXES.items():
+        for name in NAMES:
+            if math.isfinite(results[task][name]):
+                metrics[f"{name}_{suffix}"] = Metric(float(results[task][name]))
+    return metrics

@@ -1,4 +1,4 @@
-"""Mask R-CNN's training by detectron2's trainers: checkpoints, exact resume, stop on request and at a non-finite loss."""
+"""Train Mask R-CNN with detectron2: checkpoints, exact resume, stop on request or at a non-finite loss."""
 
 import math
 import shutil
@@ -16,16 +16,16 @@ from torch import nn
 from mae_bench.data.sets.source import BadImages
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.files import write_atomic, write_text
-from mae_bench.job import Job
 from mae_bench.progress import Progress
 from tasks.coco.config import MaskRCNNConfig
+from tasks.context import TaskContext
 
-CHECKPOINTS = "checkpoints"  # the folder inside a job's
-KEPT_CHECKPOINTS = 2
+CHECKPOINTS = "checkpoints"  # folder of the training states, in the job's folder
+NUM_CHECKPOINTS = 2
 
 
 class AutocastTrainer(SimpleTrainer):
-    """bfloat16 where AMPTrainer refuses to run: it asks for CUDA even where no loss scaling is needed."""
+    """bfloat16 on the CPU, where AMPTrainer refuses to run: it requires CUDA even without loss scaling."""
 
     def run_step(self) -> None:
         with torch.autocast("cpu", torch.bfloat16):
@@ -33,35 +33,36 @@ class AutocastTrainer(SimpleTrainer):
 
 
 class Checkpointer(DetectionCheckpointer):
-    """detectron2's checkpointer with files that appear whole or not at all, the last two kept, and no silent mismatch."""
+    """detectron2's checkpointer with atomic writes, two files kept, and an error on any key mismatch."""
 
     def save(self, name: str, **extra: Any) -> None:
         parts = {"model": self.model, **self.checkpointables}
         data = {**{key: part.state_dict() for key, part in parts.items()}, **extra}
         write_atomic(Path(self.save_dir) / f"{name}.pth", lambda file: torch.save(data, file))
         self.tag_last_checkpoint(f"{name}.pth")
-        for old in sorted(Path(self.save_dir).glob("model_*.pth"))[
-            :-KEPT_CHECKPOINTS
-        ]:  # by iteration; model_final comes last
+        saved = sorted(Path(self.save_dir).glob("model_*.pth"))  # by iteration; model_final sorts last
+        for old in saved[:-NUM_CHECKPOINTS]:
             old.unlink()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        if wrong := [
+        wrong = [
             *incompatible.missing_keys,
             *incompatible.unexpected_keys,
             *incompatible.incorrect_shapes,
-        ]:
+        ]
+        if wrong:
             raise UserError(
-                f"{self.get_checkpoint_file()} does not fit the model: {wrong[:3]}", expected="a checkpoint of this very config",
-                fix=f"remove {self.save_dir} to train anew",
-            )  # fmt: skip
+                f"{self.get_checkpoint_file()} does not fit the model: {wrong[:3]}",
+                expected="a checkpoint of the same config",
+                fix=f"remove {self.save_dir} to train from the start",
+            )
 
 
 class GradientHook(HookBase):
-    """Clips the gradient's norm, and stops before a gradient that is not finite reaches the weights."""
+    """Clip the norm of the gradient, and stop before a gradient that is not finite reaches the weights."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], clip_grad: float | None):
         self.parameters, self.clip_grad = list(parameters), clip_grad or math.inf
@@ -72,7 +73,7 @@ class GradientHook(HookBase):
 
 
 class Unread(HookBase):
-    """Keeps the account of the images that cannot be read over resumed runs."""
+    """Save the unreadable images with the training state, where the class name is the key."""
 
     def __init__(self, bad: BadImages):
         self.bad = bad
@@ -86,7 +87,7 @@ class Unread(HookBase):
 
 
 class Clock(HookBase):
-    """Counts the seconds of the iterations over resumed runs."""
+    """Count the seconds of all iterations, over resumed runs; the class name is the key in the state."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -105,7 +106,7 @@ class Clock(HookBase):
 
 
 class ProgressHook(HookBase):
-    """Reports each iteration; when the job has to stop it saves and leaves."""
+    """Report each iteration; save and leave if the job has to stop."""
 
     def __init__(self, checkpointer: Checkpointer, progress: Progress):
         self.checkpointer, self.progress = checkpointer, progress
@@ -120,65 +121,69 @@ class ProgressHook(HookBase):
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, lr_multiplier: Any, batches: Callable[[int], Any],
-    config: MaskRCNNConfig, job: Job, progress: Progress, bad: BadImages,
-) -> float:  # fmt: skip
-    """Trains to config.iterations, going on from the last checkpoint in the job's folder; returns the seconds over all runs.
+    context: TaskContext[MaskRCNNConfig],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr_multiplier: Any,
+    batches: Callable[[int], Any],
+    bad: BadImages,
+) -> float:
+    """Train to config.iterations from the job's last checkpoint, and return the seconds over all runs.
 
-    `batches(start)` gives the loader from iteration `start` on, which counts unreadable images in `bad`. Raises Interrupted after
-    saving when asked to stop, and UserError at a loss or gradient that is not finite; weights are never saved after one.
+    `batches(start)` returns the loader from iteration `start` on, which adds unreadable images to `bad`.
+    Raise Interrupted, after saving, when asked to stop, and UserError if a loss or gradient is not finite;
+    weights are never saved after one.
     """
-    trainer = _trainer(model, optimizer, config, job)
+    config, job = context.config, context.job
+    trainer = _build_trainer(model, optimizer, config, job.device)
     checkpointer = Checkpointer(model, str(job.dir / CHECKPOINTS), trainer=trainer)
     clock = Clock()
-    trainer.register_hooks([
-        GradientHook(model.parameters(), config.clip_grad),
-        hooks.LRScheduler(scheduler=lr_multiplier),
-        clock,
-        Unread(bad),
-        hooks.PeriodicCheckpointer(checkpointer, config.checkpoint_period),
-        hooks.PeriodicWriter([JSONWriter(str(job.dir / "log.jsonl"))], period=20),
-        ProgressHook(checkpointer, progress),
-    ])  # fmt: skip
+    trainer.register_hooks(
+        [
+            GradientHook(model.parameters(), config.clip_grad),
+            hooks.LRScheduler(scheduler=lr_multiplier),
+            clock,
+            Unread(bad),
+            hooks.PeriodicCheckpointer(checkpointer, config.checkpoint_period),
+            hooks.PeriodicWriter([JSONWriter(str(job.dir / "log.jsonl"))], period=20),
+            ProgressHook(checkpointer, context.progress),
+        ]
+    )
     checkpointer.resume_or_load("", resume=True)
     start = trainer.iter + 1 if checkpointer.has_checkpoint() else 0
-    progress.stage("train", config.iterations)
+    context.progress.stage("train", config.iterations)
     if start == config.iterations:
         return clock.seconds
     trainer.data_loader = batches(start)
     try:
         trainer.train(start, config.iterations)
     except FloatingPointError as error:
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"training stopped at iteration {trainer.iter + 1} of {config.iterations}: {str(error).splitlines()[0]}",
+            f"training stopped at iteration {trainer.iter + 1} of {config.iterations}: {reason}",
             expected="a finite loss",
-            fix=f"lower lr (now {config.lr:g}) or raise warmup_iterations; {_last_good(checkpointer)}",
-        ) from error  # fmt: skip
+            fix=f"lower lr (now {config.lr:g}) or raise warmup_iterations; {_describe_last(checkpointer)}",
+        ) from error
     return clock.seconds
 
 
 def clear_checkpoints(folder: Path) -> None:
-    """Removes the training states of a finished job: its record and detections are what stays."""
+    """Remove the training states of a finished job."""
     shutil.rmtree(folder / CHECKPOINTS)
 
 
-def _trainer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: MaskRCNNConfig, job: Job
+def _build_trainer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: MaskRCNNConfig, device: str
 ) -> SimpleTrainer:
     if config.amp_dtype == "float32":
         return SimpleTrainer(model, None, optimizer)
-    if job.device == "cpu":
+    if device == "cpu":
         return AutocastTrainer(model, None, optimizer)
-    return AMPTrainer(
-        model,
-        None,
-        optimizer,
-        grad_scaler=torch.amp.GradScaler("cuda", enabled=False),
-        precision=torch.bfloat16,
-    )
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    return AMPTrainer(model, None, optimizer, grad_scaler=scaler, precision=torch.bfloat16)
 
 
-def _last_good(checkpointer: Checkpointer) -> str:
+def _describe_last(checkpointer: Checkpointer) -> str:
     if not checkpointer.has_checkpoint():
         return "no checkpoint was saved yet"
     return f"the last good checkpoint is {checkpointer.get_checkpoint_file()}"

@@ -20,8 +20,8 @@ from mae_bench.job import Job  # noqa: E402
 from mae_bench.progress import Progress  # noqa: E402
 from tasks.coco import maskrcnn  # noqa: E402
 from tasks.coco.config import MaskRCNNConfig  # noqa: E402
-from tasks.coco.data import register, train_loader  # noqa: E402
-from tasks.coco.lazy_config import build, lazy_config  # noqa: E402
+from tasks.coco.data import build_train_loader, register  # noqa: E402
+from tasks.coco.lazy_config import build, build_lazy_config  # noqa: E402
 from tests.parity import assert_within_rounding  # noqa: E402
 
 MakeConfig = Callable[..., MaskRCNNConfig]
@@ -142,7 +142,9 @@ def test_the_seed_decides(make_config: MakeConfig, coco: Path) -> None:
         return [
             [sample["image_id"] for sample in batch]
             for batch, _ in zip(
-                train_loader(make_config(), names.train, BadImages(0, 6), seed, start), range(6), strict=False
+                build_train_loader(make_config(), names.train, BadImages(0, 6), seed, start),
+                range(6),
+                strict=False,
             )
         ]
 
@@ -153,7 +155,7 @@ def test_the_seed_decides(make_config: MakeConfig, coco: Path) -> None:
 
 def test_images_enter_the_backbone_as_its_spec_says(make_config: MakeConfig, backbone: str) -> None:
     spec = load_vit_backbone(backbone).spec
-    model: Any = build(lazy_config(make_config(), spec, backbone, 2), "cpu")[0]
+    model: Any = build(build_lazy_config(make_config(), spec, backbone, 2), "cpu")[0]
     image = torch.full((3, 64, 64), 255, dtype=torch.uint8)
     fed = model.preprocess_image([{"image": image}]).tensor
     expected = (1 - torch.tensor(spec.mean)) / torch.tensor(spec.std)
@@ -163,7 +165,7 @@ def test_images_enter_the_backbone_as_its_spec_says(make_config: MakeConfig, bac
 
 def test_parameter_groups(make_config: MakeConfig, backbone: str) -> None:
     model, optimizer, _ = build(
-        lazy_config(make_config(layer_decay=0.5), load_vit_backbone(backbone).spec, backbone, 2), "cpu"
+        build_lazy_config(make_config(layer_decay=0.5), load_vit_backbone(backbone).spec, backbone, 2), "cpu"
     )
     groups = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     found = {name: groups[id(p)] for name, p in model.named_parameters()}
@@ -178,7 +180,7 @@ def test_parameter_groups(make_config: MakeConfig, backbone: str) -> None:
 @pytest.mark.parametrize(("schedule", "expected"), [("cosine", [1.0, 0.5, 0.0]), ("step", [1.0, 1.0, 0.01])])
 def test_schedules(make_config: MakeConfig, backbone: str, schedule: str, expected: list[float]) -> None:
     config = make_config(lr_schedule=schedule, iterations=1000, warmup_iterations=10)
-    *_, multiplier = build(lazy_config(config, load_vit_backbone(backbone).spec, backbone, 2), "cpu")
+    *_, multiplier = build(build_lazy_config(config, load_vit_backbone(backbone).spec, backbone, 2), "cpu")
     assert multiplier(0.0) == pytest.approx(0.001)
     assert [multiplier(share) for share in (0.01, 0.5, 0.9999)] == pytest.approx(expected, abs=1e-3)
 
