@@ -1,4 +1,4 @@
-"""ADE20K's layout for mmsegmentation: a stream that resumes exactly, and images that do not decode named and left out."""
+"""The ADE20K layout for mmsegmentation: a stream that resumes exactly and leaves out undecodable images."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +16,14 @@ from mae_bench.data.sets.source import BadImages, is_image
 from mae_bench.errors import UserError
 
 READ_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError)  # SyntaxError: a broken PNG
-STEP, SAMPLE = 0, 1  # derive_seed's streams: randomness of the model's step, of a sample's augmentation
+STEP, SAMPLE = 0, 1  # streams of derive_seed: the model's step, the augmentation of a sample
 
 
 class SharedBadImages:
-    """BadImages of a split over loader processes: each appends to a file, and the training process counts what it reads there."""
+    """BadImages of a split over loader processes.
+
+    Each process appends to a file; the training process counts what it reads there.
+    """
 
     def __init__(self, path: Path, limit: float, total: int):
         self.path, self.counted = path, BadImages(limit, total)
@@ -30,19 +33,21 @@ class SharedBadImages:
             file.write(f"{name}\t{reason}\n")
 
     def check(self) -> BadImages:
-        """All that were found up to now; UserError if they are too many."""
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
-            name, _, reason = line.partition("\t")
-            self.counted.add(name, reason)
+        """Return all bad images found so far; raise UserError if they are too many."""
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                name, _, reason = line.partition("\t")
+                self.counted.add(name, reason)
         return self.counted
 
 
 @DATASETS.register_module()
 class ADE20KLayout(BaseSegDataset):
-    """One split of `images|annotations/training|validation`: label 0 is ignored (255 to the model), label i is class i - 1.
+    """One split of `images|annotations/training|validation`.
 
-    Images are addressed by position * num_images + index (see `AddressSampler`): the position in the whole training seeds the
-    augmentation. One that does not decode gives its place to another in training; from a validation split it is left out.
+    Label 0 is ignored (255 for the model), label i is class i - 1. Images are addressed by position *
+    num_images + index (see `AddressSampler`): the position in the whole training seeds the augmentation. In
+    training, another image replaces one that does not decode; in validation it is left out.
     """
 
     def __init__(
@@ -57,17 +62,16 @@ class ADE20KLayout(BaseSegDataset):
     ):
         self.seed, self.bad_file, self.max_bad_images = seed, Path(bad_images), max_bad_images
         super().__init__(
-            data_root=data_root, data_prefix={"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"},
-            metainfo={"classes": tuple(classes)}, reduce_zero_label=True, **kwargs,
-        )  # fmt: skip
+            data_root=data_root,
+            data_prefix={"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"},
+            metainfo={"classes": tuple(classes)},
+            reduce_zero_label=True,
+            **kwargs,
+        )
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        images, folder = super().load_data_list(), Path(self.data_prefix["img_path"])
-        if strange := sorted(
-            path.name for path in folder.iterdir() if is_image(path.name) and path.suffix != self.img_suffix
-        ):
-            raise UserError(f"{len(strange)} images in {folder} are not {self.img_suffix}: {strange[0]}",
-                            expected="JPEG files named so, as in ADE20K", fix="convert or rename them")  # fmt: skip
+        images: list[dict[str, Any]] = super().load_data_list()
+        self._require_suffix(Path(self.data_prefix["img_path"]))
         self.bad = SharedBadImages(self.bad_file, self.max_bad_images, len(images))
         if not self.test_mode:
             return images
@@ -75,25 +79,38 @@ class ADE20KLayout(BaseSegDataset):
         self.bad.check()
         return good
 
+    def _require_suffix(self, folder: Path) -> None:
+        """Raise UserError if the folder has images that mmsegmentation would skip silently."""
+        names = [path.name for path in folder.iterdir() if path.suffix != self.img_suffix]
+        wrong = sorted(name for name in names if is_image(name))
+        if wrong:
+            raise UserError(
+                f"{len(wrong)} images in {folder} are not {self.img_suffix}: {wrong[0]}",
+                expected=f"JPEG files named *{self.img_suffix}, as in ADE20K",
+                fix="convert or rename them",
+            )
+
     def __getitem__(self, address: int) -> dict[str, Any]:
         position, index = divmod(address, len(self))
         seed_everything(derive_seed(self.seed, SAMPLE, position))
-        return super().__getitem__(index)
+        sample: dict[str, Any] = super().__getitem__(index)
+        return sample
 
     def prepare_data(self, idx: int) -> dict[str, Any] | None:
-        """The packed sample, or None for mmengine to draw another image instead."""
+        """Return the packed sample, or None, for which mmengine draws another image."""
         try:
-            return super().prepare_data(idx)
+            sample: dict[str, Any] | None = super().prepare_data(idx)
         except READ_ERRORS:
             if not self._name_unreadable(self.get_data_info(idx)):
                 raise
-            if (
-                get_worker_info() is None
-            ):  # an error of a loader process would come with its traceback; the hook finds those
+            # In a loader process the error would come with its traceback: there, the hook checks.
+            if get_worker_info() is None:
                 self.bad.check()
             return None
+        return sample
 
     def _name_unreadable(self, info: dict[str, Any]) -> bool:
+        """Return whether the image or its labels do not decode, and add them to the bad images."""
         for path in (info["img_path"], info["seg_map_path"]):
             try:
                 with Image.open(path) as image:
@@ -106,7 +123,7 @@ class ADE20KLayout(BaseSegDataset):
 
 @DATA_SAMPLERS.register_module()
 class AddressSampler(InfiniteSampler):
-    """mmengine's endless shuffled stream as the addresses of an `ADE20KLayout`."""
+    """mmengine's endless shuffled stream as addresses of an `ADE20KLayout`."""
 
     position = 0
 

@@ -10,7 +10,7 @@ pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
 
 from mmseg.evaluation import IoUMetric
 
-from tasks.ade20k.metrics import ExactIoUMetric, metrics, per_class, scores
+from tasks.ade20k.metrics import ExactIoUMetric, compute_metrics, compute_scores, score_per_class
 
 LABEL = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 255], [255, 0, 0, 0]])
 PRED = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 1], [2, 0, 0, 2]])
@@ -32,8 +32,8 @@ def test_known_answer_at_full_precision():
     metric, found = evaluate((PRED, LABEL))
     expected = {"mIoU": 100 * sum(IOU) / 3, "mAcc": 100 * sum(ACC) / 2, "aAcc": 100 * 7 / 10}
     assert found == pytest.approx(expected, rel=1e-14)
-    assert {name: m.value for name, m in metrics(metric.areas).items()} == found
-    assert {(m.unit, m.direction) for m in metrics(metric.areas).values()} == {("%", "higher")}
+    assert {name: m.value for name, m in compute_metrics(metric.areas).items()} == found
+    assert {(m.unit, m.direction) for m in compute_metrics(metric.areas).values()} == {("%", "higher")}
 
 
 def test_agrees_with_mmsegmentation_to_its_two_decimals():
@@ -62,11 +62,11 @@ def test_many_pixels_lose_none():
     areas = np.zeros((3, 4, 1), np.int64)
     areas[0], areas[1:] = 2**25, 1  # float32 holds 2 ** 25 + 1 as 2 ** 25
     areas[2, 0] = 0
-    assert scores(areas)["aAcc"] == 100 * (2**25 + 1) / (2**25 + 2) < 100
+    assert compute_scores(areas)["aAcc"] == 100 * (2**25 + 1) / (2**25 + 2) < 100
 
 
 def test_per_class_has_no_number_for_what_was_not_measured():
-    rows = per_class(evaluate((PRED, LABEL))[0].areas, ["a", "b", "c", "d"])
+    rows = score_per_class(evaluate((PRED, LABEL))[0].areas, ["a", "b", "c", "d"])
     assert [row["IoU"] for row in rows] == [pytest.approx(100 * 4 / 7), pytest.approx(60), 0, None]
     assert [row["Acc"] for row in rows] == [pytest.approx(100 * 4 / 6), pytest.approx(75), None, None]
     assert [(row["intersect"], row["union"], row["label"]) for row in rows] == [
