@@ -23,8 +23,8 @@ from mae_bench.data.pack import pack_set
 from mae_bench.data.sets.open import open_images
 from mae_bench.data.sets.source import BadImages
 from mae_bench.engine.meters import peak_flops
-from mae_bench.engine.optim import make_adamw, pretrain_no_decay
-from mae_bench.engine.trainer import BatchesEnded, Trainer
+from mae_bench.engine.optim import adamw_builder, pretrain_no_decay
+from mae_bench.engine.trainer import BatchesExhausted, Trainer
 from mae_bench.job import Job
 from mae_bench.models.cost import training_flops
 from mae_bench.pretrain.config import PretrainConfig
@@ -122,7 +122,7 @@ def ours(bench: Bench, size: str, batch_size: int, data: Path | None = None, num
     job = Job("benchmark", "pretrain", config.model_dump(), folder, seed=0, device=bench.device.type)
     model = build_mae(config, spec).to(bench.device)
     trainer = Trainer(
-        job, config, model, make_adamw(config, pretrain_no_decay), NEVER, Progress(), BadImages(0.0, 1)
+        job, config, model, adamw_builder(config, pretrain_no_decay), NEVER, Progress(), BadImages(0.0, 1)
     )
     feed: Callable[[int, int], Iterator[Batch]] = partial(synthetic, bench.device, size, batch_size)
     if data:
@@ -130,7 +130,7 @@ def ours(bench: Bench, size: str, batch_size: int, data: Path | None = None, num
         order = TrainingOrder(len(images), batch_size, 0, 0, 1)
         feed = partial(training_batches, images, transform_of(config, spec), order, num_workers=num_workers)
     stop = bench.warmup + bench.steps
-    with suppress(BatchesEnded):  # the watch has seen enough, long before the training would end
+    with suppress(BatchesExhausted):  # the watch has seen enough, long before the training would end
         trainer.fit(lambda first, last: watch.times(feed(0, stop + 1)), PretrainLoss(config, spec, job))
     return watch.rate(batch_size)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.measure import Ratio, Table, Times, interleave, ratio, write_table
 from benchmarks.peers import MASK_RATIO, SIZES, build_hf, build_ours, build_timm, decoder_depth_of, vit_spec
-from mae_bench.engine.optim import adamw, param_groups, pretrain_no_decay
+from mae_bench.engine.optim import build_adamw, build_param_groups, pretrain_no_decay
 from mae_bench.models.mae import MAE
 
 LR, WEIGHT_DECAY, BETAS = 1e-4, 0.05, (0.9, 0.95)
@@ -58,7 +58,9 @@ def contenders(size: str, dtype: str, compiled: bool) -> dict[str, Contender]:
 
 def our_optimizer(model: MAE) -> torch.optim.Optimizer:
     """The optimizer of our pretraining job."""
-    return adamw(param_groups(model.named_parameters(), WEIGHT_DECAY, pretrain_no_decay), LR, BETAS)
+    return build_adamw(
+        build_param_groups(model.named_parameters(), WEIGHT_DECAY, pretrain_no_decay), LR, BETAS
+    )
 
 
 def _compile(model: nn.Module, compiled: bool) -> Callable:

@@ -30,7 +30,7 @@ def test_ratio_is_that_of_the_medians():
 
 
 def test_ratio_of_proportional_rounds_has_no_spread():
-    """A machine that slows both down alike in some rounds does not widen the interval: the rounds are drawn in pairs."""
+    """Rounds are drawn in pairs: slowing both down in some rounds does not widen the interval."""
     rounds = [1.0, 5.0, 2.0, 9.0, 1.5, 3.0, 7.0]
     found = ratio([3 * seconds for seconds in rounds], rounds)
     assert (found.median, found.low, found.high) == pytest.approx((3.0, 3.0, 3.0))
@@ -78,7 +78,7 @@ def test_contenders_have_the_same_loss_until_one_of_them_differs():
 
 
 def test_contenders_steps_change_the_weights_alike():
-    """After one step of theirs and ours the losses still agree: gradients and AdamW are the same, grouped or not."""
+    """After one step the losses still agree: gradients and AdamW are the same, with and without groups."""
     torch.manual_seed(0)
     found = pretrain_step.contenders("toy", "float32", compiled=False)
     imgs, noise = pretrain_step.batch_of("toy", 2)

@@ -11,7 +11,7 @@ from torch import nn
 
 from backbones.adapters.features import FeatureMaps, get_layer_id
 from backbones.load import load_backbone
-from mae_bench.engine.optim import finetune_no_decay, param_groups
+from mae_bench.engine.optim import build_param_groups, finetune_no_decay
 from mae_bench.errors import NotInstalled, UserError
 from mae_bench.spec import BackboneSpec
 
@@ -106,7 +106,7 @@ class MAEBenchLayerDecay:
 
         wrapper = {"type": "OptimWrapper", **self.wrapper}
         optimizer = dict(wrapper.pop("optimizer"))
-        groups = param_groups(
+        groups = build_param_groups(
             segmentor.named_parameters(), optimizer["weight_decay"], finetune_no_decay, lr_scale
         )
         for group in groups:

@@ -1,4 +1,4 @@
-"""Training states on disk: each whole or not there, the last few kept, readable by any number of processes, read as data."""
+"""Training states: written atomically, readable by any number of processes, loaded as data only."""
 
 import json
 import os
@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from mae_bench.engine.distributed import gather_over_ranks, world
@@ -27,10 +29,13 @@ Shapes = dict[str, tuple[torch.Size, torch.dtype]]
 
 
 class Checkpoints:
-    """The last `keep` training states of a run, in `folder/step-XXXXXXXX/`, listed oldest first in `folder/index.json`.
+    """The last `keep` training states of a run, in `folder/step-XXXXXXXX/`.
 
-    Tensors are in the format of torch.distributed.checkpoint, by name and whichever way they were split; numbers and words are in
-    `values.json`. All processes call `save` and `load` together. `note` is told when a damaged state is passed over.
+    `folder/index.json` lists them, oldest first. Tensors are stored in the format of
+    torch.distributed.checkpoint under their names, independent of how they were sharded; all other values
+    in `values.json`. All processes call `save` and `load` together.
+
+    note: called with a message when a damaged state is skipped.
     """
 
     def __init__(self, folder: Path, keep: int, note: Callable[[str], None]):
@@ -38,35 +43,38 @@ class Checkpoints:
         self._index: list[dict[str, Any]] = _read_index(folder)
 
     def save(self, step: int, tensors: Tensors, values: dict[str, Any]) -> None:
-        """Writes a state; whatever fails leaves those before it as they were and nothing of itself.
+        """Write a state. On failure, earlier states are untouched and no partial state remains.
 
-        A full disk raises UserError on every process.
+        Raise UserError on every process if the disk is full or fails.
         """
         part = self.folder / ".part"
         if world().is_main:
             shutil.rmtree(part, ignore_errors=True)
-        _agree(None)  # nobody writes before the remains of a killed run are gone
+        _raise_on_all_ranks(None)  # a barrier: the remains of a killed run are removed before anyone writes
         try:
-            _agree(_failure(lambda: _write(part, tensors)))
-            _agree(_failure(lambda: self._publish(part, step, values)) if world().is_main else None)
+            _raise_on_all_ranks(_catch_disk_error(lambda: _write(part, tensors)))
+            failure = None
+            if world().is_main:
+                failure = _catch_disk_error(lambda: self._publish(part, step, values))
+            _raise_on_all_ranks(failure)
         except OSError as error:
             if world().is_main:
                 shutil.rmtree(part, ignore_errors=True)
             raise UserError(
                 f"the training state of step {step} could not be written to {self.folder}: {error}",
-                expected="room on the disk",
-                fix="free some and run the same command again: it goes on from the last state",
+                expected="enough space on the disk",
+                fix="free some space and re-run the same command to resume from the last state",
             ) from error
 
     def _publish(self, part: Path, step: int, values: dict[str, Any]) -> None:
+        """Move a written state to its final name, list it and remove the states that are no longer listed."""
         write_json(part / VALUES_FILE, values)
         name = f"step-{step:08d}"
-        shutil.rmtree(
-            self.folder / name, ignore_errors=True
-        )  # a state of this step that was passed over, or never listed
+        # A state of this step may exist if it was skipped as damaged, or never listed
+        shutil.rmtree(self.folder / name, ignore_errors=True)
         os.rename(part, self.folder / name)
-        _sync(self.folder)
-        entry = {"step": step, "folder": name, "bytes": _sizes(self.folder / name)}
+        _sync_folder(self.folder)
+        entry = {"step": step, "folder": name, "bytes": _file_sizes(self.folder / name)}
         index = [*(e for e in self._index if e["step"] < step), entry][-self.keep :]
         write_json(self.folder / INDEX_FILE, {"checkpoints": index})
         self._index = index
@@ -75,34 +83,41 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def load(self, targets: Callable[[Shapes], Tensors]) -> dict[str, Any] | None:
-        """Fills tensors in from the newest state that can be read and returns its values; None where there is no state.
+        """Load the newest readable state into tensors and return its values, or None if there is no state.
 
-        targets: from what is saved (shapes and dtypes by name), the tensors to fill; it may raise UserError to refuse the state.
-        UserError too when there are states and none can be read.
+        targets: given the saved shapes and dtypes by name, returns the tensors to fill; it may raise
+            UserError to refuse the state.
+
+        Raise UserError if there are states but none can be read.
         """
         problem = ""
         for entry in reversed(self._index):
             path = self.folder / entry["folder"]
-            problem = _agreed(_damage(path, entry["bytes"])) or _agreed(_read(path, targets))
+            problem = _first_problem(_find_damage(path, entry["bytes"]))
+            if not problem:
+                problem = _first_problem(_read(path, targets))
             if not problem:
                 self._index = [e for e in self._index if e["step"] <= entry["step"]]
                 return dict(json.loads((path / VALUES_FILE).read_text(encoding="utf-8")))
-            self.note(f"{path} cannot be read ({problem}); trying the state before it")
+            self.note(f"{path} cannot be read ({problem}); trying the previous state")
         if not problem:
             return None
         raise UserError(
             f"no training state in {self.folder} can be read: {problem}",
             expected="the training states of this run",
-            fix=f"remove {self.folder} to start this job again from its beginning",
+            fix=f"remove {self.folder} to start this job from the beginning",
         )
 
 
-class DataReader(dcp.FileSystemReader):
-    """Reads states as data. Tensors always are (`weights_only`); their metadata is a pickle, of which only the classes that
-    describe tensors are let in."""
+class DataReader(FileSystemReader):
+    """Reads states as data only.
+
+    Tensors always are (`weights_only`); their metadata is a pickle, restricted here to the classes that
+    describe tensors.
+    """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata; pickle.UnpicklingError where it holds anything else."""
+        """Return the metadata. Raise pickle.UnpicklingError if it contains anything else."""
         with open(Path(self.path) / METADATA_FILE, "rb") as file:
             metadata: Metadata = DescriptionUnpickler(file).load()
         if metadata.storage_meta is not None:
@@ -111,97 +126,104 @@ class DataReader(dcp.FileSystemReader):
 
 
 class DescriptionUnpickler(pickle.Unpickler):
-    """An unpickler of tensors' descriptions and of nothing that could act."""
+    """An unpickler restricted to descriptions of tensors."""
 
     allowed = {
         "torch.distributed.checkpoint.metadata": {
-            "Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata",
-            "MetadataIndex", "StorageMeta",
+            "Metadata",
+            "TensorStorageMetadata",
+            "TensorProperties",
+            "_MEM_FORMAT_ENCODING",
+            "ChunkStorageMetadata",
+            "MetadataIndex",
+            "StorageMeta",
         },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
         "torch.serialization": {"_get_layout"},
         "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
         "pathlib": {"PosixPath", "PurePosixPath", "Path"},
-    }  # fmt: skip
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class, if it is one of those."""
+        """Return the class if it is allowed."""
         if name not in self.allowed.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} does not describe a tensor")
         return super().find_class(module, name)
 
 
 def _write(part: Path, tensors: Tensors) -> None:
-    # Buffers differ between processes, and the first one's count.
-    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    # Buffers differ between processes; those of the first one are saved
+    planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(part), planner=planner)
+        state_dict_saver.save(dict(tensors), storage_writer=FileSystemWriter(part), planner=planner)
 
 
 def _read(path: Path, targets: Callable[[Shapes], Tensors]) -> str:
-    """Fills the targets; why it could not, or nothing."""
+    """Fill the targets; return the problem, or ""."""
     try:
         reader = DataReader(path)
         saved = reader.read_metadata().state_dict_metadata
         shapes = {
-            name: (m.size, m.properties.dtype)
-            for name, m in saved.items()
-            if isinstance(m, TensorStorageMetadata)
+            name: (entry.size, entry.properties.dtype)
+            for name, entry in saved.items()
+            if isinstance(entry, TensorStorageMetadata)
         }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(dict(targets(shapes)), storage_reader=reader)
+            state_dict_loader.load(dict(targets(shapes)), storage_reader=reader)
     except UserError:
         raise
     except (Exception, CheckpointException) as error:  # damaged files raise many types
-        return _told(error)
+        return _describe_error(error)
     return ""
 
 
-def _damage(path: Path, sizes: dict[str, int]) -> str:
-    """What can be seen of a damage without a process waiting for the others in vain."""
+def _find_damage(path: Path, sizes: dict[str, int]) -> str:
+    """Check what one process can check without waiting for the others; return the problem, or ""."""
     try:
         json.loads((path / VALUES_FILE).read_text(encoding="utf-8"))
         DataReader(path).read_metadata()
-        return "" if _sizes(path) == sizes else "its files do not have the sizes that they were written with"
+        return "" if _file_sizes(path) == sizes else "file sizes differ from those that were written"
     except Exception as error:  # damaged files raise many types
-        return _told(error)
+        return _describe_error(error)
 
 
-def _told(error: BaseException) -> str:
-    causes = (
-        [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-    )
+def _describe_error(error: BaseException) -> str:
+    causes = [error]
+    if isinstance(error, CheckpointException):
+        causes = [cause for cause, _ in error.failures.values()]
     return "; ".join(sorted({f"{type(cause).__name__}: {cause}" for cause in causes}))
 
 
-def _failure(action: Callable[[], None]) -> OSError | None:
-    """The disk's refusal of an action, wherever in it; anything else that fails is raised."""
+def _catch_disk_error(action: Callable[[], None]) -> OSError | None:
+    """Run an action; return an OSError that it raised, also if wrapped, and raise any other error."""
     try:
         action()
     except OSError as error:
         return error
     except CheckpointException as error:
-        refusals = [cause for cause, _ in error.failures.values() if isinstance(cause, OSError)]
-        if not refusals:
+        disk_errors = [cause for cause, _ in error.failures.values() if isinstance(cause, OSError)]
+        if not disk_errors:
             raise
-        return refusals[0]
+        return disk_errors[0]
     return None
 
 
-def _agree(failure: OSError | None) -> None:
-    """Raises on every process what failed on any."""
-    if failures := [f for f in gather_over_ranks(failure) if f is not None]:
+def _raise_on_all_ranks(failure: OSError | None) -> None:
+    """Raise on every process an error of any of them; also a barrier."""
+    failures = [f for f in gather_over_ranks(failure) if f is not None]
+    if failures:
         raise failures[0]
 
 
-def _agreed(problem: str) -> str:
+def _first_problem(problem: str) -> str:
+    """Return the first non-empty problem of all processes, or ""."""
     return next(filter(None, gather_over_ranks(problem)), "")
 
 
 def _read_index(folder: Path) -> list[dict[str, Any]]:
-    """The listed states; where the list itself is damaged, whatever lies there under a final name."""
+    """Return the listed states; if the list itself is damaged, every state with a final name."""
     path = folder / INDEX_FILE
     if not path.exists():
         return []
@@ -210,16 +232,17 @@ def _read_index(folder: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         found = sorted(folder.glob("step-*"))
         return [
-            {"step": int(p.name.removeprefix("step-")), "folder": p.name, "bytes": _sizes(p)} for p in found
+            {"step": int(p.name.removeprefix("step-")), "folder": p.name, "bytes": _file_sizes(p)}
+            for p in found
         ]
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _file_sizes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
 
 
-def _sync(folder: Path) -> None:
-    """The disk keeps a new name only once its folder is written too."""
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder, without which a new name in it may be lost."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

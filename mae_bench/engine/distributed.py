@@ -1,4 +1,4 @@
-"""Processes that train one model together: who this one is, and the few things that all of them must agree on."""
+"""Processes that train one model together: rank and world size, and reductions over all ranks."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,14 @@ import torch.distributed as dist
 from mae_bench.errors import UserError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-PATIENCE = timedelta(
-    hours=12
-)  # with one that still fetches or unpacks its machine's images; of one that dies the launcher hears
+# A rank may wait this long for one that still downloads or unpacks images. The launcher notices ranks that
+# die
+TIMEOUT = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` of them; `local_rank` counts those of its machine and is the number of its GPU."""
+    """This process among `size`; `local_rank` counts within the machine and is the index of its GPU."""
 
     rank: int = 0
     size: int = 1
@@ -28,12 +28,12 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process alone writes what all share: record, log, export."""
+        """Whether this process writes the shared files: record, log, export."""
         return self.rank == 0
 
 
 def world() -> World:
-    """This process's place; alone, unless `process_group` is open."""
+    """Return rank and size of the open `process_group`, or a world of one process."""
     if not dist.is_initialized():
         return World()
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
@@ -41,21 +41,25 @@ def world() -> World:
 
 @contextmanager
 def process_group(device: str) -> Iterator[World]:
-    """Opens the group that torchrun's variables describe; without them, the world is this process alone.
+    """Open the process group described by torchrun's variables; without them, a world of one process.
 
-    CPU tensors travel by gloo and CUDA tensors by NCCL in the same group, so that agreeing on a number never waits for a GPU.
+    CPU tensors use gloo and CUDA tensors NCCL in the same group, so that exchanging a number never waits
+    for a GPU.
+
+    Raise UserError if only some of the variables are set.
     """
     if "WORLD_SIZE" not in os.environ:
         yield World()
         return
-    if absent := [name for name in VARIABLES if name not in os.environ]:
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing:
         raise UserError(
-            f"WORLD_SIZE is set, but {', '.join(absent)} is not", expected="the variables that torchrun sets"
+            f"WORLD_SIZE is set, but {', '.join(missing)} is not", expected="the variables that torchrun sets"
         )
     cuda = device == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     try:
         yield world()
     finally:
@@ -63,7 +67,7 @@ def process_group(device: str) -> Iterator[World]:
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
-    """The sums of each value over all processes, in float64; sums of integers are exact."""
+    """Return the sum of each value over all processes, in float64 (exact for integers)."""
     if not dist.is_initialized():
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
@@ -72,7 +76,7 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
 
 
 def gather_over_ranks(value: Any) -> list[Any]:
-    """Every process's value, in the order of ranks."""
+    """Return the values of all processes, in the order of ranks."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -81,25 +85,29 @@ def gather_over_ranks(value: Any) -> list[Any]:
 
 
 class Agreement:
-    """Numbers that all processes see alike, one call late, so that none waits: a signal reaches one process before the others."""
+    """Sums over all processes, available one call later so that no process waits.
+
+    Used for decisions that all processes must take at the same step, such as stopping after a signal that
+    reaches one process before the others.
+    """
 
     def __init__(self) -> None:
-        self._offered: tuple[torch.Tensor, Any] | None = None
+        self._pending: tuple[torch.Tensor, Any] | None = None
 
     def exchange(self, values: Sequence[float]) -> list[float]:
-        """Offers this process's values; returns the sums of those offered a call ago. Alone: these themselves."""
+        """Submit values and return the sums of the previous call; with one process, the values."""
         if not dist.is_initialized():
             return list(values)
-        agreed = self.settle() or [0.0] * len(values)
-        offer = torch.tensor(values, dtype=torch.float64)
-        self._offered = (offer, dist.all_reduce(offer, async_op=True))
-        return agreed
+        sums = self.settle() or [0.0] * len(values)
+        pending = torch.tensor(values, dtype=torch.float64)
+        self._pending = (pending, dist.all_reduce(pending, async_op=True))
+        return sums
 
     def settle(self) -> list[float]:
-        """The sums of the last offer, if it was not taken up yet."""
-        if self._offered is None:
+        """Return the sums of the last submission if they were not returned yet, else an empty list."""
+        if self._pending is None:
             return []
-        offer, work = self._offered
-        self._offered = None
+        pending, work = self._pending
+        self._pending = None
         work.wait()
-        return offer.tolist()
+        return pending.tolist()

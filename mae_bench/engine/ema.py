@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's weights and buffers."""
+"""Exponential moving average (EMA) of a model's weights and buffers."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from torch import nn
 class Ema:
     """average <- decay x average + (1 - decay) x weights after each step, from the first step's weights on.
 
-    `weights` is a state_dict, sharded as the model's; counters are copied, not averaged.
+    `weights` is a state_dict, sharded like the model's. Integer buffers (counters) are copied, not averaged.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -16,7 +16,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Takes up the weights after `step`, counted from 0."""
+        """Update the average with the weights after `step`, counted from 0."""
         current = model.state_dict()
         names = [name for name, tensor in self.weights.items() if tensor.is_floating_point()]
         torch._foreach_lerp_(

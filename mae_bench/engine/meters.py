@@ -1,4 +1,4 @@
-"""How fast a run trains: images a second, the share of the device's peak that this makes, the share of time spent waiting."""
+"""Training speed: images per second, model FLOPs utilisation (MFU), share of time spent waiting for data."""
 
 import re
 import time
@@ -12,7 +12,8 @@ from mae_bench.engine.distributed import world
 from mae_bench.models.cost import peak_memory_mib
 
 TERA = 1e12
-PEAK_TFLOPS = (  # name of the device, TFLOP/s of dense products in bfloat16, float16, float32 (no TF32); NVIDIA's data sheets
+# Device name and dense TFLOP/s in bfloat16, float16, float32 (no TF32), from NVIDIA's data sheets
+PEAK_TFLOPS = (
     (r"V100-SXM2.*", None, 125, 15.7),  # Tesla V100 data sheet, 2020
     (r"V100-PCIE.*", None, 112, 14),
     (r"T4", None, 65, 8.1),  # T4 data sheet, 2019
@@ -27,9 +28,9 @@ PEAK_TFLOPS = (  # name of the device, TFLOP/s of dense products in bfloat16, fl
 
 
 def peak_flops(device_name: str, amp_dtype: str) -> float | None:
-    """The floating-point operations a second that a device can do at most; None where no source says."""
+    """Return the peak floating-point operations per second of a device, or None if unknown."""
     if amp_dtype == "float32" and torch.get_float32_matmul_precision() != "highest":
-        return None  # TF32 or less: another peak
+        return None  # TF32 or less, with another peak
     column = ("bfloat16", "float16", "float32").index(amp_dtype)
     name = re.sub(r"^(NVIDIA|Tesla) ", "", device_name)
     peaks = [columns[column] for pattern, *columns in PEAK_TFLOPS if re.fullmatch(pattern, name)]
@@ -37,9 +38,11 @@ def peak_flops(device_name: str, amp_dtype: str) -> float | None:
 
 
 class Meters:
-    """Seconds and steps of a run, over its resumes; `read` closes a stretch and tells of it, the properties tell of the whole.
+    """Seconds and steps of a run, accumulated over resumes.
 
-    flops_per_image: of the forward and backward pass of one image, for MFU; without them it stays unknown.
+    `read` returns the values since the previous reading, the properties those of the whole run.
+
+    flops_per_image: of the forward and backward pass of one image; needed for MFU.
     """
 
     def __init__(
@@ -50,49 +53,50 @@ class Meters:
         self._device, self._images_per_step = device, images_per_step
         self._flops_share = flops_per_image / peak / world().size if flops_per_image and peak else None
         self.steps, self.seconds, self.wait_seconds = 0, 0.0, 0.0
-        self._began, self._steps = time.monotonic(), 0
+        self._start_time, self._steps = time.monotonic(), 0
         self._waits: list[tuple[Any, Any]] = []
 
     def start(self) -> None:
-        """Training begins now: what came before does not count."""
-        self._began = time.monotonic()
+        """Start measuring; the time before does not count."""
+        self._start_time = time.monotonic()
 
-    def waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Passes the batches on and measures how long the device has nothing to do for the want of them."""
+    def measure_waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches and measure how long the device is idle because it waits for them."""
         while True:
-            asked = self._mark()
+            requested = self._record_time()
             batch = next(batches, None)
             if batch is None:
                 return
-            self._waits.append((asked, self._mark()))
+            self._waits.append((requested, self._record_time()))
             yield batch
 
     def count_step(self) -> None:
-        """A step is done."""
+        """Count a completed step."""
         self._steps += 1
 
-    def _mark(self) -> Any:
-        """Now; on a GPU once it has done what it was given so far: it is behind this process, and works while this one waits."""
+    def _record_time(self) -> Any:
+        """Return the current time, or on a GPU an event that follows its queued work."""
         if self._device.type != "cuda":
             return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)
+        event_type: Any = torch.cuda.Event  # untyped in torch
+        event = event_type(enable_timing=True)
         event.record()
         return event
 
     def read(self) -> dict[str, float]:
-        """images_per_second, data_wait (share of the time), mfu where it is known, peak_memory_mib; since the last reading.
+        """Return the values since the last reading.
 
-        On a GPU it waits for the last batch's arrival there, so it is called where the device was waited for anyway.
+        They are images_per_second, data_wait (share of time), mfu (if known) and peak_memory_mib.
+
+        On a GPU this waits for the last batch, so call it where the device is synchronised anyway.
         """
         waited = sum(_seconds_between(*wait) for wait in self._waits)
         now = time.monotonic()
-        steps, seconds = self._steps, max(now - self._began, 1e-9)
-        self.steps, self.seconds, self.wait_seconds = (
-            self.steps + steps,
-            self.seconds + seconds,
-            self.wait_seconds + waited,
-        )
-        self._began, self._steps = now, 0
+        steps, seconds = self._steps, max(now - self._start_time, 1e-9)
+        self.steps += steps
+        self.seconds += seconds
+        self.wait_seconds += waited
+        self._start_time, self._steps = now, 0
         self._waits.clear()
         rate = steps * self._images_per_step / seconds
         mfu = {"mfu": rate * self._flops_share} if self._flops_share else {}
@@ -105,39 +109,37 @@ class Meters:
 
     @property
     def images_per_second(self) -> float:
-        """Trained images a second on all devices together, loading included."""
+        """Images per second of all devices together, data loading included."""
         return self.steps * self._images_per_step / self.seconds if self.seconds else 0.0
 
     @property
     def mfu(self) -> float | None:
-        """Share of the devices' peak that went into the model's own products; None where the peak or the products are unknown."""
+        """Model FLOPs utilisation, or None if the device's peak or the model's FLOPs are unknown."""
         return self.images_per_second * self._flops_share if self._flops_share else None
 
     @property
     def data_wait_share(self) -> float:
-        """Share of the time in which the device waited for batches."""
+        """Share of time that the device waited for batches."""
         return self.wait_seconds / self.seconds if self.seconds else 0.0
 
     @property
     def peak_memory_mib(self) -> float:
-        """Of this process so far: device memory on a GPU, resident memory on the CPU."""
+        """Peak of this process so far: device memory on a GPU, resident memory on the CPU."""
         return peak_memory_mib(self._device)
 
     def state(self) -> dict[str, float]:
-        """What a resumed run goes on from."""
+        """Return the values from which `resume` continues."""
         return {"steps": self.steps, "seconds": self.seconds, "wait_seconds": self.wait_seconds}
 
     def resume(self, state: dict[str, float]) -> None:
-        """Takes up what `state` gave."""
-        self.steps, self.seconds, self.wait_seconds = (
-            int(state["steps"]),
-            state["seconds"],
-            state["wait_seconds"],
-        )
+        """Continue from the values of `state`."""
+        self.steps = int(state["steps"])
+        self.seconds = state["seconds"]
+        self.wait_seconds = state["wait_seconds"]
 
 
 def _seconds_between(begin: Any, end: Any) -> float:
-    """Of two marks."""
+    """Return the seconds between two results of `_record_time`."""
     if isinstance(begin, float):
         return float(end - begin)
     end.synchronize()

@@ -1,4 +1,4 @@
-"""Parameter groups, their weight decay and learning-rate scales; the optimizer's memory by the names of its parameters."""
+"""Parameter groups with weight decay and learning-rate scales, AdamW, and optimizer states by name."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,13 +11,16 @@ from mae_bench.config import TrainConfig
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
-def param_groups(
+def build_param_groups(
     parameters: NamedParameters,
     weight_decay: float,
     no_decay: Callable[[str, nn.Parameter], bool],
     lr_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> list[dict[str, Any]]:
-    """One group a (lr_scale, decayed or not); the trainer multiplies every step's lr by the group's `lr_scale`."""
+    """Build one group per (lr_scale, weight decay) pair, without frozen parameters.
+
+    The trainer multiplies the lr of every step by the group's `lr_scale`.
+    """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in parameters:
         if not parameter.requires_grad:
@@ -29,43 +32,53 @@ def param_groups(
 
 
 def pretrain_no_decay(name: str, parameter: nn.Parameter) -> bool:
-    """1-D parameters and biases; cls_token and mask_token ARE decayed, as in the reference (timm 0.3 `add_weight_decay`)."""
+    """Return True for 1-D parameters and biases.
+
+    cls_token and mask_token ARE decayed, as in the reference (timm 0.3 `add_weight_decay`).
+    """
     return parameter.ndim <= 1 or name.endswith(".bias")
 
 
 def finetune_no_decay(name: str, parameter: nn.Parameter) -> bool:
-    """1-D parameters, the position table and the class token (util/lr_decay.py)."""
+    """Return True for 1-D parameters, the position table and the class token (util/lr_decay.py)."""
     return parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in ("pos_embed", "cls_token", "reg_token")
 
 
-def adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Fused AdamW: one kernel a step, on the CPU too."""
+def build_adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """Build a fused AdamW: one kernel per step, on the CPU too."""
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def make_adamw(
+def adamw_builder(
     config: TrainConfig,
     no_decay: Callable[[str, nn.Parameter], bool],
     lr_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> Callable[[nn.Module], torch.optim.AdamW]:
-    """What makes the optimizer of a model once its weights are where they stay."""
-    return lambda model: adamw(
-        param_groups(model.named_parameters(), config.weight_decay, no_decay, lr_scale),
+    """Return a function that builds the optimizer of a model, to be called once its weights are placed."""
+    return lambda model: build_adamw(
+        build_param_groups(model.named_parameters(), config.weight_decay, no_decay, lr_scale),
         config.base_lr,
         config.betas,
     )
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What the optimizer remembers, as `PARAMETER.KEY`: names, unlike numbers, mean the same however the run is split up."""
+def collect_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return the optimizer's state by name, `PARAMETER.KEY`.
+
+    Names, unlike indices, do not depend on how the run is split over processes.
+    """
     state = {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()}
-    return {f"{name}.{key}": tensor for name, entries in state.items() for key, tensor in entries.items()}
+    tensors = {}
+    for name, entries in state.items():
+        for key, tensor in entries.items():
+            tensors[f"{name}.{key}"] = tensor
+    return tensors
 
 
 def allocate_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, shapes: Mapping[str, tuple[torch.Size, torch.dtype]]
 ) -> None:
-    """Makes room for what `optimizer_tensors` named, sharded as its parameters are; the values are still to be filled in."""
+    """Allocate zeros for the state named by `collect_optimizer_tensors`, sharded like its parameters."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for place, (shape, dtype) in shapes.items():

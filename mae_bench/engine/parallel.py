@@ -1,8 +1,9 @@
-"""One model on several processes, as copies (DDP) or as shards (FSDP2): what to call, when gradients meet, the whole weights."""
+"""One model on several processes, replicated (DDP) or sharded (FSDP2), and compiled."""
 
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,15 +16,18 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_bench.config import TrainConfig
 from mae_bench.engine.distributed import world
 
-NARROW_DEVICES = {
-    "cuda"
-}  # where autocast lets a LayerNorm with bfloat16 weights have float32 inputs; the CPU's has no such kernel
+# Devices whose LayerNorm accepts float32 inputs with bfloat16 weights under autocast; the CPU has no such
+# kernel
+NARROW_DEVICES = {"cuda"}
 
 
 class Parallel:
-    """`model` holds the parameters, under the names of the plain model; `call` is what computes: compiled, wrapped or both.
+    """A model prepared for the processes at hand.
 
-    other_weights: whether `whole` will be asked for others than the model's own (an average of them).
+    model: holds the parameters, under the names of the plain model.
+    call: the module to call in training: compiled, wrapped or both.
+
+    other_weights: whether `gather_model` will be called with other weights (an EMA).
     """
 
     def __init__(
@@ -31,19 +35,19 @@ class Parallel:
     ):
         compiles = config.compile if config.compile is not None else device.type == "cuda"
         sharded = world().size > 1 and config.parallel == "fsdp"
-        self._shape = _without_weights(model) if sharded or other_weights else None
+        self._shape = _copy_on_meta(model) if sharded or other_weights else None
         self.model = self.call = model
         if sharded:
             _shard(model, device, config.amp_dtype, compiles)
         elif world().size > 1:
-            self.call = _copies(model, device)
+            self.call = _replicate(model, device)
         self._wrapped = self.call
         if compiles and not sharded:
             self.call = torch.compile(self.call)  # type: ignore[assignment]
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Around a micro-batch: gradients meet the other processes' after the last one alone."""
+        """Context of a micro-batch: gradients are only synchronised after the last one of a step."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
         if isinstance(self._wrapped, DistributedDataParallel) and not last:
@@ -52,15 +56,16 @@ class Parallel:
         else:
             yield
 
-    def whole(self, weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
-        """A plain module with all of the weights on this process; every process must call it.
+    def gather_model(self, weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+        """Return a plain module with all weights on this process. Every process must call it.
 
-        weights: a state_dict, sharded as the model is; None for the model's own, which may then be the model itself.
+        weights: a state_dict, sharded like the model; by default the model's own weights, in which case the
+            result may be the model itself.
         """
         sharded = isinstance(self.model, FSDPModule)
-        full = {name: whole_tensor(tensor) for name, tensor in (weights or self.model.state_dict()).items()}
+        full = {name: gather_tensor(t) for name, t in (weights or self.model.state_dict()).items()}
         for name, _ in self.model.named_buffers():
-            if name in full:  # each process has seen its own images: the statistics of the first count
+            if name in full:  # statistics differ, as each process saw other images: use those of rank 0
                 broadcast(full[name])
         if weights is None and not sharded:
             return self.model
@@ -70,60 +75,60 @@ class Parallel:
         return model
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The Transformer blocks: the members of every list that is called `blocks` or `..._blocks`."""
-    lists = [
-        child
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if name.endswith("blocks")
-    ]
-    return [
-        block for blocks in lists if isinstance(blocks, nn.ModuleList | nn.Sequential) for block in blocks
-    ]
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the Transformer blocks: the members of every list named `blocks` or `..._blocks`."""
+    found: list[nn.Module] = []
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if name.endswith("blocks") and isinstance(child, nn.ModuleList | nn.Sequential):
+                found += child
+    return found
 
 
-def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with all its shards; every process must call it."""
+def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with all its shards. Every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The shard that is here, or the whole of what is not sharded."""
+    """Return the local shard, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def broadcast(tensor: torch.Tensor) -> None:
-    """Makes the first process's tensor everyone's, in place."""
+    """Copy the tensor of rank 0 to all processes, in place."""
     if dist.is_initialized():
         dist.broadcast(tensor, 0)
 
 
-def _without_weights(model: nn.Module) -> nn.Module:
-    """A copy whose parameters are shapes alone, but whose buffers are real: some are in no state_dict."""
-    memo = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
-    }
-    return copy.deepcopy(model, memo)  # type: ignore[arg-type]
+def _copy_on_meta(model: nn.Module) -> nn.Module:
+    """Copy a model with its parameters on the meta device; buffers are kept, as some are in no state_dict."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+    return copy.deepcopy(model, memo)
 
 
-def _copies(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    # No static_graph: its first step cannot skip the synchronisation, and torch.compile could not split the graph by buckets.
+def _replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    # No static_graph: its first step cannot skip the synchronisation, and torch.compile could not split the
+    # graph by buckets
     ids = [world().local_rank] if device.type == "cuda" else None
     return DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
 
 
 def _shard(model: nn.Module, device: torch.device, amp_dtype: str, compiles: bool) -> None:
-    """Shards each block by itself and what is left at the root.
+    """Shard each block separately, and the remaining parameters at the root.
 
-    In bfloat16 the blocks' weights travel as such, which is what autocast makes of them; the root's stay float32, and inputs are
-    not cast: the order of the noise and the pixels of the target must not be rounded.
+    With amp_dtype "bfloat16" the weights of blocks are gathered in bfloat16, to which autocast would cast
+    them anyway. Those of the root stay float32, and inputs are not cast: rounding would change the order of
+    the noise and the pixels of the target.
     """
     mesh = init_device_mesh(device.type, (world().size,))
     dtype = torch.bfloat16 if amp_dtype == "bfloat16" and device.type in NARROW_DEVICES else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in blocks_of(model):
-        if compiles:  # the forward alone: the hooks that gather and free weights stay outside of the graph
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+    for block in find_blocks(model):
+        if compiles:  # only the forward: hooks that gather and free weights stay outside the graph
+            compiled: Any = torch.compile(block.forward)
+            block.forward = compiled
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))

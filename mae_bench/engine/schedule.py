@@ -1,11 +1,13 @@
-"""The learning rate of every step: linear warm-up, then half a cosine."""
+"""Learning-rate schedule: linear warm-up, then half a cosine."""
 
 import math
 
 
 def cosine_lr(epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
-    """lr at a fractional epoch: from 0 to `lr` over the warm-up, then down to `min_lr` at `epochs` (paper A.1;
-    util/lr_sched.py)."""
+    """Return the lr at a fractional epoch (paper A.1; facebookresearch/mae util/lr_sched.py).
+
+    It rises from 0 to `lr` over the warm-up, then falls to `min_lr` at `epochs`.
+    """
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
     done = min(1.0, (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12))
@@ -13,5 +15,5 @@ def cosine_lr(epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, e
 
 
 def absolute_lr(base_lr: float, global_batch_size: int) -> float:
-    """lr = base_lr x global_batch_size / 256 (the linear scaling rule, paper A.1)."""
+    """Return lr = base_lr x global_batch_size / 256 (linear scaling rule, paper A.1)."""
     return base_lr * global_batch_size / 256

@@ -1,4 +1,4 @@
-"""Where a run's curves go: the log of its folder and TensorBoard's files always, W&B and MLflow when asked for."""
+"""Trackers of a run's curves: log.jsonl and TensorBoard always, W&B and MLflow on request."""
 
 import importlib.util
 import json
@@ -17,38 +17,38 @@ PROJECT = "mae_bench"
 
 
 class Tracker(Protocol):
-    """One place that curves go to."""
+    """A destination for curves."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """The values of one step."""
+        """Log the values of one step."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Finish logging."""
 
 
 class Log:
-    """`log.jsonl`, one line a step; what a killed run wrote after the state that we go on from is taken out again."""
+    """`log.jsonl`, one line per step. On resume, lines after the saved state are truncated."""
 
     def __init__(self, folder: Path, size: int):
         self._file = open(folder / LOG_FILE, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
         self._file.seek(self._file.truncate(min(size, self._file.tell())))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Writes one line."""
+        """Write one line."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
 
     def size(self) -> int:
-        """Bytes of all that was logged."""
+        """Return the size of the log in bytes."""
         self._file.flush()
         return self._file.tell()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
 
 class TensorBoard:
-    """Event files; the steps that a resumed run repeats are purged from the curves."""
+    """TensorBoard event files. On resume, repeated steps are purged from the curves."""
 
     def __init__(self, job: Job, step: int):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -56,37 +56,37 @@ class TensorBoard:
         self._writer = SummaryWriter(str(job.dir / TENSORBOARD), purge_step=step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Adds a point to each curve."""
+        """Add a point to each curve."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flush and close the event file."""
         self._writer.close()
 
 
 class Wandb:
-    """A run of Weights & Biases, the same one after a resume (it ignores steps that it has)."""
+    """A run of Weights & Biases, continued on resume (it ignores steps that it already has)."""
 
     def __init__(self, job: Job, step: int):
         import wandb
 
-        run_id = _remembered(job.dir / "wandb_run.txt", uuid.uuid4().hex)
+        run_id = _read_or_write(job.dir / "wandb_run.txt", uuid.uuid4().hex)
         self._run = wandb.init(
             project=PROJECT, name=job.name, id=run_id, resume="allow", dir=str(job.dir), config=job.config
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Sends the values."""
+        """Send the values of one step."""
         self._run.log(values, step=step)
 
     def close(self) -> None:
-        """Ends the run."""
+        """End the run."""
         self._run.finish()
 
 
 class MLflow:
-    """A run of MLflow, the same one after a resume."""
+    """A run of MLflow, continued on resume."""
 
     def __init__(self, job: Job, step: int):
         import mlflow
@@ -95,14 +95,14 @@ class MLflow:
         path = job.dir / "mlflow_run.txt"
         mlflow.set_experiment(PROJECT)
         run = mlflow.start_run(run_id=path.read_text() if path.exists() else None, run_name=job.name)
-        _remembered(path, run.info.run_id)
+        _read_or_write(path, run.info.run_id)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Sends the values."""
+        """Send the values of one step."""
         self._mlflow.log_metrics(values, step=step)
 
     def close(self) -> None:
-        """Ends the run."""
+        """End the run."""
         self._mlflow.end_run()
 
 
@@ -110,7 +110,7 @@ OPTIONAL: dict[str, Callable[[Job, int], Tracker]] = {"wandb": Wandb, "mlflow": 
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """NotInstalled, with the command, for a tracker that is asked for and cannot be imported."""
+    """Raise NotInstalled, with the install command, for a requested tracker that cannot be imported."""
     for name in names:
         if not _is_installed(name):
             raise NotInstalled(
@@ -121,18 +121,18 @@ def require_trackers(names: Sequence[str]) -> None:
 def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ValueError:  # imported already, by somebody who gave it no spec
+    except ValueError:  # already imported from a module without a spec
         return True
 
 
 def open_trackers(job: Job, names: Sequence[str], step: int) -> list[Tracker]:
-    """TensorBoard and those asked for; `step` is the first that is still to come."""
+    """Open TensorBoard and the named trackers; `step` is the next step to be logged."""
     optional: list[Tracker] = [OPTIONAL[name](job, step) for name in names]
     return [TensorBoard(job, step), *optional]
 
 
-def _remembered(path: Path, value: str) -> str:
-    """The word that is kept at `path`; the first one stays."""
+def _read_or_write(path: Path, value: str) -> str:
+    """Return the text stored in a file; write `value` if it does not exist yet."""
     if not path.exists():
         write_text(path, value)
     return path.read_text(encoding="utf-8")

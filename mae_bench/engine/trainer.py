@@ -1,4 +1,4 @@
-"""The training loop: schedule, accumulation, mixed precision, EMA, exact resume, and a stop at a loss that is not finite."""
+"""Training loop: schedule, accumulation, mixed precision, EMA, exact resume, stop at a non-finite loss."""
 
 import math
 import time
@@ -16,46 +16,48 @@ from mae_bench.config import TrainConfig
 from mae_bench.data.batches.loader import Batch
 from mae_bench.data.seeds import derive_seed, seed_everything
 from mae_bench.data.sets.source import BadImages
-from mae_bench.engine.accumulation import accumulation
+from mae_bench.engine.accumulation import plan_accumulation
 from mae_bench.engine.checkpoint import Checkpoints, Shapes, Tensors
 from mae_bench.engine.distributed import Agreement, gather_over_ranks, sum_over_ranks, world
 from mae_bench.engine.ema import Ema
 from mae_bench.engine.meters import Meters
-from mae_bench.engine.optim import allocate_optimizer_tensors, optimizer_tensors
-from mae_bench.engine.parallel import Parallel, local_tensor, whole_tensor
-from mae_bench.engine.precision import autocast, deterministic, grad_scaler
+from mae_bench.engine.optim import allocate_optimizer_tensors, collect_optimizer_tensors
+from mae_bench.engine.parallel import Parallel, gather_tensor, local_tensor
+from mae_bench.engine.precision import autocast, build_grad_scaler, deterministic
 from mae_bench.engine.schedule import absolute_lr, cosine_lr
 from mae_bench.engine.trackers import Log, Tracker, open_trackers, require_trackers
 from mae_bench.errors import UserError
 from mae_bench.job import STATES, Job
 from mae_bench.progress import Progress
 
-LOSSES_HELD = 20  # steps between two reads of the losses on a GPU: each read waits for the device
+STEPS_PER_READ = 20  # on a GPU, losses are read every so many steps, as each read waits for the device
 
 BatchLoss = Callable[[nn.Module, Batch, int], torch.Tensor]
 Hook = Callable[[nn.Module, int], None]
 
 
-class BatchesEnded(RuntimeError):
-    """The batches ended before the training did: a fault of whoever feeds it."""
+class BatchesExhausted(RuntimeError):
+    """The iterator of batches ended before the training: an error of the caller."""
 
 
 @dataclass(frozen=True)
-class Due:
+class StepDecision:
     """What all processes do after the same step."""
 
     stop: bool
     save: bool
-    trouble: bool
+    raise_error: bool
 
 
 class Trainer:
-    """Trains `model` for config.epochs on batches that depend on the step alone, so that a resumed run equals an uninterrupted
-    one.
+    """Trains `model` for config.epochs; a resumed run equals an uninterrupted one.
 
-    All randomness of step s (drop path, mixup, noise) follows from derive_seed(seed, s): no generator state has to be saved.
-    `make_optimizer(model)` is called once the model's weights are where they stay: on one device, copied or sharded.
-    multiple_of: see `accumulation`; flops_per_image: see `Meters`.
+    Batches may only depend on the step. All randomness of step s (drop path, mixup, noise) follows from
+    derive_seed(seed, s), so no generator state has to be saved.
+
+    build_optimizer: called with the model once its weights are placed: on one device, replicated or sharded.
+    multiple_of: see `plan_accumulation`.
+    flops_per_image: see `Meters`.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Trainer:
         job: Job,
         config: TrainConfig,
         model: nn.Module,
-        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         steps_per_epoch: int,
         progress: Progress,
         bad_images: BadImages,
@@ -75,45 +77,53 @@ class Trainer:
         require_trackers(config.trackers)
         self.job, self.config, self.progress, self.bad_images = job, config, progress, bad_images
         self.device = torch.device(job.device)
-        self.accumulation = accumulation(
+        self.accumulation = plan_accumulation(
             config.global_batch_size, world().size, config.device_batch_size, multiple_of
         )
         self.steps_per_epoch, self.total_steps = steps_per_epoch, math.ceil(config.epochs * steps_per_epoch)
         self.lr = absolute_lr(config.base_lr, config.global_batch_size)
         self.parallel = Parallel(model, config, self.device, other_weights=ema_decay is not None)
         self.model = self.parallel.model
-        self.optimizer = make_optimizer(self.model)
-        self.scaler = grad_scaler(self.device, config.amp_dtype)
+        self.optimizer = build_optimizer(self.model)
+        self.scaler = build_grad_scaler(self.device, config.amp_dtype)
         self.ema = Ema(self.model, ema_decay) if ema_decay else None
         self.meters = Meters(self.device, config.amp_dtype, config.global_batch_size, flops_per_image)
         self.checkpoints = Checkpoints(job.dir / STATES, config.keep_checkpoints, progress.note)
         self.step, self.final_loss = 0, math.nan
-        self._log_bytes, self._saved = 0, 0  # the latter: the step of the last saved state
-        self._held: list[dict[str, torch.Tensor]] = []
+        self._log_bytes = 0
+        self._saved_step = 0
+        # Loss and grad_norm of the steps that were not read from the device yet
+        self._unread: list[dict[str, torch.Tensor]] = []
         self._hooks: list[tuple[float, Hook, bool]] = []
-        self._trouble: UserError | None = None
+        self._error: UserError | None = None
         self._agreement = Agreement()
         progress.note(str(self.accumulation))
         self._resume()
 
     def every_epochs(self, epochs: float, hook: Hook, *, everywhere: bool = False) -> None:
-        """Calls `hook(full_model, step)` each time that so many epochs are complete, resumed or not: on the main process, or
-        `everywhere`."""
+        """Call `hook(full_model, step)` whenever this many epochs are complete, also after a resume.
+
+        everywhere: call it on every process, not only on the main one.
+        """
         self._hooks.append((epochs * self.steps_per_epoch, hook, everywhere))
 
     def full_model(self) -> nn.Module:
-        """A plain module with all weights on this process, averaged ones where there is an EMA: for evaluation and export.
+        """Return a plain module with all weights on this process, for evaluation and export.
 
-        Every process must call it. It may be the trained model itself.
+        The weights are averaged if there is an EMA; else the result may be the trained model itself. Every
+        process must call this.
         """
-        return self.parallel.whole(self.ema.weights if self.ema else None)
+        return self.parallel.gather_model(self.ema.weights if self.ema else None)
 
     def fit(self, batches: Callable[[int, int], Iterator[Batch]], loss_of: BatchLoss) -> None:
-        """Runs the steps that are left; `batches(start, stop)` yields this process's batches of those steps, whole or in the
-        micro-batches of `accumulation.sizes`, and `loss_of(model, batch, step)` is the mean loss of a (micro-)batch.
+        """Run the remaining steps.
 
-        Raises UserError at a non-finite loss (naming the step; the last good state stays) and Interrupted after saving when
-        asked to stop. All processes do so after the same step.
+        batches: `batches(start, stop)` yields this process's batches of those steps, whole or split into the
+            micro-batches of `accumulation.sizes`.
+        loss_of: `loss_of(model, batch, step)` returns the mean loss of a (micro-)batch.
+
+        Raise UserError at a non-finite loss (naming the step; the last good state is kept), and Interrupted
+        after saving if asked to stop. All processes do so after the same step.
         """
         with self.progress.deferred(), deterministic(self.config.deterministic), ExitStack() as files:
             self.progress.stage("train", self.total_steps)
@@ -121,13 +131,13 @@ class Trainer:
             self.parallel.call.train()
             self.meters.start()
             self._last_save = time.monotonic()
-            stream = self.meters.waits(batches(self.step, self.total_steps))
-            for first in stream:  # of a step; the others are taken as they are trained on
+            stream = self.meters.measure_waits(batches(self.step, self.total_steps))
+            for first in stream:  # of a step; `_train_step` takes its other micro-batches from the stream
                 self._train_step(chain((first,), stream), loss_of)
-                self._after_step(Due(*map(bool, self._agreement.exchange(self._wishes()))))
-            self._after_step(Due(*map(bool, self._agreement.settle() or [False] * 3)))
-            if self.step != self.total_steps:  # nothing that follows may take this for a trained model
-                raise BatchesEnded(f"the batches ended at step {self.step} of {self.total_steps}")
+                self._after_step(_decide(self._agreement.exchange(self._requests())))
+            self._after_step(_decide(self._agreement.settle() or [0.0, 0.0, 0.0]))
+            if self.step != self.total_steps:  # never pass on a model that is not fully trained
+                raise BatchesExhausted(f"the batches ended at step {self.step} of {self.total_steps}")
 
     @property
     def seconds(self) -> float:
@@ -136,18 +146,18 @@ class Trainer:
 
     @property
     def images_per_second(self) -> float:
-        """Trained images a second, loading included."""
+        """Training images per second, data loading included."""
         return self.meters.images_per_second
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step, before the groups' scales."""
-        c = self.config
+        """Return the learning rate of a step, before the scales of the groups."""
+        config = self.config
         return cosine_lr(
             step / self.steps_per_epoch,
             lr=self.lr,
-            min_lr=c.min_lr,
-            warmup_epochs=c.warmup_epochs,
-            epochs=c.epochs,
+            min_lr=config.min_lr,
+            warmup_epochs=config.warmup_epochs,
+            epochs=config.epochs,
         )
 
     # One step
@@ -155,21 +165,21 @@ class Trainer:
     def _train_step(self, stream: Iterator[Batch], loss_of: BatchLoss) -> None:
         seed_everything(
             derive_seed(self.job.seed, self.step, -2 - world().rank)
-        )  # each process drops other paths
+        )  # drop path differs per process
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_at(self.step) * group.get("lr_scale", 1.0)
         try:
-            held = {"loss": self._backward(stream, loss_of), **self._update()}
+            values = {"loss": self._backward(stream, loss_of), **self._update()}
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory() from error
-        self._held.append(held)
+        self._unread.append(values)
         if self.ema:
             self.ema.update(self.model, self.step)
         self.meters.count_step()
         self.step += 1
 
     def _backward(self, stream: Iterator[Batch], loss_of: BatchLoss) -> torch.Tensor:
-        """The gradients of a step, from its micro-batches; returns its loss."""
+        """Accumulate the gradients of a step over its micro-batches; return its loss ()."""
         total = torch.zeros((), device=self.device)
         left = self.accumulation.num_images
         while left:
@@ -181,64 +191,64 @@ class Trainer:
                 with self.parallel.accumulate(not left):
                     with autocast(self.device, self.config.amp_dtype):
                         loss = loss_of(self.parallel.call, part, self.step) * share
-                    self.scaler.scale(loss).backward()
+                    torch.autograd.backward(self.scaler.scale(loss))
                 total += loss.detach()
         return total
 
     def _update(self) -> dict[str, torch.Tensor]:
-        """One step of the optimizer; returns the gradient's norm where it is clipped."""
-        told = {}
-        self.scaler.unscale_(
-            self.optimizer
-        )  # not left to the fused kernel: that cannot tell an overflow in another's shard
+        """Run one step of the optimizer; return the gradient norm if it is clipped."""
+        values = {}
+        # Not left to the fused kernel, which does not see an overflow in the shard of another process
+        self.scaler.unscale_(self.optimizer)
         if self.config.clip_grad is not None:
             parameters = [p for p in self.model.parameters() if p.grad is not None]
-            norm = whole_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+            norm = gather_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
             nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
-            told["grad_norm"] = norm
+            values["grad_norm"] = norm
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return told
+        return values
 
     def _out_of_memory(self) -> UserError:
         size = max(self.accumulation.sizes)
-        fix = f"set device_batch_size={size // 2}: the accumulation follows and the result stays"
+        smaller = f"set device_batch_size={size // 2}: accumulation is adapted and the result does not change"
         return UserError(
             f"the device's memory does not hold a training step on {size} images at once (step {self.step})",
             expected="a micro-batch that fits",
-            fix=fix if size > 1 else "use a smaller model, or parallel=fsdp on more devices",
+            fix=smaller if size > 1 else "use a smaller model, or parallel=fsdp on more devices",
         )
 
-    # What happens between two steps, on all processes alike
+    # Between two steps, the same on all processes
 
-    def _wishes(self) -> list[float]:
-        """What this process would have all of them do: stop, save, look at its trouble."""
+    def _requests(self) -> list[float]:
+        """Return the fields of `StepDecision` that this process requests."""
         save = world().is_main and time.monotonic() - self._last_save >= self.config.checkpoint_seconds
-        return [float(self.progress.should_stop), float(save), float(self._trouble is not None)]
+        return [float(self.progress.should_stop), float(save), float(self._error is not None)]
 
-    def _after_step(self, due: Due) -> None:
-        hooks = [due for due in self._hooks if self._completes(due[0])] if self._held else []
-        ended = self.step == self.total_steps
-        if due.trouble:
-            self._share_trouble()
-        if len(self._held) >= self._held_steps or due.stop or due.save or hooks or ended:
+    def _after_step(self, decision: StepDecision) -> None:
+        due_hooks = [hook for hook in self._hooks if self._completes(hook[0])] if self._unread else []
+        is_done = self.step == self.total_steps
+        if decision.raise_error:
+            self._raise_shared_error()
+        must_read = decision.stop or decision.save or bool(due_hooks) or is_done
+        if must_read or len(self._unread) >= self._steps_per_read:
             self._read_losses()
-        for _, hook, everywhere in hooks:
+        for _, hook, everywhere in due_hooks:
             self._call(hook, everywhere)
-        if hooks:
-            self.meters.start()  # what they took is no training
-        if (due.stop or due.save or ended) and self.step > self._saved:
+        if due_hooks:
+            self.meters.start()  # the time of hooks is not training time
+        if (decision.stop or decision.save or is_done) and self.step > self._saved_step:
             self._save()
-        if due.stop:
+        if decision.stop:
             self.progress.interrupt()
 
     @property
-    def _held_steps(self) -> int:
-        return 1 if self.device.type == "cpu" else LOSSES_HELD
+    def _steps_per_read(self) -> int:
+        return 1 if self.device.type == "cpu" else STEPS_PER_READ
 
     def _completes(self, period: float) -> bool:
-        """Whether the last step completed a multiple of `period` steps."""
+        """Return whether the last step completed a multiple of `period` steps."""
         return math.floor(self.step / period + 1e-9) > math.floor((self.step - 1) / period + 1e-9)
 
     def _call(self, hook: Hook, everywhere: bool) -> None:
@@ -248,60 +258,58 @@ class Trainer:
         self.parallel.call.train()
 
     def _read_losses(self) -> None:
-        if not self._held:
+        """Read the losses of the last steps and log them. Raise UserError if one is not finite."""
+        if not self._unread:
             return
-        first, size = self.step - len(self._held), world().size
-        losses = sum_over_ranks(torch.stack([held["loss"] for held in self._held]).tolist())
+        first, size = self.step - len(self._unread), world().size
+        losses = sum_over_ranks(torch.stack([values["loss"] for values in self._unread]).tolist())
         meters = self.meters.read()
-        for step, (held, total) in enumerate(zip(self._held, losses, strict=True), first):
+        for step, (values, total) in enumerate(zip(self._unread, losses, strict=True), first):
             self.final_loss = total / size
             if not math.isfinite(total):
                 raise self._not_finite(f"the loss became {total / size} at step {step}")
-            self._record(step, held, meters if step == self.step - 1 else {})
-        self._held.clear()
+            self._log_step(step, values, meters if step == self.step - 1 else {})
+        self._unread.clear()
         self.progress.step(self.step, loss=self.final_loss, lr=self.lr_at(self.step))
 
-    def _record(self, step: int, held: dict[str, torch.Tensor], meters: dict[str, float]) -> None:
-        """One line of the log, one point of each curve."""
-        norm = (
-            held["grad_norm"].item() if "grad_norm" in held else math.nan
-        )  # infinite where float16 overflows: no step is done
-        values = {
+    def _log_step(self, step: int, values: dict[str, torch.Tensor], meters: dict[str, float]) -> None:
+        """Write one line of the log and one point of each curve."""
+        logged = {
             "epoch": round(step / self.steps_per_epoch, 4),
             "loss": self.final_loss,
             "lr": self.lr_at(step),
-            **({"grad_norm": norm} if math.isfinite(norm) else {}),
-            **meters,
         }
+        if "grad_norm" in values:
+            norm = values["grad_norm"].item()
+            if math.isfinite(norm):  # infinite after an overflow in float16, when the step is skipped
+                logged["grad_norm"] = norm
         for tracker in self._trackers:
-            tracker.log(step, values)
+            tracker.log(step, logged | meters)
 
     def _not_finite(self, what: str) -> UserError:
+        saved = f"{self.job.dir} keeps the state of step {self._saved_step}"
+        advice = f"lower base_lr (now {self.config.base_lr}), set clip_grad, or use amp_dtype=float32"
         return UserError(
             f"{what} (epoch {self.step / self.steps_per_epoch:.2f})",
             expected="finite numbers",
-            fix=f"lower base_lr (now {self.config.base_lr}), set clip_grad, or use amp_dtype=float32; "
-            + (
-                f"{self.job.dir} keeps the state of step {self._saved}"
-                if self._saved
-                else "nothing had been saved yet"
-            ),
+            fix=f"{advice}; {saved if self._saved_step else 'no state has been saved yet'}",
         )
 
     def _count_bad(self, images: Iterable[tuple[str, str]]) -> None:
         try:
             for name, reason in images:
                 self.bad_images.add(name, reason)
-        except UserError as error:  # too many: the other processes have to hear of it before this one ends
-            self._trouble = error
+        except UserError as error:  # too many: raised later, on all processes at the same step
+            self._error = error
 
-    def _share_trouble(self) -> None:
-        """Raises on all processes what one has to tell."""
-        if troubles := [trouble for trouble in gather_over_ranks(self._trouble) if trouble]:
-            raise troubles[0]
+    def _raise_shared_error(self) -> None:
+        """Raise on all processes the error of any of them."""
+        errors = [error for error in gather_over_ranks(self._error) if error]
+        if errors:
+            raise errors[0]
 
     def _open_log(self, files: ExitStack) -> None:
-        """The main process alone keeps the log and sends curves."""
+        """Open the log and the trackers, on the main process only."""
         self._trackers: list[Tracker] = []
         if world().is_main:
             self._log = Log(self.job.dir, self._log_bytes)
@@ -309,29 +317,29 @@ class Trainer:
         for tracker in self._trackers:
             files.callback(tracker.close)
 
-    # The state
+    # The training state
 
     def _tensors(self) -> Tensors:
         parts: dict[str, Tensors] = {
             "model": self.model.state_dict(),
             "ema": self.ema.weights if self.ema else {},
-            "optimizer": optimizer_tensors(self.model, self.optimizer),
+            "optimizer": collect_optimizer_tensors(self.model, self.optimizer),
         }
-        return {
-            f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()
-        }
+        named: Tensors = {}
+        for part, tensors in parts.items():
+            named |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+        return named
 
     def _save(self) -> None:
         finite = torch.stack([local_tensor(p).isfinite().all() for p in self.model.parameters()]).all()
         if sum_over_ranks([float(not finite)])[0]:
-            raise self._not_finite(
-                f"weights are no longer finite after step {self.step - 1}, though its loss was {self.final_loss}"
-            )
+            what = f"weights are no longer finite after step {self.step - 1}"
+            raise self._not_finite(f"{what}, though its loss was {self.final_loss}")
         for names in gather_over_ranks(self.bad_images.names):
             self._count_bad(names.items())
-        self._share_trouble()
+        self._raise_shared_error()
         self.checkpoints.save(self.step, self._tensors(), self._values())
-        self._saved, self._last_save = self.step, time.monotonic()
+        self._saved_step, self._last_save = self.step, time.monotonic()
 
     def _values(self) -> dict[str, Any]:
         return {
@@ -347,7 +355,7 @@ class Trainer:
         values = self.checkpoints.load(self._targets)
         if values is None:
             return
-        self.step = self._saved = values["step"]
+        self.step = self._saved_step = values["step"]
         self.final_loss, self._log_bytes = values["final_loss"], values["log_bytes"]
         self.meters.resume(values["meters"])
         self.scaler.load_state_dict(values["scaler"])
@@ -356,15 +364,12 @@ class Trainer:
         self.progress.note(f"resumed at step {self.step} of {self.total_steps}")
 
     def _targets(self, saved: Shapes) -> Tensors:
-        """The tensors that a saved state is read into; UserError if it is that of another architecture."""
-        here = {
-            name: tensor.shape
-            for name, tensor in self._tensors().items()
-            if not name.startswith("optimizer.")
-        }
-        there = {name: shape for name, (shape, _) in saved.items() if not name.startswith("optimizer.")}
-        if here != there:
-            raise _another_architecture(self.job.dir, here, there)
+        """Return the tensors to fill from a saved state. Raise UserError if its architecture differs."""
+        current = {name: tensor.shape for name, tensor in self._tensors().items()}
+        current = {name: shape for name, shape in current.items() if not name.startswith("optimizer.")}
+        stored = {name: shape for name, (shape, _) in saved.items() if not name.startswith("optimizer.")}
+        if current != stored:
+            raise _other_architecture(self.job.dir, current, stored)
         optimizer = {
             name.removeprefix("optimizer."): shape
             for name, shape in saved.items()
@@ -374,18 +379,27 @@ class Trainer:
         return self._tensors()
 
 
-def _another_architecture(
-    folder: Path, here: dict[str, torch.Size], there: dict[str, torch.Size]
+def _decide(sums: list[float]) -> StepDecision:
+    """Return the decision of all processes, from the sums of their requests."""
+    stop, save, raise_error = (bool(value) for value in sums)
+    return StepDecision(stop, save, raise_error)
+
+
+def _other_architecture(
+    folder: Path, current: dict[str, torch.Size], stored: dict[str, torch.Size]
 ) -> UserError:
-    names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-    shown = [f"{name} was {_shape(there.get(name))} and is {_shape(here.get(name))}" for name in names[:3]]
+    names = sorted(name for name in current.keys() | stored.keys() if current.get(name) != stored.get(name))
+    shown = [
+        f"{name} was {_format_shape(stored.get(name))} and is {_format_shape(current.get(name))}"
+        for name in names[:3]
+    ]
     more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
     return UserError(
-        f"{folder} holds the state of another architecture: {'; '.join(shown)}{more}",
+        f"{folder} contains the state of another architecture: {'; '.join(shown)}{more}",
         expected="the model of this config",
-        fix="use another output folder, or the config that the run began with",
+        fix="use another output folder, or the config with which the run was started",
     )
 
 
-def _shape(shape: torch.Size | None) -> str:
+def _format_shape(shape: torch.Size | None) -> str:
     return "absent" if shape is None else str(tuple(shape))

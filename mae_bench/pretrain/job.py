@@ -15,7 +15,7 @@ from mae_bench.data.seeds import derive_seed, seed_everything
 from mae_bench.data.sets.open import open_images
 from mae_bench.data.sets.source import BadImages, ImageSource
 from mae_bench.engine.distributed import gather_over_ranks, world
-from mae_bench.engine.optim import make_adamw, pretrain_no_decay
+from mae_bench.engine.optim import adamw_builder, pretrain_no_decay
 from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import UserError
 from mae_bench.export import EXPORT, write_export
@@ -122,7 +122,7 @@ def train(
         job,
         config,
         model.to(device),
-        make_adamw(config, pretrain_no_decay),
+        adamw_builder(config, pretrain_no_decay),
         order.steps_per_epoch,
         progress,
         data.bad_train,

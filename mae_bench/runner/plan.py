@@ -50,11 +50,11 @@ def _devices(cell: Cell, result: ResultRecord | Failure | None, processes: int) 
         return {}
     if "global_batch_size" not in cell.config:  # it trains nothing
         return {"processes": processes}
-    from mae_bench.engine.accumulation import accumulation
+    from mae_bench.engine.accumulation import plan_accumulation
 
     try:
         batch = str(
-            accumulation(cell.config["global_batch_size"], processes, cell.config["device_batch_size"])
+            plan_accumulation(cell.config["global_batch_size"], processes, cell.config["device_batch_size"])
         )
     except UserError as error:
         return {"processes": processes, "state": "would fail", "reason": error.given, "fix": error.fix}

@@ -8,7 +8,7 @@ from backbones.adapters.features import get_layer_id
 from backbones.classifier import write_head
 from mae_bench.data.seeds import derive_seed, seed_everything
 from mae_bench.engine.distributed import world
-from mae_bench.engine.optim import finetune_no_decay, make_adamw
+from mae_bench.engine.optim import adamw_builder, finetune_no_decay
 from mae_bench.export import write_export
 from mae_bench.job import Job, Outcome
 from mae_bench.progress import Progress
@@ -44,7 +44,7 @@ def fine_tune(
         layer = get_layer_id(name.removeprefix("vit."), spec.depth)
         return config.layer_decay ** (spec.depth + 1 - layer)
 
-    optimizer = make_adamw(config, finetune_no_decay, lr_scale)
+    optimizer = adamw_builder(config, finetune_no_decay, lr_scale)
     trainer = train_classifier(context, data, model, optimizer)
     trained: Any = trainer.full_model()
     if config.export_classifier and world().is_main:

@@ -6,7 +6,7 @@ from typing import Any
 from backbones.translating.report import ConversionReport
 from mae_bench.data.seeds import derive_seed, seed_everything
 from mae_bench.engine.distributed import gather_over_ranks, world
-from mae_bench.engine.optim import finetune_no_decay, make_adamw
+from mae_bench.engine.optim import adamw_builder, finetune_no_decay
 from mae_bench.export import EXPORT, write_export
 from mae_bench.job import Job, Outcome
 from mae_bench.models.vit import build_vit
@@ -35,7 +35,7 @@ def run(config: SupervisedConfig, job: Job, progress: Progress) -> Outcome:
     context = TaskContext(config, job, progress, data.layout, spec, report)
     vit = build_vit(spec, global_pool="token", drop_path_rate=config.drop_path)
     model = Classifier(vit, spec, data.num_classes, config.global_pool, fc_norm=False).to(context.device)
-    trainer = train_classifier(context, data, model, make_adamw(config, finetune_no_decay))
+    trainer = train_classifier(context, data, model, adamw_builder(config, finetune_no_decay))
     trained: Any = trainer.full_model()
     digest = ""
     if world().is_main:

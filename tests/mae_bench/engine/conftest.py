@@ -1,4 +1,4 @@
-"""Lets the engine's tests import their toy run, and start it in several processes."""
+"""Import the toy run of the engine's tests, and start it in several processes."""
 
 import json
 import os
@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE))  # `toy_run` is a script and a module: processes i
 
 @pytest.fixture(scope="session")
 def together() -> Callable[..., dict[str, Any]]:
-    """together(folder, size, runs): the results of toy runs, one after the other, in `size` processes; none if one was killed."""
+    """Return together(folder, size, runs): results of toy runs in `size` processes, {} if one was killed."""
     return run_together
 
 
@@ -53,7 +53,6 @@ def run_together(folder: Path, size: int, runs: dict[str, dict[str, Any]]) -> di
 
 def _start(path: Path, rank: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     with open(path.with_suffix(f".{rank}"), "wb") as log:
-        return subprocess.Popen(
-            [sys.executable, str(HERE / "toy_run.py"), str(path)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=log,
-        )  # fmt: skip
+        command = [sys.executable, str(HERE / "toy_run.py"), str(path)]
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return subprocess.Popen(command, env=environment | place, stdout=log, stderr=log)

@@ -1,10 +1,10 @@
-"""How devices make a global batch: known answers, properties over many sizes, and batches that cannot be made."""
+"""Accumulation: known answers, properties over many sizes, and impossible global batches."""
 
 import pytest
 import torch
 
 from mae_bench.data.batches.loader import Batch
-from mae_bench.engine.accumulation import accumulation
+from mae_bench.engine.accumulation import plan_accumulation
 from mae_bench.errors import UserError
 
 
@@ -19,7 +19,7 @@ from mae_bench.errors import UserError
     ],
 )
 def test_known_answers(arguments: tuple[int, int, int | None], text: str) -> None:
-    assert str(accumulation(*arguments)) == text
+    assert str(plan_accumulation(*arguments)) == text
 
 
 @pytest.mark.parametrize("multiple_of", [1, 2])
@@ -28,7 +28,7 @@ def test_parts_fit_are_as_equal_and_as_few_as_they_can_be(
     device_batch_size: int | None, multiple_of: int
 ) -> None:
     for size in range(multiple_of, 60, multiple_of):
-        sizes = accumulation(3 * size, 3, device_batch_size, multiple_of).sizes
+        sizes = plan_accumulation(3 * size, 3, device_batch_size, multiple_of).sizes
         most = (device_batch_size or size) // multiple_of * multiple_of
         assert sum(sizes) == size
         assert max(sizes) <= most
@@ -39,7 +39,7 @@ def test_parts_fit_are_as_equal_and_as_few_as_they_can_be(
 
 def test_micro_batches_know_their_place_in_the_global_batch() -> None:
     batch = Batch(torch.arange(16.0).view(8, 2), torch.arange(8), torch.arange(8) + 100, start=24)
-    parts = list(accumulation(8, 1, 3).split(batch))
+    parts = list(plan_accumulation(8, 1, 3).split(batch))
     assert [part.start for part in parts] == [24, 27, 30]
     assert torch.equal(torch.cat([part.imgs for part in parts]), batch.imgs)
     assert torch.equal(torch.cat([part.indices for part in parts]), batch.indices)
@@ -58,5 +58,5 @@ def test_a_batch_that_the_devices_cannot_make_names_the_nearest_that_they_can(
     arguments: tuple[int, int, int | None, int], fix: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        accumulation(*arguments)
+        plan_accumulation(*arguments)
     assert error.value.fix.endswith(fix)

@@ -1,4 +1,4 @@
-"""Training states on disk: how many are kept, damage, full disks, other architectures, and files that would act."""
+"""Training states: number kept, damage, full disks, other architectures, and malicious files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Rates of a run: known answers under a clock of the test's own, and what a device can do at most."""
+"""Meters: known answers under a simulated clock, and peaks of devices."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def test_rates_are_counts_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     meters = Meters(torch.device("cpu"), "float32", images_per_step=64)
     clock.now += 1000
     meters.start()
-    for _ in meters.waits(clock.batches(4, seconds=1)):
+    for _ in meters.measure_waits(clock.batches(4, seconds=1)):
         clock.now += 3
         meters.count_step()
     first = meters.read()
@@ -41,7 +41,7 @@ def test_rates_are_counts_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first["peak_memory_mib"] > 1
     assert "mfu" not in first
     assert meters.mfu is None
-    for _ in meters.waits(clock.batches(4, seconds=0)):
+    for _ in meters.measure_waits(clock.batches(4, seconds=0)):
         clock.now += 1
         meters.count_step()
     assert meters.read()["images_per_second"] == pytest.approx(64), "of the stretch since the last reading"
@@ -71,11 +71,11 @@ def test_a_gpu_waits_only_once_it_has_nothing_left_to_do(monkeypatch: pytest.Mon
     monkeypatch.setattr("mae_bench.engine.meters.peak_memory_mib", lambda device: 1.0)
     meters = Meters(torch.device("cuda"), "float32", images_per_step=1)
     meters.start()
-    for _ in meters.waits(clock.batches(4, seconds=3)):
+    for _ in meters.measure_waits(clock.batches(4, seconds=3)):
         busy_until = max(clock.now, busy_until) + 2  # the device works on while the next batch is waited for
     clock.now = busy_until
     assert meters.read()["data_wait"] == pytest.approx((3 + 3 * 1) / 14)
-    for _ in meters.waits(clock.batches(4, seconds=1)):
+    for _ in meters.measure_waits(clock.batches(4, seconds=1)):
         busy_until = max(clock.now, busy_until) + 2
     clock.now = busy_until
     assert meters.read()["data_wait"] == pytest.approx(1 / 9), "the first batch alone"
@@ -86,7 +86,7 @@ def test_rates_go_on_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [Meters(torch.device("cpu"), "float32", 10) for _ in range(2)]
     for meters in parts:
         meters.start()
-        for _ in meters.waits(clock.batches(2, seconds=1)):
+        for _ in meters.measure_waits(clock.batches(2, seconds=1)):
             clock.now += 1
             meters.count_step()
         meters.read()
@@ -101,7 +101,7 @@ def test_mfu_is_the_products_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("mae_bench.engine.meters.peak_flops", lambda name, amp_dtype: 1e12)
     meters = Meters(torch.device("cpu"), "bfloat16", images_per_step=100, flops_per_image=1e9)
     meters.start()
-    for _ in meters.waits(clock.batches(5, seconds=0)):
+    for _ in meters.measure_waits(clock.batches(5, seconds=0)):
         clock.now += 1
         meters.count_step()
     assert meters.read()["mfu"] == pytest.approx(0.1)

@@ -1,4 +1,4 @@
-"""Several processes: they train what one would, stop after the same step, and their states resume on any number of processes."""
+"""Several processes: same results as one, a stop at the same step, states that resume on any number."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(place: Path, together: Callable[..., Results]) -> Results:
-    """Everything that two processes do here, in one start of them; before it, a run that is killed and one that is alone."""
+    """Start two processes once for all tests, after runs that are killed and runs of one process."""
     killed = {"killed": {"folder": place / "killed", "kill_at": 6, "on": 1}}
     for folder in ("start 1", "start 2"):
         (place / folder).mkdir()

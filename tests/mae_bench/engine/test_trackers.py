@@ -1,4 +1,4 @@
-"""Curves: TensorBoard's files hold each step once over resumes; W&B and MLflow are asked only when the config says so."""
+"""Trackers: TensorBoard contains each step once over resumes; W&B and MLflow are only used on request."""
 
 import json
 import sys

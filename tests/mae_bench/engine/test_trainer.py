@@ -1,4 +1,4 @@
-"""The training loop in one process: exact resume, accumulation, schedules, EMA, hooks, and what happens at a non-finite loss."""
+"""Trainer in one process: exact resume, accumulation, schedules, EMA, hooks, non-finite losses."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from toy_run import CONFIG, NUM_IMAGES, STEPS_PER_EPOCH, Net, Run, pixels, signa
 
 from mae_bench.data.batches.loader import Batch, epoch_order
 from mae_bench.engine.ema import Ema
-from mae_bench.engine.optim import finetune_no_decay, param_groups, pretrain_no_decay
+from mae_bench.engine.optim import build_param_groups, finetune_no_decay, pretrain_no_decay
 from mae_bench.engine.schedule import absolute_lr, cosine_lr
 from mae_bench.errors import Interrupted, UserError
 from tests.parity import assert_parity
@@ -98,7 +98,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 def test_accumulation_equals_plain_training_on_the_whole_batch(
     tmp_path: Path, device_batch_size: int | None, in_parts: bool
 ) -> None:
-    """Against a loop written out here: order, schedule, loss, clipping and AdamW by torch's own functions."""
+    """Against a plain loop: order, schedule, loss, clipping and AdamW by torch's own functions."""
     trainer = train(
         tmp_path,
         dropout=0.0,
@@ -110,7 +110,7 @@ def test_accumulation_equals_plain_training_on_the_whole_batch(
     )
     model = Net().double()
     optimizer = torch.optim.AdamW(
-        param_groups(model.named_parameters(), 0.05, pretrain_no_decay), betas=(0.9, 0.999)
+        build_param_groups(model.named_parameters(), 0.05, pretrain_no_decay), betas=(0.9, 0.999)
     )
     for step in range(TOTAL):
         epoch, place = divmod(step, STEPS_PER_EPOCH)
@@ -141,7 +141,7 @@ def test_a_norm_that_overflowed_is_no_number_of_the_log(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_every_step_has_a_whole_batch_to_the_end_of_the_epoch(tmp_path: Path, in_parts: bool) -> None:
-    """The reference drops the gradients of micro-batches that are left over when an epoch ends."""
+    """The reference drops the gradients of micro-batches that remain when an epoch ends."""
     with signals_restored():
         run = Run(tmp_path, device_batch_size=3, in_parts=in_parts, **RARELY)
         run.fit()
@@ -207,7 +207,7 @@ def test_a_hook_leaves_training_as_it_was(tmp_path: Path) -> None:
 
 
 def test_what_hooks_take_is_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that a step moves by a second and a hook by a thousand."""
+    """With a clock that advances by 1 s per step and 1000 s per hook."""
     now = [0.0]
     with signals_restored():
         run = Run(tmp_path, **RARELY)
@@ -341,5 +341,5 @@ def test_weight_decay_rules_of_the_reference() -> None:
 def test_frozen_parameters_are_in_no_group() -> None:
     model = Net()
     model.stem.requires_grad_(False)
-    groups = param_groups(model.named_parameters(), 0.05, pretrain_no_decay)
+    groups = build_param_groups(model.named_parameters(), 0.05, pretrain_no_decay)
     assert sum(len(group["params"]) for group in groups) == 6

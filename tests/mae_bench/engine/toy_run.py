@@ -20,7 +20,7 @@ from mae_bench.data.batches.loader import Batch, TrainingOrder
 from mae_bench.data.sets.source import BadImages
 from mae_bench.engine import parallel
 from mae_bench.engine.distributed import gather_over_ranks, process_group, world
-from mae_bench.engine.optim import make_adamw, pretrain_no_decay
+from mae_bench.engine.optim import adamw_builder, pretrain_no_decay
 from mae_bench.engine.trainer import Trainer
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.job import Job
@@ -41,7 +41,7 @@ STEPS_PER_EPOCH = NUM_IMAGES // 8
 
 
 class Block(nn.Module):
-    """A residual block, with dropout if asked for."""
+    """A residual block with dropout."""
 
     def __init__(self, dropout: float = 0.0):
         super().__init__()
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Blocks between two linear layers; `statistics` puts a BatchNorm behind them, whose buffers each process sees otherwise."""
+    """Blocks between two linear layers; `statistics` adds a BatchNorm, whose buffers differ per process."""
 
     def __init__(self, dropout: float = 0.0, statistics: bool = False, classes: int = 3):
         super().__init__()
@@ -73,11 +73,12 @@ def pixels(index: torch.Tensor) -> torch.Tensor:
 
 
 class Run:
-    """One training run; `seen` holds (step, start, indices) of the micro-batches that were trained on here.
+    """One training run; `seen` lists (step, start, indices) of the micro-batches of this process.
 
-    stop_at, crash_at, kill_at: the step in which the process that is `on` gets SIGTERM, a RuntimeError, SIGKILL;
-    poison, overflow: the step with a NaN loss, with a gradient that is infinite in one number.
-    narrow: weights travel in bfloat16 on the CPU too. in_parts: the loader yields micro-batches, not whole batches.
+    stop_at, crash_at, kill_at: the step in which the process `on` gets SIGTERM, a RuntimeError, SIGKILL.
+    poison, overflow: the step with a NaN loss, or with one infinite gradient value.
+    narrow: gather weights in bfloat16 on the CPU too.
+    in_parts: let the loader yield micro-batches, not whole batches.
     dtype: of the weights and the pixels.
     """
 
@@ -112,22 +113,27 @@ class Run:
         if narrow:
             parallel.NARROW_DEVICES.add("cpu")
         self.trainer = Trainer(
-            Job("test", "test", {}, folder, seed=5), config, Net(dropout, statistics, classes).to(self.dtype),
-            make_adamw(config, pretrain_no_decay), self.order.steps_per_epoch, self.progress, BadImages(0.1, 100),
+            Job("test", "test", {}, folder, seed=5),
+            config,
+            Net(dropout, statistics, classes).to(self.dtype),
+            adamw_builder(config, pretrain_no_decay),
+            self.order.steps_per_epoch,
+            self.progress,
+            BadImages(0.1, 100),
             ema_decay=0.9 if ema else None,
-        )  # fmt: skip
+        )
         if self.faults["overflow"] is not None:
             self.overflow()
         if hook_epochs:
             self.trainer.every_epochs(hook_epochs, lambda model, step: self.hooked.append(step))
 
     def fit(self) -> Trainer:
-        """Trains to the end."""
+        """Train to the end."""
         self.trainer.fit(self.batches, self.loss)
         return self.trainer
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """What the loader yields."""
+        """Yield batches like the loader."""
         order = replace(self.order, sizes=self.trainer.accumulation.sizes if self.in_parts else ())
         count = max(1, len(order.sizes))
         for number, items in enumerate(order.batches(start, stop)):
@@ -137,7 +143,7 @@ class Run:
             yield Batch(pixels(indices).to(self.dtype), indices % 3, indices, bad, start=items[0][2])
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
-        """Cross-entropy, and the faults that are asked for."""
+        """Return the cross-entropy, and trigger the requested faults."""
         self.seen.append((step, batch.start, batch.indices.tolist()))
         self.meets.append(getattr(model, "require_backward_grad_sync", True))
         if world().rank == (self.faults["on"] or 0):
@@ -155,13 +161,13 @@ class Run:
         )
 
     def overflows(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient that this process has; at the step of the fault the first number of it is infinite."""
+        """Return the gradient; at the step of the fault its first value is infinite on one process."""
         if self.trainer.step == self.faults["overflow"] and world().rank == self.faults["on"]:
             parallel.local_tensor(gradient).view(-1)[0] = float("inf")
         return gradient
 
     def overflow(self) -> None:
-        """Lets a gradient overflow where one process alone sees it: in its copy before the sum, or in its shard."""
+        """Make a gradient overflow on one process only: in its copy before the sum, or in its shard."""
         weight, scaler = self.trainer.model.get_parameter("head.weight"), self.trainer.scaler
         unscale = scaler.unscale_
 
@@ -178,7 +184,7 @@ class Run:
 
 @contextmanager
 def signals_restored() -> Iterator[None]:
-    """Leaves the handlers of signals as they were."""
+    """Restore the signal handlers."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     before = {number: signal.getsignal(number) for number in numbers}
     try:
@@ -189,38 +195,44 @@ def signals_restored() -> Iterator[None]:
 
 
 def train(folder: Path, **changes: Any) -> Trainer:
-    """A run in this process, to its end."""
+    """Run a training in this process to its end."""
     with signals_restored():
         return Run(folder, **changes).fit()
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Everything that is trained or averaged, whole."""
-    own = trainer.parallel.whole().state_dict()
+    """Return all trained and averaged weights."""
+    own = trainer.parallel.gather_model().state_dict()
     return {**own, **{f"full.{name}": tensor for name, tensor in trainer.full_model().state_dict().items()}}
 
 
 def outcome(run: Run) -> dict[str, Any]:
-    """Trains; what came out on this process."""
+    """Train and return the outcome of this process."""
     try:
         run.fit()
         ended = "done"
     except (UserError, Interrupted) as error:
         ended = f"{type(error).__name__}: {error}"
-    return {"ended": ended, "step": run.trainer.step, "seen": run.seen, "hooked": run.hooked, "loss": run.trainer.final_loss,
-            "bad": sorted(run.trainer.bad_images.names), "meets": run.meets, "scale": run.trainer.scaler.get_scale()}  # fmt: skip
+    return {
+        "ended": ended,
+        "step": run.trainer.step,
+        "seen": run.seen,
+        "hooked": run.hooked,
+        "loss": run.trainer.final_loss,
+        "bad": sorted(run.trainer.bad_images.names),
+        "meets": run.meets,
+        "scale": run.trainer.scaler.get_scale(),
+    }
 
 
 def main() -> None:
-    """Trains, in the group that torchrun's variables describe, every run of a JSON file {name: settings}.
+    """Train every run of a JSON file {name: settings}, in the group that torchrun's variables describe.
 
-    Results are saved beside it: {name: {"ranks": [outcome], "weights": whole weights}}.
+    Results are saved next to it: {name: {"ranks": [outcome], "weights": whole weights}}.
     """
     path = Path(sys.argv[1])
     torch.set_num_threads(1)
-    torch.compile = partial(
-        torch.compile, backend="eager"
-    )  # what is compiled around what is the test's; inductor is slow
+    torch.compile = partial(torch.compile, backend="eager")  # tests what is compiled; inductor is slow
     results = {}
     with process_group("cpu"):
         for name, settings in json.loads(path.read_text()).items():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mae_bench.engine.optim import param_groups, pretrain_no_decay
+from mae_bench.engine.optim import build_param_groups, pretrain_no_decay
 from mae_bench.errors import UserError
 from mae_bench.models.mae import MAE
 from mae_bench.models.masking import build_masking, gather_tokens
@@ -420,7 +420,7 @@ def test_cls_and_mask_tokens_are_decayed_and_tables_are_not_trained() -> None:
     names = {id(p): name for name, p in model.named_parameters()}
     groups = {
         g["weight_decay"]: {names[id(p)] for p in g["params"]}
-        for g in param_groups(model.named_parameters(), 0.05, pretrain_no_decay)
+        for g in build_param_groups(model.named_parameters(), 0.05, pretrain_no_decay)
     }
     assert {"encoder.cls_token", "mask_token", "encoder.patch_embed.proj.weight"} <= groups[0.05]
     assert {"encoder.norm.weight", "decoder_pred.bias"} <= groups[0.0]
