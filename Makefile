@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: setup test demo lock
+.PHONY: setup test quick test-extended lint fix demo lock
 
 setup: $(STAMP)
 
@@ -18,8 +18,25 @@ $(STAMP): requirements/lock.txt requirements/detectron2.txt pyproject.toml
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
+# Style, types and all tests but the extended ones: about 8 minutes on two cores.
 test: setup
 	.ci/test
+
+# Less than a minute, while working: style and the most informative tests.
+quick: setup
+	.ci/quick
+
+# Browsers, long trainings: what is too long, or needs more tools, than `make test`.
+test-extended: setup
+	.ci/test-extended
+
+# Style, spelling and types alone; `fix` repairs what can be repaired.
+lint: setup
+	.ci/lint
+
+fix: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 demo: setup
 	$(VENV)/bin/mae-bench demo

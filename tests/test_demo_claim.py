@@ -13,6 +13,8 @@ from mae_bench.progress import Progress
 from tasks.imagenet import linear_probe
 from tasks.imagenet.config import LinearProbeConfig
 
+pytestmark = [pytest.mark.extended, pytest.mark.slow]
+
 SEEDS = (0, 1, 2)
 ONE = DemoSet(img_size=64, num_train=1, num_val=1)  # of the data sets that are not read here
 

@@ -12,6 +12,8 @@ import pytest
 
 from mae_bench.record import read_record
 
+pytestmark = [pytest.mark.framework, pytest.mark.slow]
+
 ROWS = ("mae", "supervised", "random")
 SCORES = {
     "finetune-smoke": "top1",

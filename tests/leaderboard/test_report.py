@@ -237,6 +237,7 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(runs: Path, tmp_path: P
         write_report(runs, tmp_path / "file")
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 def test_a_browser_shows_the_rows_and_makes_them_sortable(texts: dict[str, str], tmp_path: Path) -> None:
     options = (

@@ -30,6 +30,8 @@ from mae_bench.spec import BackboneSpec  # noqa: E402
 from tests.backbones.adapters.conftest import DECAY, UNUSED, rate  # noqa: E402
 from tests.parity import assert_parity  # noqa: E402
 
+pytestmark = pytest.mark.framework
+
 
 def make_spec(patch: int = 8, depth: int = 2) -> BackboneSpec:
     return BackboneSpec(

@@ -21,6 +21,8 @@ from mae_bench.spec import BackboneSpec
 from tests.backbones.adapters.conftest import DECAY, UNUSED, rate
 from tests.parity import assert_within_rounding
 
+pytestmark = pytest.mark.framework
+
 
 def spec_of(patch: int = 8, **changes) -> BackboneSpec:
     sizes = {"img_size": (4 * patch, 4 * patch), "patch_size": (patch, patch)}

@@ -21,6 +21,8 @@ from detectron2.modeling.backbone.vit import SimpleFeaturePyramid, ViT  # noqa: 
 
 from tests.parity import FLOAT32_TABLES, assert_parity, in_float64
 
+pytestmark = pytest.mark.framework
+
 TIMM: dict[str, Any] = {
     "img_size": 32,
     "patch_size": 8,

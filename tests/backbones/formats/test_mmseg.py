@@ -10,6 +10,8 @@ from tests.backbones.formats import toys_mmpretrain, toys_mmseg
 from tests.backbones.formats.reference import check_real_size
 from tests.parity import assert_parity, in_float64
 
+pytestmark = pytest.mark.framework
+
 backbones = pytest.importorskip("mmseg.models.backbones", reason="mmsegmentation is optional: make setup")
 
 SIZES = {"img_size": (32, 32), "patch_size": 8, "embed_dims": 192, "num_layers": 2, "num_heads": 3}

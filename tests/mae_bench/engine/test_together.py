@@ -12,6 +12,8 @@ from toy_run import NUM_IMAGES, STEPS_PER_EPOCH, train, weights
 from mae_bench.errors import Interrupted
 from tests.parity import assert_parity
 
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
 Results = dict[str, dict[str, Any]]
 SHARDED = {"parallel": "fsdp"}
 # Nothing in it depends on who computes which image.

@@ -12,6 +12,8 @@ from mmseg.evaluation import IoUMetric
 
 from tasks.ade20k.metrics import ExactIoUMetric, compute_metrics, compute_scores, score_per_class
 
+pytestmark = pytest.mark.framework
+
 LABEL = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 255], [255, 0, 0, 0]])
 PRED = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 1], [2, 0, 0, 2]])
 # class 0: 4 hit of 6 labelled, 5 predicted, union 7; class 1: 3 of 4 labelled, 4 predicted, union 5; class 2: never labelled,

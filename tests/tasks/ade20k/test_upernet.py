@@ -22,6 +22,8 @@ from PIL import Image
 
 from tasks.ade20k.upernet import run
 
+pytestmark = [pytest.mark.framework, pytest.mark.slow]
+
 SETTINGS = {
     "kind": "upernet", "protocol": "upernet-test", "crop_size": 32, "img_scale": (64, 40), "iterations": 4,
     "global_batch_size": 2, "lr": 1e-3, "warmup_iterations": 2, "amp_dtype": "float32", "head_channels": 8, "pool_scales": (1, 2),

@@ -24,6 +24,8 @@ from tasks.coco.data import build_train_loader, register  # noqa: E402
 from tasks.coco.lazy_config import build, build_lazy_config  # noqa: E402
 from tests.parity import assert_within_rounding  # noqa: E402
 
+pytestmark = [pytest.mark.framework, pytest.mark.slow]
+
 MakeConfig = Callable[..., MaskRCNNConfig]
 
 

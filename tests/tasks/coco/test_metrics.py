@@ -16,6 +16,8 @@ from detectron2.structures import Boxes, Instances  # noqa: E402
 from tasks.coco.data import register  # noqa: E402
 from tasks.coco.metrics import translate  # noqa: E402
 
+pytestmark = pytest.mark.framework
+
 
 def score(coco: Path, shift: float) -> dict[str, float]:
     """Metrics of detections that are the ground truth, moved right by `shift` pixels."""

@@ -15,6 +15,8 @@ from tests.parity import MEAN, assert_within_rounding
 from tests.tasks.imagenet.ranks import Results, together
 from tests.tasks.imagenet.toy import predictions_of, run_protocol, state_of
 
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
 RUNS: dict[str, dict[str, Any]] = {  # what is evaluated by one process and by three
     "finetune": {"global_batch_size": 12},
     "grid": {"global_batch_size": 12},

@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mae_bench.record import read_record
 from tests.tasks.imagenet.toy import PROTOCOLS, predictions_of
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
