@@ -343,7 +343,7 @@ def _check_coco(root: Path, thorough: bool) -> Content:
 
 
 def _read_coco(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Read an annotation file; check that ids are unique and the keys of detectron2 and pycocotools present."""
+    """Read an annotation file; check that ids are unique and that the keys of pycocotools are present."""
     try:
         data: dict[str, list[dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -547,7 +547,7 @@ def _check_image_sets(root: Path, thorough: bool) -> Content:
 
 
 def find_image_sets(root: Path) -> dict[str, Path]:
-    """Return the sets below `root`: CORRUPTION/SEVERITY if severities are numbers (ImageNet-C), or "." itself."""
+    """Return the sets below `root`: CORRUPTION/SEVERITY of ImageNet-C, where SEVERITY is a number, or "."."""
     found: dict[str, Path] = {}
     for corruption in sorted(path for path in root.iterdir() if path.is_dir()):
         for severity in sorted(

@@ -23,7 +23,7 @@ Pairs = list[tuple[str, str]]  # (image of val, the same image in train)
 
 
 def load_or_find_overlap(train: ImageSource, val: ImageSource, digest: str) -> Pairs:
-    """Load the overlap cached for a set's digest, or find and cache it; other processes wait for the first."""
+    """Load the overlap cached for a set's digest, or find and cache it; other processes wait."""
     path = cache_path("overlap", digest, ".json")
     with ExitStack() as stack:
         try:

@@ -212,7 +212,7 @@ def pack_sources(
 
 
 def _read_same(out: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """Read the header of an existing set; raise UserError if it holds other images or was packed otherwise."""
+    """Read the header of an existing set; raise UserError if its images or options are others."""
     found = read_header(out)
     if any(found.get(key) != value for key, value in header.items() if key not in ("pillow", "name")):
         raise UserError(

@@ -11,12 +11,12 @@ from mae_bench.data.demo.demo import (
     CATEGORY_IDS,
     DemoConfig,
     DemoSet,
-    annotated,
-    dense_recipe,
-    label_map,
+    build_dense_recipe,
+    draw_label_map,
     make_demo_data,
+    select_annotated,
 )
-from mae_bench.data.demo.scenes import STUFF, THINGS, Recipe, make_scene, scene_rng
+from mae_bench.data.demo.scenes import STUFF, THINGS, Recipe, build_rng, make_scene
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.progress import Progress
 
@@ -119,8 +119,8 @@ def test_pycocotools_agrees_with_areas_and_boxes(data, capsys):
 
 def test_label_maps_agree_with_the_things():
     for index in range(10):
-        scene = make_scene(scene_rng(0, "ade20k", "training", index), Recipe(96))
-        labels, told = label_map(scene), annotated(scene)
+        scene = make_scene(build_rng(0, "ade20k", "training", index), Recipe(96))
+        labels, told = draw_label_map(scene), select_annotated(scene)
         for thing in told:
             assert set(labels[thing.mask]) == {1 + len(STUFF) + thing.label}
         ground = ~np.any([thing.mask for thing in scene.things], axis=0)
@@ -131,6 +131,6 @@ def test_label_maps_agree_with_the_things():
 
 
 def test_label_maps_on_disk_are_those_of_the_scenes(data):
-    scene = make_scene(scene_rng(0, "ade20k", "validation", 0), dense_recipe(64))
+    scene = make_scene(build_rng(0, "ade20k", "validation", 0), build_dense_recipe(64))
     path = data / "ade20k" / "annotations" / "validation" / "DEMO_val_00000001.png"
-    assert np.array_equal(np.asarray(Image.open(path)), label_map(scene))
+    assert np.array_equal(np.asarray(Image.open(path)), draw_label_map(scene))

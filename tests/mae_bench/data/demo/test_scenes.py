@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from mae_bench.data.demo.scenes import OUTLINES, STUFF, THINGS, Recipe, make_scene, scene_rng
+from mae_bench.data.demo.scenes import OUTLINES, STUFF, THINGS, Recipe, build_rng, make_scene
 
 RECIPE = Recipe(96, crowd_share=0.5)
 
 
 def scene(seed=0, index=0, recipe=RECIPE, split="train", data_set="coco"):
-    return make_scene(scene_rng(seed, data_set, split, index), recipe)
+    return make_scene(build_rng(seed, data_set, split, index), recipe)
 
 
 def test_the_same_arguments_give_the_same_scene():
@@ -46,7 +46,7 @@ def test_visible_masks_are_disjoint_and_within_the_full_shape():
 @pytest.mark.parametrize("label", range(len(THINGS)))
 def test_a_whole_thing_is_its_outline(label):
     drawn = make_scene(
-        scene_rng(0, "a", "b", label), Recipe(96, num_things=(1, 1), radius=(0.3, 0.3), max_bars=0), label
+        build_rng(0, "a", "b", label), Recipe(96, num_things=(1, 1), radius=(0.3, 0.3), max_bars=0), label
     )
     full, mask = inside(drawn.things[0].outlines[0], 96), drawn.things[0].mask
     assert (full & mask).sum() > 0.9 * (full | mask).sum()
@@ -60,7 +60,7 @@ def test_a_lone_thing_shows_all_of_itself():
 
 def test_a_ring_has_a_hole():
     recipe = Recipe(64, num_things=(1, 1), radius=(0.4, 0.4), max_bars=0)
-    drawn = make_scene(scene_rng(0, "a", "b", 0), recipe, THINGS.index("ring"))
+    drawn = make_scene(build_rng(0, "a", "b", 0), recipe, THINGS.index("ring"))
     y, x = np.argwhere(drawn.things[0].mask).mean(axis=0).astype(int)
     assert not drawn.things[0].mask[y, x]
 
@@ -80,7 +80,7 @@ def test_neither_position_nor_colour_tells_the_class():
     """Nearest class mean on raw pixels stays near chance (10 %)."""
     recipe = Recipe(32, num_things=(1, 1), radius=(0.26, 0.48), max_grounds=2, max_bars=1)
     pixels = (
-        np.stack([make_scene(scene_rng(0, "p", "q", i), recipe, i % 10).image for i in range(600)]).reshape(
+        np.stack([make_scene(build_rng(0, "p", "q", i), recipe, i % 10).image for i in range(600)]).reshape(
             600, -1
         )
         / 255.0
