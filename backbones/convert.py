@@ -18,11 +18,12 @@ from mae_bench.spec import BackboneSpec
 
 
 def convert(source: str | Path, out: str | Path, to: str, **options: Unpack[ReadOptions]) -> ConversionReport:
-    """Write the backbone of `source` to `out` in the format `to` and its stored precision; return how it was read.
+    """Write the backbone of `source` to `out` in the format `to`, in its stored precision.
 
-    `out` is a file or a folder, depending on the format (`backbones.translating.detect.WRITABLE`). It is read back and
-    compared bit for bit, and removed if it differs. options: `backbones.load.ReadOptions`.
-    Raises UserError if `out` exists, and if the format cannot express the backbone.
+    The report states how the checkpoint was read. `out` is a file or a folder, depending on the format
+    (`backbones.translating.detect.WRITABLE`). It is read back and compared bit for bit, and removed if it
+    differs. options: `backbones.load.ReadOptions`. Raises UserError if `out` exists, and if the format cannot
+    express the backbone.
     """
     target = Path(out)
     check_target(target, to)

@@ -1,4 +1,4 @@
-"""Describe a checkpoint: format, architecture, sizes, digests, contents, spec and report, as JSON or for a terminal."""
+"""Describe a checkpoint (format, architecture, sizes, digests, spec, report) as JSON or for a terminal."""
 
 import argparse
 import math
@@ -52,8 +52,8 @@ SET_FIELDS = ("weights", "format", "architecture", "tensors", "parameters")  # s
 def inspect_checkpoint(source: str | Path, **options: Unpack[ReadOptions]) -> dict[str, Any]:
     """Return a JSON-ready description of a checkpoint; raise UserError where `load_backbone` does.
 
-    If the file holds several sets of ViT weights and `weights` names none of them, the description lists the sets
-    (`sets`). options: `backbones.load.ReadOptions`.
+    If the file holds several sets of ViT weights and `weights` names none of them, the description lists the
+    sets (`sets`). options: `backbones.load.ReadOptions`.
     """
     try:
         checkpoint, translation, spec, report = read_backbone(source, **options)
@@ -103,7 +103,7 @@ def _describe_sets(source: str | Path, labels: list[str], options: ReadOptions) 
 
 
 def describe_architecture(spec: BackboneSpec) -> str:
-    """Return ViT-B/16 or the sizes of another ViT, with its class unless that is "vit"; a timm model's name as it is."""
+    """Return ViT-B/16 or the sizes of another ViT, with its class unless that is "vit"."""
     if spec.arch not in ARCHS:
         return spec.arch
     patch = "x".join(map(str, dict.fromkeys(spec.patch_size)))
@@ -113,7 +113,7 @@ def describe_architecture(spec: BackboneSpec) -> str:
 
 
 def _count_dropped(checkpoint: Checkpoint, dropped: Mapping[str, str]) -> dict[str, int]:
-    """Return the number of dropped parameters per part of the model; integer tensors (indices, counters) do not count."""
+    """Return the number of dropped parameters per part of the model; integer tensors do not count."""
     parts: Counter[str] = Counter()
     stored = checkpoint.stored
     for key in dropped:
@@ -141,7 +141,7 @@ def _summarise(value: Any) -> Any:
 
 
 def render(inspection: Mapping[str, Any]) -> RenderableType:
-    """Render a description for a terminal: facts, digests, the spec with its origins and the keys; or the sets to choose from."""
+    """Render a description: facts, digests, spec with origins, and keys; or the sets to choose from."""
     if "sets" in inspection:
         return _render_sets(inspection)
     size = f"{inspection['bytes'] / 2**20:.1f} MiB, {inspection['tensors']} tensors"
@@ -185,7 +185,7 @@ def _render_digests(files: Mapping[str, str]) -> RenderableType:
 
 
 def _render_spec(inspection: Mapping[str, Any]) -> RenderableType:
-    """Render each field of the spec with its value and origin; sources of family values are numbered footnotes."""
+    """Render each field of the spec with its value and origin; a family's sources are numbered footnotes."""
     sources: dict[str, int] = {}
     rows = {}
     for key, value in inspection["spec"].items():
@@ -214,7 +214,7 @@ def _render_sets(inspection: Mapping[str, Any]) -> RenderableType:
 
 
 def render_published(values: Mapping[str, Any]) -> RenderableType:
-    """Render the preprocessing and pooling that the family's authors publish, or one line if the family is unknown."""
+    """Render the preprocessing and pooling that the family's authors publish, if they are known."""
     if not values:
         return Text("No published preprocessing is known for these weights.")
     rows = {key: value for key, value in values.items() if key not in ("family", "source")}

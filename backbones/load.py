@@ -1,4 +1,4 @@
-"""Load any known checkpoint: `load_backbone(SOURCE)` returns a timm ViT, its BackboneSpec and a ConversionReport."""
+"""Load any checkpoint by `load_backbone(SOURCE)` as a timm ViT, a BackboneSpec and a ConversionReport."""
 
 import re
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ from mae_bench.models.vit import ARCHS, ViT, build_vit
 from mae_bench.spec import BackboneSpec
 
 NUMBERED = re.compile(r"(.*\b(?:blocks|layers?|resblocks))\.(\d{1,4})\.")
-# Architectures whose tensors all come from the file or are computed buffers: built on the meta device, because
-# initialising billions of weights at random takes minutes.
+# Architectures whose tensors all come from the file or are computed buffers: built on the meta device,
+# because initialising billions of weights at random takes minutes.
 FILLED = ("vit", "eva")
 MAX_LISTED = 12  # tensor names in an error message
 
@@ -65,17 +65,19 @@ def load_backbone(
 ) -> tuple[ViT, BackboneSpec, ConversionReport]:
     """Load a checkpoint into a timm ViT without a head, in float32 and in eval mode.
 
-    `forward_features` maps images (N, C, H, W) to prefix and patch tokens (N, prefix + L, D) after the final norm.
-    Weights whose norm was trained after average pooling (`fc_norm`) keep it in `forward_head(..., pre_logits=True)`.
+    `forward_features` maps images (N, C, H, W) to prefix and patch tokens (N, prefix + L, D) after the final
+    norm. Weights whose norm was trained after average pooling (`fc_norm`) keep it in `forward_head(...,
+    pre_logits=True)`.
 
     Args:
-        source: a path, file:PATH, run:DIR, timm:NAME, official:NAME, hf:REPO@REVISION, or what `open_source` returned.
-        global_pool: "token" or "avg"; by default that of the weights. "avg" replaces a final norm by a new one after
-            the pooling, as MAE does for fine-tuning.
+        source: a path, file:PATH, run:DIR, timm:NAME, official:NAME, hf:REPO@REVISION, or what `open_source`
+        returned.
+        global_pool: "token" or "avg"; by default that of the weights. "avg" replaces a final norm by a new
+            one after the pooling, as MAE does for fine-tuning.
         drop_path_rate: stochastic depth rate of the last block; the rate grows linearly with depth.
         dynamic_img_size: accept images of any multiple of the patch size.
-        img_size, patch_size: pixels, as (height, width) or one number. Position tables and patch embedding are
-            resampled (`backbones.translating.resample`) if the weights were trained at another size.
+        img_size, patch_size: pixels, as (height, width) or one number. Position tables and patch embedding
+            are resampled (`backbones.translating.resample`) if the weights were trained at another size.
         patch_resample: "pinv" or "bicubic", how the patch embedding is resampled.
         format, weights, sha256, overrides, trust: see `ReadOptions`.
 
@@ -103,7 +105,8 @@ def load_backbone(
         model = build_vit(spec, global_pool=layout, **options)
     check_fit(model, translation.weights, checkpoint.source, name)
 
-    # 6. Copy the weights: the file's tensors may be memory-mapped, and must not have changed since their digest was taken.
+    # 6. Copy the weights: the file's tensors may be memory-mapped, and must not have changed since their
+    # digest was taken.
     model.load_state_dict({key: tensor.clone() for key, tensor in translation.weights.items()}, assign=True)
     checkpoint.check_unchanged()
     _fill_buffers(model)
@@ -115,7 +118,7 @@ def _as_pair(size: Size | None, what: str) -> tuple[int, int] | None:
 
 
 def _fill_buffers(model: torch.nn.Module) -> None:
-    """Compute the buffers that no file stores (rotary embeddings, the zero bias of keys) in the modules that own them."""
+    """Compute the buffers that no file stores: rotary embeddings, the zero bias of keys."""
     for module in model.modules():
         empty = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
         for name, buffer in empty.items():
@@ -129,8 +132,8 @@ def translate(
 ) -> tuple[str, Translation, BackboneSpec]:
     """Return the format, the translation and the spec of an opened checkpoint.
 
-    The weights are finite and still in the stored precision. The translation accounts for every tensor by its name in
-    the file, including the prefix and the tensors outside the ViT.
+    The weights are finite and still in the stored precision. The translation accounts for every tensor by its
+    name in the file, including the prefix and the tensors outside the ViT.
     """
     name = format or checkpoint.format or detect(checkpoint)
     translation = get_format(name).read(checkpoint)
@@ -149,7 +152,7 @@ def translate(
 
 
 def _make_notes(checkpoint: Checkpoint, translation: Translation, format: str | None) -> list[str]:
-    """Return notes on a format that overrides the detected one, on the stored precision and on the place in the file."""
+    """Return notes on a format that was not the detected one, on the precision and the place in the file."""
     notes = []
     if format:
         detected = checkpoint.format or _detect_only_fit(checkpoint)
@@ -169,7 +172,7 @@ def _detect_only_fit(checkpoint: Checkpoint) -> str:
 
 
 def _restore_names(checkpoint: Checkpoint, translation: Translation) -> None:
-    """Rewrite the account from names without the prefix to names in the file, and add the tensors outside the ViT."""
+    """Rewrite the account with full names, as in the file, and add the tensors outside the ViT."""
     prefix = checkpoint.prefix
     renamed = {prefix + name: target for name, target in translation.renamed.items()}
     dropped = {prefix + name: reason for name, reason in translation.dropped.items()}
@@ -182,7 +185,7 @@ def _restore_names(checkpoint: Checkpoint, translation: Translation) -> None:
 
 
 def _check_blocks(checkpoint: Checkpoint, translation: Translation) -> None:
-    """Raise UserError if blocks outside the ViT continue its numbering: loading would lose part of the model."""
+    """Raise UserError if blocks outside the ViT continue its numbering: part of the model would be lost."""
     depth = len({name.split(".")[1] for name in translation.weights if name.startswith("blocks.")})
     numbers: dict[str, set[int]] = {}
     for name in set(checkpoint.outside) - set(translation.taken):
@@ -200,7 +203,7 @@ def _check_blocks(checkpoint: Checkpoint, translation: Translation) -> None:
 
 
 def _fit_pooling(translation: Translation, global_pool: str | None, source: str, spec: BackboneSpec) -> str:
-    """Return timm's pooling for the model; replace a final norm by one after the pooling if that is asked for."""
+    """Return timm's pooling for the model; replace the final norm if `global_pool` asks for it."""
     weights = translation.weights
     if global_pool == "token" and "cls_token" not in weights:
         raise UserError(
@@ -219,7 +222,7 @@ def _fit_pooling(translation: Translation, global_pool: str | None, source: str,
             stored = next(name for name, target in translation.renamed.items() if target == f"norm.{key}")
             del translation.renamed[stored]
             translation.dropped[stored] = (
-                "average pooling was requested: MAE replaces the final norm by a new one after pooling (fc_norm)"
+                "average pooling was requested: MAE puts a new norm after it (fc_norm)"
             )
             translation.new[f"fc_norm.{key}"] = "a new LayerNorm after average pooling"
             weights[f"fc_norm.{key}"] = torch.full((spec.embed_dim,), 1.0 if key == "weight" else 0.0)
@@ -235,7 +238,7 @@ def read_backbone(
     overrides: Mapping[str, Any] | None = None,
     trust: bool = False,
 ) -> tuple[Checkpoint, Translation, BackboneSpec, ConversionReport]:
-    """Open and translate a checkpoint, and check that its weights fill the model they describe, without loading them."""
+    """Open and translate a checkpoint, and check that its weights fill the model they describe."""
     checkpoint = open_source(source, sha256, weights, trust=trust)
     name, translation, spec = translate(checkpoint, format, overrides)
     with torch.device("meta" if spec.arch in FILLED else "cpu"):

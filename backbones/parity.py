@@ -28,7 +28,7 @@ MAX_LISTED = 8  # modules in an error message
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest absolute difference of one layer's tokens, and the largest absolute value of ours (its scale)."""
+    """Largest absolute difference of one layer's tokens, and largest absolute value of ours (its scale)."""
 
     layer: str
     absolute: float
@@ -43,7 +43,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Parity:
-    """Differences in layer order: embedding, blocks, final tokens. notes: what could not be compared, and why."""
+    """Differences in layer order: embedding, blocks, final tokens. notes: what was not compared, and why."""
 
     layers: list[Difference]
     tolerance: float = TOLERANCE
@@ -86,9 +86,9 @@ def verify(
 ) -> Parity:
     """Compare the backbone of `source` with the model that MODULE:CALLABLE returns, in float32 on the CPU.
 
-    The callable is the user's own code, and is run. The images are random, drawn from `seed`, or a random sample of the
-    folder `images`. options: `backbones.load.ReadOptions`. Raises UserError if the callable cannot be imported, and if
-    the two models have different shapes.
+    The callable is the user's own code, and is run. The images are random, drawn from `seed`, or a random
+    sample of the folder `images`. options: `backbones.load.ReadOptions`. Raises UserError if the callable
+    cannot be imported, and if the two models have different shapes.
     """
     load_callable(against)  # fail before the checkpoint is read
     ours, spec, _ = load_backbone(source, **options)
@@ -97,7 +97,7 @@ def verify(
 
 
 def build_reference_model(against: str, source: str | Path) -> nn.Module:
-    """Call MODULE:CALLABLE, with the path of `source` if it has an argument without a default; return the model in float32."""
+    """Call MODULE:CALLABLE, with the path of `source` if it has a required argument."""
     build = load_callable(against)
     path = source_path(str(source)) or source
     args = [str(path)] if _takes_path(build) else []
@@ -131,12 +131,12 @@ def draw_images(spec: BackboneSpec, folder: str | Path | None, num_images: int, 
 def compare(
     ours: nn.Module, reference: nn.Module, imgs: torch.Tensor, tolerance: float = TOLERANCE
 ) -> Parity:
-    """Return the largest difference per layer between a timm ViT and a reference model on imgs (N, C, H, W), in eval mode.
+    """Compare a timm ViT with a reference model layer by layer on imgs (N, C, H, W), both in eval mode.
 
-    The reference's blocks are its first ModuleList or Sequential with as many members as ours and outputs of the same
-    shapes. Outputs may be tensors, tuples, dictionaries or transformers' ModelOutputs, with patches as a sequence or a
-    map. Its final tokens are taken from the output of `forward_features`, else of `forward`.
-    Raises UserError if there are no such blocks, and if the reference's forward fails.
+    The reference's blocks are its first ModuleList or Sequential with as many members as ours and outputs of
+    the same shapes. Outputs may be tensors, tuples, dictionaries or transformers' ModelOutputs, with patches
+    as a sequence or a map. Its final tokens are taken from the output of `forward_features`, else of
+    `forward`. Raises UserError if there are no such blocks, and if the reference's forward fails.
     """
     # 1. Record the input and the outputs of our blocks.
     vit: Any = ours.eval()
@@ -183,7 +183,7 @@ def _is_stack(module: nn.Module, depth: int) -> bool:
 def _record(
     forward: Callable[..., Any], stacks: Mapping[str, Sequence[nn.Module]], imgs: torch.Tensor
 ) -> tuple[dict[str, list[Any]], Any]:
-    """Return, per stack, the input of its first member and the output of each, and the model's output; seeded alike."""
+    """Return, per stack, the input of its first member and each output; and the model's output."""
     seen: dict[str, list[Any]] = {name: [] for name in stacks}
     handles = []
     for name, members in stacks.items():
@@ -206,7 +206,7 @@ def _record(
 
 
 def _copy(value: Any) -> torch.Tensor | None:
-    """Return a copy of the first floating-point tensor in a module's input or output: later layers may write in place."""
+    """Copy the first floating-point tensor in a module's input or output: later layers may write in place."""
     for tensor in _find_tensors(value):
         if tensor.is_floating_point() and tensor.ndim > 1:
             return tensor.detach().float().clone()
@@ -253,7 +253,7 @@ def _difference(layer: str, ours: torch.Tensor, theirs: torch.Tensor | None) -> 
 
 
 def _compare_final(ours: torch.Tensor, output: Any, num_prefix_tokens: int) -> list[Difference]:
-    """Compare the final tokens or, where the reference does not return all in one tensor, patch and class tokens.
+    """Compare the final tokens or, if the reference returns them separately, patch and class tokens.
 
     Among several tensors of one shape the nearest counts: an output may list the hidden states of all layers.
     """
@@ -283,7 +283,8 @@ def _wrong_depth(reference: nn.Module, depth: int) -> UserError:
     ]
     listed = ", ".join(found[:MAX_LISTED]) or "none"
     return UserError(
-        f"the reference {type(reference).__name__} has no ModuleList or Sequential of {depth} blocks; it has {listed}",
+        f"the reference {type(reference).__name__} has no ModuleList or Sequential of {depth} blocks; "
+        f"it has {listed}",
         expected=f"the same depth, {depth}",
         fix="return the vision encoder itself, in the size of the checkpoint",
     )
@@ -321,5 +322,6 @@ def verdict(parity: Parity) -> str:
     """Return one sentence that states whether the models are equal."""
     worst = f"the largest relative difference is {parity.worst.relative:.3g}, in {parity.worst.layer}"
     if parity.first:
-        return f"The models differ from {parity.first.layer} on: {worst}, above the tolerance of {parity.tolerance:g}."
+        above = f"above the tolerance of {parity.tolerance:g}"
+        return f"The models differ from {parity.first.layer} on: {worst}, {above}."
     return f"The models are equal within {parity.tolerance:g}: {worst}."

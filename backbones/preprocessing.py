@@ -1,4 +1,4 @@
-"""Suggest the preprocessing of weights that do not state it: mean and std, pooling and final norm, tried on images."""
+"""Suggest mean, std, pooling and final norm for weights that do not state them, by trying them on images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,8 +83,8 @@ class Candidate:
     """One way to preprocess images and pool tokens, with its score.
 
     norm: whether the final norm is applied, before the pooling or (if trained so) after it.
-    score: share of images that are right. behind: difference to the best candidate, paired per image; low, high: its
-    95 % interval.
+    score: share of images that are right. behind: difference to the best candidate, paired per image; low,
+    high: its 95 % interval.
     """
 
     normalisation: str
@@ -141,8 +141,8 @@ def suggest_preprocessing(
 ) -> Suggestion:
     """Score the candidates with the backbone of `source` on at most `max_images` images of `folder`.
 
-    options: `backbones.load.ReadOptions`. Raises UserError for fewer than `MIN_IMAGES` images, and for a backbone whose
-    input is not RGB.
+    options: `backbones.load.ReadOptions`. Raises UserError for fewer than `MIN_IMAGES` images, and for a
+    backbone whose input is not RGB.
     """
     model, spec, _ = load_backbone(source, **options)
     if spec.in_chans != 3:
@@ -156,7 +156,7 @@ def suggest_preprocessing(
 
 
 def score_candidates(model: nn.Module, spec: BackboneSpec, sample: Sample) -> Suggestion:
-    """Score each candidate by kNN accuracy or, without classes, by how often one crop of an image retrieves the other."""
+    """Score each candidate by kNN accuracy or, without classes, by retrieval of the other crop."""
     # 1. Load one view of each image if there are classes, else two random crops.
     targets = sample.targets
     if targets is None:
@@ -177,7 +177,8 @@ def score_candidates(model: nn.Module, spec: BackboneSpec, sample: Sample) -> Su
             features = [F.normalize(view[pool, norm], dim=-1) for view in pooled]
             right[name, pool, norm] = _retrieve(*features) if targets is None else _knn(features[0], targets)
 
-    # 3. Rank them against the current reading: the spec's own normalisation and pooling, with the final norm (tried first).
+    # 3. Rank them against the current reading: the spec's own normalisation and pooling, with the final norm
+    # (tried first).
     own = next(iter(normalisations))
     pool = spec.global_pool if spec.num_prefix_tokens else "avg"
     present = next(key for key in right if key[:2] == (own, pool))
@@ -197,7 +198,7 @@ def _list_normalisations(spec: BackboneSpec) -> dict[str, tuple[Values, Values]]
 def _compute_features(
     model: nn.Module, spec: BackboneSpec, imgs: torch.Tensor, mean: Values, std: Values
 ) -> dict[tuple[str, bool], torch.Tensor]:
-    """Map uint8 images (N, C, H, W) to features (N, D) per pooling and use of the final norm, if the model has one."""
+    """Map uint8 images (N, C, H, W) to features (N, D) for each pooling, with and without the final norm."""
     found: dict[tuple[str, bool], list[torch.Tensor]] = {}
     device = next(iter(model.parameters()), imgs).device
     with _without_norm(model) as (norm, fc_norm):
@@ -212,7 +213,7 @@ def _compute_features(
 def _pool(
     tokens: torch.Tensor, num_prefix_tokens: int, norm: nn.Module, fc_norm: nn.Module
 ) -> Iterator[tuple[str, bool, torch.Tensor]]:
-    """Yield pooling, whether the final norm is applied, and features (N, D) of tokens (N, L, D); with the norm first."""
+    """Yield (pooling, whether the final norm is applied, features (N, D)) of tokens (N, L, D)."""
     has_norm = not (isinstance(norm, nn.Identity) and isinstance(fc_norm, nn.Identity))
     for with_norm in (True, False) if has_norm else (False,):
         x = norm(tokens) if with_norm else tokens
@@ -224,7 +225,7 @@ def _pool(
 
 @contextmanager
 def _without_norm(model: Any) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Remove the final norm from a model inside the block; yield the norms before (`norm`) and after (`fc_norm`) pooling."""
+    """Remove the final norm inside the block; yield `norm` (before pooling) and `fc_norm` (after it)."""
     norm = getattr(model, "norm", nn.Identity())
     model.norm = nn.Identity()
     try:
@@ -234,7 +235,7 @@ def _without_norm(model: Any) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def _knn(features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return (N,) whether an image's neighbours, weighted by exp(cosine / temperature), vote for its class."""
+    """Return (N,) whether neighbours weighted by exp(cosine / temperature) vote for an image's class."""
     similarity = (features @ features.T).fill_diagonal_(-torch.inf)
     values, neighbours = similarity.topk(min(NEIGHBOURS, len(features) - 1), dim=1)
     votes = torch.zeros(len(features), int(targets.max()) + 1)
@@ -250,7 +251,7 @@ def _retrieve(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def _rank(
     right: dict[Key, torch.Tensor], normalisations: dict[str, tuple[Values, Values]], present: Key
 ) -> list[Candidate]:
-    """Return the candidates by score; ties keep the order in which they were tried, after the current reading."""
+    """Return the candidates by score; among ties the current reading comes first, then the order of trial."""
     order = sorted(right, key=lambda key: (-int(right[key].sum()), key != present))
     best = right[order[0]].float()
     rows = []
@@ -278,7 +279,7 @@ def render(suggestion: Suggestion) -> RenderableType:
 
 
 def verdict(suggestion: Suggestion) -> str:
-    """Return two sentences: how the current preprocessing compares with the best candidate, and that nothing was applied."""
+    """State how the current preprocessing compares with the best candidate, and that nothing was applied."""
     best, present = suggestion.best, suggestion.present
     if present.ties:
         found = (
@@ -288,7 +289,7 @@ def verdict(suggestion: Suggestion) -> str:
     else:
         how = "is clearly the best" if suggestion.clear else "is among the best"
         found = (
-            f"{best.normalisation}, {best.global_pool} {how}; the current preprocessing is {present.behind:.1%} "
-            f"behind. To use it, give: {best.overrides()}"
+            f"{best.normalisation}, {best.global_pool} {how}; "
+            f"the current preprocessing is {present.behind:.1%} behind. To use it, give: {best.overrides()}"
         )
     return f"{found}\nThis is a suggestion from {suggestion.images} images; nothing was applied."

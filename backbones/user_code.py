@@ -1,4 +1,4 @@
-"""Import and call the user's own code by MODULE:CALLABLE; any exception it raises becomes a one-line error."""
+"""Import and call the user's own code by MODULE:CALLABLE, and report any exception in one line."""
 
 import importlib
 import importlib.util
@@ -16,7 +16,7 @@ MAX_MESSAGE = 500  # characters of an exception's text that are shown
 
 
 def load_callable(against: str) -> Callable[..., Any]:
-    """Import MODULE, from the working folder or installed, and return its CALLABLE; raise UserError if there is none."""
+    """Import MODULE, from the working folder or installed, and return its CALLABLE; UserError if it fails."""
     module_name, colon, name = against.partition(":")
     if not colon or not module_name or not name:
         raise UserError(

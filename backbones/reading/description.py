@@ -1,4 +1,4 @@
-"""Reads the JSON files that describe weights and lie beside them."""
+"""Read the JSON files that describe weights in the same folder."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,11 @@ MAX_JSON = 1 << 20  # bytes
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
-    """The object in a file of at most `limit` bytes; UserError for anything else."""
+    """Return the JSON object in a file of at most `limit` bytes; raise UserError for anything else."""
     try:
-        if path.stat().st_size > limit:
-            raise ValueError(f"{path.stat().st_size} bytes are too many for a description")
+        size = path.stat().st_size
+        if size > limit:
+            raise ValueError(f"{size} bytes, more than the limit of {limit}")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}", expected="a JSON file") from error

@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face hub: the few files that hold weights and their description, at one commit."""
+"""Download checkpoints from the Hugging Face hub: only the weights and their description, at one commit."""
 
 import logging
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ from huggingface_hub.utils.logging import get_logger
 from mae_bench.errors import UserError
 
 DESCRIPTIONS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
-WEIGHTS = (  # in the order of preference: what cannot hold code first, a repository's own format before another library's
+# In order of preference: safetensors before pickles, the repository's own format before another library's.
+WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
     ("open_clip_model.safetensors",),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
@@ -20,9 +21,10 @@ WEIGHTS = (  # in the order of preference: what cannot hold code first, a reposi
 
 
 def fetch_repo(name: str) -> tuple[Path, str, list[str]]:
-    """REPO@REVISION as (its folder in the hub's cache, REPO@COMMIT, notes); without a revision it is main.
+    """Return the cache folder of REPO@REVISION (default main), REPO@COMMIT, and notes.
 
-    A revision that may move is noted with the commit that it stood for. UserError where the hub or the cache does not have it.
+    If the revision is not a commit, a note states the commit it resolved to. Raises UserError if neither the
+    hub nor its cache has the repository.
     """
     repo, _, wanted = name.partition("@")
     revision = wanted or "main"
@@ -32,27 +34,26 @@ def fetch_repo(name: str) -> tuple[Path, str, list[str]]:
         if any(next(folder.glob(pattern), None) for pattern in patterns):
             break
     pinned = f"{repo}@{revision}"
-    return (
-        folder,
-        pinned,
-        [] if wanted == revision else [f"{wanted or 'main'} of {repo} is {revision}; hf:{pinned} pins it"],
-    )
+    notes = []
+    if wanted != revision:
+        notes.append(f"{wanted or 'main'} of {repo} is {revision}; hf:{pinned} pins it")
+    return folder, pinned, notes
 
 
-class _First(logging.Filter):
-    """Lets one record through."""
+class _FirstRecord(logging.Filter):
+    """Let one record through."""
 
-    told = False
+    passed = False
 
     def filter(self, record: logging.LogRecord) -> bool:
-        first, self.told = not self.told, True
+        first, self.passed = not self.passed, True
         return first
 
 
 @contextmanager
 def log_once() -> Iterator[None]:
-    """What the hub's client has to say while it tries again and again is printed once."""
-    filters = [(handler, _First()) for handler in get_logger().handlers]
+    """Print only the first log record of the hub's client, which repeats itself at every retry."""
+    filters = [(handler, _FirstRecord()) for handler in get_logger().handlers]
     for handler, first in filters:
         handler.addFilter(first)
     try:
@@ -63,13 +64,14 @@ def log_once() -> Iterator[None]:
 
 
 def _download(repo: str, revision: str, patterns: tuple[str, ...]) -> Path:
+    files = [*DESCRIPTIONS, *patterns]
     try:
         with log_once():
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=[*DESCRIPTIONS, *patterns]))
-    except Exception as error:  # the client's own types, httpx's and OSError: to the user all mean one thing
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+    except Exception as error:  # the client's own types, httpx's and OSError all mean the same to the user
         reason = f"{type(error).__name__}: {(str(error).strip() or ' ').splitlines()[0]}"
         raise UserError(
             f"the hub cannot provide {repo} at {revision}: {reason}",
-            expected="hf:OWNER/NAME@REVISION that is public or that your login may read, and a network or the hub's cache",
+            expected="a public hf:OWNER/NAME@REVISION or one your login may read, and a network or the cache",
             fix="download the folder elsewhere and give its path",
         ) from error

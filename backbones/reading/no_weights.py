@@ -1,4 +1,4 @@
-"""Says what a file is that holds no weights, by its first bytes, and what to do about it."""
+"""Identify files that hold no weights by their first bytes, and say what to do about them."""
 
 import codecs
 from collections.abc import Sequence
@@ -15,30 +15,28 @@ PACKED = (
     b"PK\x05\x06",
 )
 TAR, TAR_AT = b"ustar", 257
-FETCH = "fetch the file again and compare its SHA-256"
-UNPACK = "unpack it, and give the weight file that is inside"
+FETCH = "download the file again and compare its SHA-256"
+UNPACK = "unpack it and give the weight file inside"
 
 
 def describe_content(start: bytes) -> tuple[str, str]:
-    """What a file that begins with these FIRST bytes is, and the advice; for files that are no safetensors, zip or pickle."""
+    """Return what a file is and what to do about it, by its first `FIRST` bytes."""
     if not start:
         return "empty", FETCH
     if start.startswith(POINTER):
-        return "a Git LFS pointer, not the file", "git lfs pull fetches the file itself"
+        return "a Git LFS pointer, not the file", "run git lfs pull to download the file itself"
     if start.startswith(PACKED) or start[TAR_AT:].startswith(TAR):
         return "a packed archive", UNPACK
     if start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
-        return (
-            "a web page",
-            "it may be a login page, or the page about the file: take the address of the raw file",
-        )
+        fix = "it may be a login page or the page about the file: use the address of the raw file"
+        return "a web page", fix
     if is_text(start):
         return "text or code", "give the file with the weights: .safetensors, .pth, .pt or .bin"
-    return "neither safetensors nor a file of torch.save", FETCH
+    return "neither safetensors nor a torch.save file", FETCH
 
 
 def is_text(start: bytes) -> bool:
-    """Whether these bytes are UTF-8 (the last character may be cut) without what only binary files have."""
+    """Return whether the bytes are printable UTF-8; the last character may be cut off."""
     try:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(start)
     except UnicodeDecodeError:
@@ -47,13 +45,11 @@ def is_text(start: bytes) -> bool:
 
 
 def describe_archive(names: Sequence[str]) -> tuple[str, str]:
-    """What a zip archive of these names is, if torch.save did not write it, and the advice."""
+    """Return what a zip archive that torch.save did not write is, and what to do, by its entries."""
     if names and all(name.endswith(".npy") for name in names):
         return (
-            "an archive of numpy arrays, as JAX's weights are saved",
-            "convert it with the library that it comes from, for example timm",
+            "an archive of numpy arrays, as JAX weights are saved",
+            "convert it with the library it comes from, for example timm",
         )
-    return (
-        f"a zip archive of {', '.join(repr(name[:50]) for name in names[:3]) or 'nothing'}, not of torch.save",
-        UNPACK,
-    )
+    listed = ", ".join(repr(name[:50]) for name in names[:3]) or "nothing"
+    return f"a zip archive of {listed}, not of torch.save", UNPACK

@@ -1,4 +1,4 @@
-"""Weights that their authors publish themselves, by name: the addresses and checksums stand in official.yaml."""
+"""Download weights that their authors publish, by name; official.yaml lists addresses and checksums."""
 
 import hashlib
 from dataclasses import dataclass
@@ -15,8 +15,12 @@ from mae_bench.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Official:
-    """format: of `backbones.translating.detect`. weights: which set of the file. checksum: "md5:" or "sha256:" and at least its beginning;
-    "" where none is published. source: who says so."""
+    """One published weight file.
+
+    format: a name in `backbones.translating.detect.FORMATS`. source: where the address is published. weights:
+    which set of weights in the file. checksum: "md5:" or "sha256:" and at least the first digits; "" if none
+    is published.
+    """
 
     url: str
     format: str
@@ -27,58 +31,64 @@ class Official:
 
 @cache
 def load_table() -> dict[str, Official]:
-    """Name -> what is published."""
-    groups: Any = OmegaConf.to_container(
-        OmegaConf.create(files("backbones.reading").joinpath("official.yaml").read_text("utf-8"))
-    )
-    return {
-        name: Official(
-            f"{group['base']}/{entry['path']}",
-            group["format"],
-            group["source"],
-            group.get("weights"),
-            entry.get("checksum", ""),
-        )
-        for group in groups
-        for name, entry in group["files"].items()
-    }
+    """Return every published weight file by name."""
+    text = files("backbones.reading").joinpath("official.yaml").read_text("utf-8")
+    groups: Any = OmegaConf.to_container(OmegaConf.create(text))
+    table = {}
+    for group in groups:
+        for name, entry in group["files"].items():
+            table[name] = Official(
+                url=f"{group['base']}/{entry['path']}",
+                format=group["format"],
+                source=group["source"],
+                weights=group.get("weights"),
+                checksum=entry.get("checksum", ""),
+            )
+    return table
 
 
 def find_name(url: str) -> str | None:
-    """The name of the weights that are published at that address; None where none are known."""
+    """Return the name of the weights published at an address, None if there is none."""
     return next((name for name, entry in load_table().items() if entry.url == url), None)
 
 
-def _fetched(entry: Official) -> Path:
+def fetch_official(name: str) -> tuple[Path, Official]:
+    """Return the cached file of official:NAME, downloaded once.
+
+    Raises UserError for an unknown name, a failed download, and a file without the published checksum.
+    """
+    table = load_table()
+    if name not in table:
+        raise UserError(
+            f"no official weights {name!r}",
+            expected=f"one of {', '.join(table)}",
+            fix=did_you_mean(name, table) or "weights on a hub are hf:REPO@REVISION or timm:NAME",
+        )
+    entry = table[name]
+    path = _fetch(entry)
+    _check_checksum(path, entry)
+    return path, entry
+
+
+def _fetch(entry: Official) -> Path:
     try:
         return fetch(entry.url)
     except UserError as error:
         options = f"--format {entry.format}" + (f" --weights {entry.weights}" if entry.weights else "")
-        elsewhere = f"fetch it on another machine and give its path with {options}"
-        raise UserError(
-            error.given, expected=error.expected, fix="; or ".join(filter(None, [error.fix, elsewhere]))
-        ) from error
+        elsewhere = f"download it on another machine and give its path with {options}"
+        fix = f"{error.fix}; or {elsewhere}" if error.fix else elsewhere
+        raise UserError(error.given, expected=error.expected, fix=fix) from error
 
 
-def fetch_official(name: str) -> tuple[Path, Official]:
-    """The file behind official:NAME, brought into the cache once. UserError for an unknown name, a file that cannot be brought,
-    and one that does not have the published checksum."""
-    if name not in load_table():
-        raise UserError(
-            f"no official weights {name!r}",
-            expected=f"one of {', '.join(load_table())}",
-            fix=did_you_mean(name, load_table()) or "weights on a hub are hf:REPO@REVISION or timm:NAME",
-        )
-    entry = load_table()[name]
-    path = _fetched(entry)
+def _check_checksum(path: Path, entry: Official) -> None:
     kind, _, published = entry.checksum.partition(":")
-    if published:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, kind).hexdigest()
-        if not found.startswith(published):
-            raise UserError(
-                f"{path} from {entry.url} has {kind} {found}",
-                expected=f"{published}, as its authors publish ({entry.source})",
-                fix="remove the file to fetch it again",
-            )
-    return path, entry
+    if not published:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, kind).hexdigest()
+    if not found.startswith(published):
+        raise UserError(
+            f"{path} from {entry.url} has {kind} {found}",
+            expected=f"{published}, as published in {entry.source}",
+            fix="remove the file to download it again",
+        )

@@ -1,4 +1,4 @@
-"""Finds the sets of ViT weights in what a file holds: by where a patch embedding lies, under whatever wrappers and prefixes."""
+"""Find the sets of ViT weights in a file by their patch embedding, under any wrappers and prefixes."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -10,147 +10,159 @@ import torch
 from backbones.families import evaluates, families
 from mae_bench.errors import UserError
 
-# Names of the patch embedding's weight in the layouts that are read; what stands before one is the prefix of a ViT.
+# Names of the patch embedding's weight in the known layouts; what precedes one is the prefix of a ViT.
 ANCHORS = (
-    "patch_embed.proj.weight",  # timm and the research code that grew from it
+    "patch_embed.proj.weight",  # timm and the research code derived from it
     "patch_embed.projection.weight",  # mmpretrain, mmsegmentation, transformers' SAM
     "embeddings.patch_embeddings.projection.weight",  # transformers' ViT, ViTMAE, BEiT, DINOv2, I-JEPA
     "embeddings.patch_embeddings.weight",  # transformers' DINOv3
     "embeddings.patch_embedding.weight",  # transformers' CLIP
-    "conv1.weight",  # OpenAI's CLIP and OpenCLIP, beside a class embedding
+    "conv1.weight",  # OpenAI's CLIP and OpenCLIP, if there is a class embedding
 )
 CLIP_MARK = "class_embedding"
-INFIXES = re.compile(
-    r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)  # torch.compile, FSDP, checkpointing
-MAX_DEPTH = 3  # of dictionaries in a file
+# Added to names by torch.compile, FSDP and activation checkpointing.
+INFIXES = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+MAX_DEPTH = 3  # of nested dictionaries in a file
 MAX_SETS = 32  # of ViT weights in a dictionary
-MIXED = "to evaluate files that differ in it, a YAML list has `weights:` for each"
-SHOWN = 80  # characters of a name that a file brings
+MAX_NAME = 80  # characters of a name from a file that are shown
+MIXED = "for files that differ in it, give `weights:` for each in a YAML list"
 
 
 class SeveralSets(UserError):
-    """A file holds several sets of ViT weights and nothing says which; `labels` are what `weights` may be."""
+    """A file holds several sets of ViT weights and none is selected; `labels` lists what `weights` takes."""
 
     def __init__(self, given: str, labels: list[str], *, expected: str, fix: str):
         super().__init__(given, expected=expected, fix=fix)
         self.labels = labels
 
 
+def join_label(wrapper: str, prefix: str) -> str:
+    """Return wrapper and prefix as one dotted name, "" if both are empty."""
+    return ".".join(part.strip(".") for part in (wrapper, prefix) if part.strip("."))
+
+
 @dataclass(frozen=True)
 class Part:
-    """One set of ViT weights. wrapper: the keys down to its dictionary, joined by dots. prefix: of its names there."""
+    """One set of ViT weights.
+
+    wrapper: the keys that lead to its dictionary, joined by dots. prefix: of its names in that dictionary.
+    tensors: the ViT's, without the prefix. outside: the dictionary's other tensors, by their full names.
+    extras: everything else in the dictionary and at the file's top level.
+    """
 
     wrapper: str
     prefix: str
-    tensors: dict[str, torch.Tensor]  # without prefix
-    outside: dict[str, torch.Tensor]  # the same dictionary's other tensors, whole names
-    extras: dict[str, Any]  # what else stands in the file's top level or in the dictionary
+    tensors: dict[str, torch.Tensor]
+    outside: dict[str, torch.Tensor]
+    extras: dict[str, Any]
 
     @property
     def label(self) -> str:
-        """Wrapper and prefix as one dotted name; "" where both are empty."""
-        return ".".join(part.strip(".") for part in (self.wrapper, self.prefix) if part.strip("."))
+        """What `--weights` takes: wrapper and prefix as one dotted name."""
+        return join_label(self.wrapper, self.prefix)
 
 
 def unwrap(content: Any, source: str, weights: str | None = None) -> Part:
-    """The one set of ViT weights in `content`, or that of which `weights` names a component of the label (teacher, model_ema).
+    """Return the only set of ViT weights in `content`, or the one that `weights` selects by its label.
 
-    A file without any gives its largest dictionary of tensors, for whoever tells what is wrong with it. UserError where several
-    sets are in the file and `weights` does not decide, and where there are no named tensors at all.
+    Without any ViT, return the largest dictionary of tensors, so that later checks can say what it is. Raises
+    SeveralSets if there are several and `weights` does not select one, UserError if there are no named
+    tensors.
     """
-    found = list(_parts(content, source))
-    if not found:
-        return _fallback(content, source)
-    fitting = [part for part in found if weights is None or _names(part, weights)]
-    exact = [part for part in found if part.label == weights]
-    if len(fitting) == 1 or len(exact) == 1:
-        return (exact or fitting)[0]
-    if len(found) == 1:
+    parts = list(_find_parts(content, source))
+    if not parts:
+        return _find_largest(content, source)
+    selected = [part for part in parts if weights is None or _is_named(part, weights)]
+    exact = [part for part in parts if part.label == weights]
+    if len(selected) == 1 or len(exact) == 1:
+        return (exact or selected)[0]
+    if len(parts) == 1:
         raise UserError(
-            f"{source} holds one set of ViT weights, called {_shown(found[0].label)}, which {weights!r} does not name",
+            f"{source} holds one set of ViT weights, named {_show(parts[0].label)}, not {weights!r}",
             fix=f"leave out --weights: it is not needed here; {MIXED}",
         )
-    listed = ", ".join(_shown(part.label) for part in found)
-    named = f"; {weights!r} names {len(fitting) or 'none'} of them" if weights is not None else ""
-    raise SeveralSets(
-        f"{source} holds {len(found)} sets of ViT weights: {listed}{named}",
-        [part.label for part in found],
-        expected="one of them",
-        fix=_advice(found) + (f"; {MIXED}" if named else ""),
-    )
+    listed = ", ".join(_show(part.label) for part in parts)
+    given = f"{source} holds {len(parts)} sets of ViT weights: {listed}"
+    fix = _advise(parts)
+    if weights is not None:
+        given += f"; {weights!r} selects {len(selected) or 'none'} of them"
+        fix += f"; {MIXED}"
+    raise SeveralSets(given, [part.label for part in parts], expected="one of them", fix=fix)
 
 
-def _shown(label: str) -> str:
-    return label[:SHOWN] or '"" (the top level)'
+def _show(label: str) -> str:
+    return label[:MAX_NAME] or '"" (the top level)'
 
 
-def _advice(found: list[Part]) -> str:
-    """What to say, and which of these sets the authors of a family evaluate."""
+def _advise(parts: list[Part]) -> str:
+    """Return how to select a set, and which of these sets the authors of a family evaluate."""
     authors: dict[str, list[str]] = {}
     for family in families():
-        if (name := evaluates(family)) and sum(_names(part, name) for part in found) == 1:
+        name = evaluates(family)
+        if name and sum(_is_named(part, name) for part in parts) == 1:
             authors.setdefault(name, []).append(family)
-    example = next(iter(authors), "") or _shown((found[-1].label or found[0].label).split(".")[0])
-    told = [f"{name} is what the authors of {', '.join(who)} evaluate" for name, who in authors.items()]
-    return "; ".join([f"say which with --weights NAME, for example --weights {example}", *told])
+    example = next(iter(authors), "") or _show((parts[-1].label or parts[0].label).split(".")[0])
+    notes = [f"{name} is what the authors of {', '.join(who)} evaluate" for name, who in authors.items()]
+    return "; ".join([f"select one with --weights NAME, for example --weights {example}", *notes])
 
 
-def _names(part: Part, weights: str) -> bool:
+def _is_named(part: Part, weights: str) -> bool:
     return weights == part.label or weights in part.label.split(".")
 
 
-def _parts(content: Any, source: str) -> Iterator[Part]:
-    for wrapper, named in _dictionaries(content):
-        tensors = _tensors(named, source)
-        prefixes = sorted(set(_prefixes(tensors)))
+def _find_parts(content: Any, source: str) -> Iterator[Part]:
+    for wrapper, named in _find_dictionaries(content):
+        tensors = _select_tensors(named, source)
+        prefixes = sorted(set(_find_prefixes(tensors)))
         if len(prefixes) > MAX_SETS:
             raise UserError(
                 f"{source} holds {len(prefixes)} sets of ViT weights", expected=f"at most {MAX_SETS}"
             )
+        extras = {str(key): value for key, value in named.items() if not isinstance(value, torch.Tensor)}
+        if wrapper and isinstance(content, dict):
+            top = wrapper.split(".")[0]
+            extras |= {str(key): value for key, value in content.items() if key != top}
         for prefix in prefixes:
+            # A ViT under a longer prefix is another set, also if it lies inside this one.
             others = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
             inside = {name for name in tensors if name.startswith(prefix) and not name.startswith(others)}
-            extras = {str(key): value for key, value in named.items() if not isinstance(value, torch.Tensor)}
-            if wrapper and isinstance(content, dict):
-                top = wrapper.split(".")[0]
-                extras |= {str(key): value for key, value in content.items() if key != top}
             yield Part(
                 wrapper,
                 prefix,
                 {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name in inside},
                 {name: tensor for name, tensor in tensors.items() if name not in inside},
-                extras,
+                dict(extras),
             )
 
 
-def _tensors(named: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:
-    """The tensors of a dictionary without the infixes of wrapped modules."""
+def _select_tensors(named: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a dictionary, without the infixes of wrapped modules in their names."""
     result: dict[str, torch.Tensor] = {}
     for name, value in named.items():
-        if isinstance(value, torch.Tensor):
-            plain = INFIXES.sub("", name)
-            if plain in result:
-                raise UserError(
-                    f"{source} holds {plain[:SHOWN]} twice, wrapped and unwrapped",
-                    expected="each tensor once",
-                )
-            result[plain] = value
+        if not isinstance(value, torch.Tensor):
+            continue
+        plain = INFIXES.sub("", name)
+        if plain in result:
+            raise UserError(
+                f"{source} holds {plain[:MAX_NAME]} twice, wrapped and unwrapped",
+                expected="each tensor once",
+            )
+        result[plain] = value
     return result
 
 
-def _prefixes(tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+def _find_prefixes(tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
     for name in tensors:
         for anchor in ANCHORS:
-            before = name.removesuffix(anchor)
-            if before == name or (before and not before.endswith(".")):
+            prefix = name.removesuffix(anchor)
+            if prefix == name or (prefix and not prefix.endswith(".")):
                 continue
-            if anchor != "conv1.weight" or before + CLIP_MARK in tensors:
-                yield before
+            if anchor != "conv1.weight" or prefix + CLIP_MARK in tensors:
+                yield prefix
 
 
-def _dictionaries(content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every dictionary with string keys and tensors in it, with the keys that lead to it; once, by however many ways."""
+def _find_dictionaries(content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every dictionary with string keys and tensors once, with the keys that lead to it."""
     seen: set[int] = set()
     waiting = [("", content, 0)]
     while waiting:
@@ -161,23 +173,20 @@ def _dictionaries(content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         named = {key: item for key, item in value.items() if isinstance(key, str)}
         if any(isinstance(item, torch.Tensor) for item in named.values()):
             yield wrapper, named
-        waiting += [
-            (f"{wrapper}.{key}" if wrapper else key, item, depth + 1) for key, item in reversed(named.items())
-        ]
+        for key, item in reversed(named.items()):
+            waiting.append((f"{wrapper}.{key}" if wrapper else key, item, depth + 1))
 
 
-def _fallback(content: Any, source: str) -> Part:
-    candidates = sorted(_dictionaries(content), key=lambda item: -len(item[1]))
-    if not candidates:
-        names = (
-            sorted(str(key)[:SHOWN] for key in content)[:10]
-            if isinstance(content, dict)
-            else type(content).__name__
-        )
-        raise UserError(
-            f"{source} holds {names or 'nothing'}",
-            expected="named tensors",
-            fix="save the model's state_dict",
-        )
-    wrapper, named = candidates[0]
-    return Part(wrapper, "", _tensors(named, source), {}, {})
+def _find_largest(content: Any, source: str) -> Part:
+    candidates = sorted(_find_dictionaries(content), key=lambda item: -len(item[1]))
+    if candidates:
+        wrapper, named = candidates[0]
+        return Part(wrapper, "", _select_tensors(named, source), {}, {})
+    held: Any = type(content).__name__
+    if isinstance(content, dict):
+        held = sorted(str(key)[:MAX_NAME] for key in content)[:10]
+    raise UserError(
+        f"{source} holds {held or 'nothing'}",
+        expected="named tensors",
+        fix="save the model's state_dict",
+    )

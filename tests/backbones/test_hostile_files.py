@@ -37,13 +37,13 @@ REASONS = {
     "an offset": "over 16 stored bytes",
     "a far stride": "over 16 stored bytes",
     "a large storage": "claims 4398046511104 bytes",
-    "a storage without values": "lie nowhere",
+    "a storage without values": "has no values",
     "compressed": "compressed",
     "overlapping entries": "overlapping",
-    "two of one name": "two entries of one name",
+    "two of one name": "two entries with the same name",
     "many entries": "more than 20000 entries",
     "huge": "more than 2097152",
-    "a name twice": "two entries of one name",
+    "a name twice": "two entries with the same name",
 }
 
 

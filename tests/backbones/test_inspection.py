@@ -161,7 +161,7 @@ def test_several_sets_are_listed_with_what_reads_each(tmp_path, encoder):
     assert "--weights model_ema" in text
     for row in (first, second):
         assert inspect_checkpoint(tmp_path / "x.pth", weights=row["weights"])["weights"] == row["weights"]
-    with pytest.raises(UserError, match="'teacher' names none"):
+    with pytest.raises(UserError, match="'teacher' selects none"):
         inspect_checkpoint(tmp_path / "x.pth", weights="teacher")
 
 

@@ -224,9 +224,7 @@ def test_a_description_that_lies_beside_a_file_by_chance_is_told(tmp_path, encod
         save_file(encoder, tmp_path / name)
         _, spec, report = load_backbone(tmp_path / name)
         assert spec.mean == (0.5, 0.5, 0.5)
-        assert ("config.json lies beside the file and is followed" in report.notes) == (
-            name == "another.safetensors"
-        )
+        assert ("config.json in the same folder was used" in report.notes) == (name == "another.safetensors")
 
 
 def test_an_ambiguous_file_asks_for_its_format(tmp_path, encoder):

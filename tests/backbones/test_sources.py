@@ -152,7 +152,7 @@ class TestOfficial:
             with pytest.raises(UserError, match=f"give official:{name}$"):
                 open_source(entry.url)
         with pytest.raises(
-            UserError, match=r"https://example.org/x.pth is an address(?s:.*)download it and give its path"
+            UserError, match=r"https://example.org/x.pth is a URL(?s:.*)download it and give its path"
         ):
             open_source("https://example.org/x.pth")
 
@@ -280,7 +280,7 @@ class TestShards:
         folder = write_shards(tmp_path / "vit", toys["encoder"])
         save_file(toys["encoder"], tmp_path / "secret.safetensors")
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"cls_token": name}}))
-        with pytest.raises(UserError, match="files beside the index"):
+        with pytest.raises(UserError, match="files in the folder of the index"):
             open_source(folder)
 
     @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def zipped(*names: str) -> bytes:
 @pytest.mark.parametrize(
     ("data", "told", "fix"),
     [
-        (b"", "empty", "fetch"),
+        (b"", "empty", "download"),
         (b"import torch\n" * 99, "text or code", "the file with the weights"),
         (
             b"int f() {\n return 1; }",
@@ -198,10 +198,10 @@ def zipped(*names: str) -> bytes:
         (
             zipped("archive/data.pkl"),
             r"damaged checkpoint: RuntimeError: Expected hasRecord\(\"version\"\)[^(]*$",
-            "fetch",
+            "download",
         ),
-        (b"\x89PNG\r\n\x1a\n" + bytes(64), "neither safetensors", "fetch"),
-        (struct.pack("<Q", 1 << 60) + b"{" + bytes(64), "damaged safetensors", "fetch"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(64), "neither safetensors", "download"),
+        (struct.pack("<Q", 1 << 60) + b"{" + bytes(64), "damaged safetensors", "download"),
         (pickle.dumps([1, 2, 3], protocol=2), "holds list", "state_dict"),
     ],
 )

@@ -146,7 +146,7 @@ def test_several_sets_are_asked_for(name):
         assert f"{part.wrapper}|{part.prefix}" == place
         assert part.tensors == VIT
     with pytest.raises(
-        SeveralSets, match="'teecher' names none of them(?s:.*)a YAML list has `weights:` for each"
+        SeveralSets, match="'teecher' selects none of them(?s:.*)give `weights:` for each in a YAML list"
     ):
         unwrap(content, "x.pth", "teecher")
 
@@ -163,11 +163,11 @@ def test_the_set_that_the_authors_evaluate_is_named():
 
 def test_one_set_that_is_not_the_one_asked_for():
     with pytest.raises(
-        UserError, match="x.pth holds one set of ViT weights, called teacher, which 'student' does not"
+        UserError, match="x.pth holds one set of ViT weights, named teacher, not 'student'"
     ) as error:
         unwrap({"teacher": VIT}, "x.pth", "student")
     assert "leave out --weights" in error.value.fix
-    with pytest.raises(UserError, match=r'called "" \(the top level\), which'):
+    with pytest.raises(UserError, match=r'named "" \(the top level\), not'):
         unwrap(VIT, "x.pth", "student")
 
 
