@@ -105,8 +105,7 @@ def load_backbone(
         model = build_vit(spec, global_pool=layout, **options)
     check_fit(model, translation.weights, checkpoint.source, name)
 
-    # 6. Copy the weights: the file's tensors may be memory-mapped, and must not have changed since their
-    # digest was taken.
+    # 6. Copy the weights: mapped files must not have changed since their digest was taken.
     model.load_state_dict({key: tensor.clone() for key, tensor in translation.weights.items()}, assign=True)
     checkpoint.check_unchanged()
     _fill_buffers(model)
