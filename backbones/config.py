@@ -8,7 +8,7 @@ from mae_bench.config import Config
 
 
 class CheckpointConfig(Config):
-    """A checkpoint as a row of the comparison: read, verified, exported."""
+    """A checkpoint as a row of the comparison: read, verified and exported."""
 
     kind: Literal["checkpoint"]
     protocol: str = "checkpoint"
@@ -16,17 +16,17 @@ class CheckpointConfig(Config):
         description="a path, file:PATH, run:DIR, timm:NAME, official:NAME or hf:REPO@REVISION"
     )
     format: str | None = Field(
-        None, description="a name of backbones.translating.detect.FORMATS, where the file alone cannot decide"
+        None, description="a format in backbones.translating.detect.FORMATS; by default it is detected"
     )
     weights: str | None = Field(
-        None, description="which set of weights, where a file holds several: teacher, model_ema ..."
+        None, description="which set of weights to read from a file with several: teacher, model_ema, ..."
     )
     sha256: str | None = Field(
-        None, pattern="^[0-9a-fA-F]{64}$", description="digest of the weight file, which must match"
+        None, pattern="^[0-9a-fA-F]{64}$", description="expected digest of the weight file"
     )
     trust: bool = Field(
         False, description="unpickle what cannot be read as data, in a subprocess without network"
     )
     spec: dict[str, Any] = Field(
-        {}, description="fields of the BackboneSpec that the file does not tell, e.g. num_heads"
+        {}, description="BackboneSpec fields that cannot be inferred from the file, e.g. num_heads"
     )

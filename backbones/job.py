@@ -1,4 +1,4 @@
-"""The job that brings a foreign checkpoint into a suite: verified, translated and exported like one of ours."""
+"""Bring a foreign checkpoint into a suite: verify, translate and export it like a pretrained backbone."""
 
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from mae_bench.spec import BackboneSpec
 
 
 def run(config: CheckpointConfig, job: Job, progress: Progress) -> Outcome:
-    """Exports the backbone of `config.source`. Nothing is trained or scored here: the record's only metric is its size.
+    """Export the backbone of `config.source`; the only metric is its size.
 
-    The record keeps the digest of the export (which the transfers' records bear) and, in the report, that of the source.
+    The outcome holds the digest of the export, which the transfer records refer to, and in the report that of
+    the source.
     """
     progress.stage("load")
     checkpoint = open_source(config.source, config.sha256, config.weights, trust=config.trust)
@@ -44,16 +45,17 @@ def run(config: CheckpointConfig, job: Job, progress: Progress) -> Outcome:
 
 
 def export_head(checkpoint: Checkpoint, folder: Path, spec: BackboneSpec) -> list[str]:
-    """Keeps the classifier that came with the backbone, if one did, for the protocols that train none.
+    """Write the backbone's classifier, if it has one, for the protocols that do not train a head.
 
-    One that cannot be kept is no fault of the backbone: a note says why it was left behind."""
+    Returns a note if the classifier cannot be written; the backbone is valid without it.
+    """
     if has_head(checkpoint.source):
         write_head(folder, *load_head(checkpoint.source), spec)
         return []
     try:
         head = extract_head(checkpoint)
     except UserError as error:
-        return [f"its classifier is left behind: {error.given}"]
+        return [f"the classifier was not exported: {error.given}"]
     if head:
         checkpoint.check_unchanged()
         write_head(folder, head, [], spec)

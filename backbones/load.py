@@ -65,13 +65,11 @@ def load_backbone(
 ) -> tuple[ViT, BackboneSpec, ConversionReport]:
     """Load a checkpoint into a timm ViT without a head, in float32 and in eval mode.
 
-    `forward_features` maps images (N, C, H, W) to prefix and patch tokens (N, prefix + L, D) after the final
-    norm. Weights whose norm was trained after average pooling (`fc_norm`) keep it in `forward_head(...,
-    pre_logits=True)`.
+    `forward_features` maps images (N, C, H, W) to tokens (N, prefix + L, D) after the final norm. A norm
+    trained after average pooling (`fc_norm`) is applied by `forward_head(..., pre_logits=True)`.
 
     Args:
-        source: a path, file:PATH, run:DIR, timm:NAME, official:NAME, hf:REPO@REVISION, or what `open_source`
-        returned.
+        source: a path, file:PATH, run:DIR, timm:NAME, official:NAME, hf:REPO@REVISION, or a `Checkpoint`.
         global_pool: "token" or "avg"; by default that of the weights. "avg" replaces a final norm by a new
             one after the pooling, as MAE does for fine-tuning.
         drop_path_rate: stochastic depth rate of the last block; the rate grows linearly with depth.

@@ -1,4 +1,4 @@
-"""One door for whole autoencoders: `load_mae(PATH)` gives an MAE with its decoder, from our file or anyone's."""
+"""Load whole autoencoders: `load_mae(PATH)` returns an MAE with its decoder from any known file."""
 
 import json
 import re
@@ -23,10 +23,9 @@ from mae_bench.pretrain.reconstruct import MAE_FILE
 from mae_bench.spec import BackboneSpec
 
 DECODER = re.compile(r"decoder_|mask_token$|target\.")
-REFERENCE_HEADS = 16  # of the decoder of every size in facebookresearch/mae; its files do not say
-HF_LAYER = re.compile(
-    r"decoder\.(?:decoder_layers|decoder_encoder\.layer)\."
-)  # transformers before 5, and as 5 writes it
+REFERENCE_HEADS = 16  # decoder heads of every size in facebookresearch/mae; its files do not state them
+# Names of the decoder's layers in transformers before version 5, and as version 5 writes them.
+HF_LAYER = re.compile(r"decoder\.(?:decoder_layers|decoder_encoder\.layer)\.")
 Weights = dict[str, torch.Tensor]
 
 
@@ -39,34 +38,46 @@ def load_mae(
     weights: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> MAE:
-    """The whole autoencoder, in eval mode and float32, of a file or folder: ours, facebookresearch/mae's, transformers'.
+    """Load a masked autoencoder with its decoder, in float32 and in eval mode.
 
-    path: `mae.safetensors`, the folder of the pretraining that wrote it (also as run:DIR), a .pth, a Hugging Face folder.
-    norm_pix_loss: by default what the file says (our metadata, the reference's saved arguments, transformers' config); where
-    it is silent False, the reference constructor's own default: its released *_full.pth were trained with True.
-    decoder_num_heads: by default what the file says, else the reference's 16. weights: which set of weights, where the file
-    holds several (model_ema ...). overrides: fields of the BackboneSpec.
-    img_size: another one than the file's resamples both position tables (bicubic), as MAE is taken to 448 pixels.
-    Raises UserError for a file without a decoder and for whatever does not fit: nothing is loaded in part.
+    Args:
+        path: `mae.safetensors` or the folder of the pretraining that wrote it (also as run:DIR), a .pth file
+            of facebookresearch/mae, or a folder of transformers' ViTMAEForPreTraining.
+        norm_pix_loss: by default what the file states (our metadata, the reference's saved arguments,
+            transformers' config), else False as in the reference's constructor; its *_full.pth files were
+            trained with True.
+        img_size: another size than the file's, in pixels. Both position tables are resampled (bicubic).
+        decoder_num_heads: by default what the file states, else the reference's 16.
+        weights: which set of weights to read from a file with several (model_ema, ...).
+        overrides: BackboneSpec fields that cannot be inferred from the file.
+
+    Raises UserError for a file without a decoder and for anything that does not fit; nothing is loaded in
+    part.
     """
-    spec, options, tensors = _read(_file(path), weights, overrides or {})
-    told = {"norm_pix_loss": norm_pix_loss, "decoder_num_heads": decoder_num_heads}
-    options |= {key: value for key, value in told.items() if value is not None}
+    # 1. Read the encoder's spec, the decoder's options and all weights.
+    spec, options, tensors = _read(_find_file(path), weights, overrides or {})
+    if norm_pix_loss is not None:
+        options["norm_pix_loss"] = norm_pix_loss
+    if decoder_num_heads is not None:
+        options["decoder_num_heads"] = decoder_num_heads
+
+    # 2. Resample the position tables to another image size.
     if img_size is not None:
-        spec, tensors = _resize(
-            spec, tensors, (img_size, img_size) if isinstance(img_size, int) else img_size
-        )
-    model = _hollow(spec, options, path)
-    ours = {
-        name if DECODER.match(name) else f"encoder.{name}": tensor.float() for name, tensor in tensors.items()
-    }
-    check_fit(model, ours, str(path), "a masked autoencoder")
-    model.load_state_dict({name: tensor.clone() for name, tensor in ours.items()}, assign=True)
+        size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        spec, tensors = _resize(spec, tensors, size)
+
+    # 3. Build the model without allocating weights, and copy the file's into it.
+    model = _build_empty(spec, options, path)
+    named = {}
+    for name, tensor in tensors.items():
+        named[name if DECODER.match(name) else f"encoder.{name}"] = tensor.float()
+    check_fit(model, named, str(path), "a masked autoencoder")
+    model.load_state_dict({name: tensor.clone() for name, tensor in named.items()}, assign=True)
     return model.eval()
 
 
-def _hollow(spec: BackboneSpec, options: Mapping[str, Any], path: str | Path) -> MAE:
-    """The model without memory for its weights: those of the file take their place."""
+def _build_empty(spec: BackboneSpec, options: Mapping[str, Any], path: str | Path) -> MAE:
+    """Build the model on the meta device: its weights come from the file."""
     try:
         with torch.device("meta"):
             return MAE(spec, MAEOptions(**options))
@@ -76,12 +87,11 @@ def _hollow(spec: BackboneSpec, options: Mapping[str, Any], path: str | Path) ->
         ) from error
 
 
-def _file(path: str | Path) -> Path:
+def _find_file(path: str | Path) -> Path:
     found = Path(str(path).removeprefix("run:"))
     if not found.exists():
         raise UserError(
-            f"{found} holds no masked autoencoder: there is no such file",
-            expected="a checkpoint with its decoder",
+            f"{found} holds no masked autoencoder: no such file", expected="a checkpoint with its decoder"
         )
     return found / MAE_FILE if (found / MAE_FILE).is_file() else found
 
@@ -89,30 +99,33 @@ def _file(path: str | Path) -> Path:
 def _read(
     path: Path, weights: str | None, overrides: Mapping[str, Any]
 ) -> tuple[BackboneSpec, dict[str, Any], Weights]:
-    """Spec, keywords of MAE and weights, the encoder's without prefix."""
+    """Return spec, fields of MAEOptions and weights; the encoder's have no prefix."""
     if _is_ours(path):
         return _read_ours(path)
+
+    # 1. Find the decoder: in transformers' files it is next to the encoder, whose prefix is "vit.".
     checkpoint = open_source(path, weights=weights)
-    root = checkpoint.prefix.removesuffix(
-        "vit."
-    )  # transformers' decoder stands beside the encoder, not inside
-    named = checkpoint.tensors | {
-        name.removeprefix(root): tensor for name, tensor in checkpoint.outside.items()
+    root = checkpoint.prefix.removesuffix("vit.")
+    outside = {name.removeprefix(root): tensor for name, tensor in checkpoint.outside.items()}
+    tensors = checkpoint.tensors | outside
+    decoder = {
+        name: tensor for name, tensor in tensors.items() if DECODER.match(name) or name.startswith("decoder.")
     }
-    decoder = {name: t for name, t in named.items() if DECODER.match(name) or name.startswith("decoder.")}
     if not any(name.endswith("mask_token") for name in decoder):
         raise _no_decoder(path)
     check_values(decoder, checkpoint.source)
+
+    # 2. Translate the encoder, and the decoder with its format.
     format, translation, spec = translate(checkpoint, overrides=overrides)
     if format == "hf_vitmae":
-        options, decoder = _hf_options(checkpoint), _hf_decoder(checkpoint, decoder)
+        options, decoder = _read_hf_options(checkpoint), _translate_hf_decoder(checkpoint, decoder)
     else:
-        options = _reference_options(checkpoint)
-    return spec, options | _shapes(decoder, path), translation.weights | decoder
+        options = _read_reference_options(checkpoint)
+    return spec, options | _infer_sizes(decoder, path), translation.weights | decoder
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether the file's metadata describe a decoder; a file that cannot be read is told apart by who reads it next."""
+    """Return whether the file's metadata describe a decoder; an unreadable file is reported by its reader."""
     try:
         with safe_open(path, framework="pt") as file:
             return "decoder" in (file.metadata() or {})
@@ -126,26 +139,24 @@ def _read_ours(path: Path) -> tuple[BackboneSpec, dict[str, Any], Weights]:
     check_tensors(weights, path, read.size)
     check_values(weights, str(path))
     try:
-        return (
-            BackboneSpec.from_dict(json.loads(metadata["spec"])),
-            dict(json.loads(metadata["decoder"])),
-            weights,
-        )
+        spec = BackboneSpec.from_dict(json.loads(metadata["spec"]))
+        return spec, dict(json.loads(metadata["decoder"])), weights
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(
-            f"{path}: its description cannot be read: {error}", expected="a file that a pretraining wrote"
+            f"{path}: its description cannot be read: {error}", expected="a file written by a pretraining"
         ) from error
 
 
 def _no_decoder(path: Path) -> UserError:
     return UserError(
         f"{path} holds no masked autoencoder: it has no decoder",
-        expected=f"encoder and decoder: {MAE_FILE} of a pretraining, a *_full.pth, or a ViTMAEForPreTraining folder",
-        fix="a backbone alone cannot reconstruct; backbones.load.load_backbone loads it",
+        expected=f"encoder and decoder: {MAE_FILE} of a pretraining, a *_full.pth file, "
+        "or a ViTMAEForPreTraining folder",
+        fix="a backbone without a decoder cannot reconstruct; load it with backbones.load.load_backbone",
     )
 
 
-def _shapes(decoder: Weights, path: Path) -> dict[str, Any]:
+def _infer_sizes(decoder: Weights, path: Path) -> dict[str, Any]:
     try:
         width = decoder["decoder_embed.weight"].shape[0]
     except (KeyError, IndexError) as error:
@@ -154,13 +165,13 @@ def _shapes(decoder: Weights, path: Path) -> dict[str, Any]:
     return {"decoder_embed_dim": width, "decoder_depth": depth}
 
 
-def _reference_options(checkpoint: Checkpoint) -> dict[str, Any]:
+def _read_reference_options(checkpoint: Checkpoint) -> dict[str, Any]:
     args = checkpoint.extras.get("args")
-    said = vars(args).get("norm_pix_loss", False) if isinstance(args, Namespace) else False
-    return {"norm_pix_loss": bool(said), "decoder_num_heads": REFERENCE_HEADS}
+    stated = vars(args).get("norm_pix_loss", False) if isinstance(args, Namespace) else False
+    return {"norm_pix_loss": bool(stated), "decoder_num_heads": REFERENCE_HEADS}
 
 
-def _hf_options(checkpoint: Checkpoint) -> dict[str, Any]:
+def _read_hf_options(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.beside.get(CONFIG_FILE, {})
     return {
         "norm_pix_loss": bool(config.get("norm_pix_loss", False)),
@@ -168,22 +179,20 @@ def _hf_options(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _hf_decoder(checkpoint: Checkpoint, decoder: Weights) -> Weights:
-    """The decoder's layers have the encoder's names, so its translator reads them."""
-    layers = {
-        HF_LAYER.sub("encoder.layer.", name): tensor
-        for name, tensor in decoder.items()
-        if HF_LAYER.match(name)
-    }
+def _translate_hf_decoder(checkpoint: Checkpoint, decoder: Weights) -> Weights:
+    """Translate the decoder's layers with the encoder's format: their names are the same."""
+    layers, rest = {}, {}
+    for name, tensor in decoder.items():
+        if HF_LAYER.match(name):
+            layers[HF_LAYER.sub("encoder.layer.", name)] = tensor
+        else:
+            rest[name.removeprefix("decoder.")] = tensor
     blocks = hf_vitmae.read(replace(checkpoint, tensors=layers)).weights
-    rest = {
-        name.removeprefix("decoder."): tensor for name, tensor in decoder.items() if not HF_LAYER.match(name)
-    }
     return {f"decoder_{name}": tensor for name, tensor in blocks.items()} | rest
 
 
 def _resize(spec: BackboneSpec, weights: Weights, img_size: tuple[int, int]) -> tuple[BackboneSpec, Weights]:
-    """Spec and weights for images of another size; a resampled table is no sine-cosine table of its new grid."""
+    """Resample both position tables; resampled sine-cosine tables count as learned."""
     if tuple(img_size) == spec.img_size:
         return spec, weights
     new = replace(spec, img_size=(img_size[0], img_size[1]), pos_embed="learned")

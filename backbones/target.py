@@ -1,4 +1,4 @@
-"""Whether a format is written, and may be written to a place: asked before torch is imported and anything is read."""
+"""Check the target of a conversion before torch is imported and any file is read."""
 
 from pathlib import Path
 
@@ -7,16 +7,20 @@ from mae_bench.errors import UserError, did_you_mean
 
 
 def check_target(out: Path, to: str) -> None:
-    """UserError for a format that is not written, for an `out` that exists, and for a file of another suffix."""
+    """Raise UserError if the format cannot be written, or `out` exists or has another suffix."""
     if to not in WRITABLE:
-        known = f"the format {to!r} is only read" if to in FORMATS else f"unknown format {to!r}"
+        given = f"the format {to!r} can only be read" if to in FORMATS else f"unknown format {to!r}"
         raise UserError(
-            known, expected=f"one that is written: {', '.join(WRITABLE)}", fix=did_you_mean(to, WRITABLE)
+            given,
+            expected=f"a format that can be written: {', '.join(WRITABLE)}",
+            fix=did_you_mean(to, WRITABLE),
         )
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists already", fix="remove it or name another")
-    if (suffixes := WRITABLE[to]) and out.suffix not in suffixes:
+    is_empty_folder = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not is_empty_folder:
+        raise UserError(f"{out} already exists", fix="remove it or choose another name")
+    suffixes = WRITABLE[to]
+    if suffixes and out.suffix not in suffixes:
         raise UserError(
-            f"the format {to} is one file, and {out} has not its suffix",
+            f"{out} does not have the suffix of the format {to}, which is one file",
             expected=f"a name that ends in {' or '.join(suffixes)}",
         )

@@ -1,4 +1,4 @@
-"""Safetensors files that carry a BackboneSpec and where it came from; the same content is the same bytes."""
+"""Write safetensors files that carry a BackboneSpec and their provenance; equal content gives equal bytes."""
 
 import json
 import struct
@@ -13,17 +13,16 @@ from backbones.reading.source import SPEC_KEY
 from mae_bench.files import write_atomic
 from mae_bench.spec import BackboneSpec
 
-ALIGNMENT = 8  # of the header's length, so that tensors lie where a mapped file can be read in place
+ALIGNMENT = 8  # bytes; the header is padded to it, so that the tensors of a mapped file can be read in place
 
 
 def write_safetensors(
     out: Path, weights: Mapping[str, torch.Tensor], spec: BackboneSpec, provenance: Mapping[str, Any]
 ) -> None:
-    """Writes the file atomically. The library orders metadata anew at every call; here the header is sorted."""
+    """Write the file atomically with a sorted header: the library's order of metadata varies."""
     metadata = {"format": "pt", SPEC_KEY: json.dumps(spec.to_dict()), "provenance": json.dumps(provenance)}
-    data = memoryview(
-        save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata=metadata)
-    )
+    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+    data = memoryview(save(contiguous, metadata=metadata))
     (length,) = struct.unpack("<Q", data[:8])
     described = json.loads(bytes(data[8 : 8 + length]))
     header = json.dumps(described, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

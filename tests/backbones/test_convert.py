@@ -134,7 +134,7 @@ def test_wrong_targets_are_refused_before_anything_is_read(tmp_path, files):
     (tmp_path / "there.pth").write_text("mine")
     wrong = [("there.pth", "official_mae", "exists"), ("x.bin", "timm", "safetensors"), ("x.pkl", "detectron2", r"\.pth"),
              ("x", "onnx", "unknown format"), ("x", "dectron2", "did you mean detectron2"),
-             ("x.pth", "mmpretrain", "'mmpretrain' is only read")]  # fmt: skip
+             ("x.pth", "mmpretrain", "'mmpretrain' can only be read")]  # fmt: skip
     for out, to, told in wrong:
         with pytest.raises(UserError, match=told):
             convert(files["full"][0], tmp_path / out, to)
@@ -148,7 +148,7 @@ def test_the_formats_that_are_written_are_listed(tmp_path):
     for to in (*only_read, "onnx"):
         with pytest.raises(UserError) as refused:
             convert(tmp_path / "nothing", tmp_path / "x", to)
-        assert refused.value.expected == f"one that is written: {', '.join(WRITABLE)}"
+        assert refused.value.expected == f"a format that can be written: {', '.join(WRITABLE)}"
 
 
 @pytest.mark.parametrize("to", ["timm", "hf_vit"])

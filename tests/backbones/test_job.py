@@ -65,7 +65,7 @@ def test_a_head_that_cannot_be_kept_does_not_cost_the_backbone(tmp_path):
     outcome = run(config, job, Progress())
     assert load_backbone(f"run:{job.dir}")[1].num_prefix_tokens == 2
     assert not has_head(job.dir)
-    assert any("classifier is left behind" in note and "two heads" in note for note in outcome.notes)
+    assert any("classifier was not exported" in note and "two heads" in note for note in outcome.notes)
 
 
 def test_a_wrong_digest_leaves_no_export(tmp_path, files):

@@ -208,7 +208,7 @@ def test_a_plan_with_cells_that_would_fail_is_1(fake_kinds: Path, toy: Path, tmp
     [
         (["convert", "x.pth", "out", "--to", "mea_bench"], "did you mean mae_bench?"),
         (["convert", "x.pth", "out.bin", "--to", "timm"], "a name that ends in .safetensors"),
-        (["convert", "x.pth", "there", "--to", "mae_bench"], "there exists already"),
+        (["convert", "x.pth", "there", "--to", "mae_bench"], "there already exists"),
         (["inspect", "x.pth", "--format", "dinov4"], "did you mean dinov3"),
         (["verify", "x.pth", "--against", "no_module:build"], "no_module.py in this folder"),
     ],
