@@ -1,4 +1,4 @@
-"""A cache of the test's own, and small images."""
+"""Fixtures: a cache per test, and small images."""
 
 import io
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from mae_bench.data.sets import index
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the test's cache lies: nothing is read from or left in the user's."""
+    """Return the cache folder of the test; the user's cache is neither read nor written."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("MAE_BENCH_CACHE", str(folder))
     return folder
@@ -21,7 +21,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def keeps(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that keeps the index of the smallest and of the latest set."""
+    """Return a cache that also keeps indexes of small and recently changed sets."""
     monkeypatch.setattr(index, "MIN_CACHED", 1)
     monkeypatch.setattr(index, "SETTLED_SECONDS", 0.0)
     return cache
@@ -29,7 +29,7 @@ def keeps(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def picture() -> Callable[..., bytes]:
-    """Encoded images that differ by their number."""
+    """Return a function that encodes images which differ by their number."""
 
     def encode(number: int, size: tuple[int, int] = (16, 12), form: str = "JPEG") -> bytes:
         pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)

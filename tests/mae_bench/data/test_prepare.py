@@ -1,4 +1,4 @@
-"""ImageNet's folders from toy archives in the exact nesting of ILSVRC2012."""
+"""ImageNet class folders are prepared from toy archives with the nesting of ILSVRC2012."""
 
 import hashlib
 import io
@@ -38,7 +38,7 @@ def tar(members: dict[str, bytes], mode: str = "w") -> bytes:
 
 
 def meta() -> bytes:
-    """synsets as the devkit's meta.mat has them: a struct array, the leaves first and an inner node behind."""
+    """Return synsets as in the devkit's meta.mat: a struct array, leaves first, then an inner node."""
     savemat = pytest.importorskip(
         "scipy.io", reason="scipy, for the devkit's meta.mat, is not installed"
     ).savemat
@@ -60,9 +60,7 @@ def archives(tmp_path: Path, picture: Picture) -> Path:
         for n, wnid in enumerate(WNIDS)
     }
     (folder / TRAIN).write_bytes(tar(classes))
-    names = [
-        f"ILSVRC2012_val_{i:08}.JPEG" for i in (2, 1, 4, 3)
-    ]  # the archive's order is not that of the names
+    names = [f"ILSVRC2012_val_{i:08}.JPEG" for i in (2, 1, 4, 3)]  # the archive is not sorted by name
     (folder / VAL).write_bytes(tar({name: picture(0) + name.encode() for name in names}))
     return folder
 

@@ -1,4 +1,4 @@
-"""Resampling against Pillow: one image, and whole batches of differing boxes; where boxes fall."""
+"""Resampling of single images and batches agrees with Pillow; positions of sampled crops."""
 
 import random
 
@@ -25,7 +25,7 @@ RIGHT = (0.2, 1.0)
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Noise of many scales, with clipped lights and shadows."""
+    """Return noise of many scales, with clipped highlights and shadows."""
     draw, total = np.random.default_rng(seed), np.zeros((height, width, 3), np.float32)
     for scale in (1, 2, 4, 8, 16, 32):
         small = (draw.normal(size=(3, height // scale + 2, width // scale + 2)) * scale**0.7).astype(
@@ -39,7 +39,7 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def boxes(height: int, width: int, img_size: tuple[int, int], count: int, seed: int = 0) -> list[Crop]:
-    """Boxes of all shapes and sizes, down to a few pixels, some as large as the output."""
+    """Return boxes of all shapes and sizes, from a few pixels to the size of the output."""
     draw, found = random.Random(seed), []
     for number in range(count):
         h, w = draw.randint(3, height), draw.randint(3, width)
@@ -56,7 +56,7 @@ def boxes(height: int, width: int, img_size: tuple[int, int], count: int, seed: 
 
 
 def pillow(pixels: np.ndarray, crop: Crop, mode: str = "bicubic") -> np.ndarray:
-    """The box resized by Pillow and flipped, (h, w, C)."""
+    """Return the box resized by Pillow and flipped, (h, w, C)."""
     image = Image.fromarray(pixels).crop(
         (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
     )

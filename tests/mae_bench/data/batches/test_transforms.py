@@ -1,4 +1,4 @@
-"""Pretraining's transforms: parity with torchvision, seeds, colours, channels, and normalisation."""
+"""Transforms of pretraining: parity with torchvision, seeds, colours, channels and normalisation."""
 
 import io
 import random
@@ -18,7 +18,7 @@ from tests.parity import assert_within_rounding
 
 
 def photo(height: int = 150, width: int = 200, channels: int = 3) -> np.ndarray:
-    """Smooth colours with noise."""
+    """Return smooth colours with noise."""
     draw = np.random.default_rng(0)
     rows, columns = np.mgrid[0:height, 0:width]
     waves = [128 + 90 * np.sin(rows / (7 + c)) * np.cos(columns / (9 + c)) for c in range(channels)]

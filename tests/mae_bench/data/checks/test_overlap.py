@@ -1,4 +1,4 @@
-"""Images that are in both splits: found byte for byte in every form, from blocks and not from whole files, once for a set."""
+"""Images in both splits are found byte for byte in every form, mostly from first blocks, once per set."""
 
 import shutil
 import tarfile
@@ -24,7 +24,7 @@ Picture = Callable[..., bytes]
 
 @pytest.fixture
 def root(tmp_path: Path, picture: Picture) -> Path:
-    """train 0 to 7, val 8 to 11; val's y/10 is train's a/2 too, and val's x/9 is train's b/5 and b/again."""
+    """Write train 0 to 7 and val 8 to 11; val's y/10 equals a/2, and val's x/9 equals b/5 and b/again."""
     root = tmp_path / "set"
     given = {f"train/{'ab'[i // 4]}/{i}.png": i for i in range(8)} | {"val/x/8.png": 8, "val/x/9.png": 5}
     given |= {"val/y/10.png": 2, "val/y/11.png": 11, "train/b/again.png": 5}
@@ -86,7 +86,7 @@ def test_disjoint_splits_have_none(root: Path) -> None:
 
 
 def test_images_of_one_size_and_one_beginning_are_told_apart(tmp_path: Path) -> None:
-    """Their first block is the same, as of pictures of one program with a long header."""
+    """Their first block is the same, as in images of one program with a long header."""
     pixels = np.zeros((96, 96, 3), np.uint8)
     for name, last in (("train/a/1.bmp", 1), ("train/a/2.bmp", 2), ("val/a/3.bmp", 2)):
         pixels[0, -1] = last  # BMP ends with the first row
@@ -96,7 +96,7 @@ def test_images_of_one_size_and_one_beginning_are_told_apart(tmp_path: Path) -> 
 
 
 def test_few_bytes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images of no size that the other split has are not touched; of the rest one block, and whole files where blocks agree."""
+    """Read only images whose size occurs in the other split: a block, and whole files where blocks agree."""
     generator = np.random.default_rng(0)
     long, short = (generator.bytes(size) for size in (50_000, 30_000))
     given = {
@@ -142,7 +142,7 @@ def test_a_set_is_looked_through_once(root: Path, cache: Path, monkeypatch: pyte
 
 
 def test_of_several_processes_one_looks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads stand for them: each opens the lock anew."""
+    """Threads represent the processes: each opens the lock on its own."""
     train, val = splits(root)
     calls = []
 

@@ -1,4 +1,4 @@
-"""Images that do not decode are found, each with its reason, however many processes look."""
+"""Images that do not decode are found with their reasons, for any number of processes."""
 
 from collections.abc import Callable
 from pathlib import Path

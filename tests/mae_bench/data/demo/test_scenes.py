@@ -23,7 +23,7 @@ def test_each_argument_gives_another_scene(change):
 
 
 def inside(outline, size):
-    """Pixels whose centre is inside the polygon, by the even-odd rule."""
+    """Return the pixels whose centre is inside the polygon, by the even-odd rule."""
     x, y = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5)
     odd = np.zeros((size, size), bool)
     for (x0, y0), (x1, y1) in zip(outline, np.roll(outline, -1, axis=0), strict=True):
@@ -77,7 +77,7 @@ def test_things_have_outlines_in_the_order_of_their_names():
 
 
 def test_neither_position_nor_colour_tells_the_class():
-    """Nearest class mean on raw pixels stays near chance (10 %)."""
+    """The nearest class mean on raw pixels stays near chance (10 %)."""
     recipe = Recipe(32, num_things=(1, 1), radius=(0.26, 0.48), max_grounds=2, max_bars=1)
     pixels = (
         np.stack([make_scene(build_rng(0, "p", "q", i), recipe, i % 10).image for i in range(600)]).reshape(

@@ -1,4 +1,4 @@
-"""Hugging Face sets as save_to_disk and the hub leave them on a disk: Arrow read in place, Parquet unpacked once."""
+"""Hugging Face sets written by save_to_disk or downloaded: Arrow is read in place, Parquet unpacked once."""
 
 import builtins
 import json
@@ -24,7 +24,7 @@ FEATURES = {"image": {"_type": "Image"}, "label": {"names": ["ant", "bee"], "_ty
 
 
 def table(numbers: range, picture: Picture, features: dict[str, Any] | None = FEATURES, **more: Any) -> Any:
-    """Rows as the datasets library writes them; the metadata holds the features."""
+    """Return rows as the datasets library writes them, with the features in the metadata."""
     images = [{"bytes": picture(n), "path": f"{n}.jpg" if n % 2 else None} for n in numbers]
     columns = {
         "image": pa.array(images, IMAGE),
@@ -35,7 +35,7 @@ def table(numbers: range, picture: Picture, features: dict[str, Any] | None = FE
 
 
 def save_to_disk(folder: Path, rows: Any, num_files: int = 2, batch: int = 2, **options: Any) -> None:
-    """The layout of `Dataset.save_to_disk`: data-*.arrow in the streaming format, state.json, dataset_info.json."""
+    """Write the layout of `Dataset.save_to_disk`: data-*.arrow (streaming), state.json, dataset_info.json."""
     folder.mkdir(parents=True)
     names = [f"data-{i:05}-of-{num_files:05}.arrow" for i in range(num_files)]
     step = -(-len(rows) // num_files)
@@ -75,8 +75,10 @@ def test_a_saved_set_is_read_in_place(saved: Path, picture: Picture) -> None:
     assert contents(images) == expected(range(7), picture)
     assert contents(open_images(saved, "val")) == expected(range(7, 10), picture)
     assert [images.name(i) for i in (0, 1, 4)] == [
-        "data-00000-of-00002.arrow:0", "data-00000-of-00002.arrow:1:1.jpg", "data-00001-of-00002.arrow:0",
-    ]  # fmt: skip
+        "data-00000-of-00002.arrow:0",
+        "data-00000-of-00002.arrow:1:1.jpg",
+        "data-00001-of-00002.arrow:0",
+    ]
     report = check_layout("imagenet", saved)
     assert (report.splits, report.classes) == ({"train": 7, "val": 3}, ("ant", "bee"))
 

@@ -1,4 +1,4 @@
-"""The fast decoder against Pillow on every kind of file, and channels that are not three."""
+"""The fast decoder agrees with Pillow on every kind of file; images with other than three channels."""
 
 import io
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from mae_bench.data.sets.source import BadImage, decode
 
 
 def photo(height: int = 90, width: int = 120, seed: int = 0) -> Image.Image:
-    """Noise of many scales, with clipped lights and shadows: what photographs have and gradients have not."""
+    """Return noise of many scales with clipped highlights and shadows, like photographs, not gradients."""
     draw, total = np.random.default_rng(seed), np.zeros((height, width, 3))
     for scale in (1, 2, 4, 8, 16, 32):
         small = draw.normal(size=(height // scale + 2, width // scale + 2, 3)) * scale**0.7
@@ -72,10 +72,10 @@ class One:
         self.data = data
 
     def pixels(self, _: int) -> None:
-        """There are none."""
+        """Return None."""
 
     def read(self, _: int) -> bytes:
-        """The file."""
+        """Return the file."""
         return self.data
 
 

@@ -1,4 +1,4 @@
-"""Shards by URL, from a server on the loopback that cuts, stumbles and changes its mind."""
+"""Shards are downloaded from a local server that truncates, fails and changes files."""
 
 import http.server
 import io
@@ -29,7 +29,12 @@ def tar_of(members: dict[str, bytes]) -> bytes:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """files: path -> content. cuts: path -> bytes after which each transfer ends. log: (path, Range) of every request."""
+    """A server.
+
+    files: path -> content.
+    cuts: path -> bytes after which each transfer ends.
+    log: (path, Range) of every request.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

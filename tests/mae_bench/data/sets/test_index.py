@@ -1,4 +1,4 @@
-"""The index of a folder: what it says, when it is made again, and that it travels as a path."""
+"""The index of a folder: its content, when it is rebuilt, and that it is pickled as a path."""
 
 import hashlib
 import os
@@ -39,7 +39,7 @@ def root(tmp_path: Path, picture: Callable[..., bytes]) -> Path:
 
 @pytest.fixture
 def scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders that were walked."""
+    """Return the list of indexed folders."""
     walked: list[Path] = []
     original = formats.index_folder
 
@@ -58,9 +58,16 @@ def names(images: object) -> list[str]:
 
 def test_an_index_survives_its_file(tmp_path: Path) -> None:
     made = build_index(
-        NAMES, [5, 6, 7, 8], [0, 0, 1, 2], ["a", "a-b", "b"], files=["x"], shard=[0] * 4, starts=[0, 5, 11, 18],
-        shapes=[(1, 2), (3, 4), (5, 6), (7, 8)], stamps={"p": [1, 2, 3]},
-    )  # fmt: skip
+        NAMES,
+        [5, 6, 7, 8],
+        [0, 0, 1, 2],
+        ["a", "a-b", "b"],
+        files=["x"],
+        shard=[0] * 4,
+        starts=[0, 5, 11, 18],
+        shapes=[(1, 2), (3, 4), (5, 6), (7, 8)],
+        stamps={"p": [1, 2, 3]},
+    )
     (tmp_path / "index").write_bytes(write_index(made))
     found = read_index(tmp_path / "index")
     assert found is not None
@@ -75,9 +82,8 @@ def test_an_index_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_the_digest_is_that_of_sorted_paths_and_sizes(root: Path) -> None:
-    lines = sorted(
-        f"{split}/{name}\0{(root / split / name).stat().st_size}\n" for split in ("train", "val") for name in NAMES
-    )  # fmt: skip
+    names = [f"{split}/{name}" for split in ("train", "val") for name in NAMES]
+    lines = sorted(f"{name}\0{(root / name).stat().st_size}\n" for name in names)
     expected = hashlib.sha256("".join(lines).encode()).hexdigest()
     assert digest_indexes({split: open_images(root, split).index for split in ("val", "train")}) == expected  # type: ignore[attr-defined]
 
@@ -114,7 +120,7 @@ def test_a_known_tree_is_not_walked_again_but_for_its_changes(
 
 @pytest.mark.usefixtures("keeps")
 def test_a_file_overwritten_in_place_is_seen_when_asked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "NUM_SAMPLED", 0)  # as if it were none of those that are looked at
+    monkeypatch.setattr(formats, "NUM_SAMPLED", 0)  # as if it were not in the sample
     before = check_layout("imagenet", root).digest
     path = root / "train" / "a" / "1.png"
     path.write_bytes(path.read_bytes() + b" ")
@@ -196,9 +202,11 @@ def test_a_kept_index_is_mapped_and_travels_as_its_path(root: Path) -> None:
 @pytest.mark.usefixtures("keeps")
 def test_many_writers_leave_one_whole_index(root: Path) -> None:
     found: list[list[str]] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(names(open_images(root, "train", refresh=True)))) for _ in range(8)
-    ]  # fmt: skip
+
+    def open_again() -> None:
+        found.append(names(open_images(root, "train", refresh=True)))
+
+    threads = [threading.Thread(target=open_again) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

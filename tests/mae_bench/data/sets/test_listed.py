@@ -1,4 +1,4 @@
-"""iNaturalist and Places as their publishers give them: images, labels and classes of the lists, and faults of a list."""
+"""iNaturalist and Places as published: images, labels and classes of the lists, and errors in a list."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ SPECIES = [
     "Zonotrichia leucophrys",
     "Acer rubrum",
     "Danaus plexippus",
-]  # in the order of their ids, which is not the alphabet's
+]  # in the order of their ids, which is not alphabetical
 SCENES = ["a/airfield", "a/apartment_building/outdoor", "z/zen_garden"]
 TRAIN, VAL = [2, 0, 1, 1, 0, 2, 0], [1, 0, 2, 0]  # labels in the order of the lists
 
@@ -33,7 +33,7 @@ def write(root: Path, names: list[str], picture: Picture, first: int = 0) -> Non
 
 
 def inaturalist(root: Path, picture: Picture, year: int) -> Path:
-    """As published: ids of images are no places, and the categories' list is not in the order of their ids."""
+    """Write a set as published: image ids are not positions, and categories are not in the order of ids."""
     folder = "train_val_images" if year == 2017 else f"train_val{year}"
     for split, labels, first in (("train", TRAIN, 0), ("val", VAL, len(TRAIN))):
         names = [
@@ -177,7 +177,7 @@ def test_the_digest_follows_labels_and_content_not_the_place(
         replace(root / "places365_val.txt", "00000001.jpg 1", "00000001.jpg 2")
         replace(root / "places365_val.txt", "00000002.jpg 0", "00000002.jpg 1")
     else:
-        return  # a label of Places205 is its folder's
+        return  # a label of Places205 is that of its folder
     assert check_layout("imagenet", root).digest != digest
 
 

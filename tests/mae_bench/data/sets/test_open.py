@@ -1,4 +1,4 @@
-"""What lies at a place: class folders, one's own images, tars; and what the layouts `imagenet` and `images` say of it."""
+"""Forms of image sets (class folders, plain images, tars), and the layouts `imagenet` and `images`."""
 
 import io
 import shutil
@@ -53,7 +53,7 @@ def test_ones_own_images_need_no_classes(
     fill(tmp_path, [inside + name for name in given], picture)
     (tmp_path / "notes.txt").write_text("no image")
     fill(tmp_path, [f"{inside}.thumbs/t.jpg", f"{inside}.hidden.jpg"], picture)
-    for _ in range(2):  # the second comes from the cache
+    for _ in range(2):  # the second is read from the cache
         images = open_images(tmp_path, "train")
     assert sorted(names(tmp_path, "train")) == sorted(given)
     assert (images.classes, set(images.targets.tolist())) == ([""], {0})

@@ -1,4 +1,4 @@
-"""Packed sets: what goes in comes out, a stopped pack goes on, and nothing half-made is taken for whole."""
+"""Packed sets: images are preserved, an interrupted pack resumes, and incomplete sets are not accepted."""
 
 import errno
 import io
@@ -26,7 +26,7 @@ NAMES = [f"{name}/{i}.jpg" for name in "ab" for i in range(4)]
 
 @pytest.fixture
 def source(tmp_path: Path, picture: Picture) -> Path:
-    """8 images of 40 x 30 for training and as many of 20 x 50 for validation."""
+    """Write 8 training images of 40 x 30 and 8 validation images of 20 x 50."""
     for split, size in (("train", (40, 30)), ("val", (20, 50))):
         for number, name in enumerate(NAMES):
             path = tmp_path / "source" / split / name
@@ -53,8 +53,12 @@ def test_unchanged_bytes_come_out_as_they_went_in(source: Path, tmp_path: Path, 
     report = check_layout("imagenet", tmp_path / "out", thorough=True)
     assert (report.splits, report.classes) == ({"train": 8, "val": 8}, ("a", "b"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "packed.json", "train.data", "train.index", "val.data", "val.index",
-    }  # fmt: skip
+        "packed.json",
+        "train.data",
+        "train.index",
+        "val.data",
+        "val.index",
+    }
 
 
 def test_resized_images_are_those_of_pillow(source: Path, tmp_path: Path) -> None:
@@ -137,7 +141,7 @@ def test_a_stopped_pack_goes_on(
         pack_set(source, tmp_path / "out", short_side=20)
     with pytest.raises(UserError):
         check_layout("imagenet", tmp_path / "out")
-    if torn:  # the machine went down: the last line and the last bytes are anything
+    if torn:  # the machine crashed: the last line and the last bytes are arbitrary
         for path in (tmp_path / "out").glob("*.journal"):
             path.write_bytes(path.read_bytes() + b'{"done": 9')
         for path in (tmp_path / "out").glob("*.part"):

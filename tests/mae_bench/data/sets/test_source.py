@@ -21,7 +21,7 @@ def jpeg(value=0, mode="RGB", size=(16, 12), form="JPEG"):
 
 @pytest.fixture
 def root(tmp_path):
-    """The same images as folders (`train`) and as a tar (`packed.tar`, written in another order)."""
+    """Write the same images to folders (`train`) and to a tar (`packed.tar`, in another order)."""
     for number, name in enumerate(["b/2.JPEG", "b/1.JPEG", "a/3.jpg", "a-b/4.png"]):
         path = tmp_path / "train" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def _send(images, queue):
 
 def test_a_tar_is_read_from_a_forked_process_and_from_a_copy(root):
     images = open_images(root, "packed")
-    expected = [images.read(i) for i in range(4)]  # the parent's handle is open by now
+    expected = [images.read(i) for i in range(4)]  # the parent's file is open now
     assert [pickle.loads(pickle.dumps(images)).read(i) for i in range(4)] == expected
     context = multiprocessing.get_context("fork")
     queue = context.Queue()

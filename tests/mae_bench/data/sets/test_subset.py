@@ -1,4 +1,4 @@
-"""Parts of an image set: what they hold, and draws by class that follow from the seed alone."""
+"""Subsets of an image set, and samples per class that depend only on the seed."""
 
 import numpy as np
 import pytest

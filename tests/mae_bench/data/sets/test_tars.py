@@ -1,4 +1,4 @@
-"""Shards of tars: what is an image, what its label, and what is wrong with a tar."""
+"""Tar shards: their images and labels, and errors of invalid tars."""
 
 import gzip
 import io
@@ -21,7 +21,7 @@ Picture = Callable[..., bytes]
 
 
 def write_tar(path: Path, members: dict[str, bytes | None]) -> Path:
-    """None is a folder."""
+    """Write a tar; content None makes a folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as file:
         for name, content in members.items():
@@ -38,7 +38,7 @@ def contents(images: ImageSource) -> list[tuple[str, bytes, str]]:
 
 @pytest.fixture
 def root(tmp_path: Path, picture: Picture) -> Path:
-    """Two shards for training, one for validation, labels 0 to 2."""
+    """Write two shards for training and one for validation, with labels 0 to 2."""
     for shard, first in (("train-000000", 0), ("train-000001", 3), ("val-000000", 6)):
         members: dict[str, bytes | None] = {}
         for number in range(first, first + 3):

@@ -1,4 +1,4 @@
-"""Classes that cannot be trained on are refused in every form of a set, and the message names the difference."""
+"""Invalid classes are rejected in every form of a set, and the message names the difference."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def tars(root: Path, given: Given, picture: Picture) -> Path:
 
 
 def shards(root: Path, given: Given, picture: Picture) -> Path:
-    """Each split in a folder, with a text as label."""
+    """Write each split to a folder of shards, with text labels."""
     for split, classes in given.items():
         members = {f"{i}.jpg": picture(i) for i in range(len(classes))}
         write_tar(
@@ -55,7 +55,7 @@ def shards(root: Path, given: Given, picture: Picture) -> Path:
 
 
 def listed(root: Path, given: Given, picture: Picture) -> Path:
-    """iNaturalist's lists, each with the categories of its own split."""
+    """Write iNaturalist's lists, each with the categories of its own split."""
     for split, classes in given.items():
         names = [f"train_val2018/Aves/{name}/{split}{i}.jpg" for i, name in enumerate(classes)]
         for i, name in enumerate(names):
