@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from mae_bench.job import Outcome
 from tests.parity import MEAN, assert_within_rounding
@@ -130,7 +129,8 @@ def test_three_processes_train_what_one_trains(
         key for key in one if not any(part in key for part in ("running_", "num_batches", "qkv.bias"))
     ]
     for key in compared:
-        torch.testing.assert_close(several[key], one[key], rtol=1e-4, atol=1e-5)
+        # AdamW and LARS enlarge the rounding of small gradients at each of the steps
+        assert_within_rounding(several[key].float(), one[key].float(), roundings=1000, msg=key)
     momenta = [key for key in compared if key.startswith("optimizer.heads.")]
     assert name == "finetune" or len(momenta) == 8 * 2, "weights and biases of all heads got gradients"
     assert len({json.dumps(each["metrics"]) for each in three[f"copied {name}"]}) == 1

@@ -21,7 +21,7 @@ from mae_bench.progress import Progress
 from tasks.imagenet import finetune
 from tasks.imagenet.classify import Classifier, MixedLoss
 from tasks.imagenet.config import FinetuneConfig, SupervisedConfig
-from tests.parity import MEAN, assert_within_rounding
+from tests.parity import MEAN, assert_parity, assert_within_rounding
 from tests.tasks.imagenet.toy import MODEL, PLAIN, PROTOCOLS, SPEC, TRAIN, job, run_protocol
 
 LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5], [0.3, 0.2, 0.1], [-1.0, 0.0, 3.0]])
@@ -186,7 +186,7 @@ def test_the_class_token_is_read_behind_the_backbones_norm(backbone: str) -> Non
     imgs = torch.randn(2, 3, 16, 16).double()
     tokens = vit.norm(vit.blocks(vit._pos_embed(vit.patch_embed(imgs))))
     model = Classifier(vit, spec, 3, "token", fc_norm=False)
-    torch.testing.assert_close(model.forward_features(imgs), tokens[:, 0])
+    assert_parity(model.forward_features(imgs), tokens[:, 0])
     assert not any(name.startswith("fc_norm") for name, _ in model.named_parameters())
 
 
