@@ -27,9 +27,9 @@ class Config(BaseModel):
 T = TypeVar("T")
 _NOT_IDENTITY = "not identity"
 
-# The type of a field that decides neither the scores nor the weights of its job: where the data is, how work is
-# divided, how often state is saved. Such a field is no part of the cell key or the config digest, and may differ between
-# comparable results. Example: `num_workers: NotIdentity[int] = 0`.
+# The type of a field that decides neither the scores nor the weights of its job: where the data is, how work
+# is divided, how often state is saved. Such a field is no part of the cell key or the config digest, and may
+# differ between comparable results. Example: `num_workers: NotIdentity[int] = 0`.
 NotIdentity = Annotated[T, _NOT_IDENTITY]
 
 
@@ -117,8 +117,9 @@ def expand_variables(path: str) -> str:
 def resolve_path(name: str | Path, beside: Path | None = None) -> Path:
     """Return the config file that `name` means; a variant of a grid is the path of a file that it stands for.
 
-    `name` is looked for in the folder `beside`, in the working folder and in the packaged `configs/`. The working folder
-    is left out for what a packaged file names, so that no folder of the user's replaces a part of a packaged config.
+    `name` is looked for in the folder `beside`, in the working folder and in the packaged `configs/`. The
+    working folder is left out for what a packaged file names, so that no folder of the user's replaces a part
+    of a packaged config.
     """
     path = Path(name)
     packaged = beside is not None and beside.resolve().is_relative_to(CONFIGS)
@@ -164,9 +165,10 @@ def task_file(name: str) -> str:
 def load_yaml(name: str | Path, overrides: Sequence[str] = (), beside: Path | None = None) -> dict[str, Any]:
     """Reads a config: `base: FILE` (at any depth) is loaded first and the rest merged over it, then `key=value` overrides.
 
-    `base` is looked for beside the file that names it, then in the packaged configs. `${a.b}` refers to another key of the whole.
-    Returns plain dicts and lists with every reference resolved. A key left at `???` stays the string "???" for `build`
-    to report. Raises UserError for a file that is missing or not YAML, and for an override that is not key=value.
+    `base` is looked for beside the file that names it, then in the packaged configs. `${a.b}` refers to
+    another key of the whole. Returns plain dicts and lists with every reference resolved. A key left at `???`
+    stays the string "???" for `build` to report. Raises UserError for a file that is missing or not YAML, and
+    for an override that is not key=value.
     """
     return resolve(*_read(resolve_path(name, beside)), overrides)
 
@@ -181,9 +183,17 @@ def read_config(name: str | Path) -> dict[str, Any]:
 def resolve(
     value: dict[str, Any], folder: Path, overrides: Sequence[str] = (), defaults: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What `load_yaml` does with a config that is already read; its `base:` files are looked for in `folder` first.
+    """Merge a config as `merge` does, then resolve its references: `load_yaml` for a config that is already read."""
+    return resolve_references(merge(value, folder, overrides, defaults))
 
-    `defaults` are top-level keys for where the config names none.
+
+def merge(
+    value: dict[str, Any], folder: Path, overrides: Sequence[str] = (), defaults: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return a config with its bases and overrides merged and its references unresolved.
+
+    `base:` files are searched for in `folder` first. `defaults` are values of top-level keys that the config
+    leaves out.
     """
     merged: Any = OmegaConf.create({**(defaults or {}), **_expand((value, folder))})
     for item in overrides:
@@ -196,11 +206,15 @@ def resolve(
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise UserError(f"override {item!r} does not fit the config: {error}") from error
-    expanded = OmegaConf.create(
-        _expand((OmegaConf.to_container(merged), Path.cwd()))
-    )  # an override may bring a base of its own
+    expanded = _expand((OmegaConf.to_container(merged), Path.cwd()))  # an override may have a base of its own
+    assert isinstance(expanded, dict)
+    return expanded
+
+
+def resolve_references(value: dict[str, Any]) -> dict[str, Any]:
+    """Replace every `${a.b}` by the value it refers to. Raise UserError for one that is unknown or not given."""
     try:
-        resolved = OmegaConf.to_container(expanded, resolve=True)
+        resolved = OmegaConf.to_container(OmegaConf.create(value), resolve=True)
     except InterpolationToMissingValueError as error:
         raise _must_be_given([str(error).partition("Missing mandatory value: ")[2].split()[0]]) from error
     except OmegaConfBaseException as error:
@@ -266,9 +280,10 @@ def _find_variants(file: Path, mtime_ns: int, size: int) -> dict[str, dict[str, 
 def expand_grid(grid: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the variants of a grid by name: one config for each combination of the values of its axes.
 
-    `grid` is the template of the names, for example "vit_{size}_{epochs}ep". `axes` has for each axis either a list of
-    values or a mapping from value to the keys that it sets. Every other key is common to all variants. "{axis}" in a string
-    is replaced by the axis's value; a string that is nothing but "{axis}" takes the value's type.
+    `grid` is the template of the names, for example "vit_{size}_{epochs}ep". `axes` has for each axis either
+    a list of values or a mapping from value to the keys that it sets. Every other key is common to all
+    variants. "{axis}" in a string is replaced by the axis's value; a string that is nothing but "{axis}"
+    takes the value's type.
     """
     axes = grid.get("axes")
     if not isinstance(grid["grid"], str) or not isinstance(axes, dict) or not axes:

@@ -3,21 +3,24 @@
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from mae_bench.errors import UserError
+
+PACKAGES = ("backbones", "tasks", "leaderboard")  # installed together with mae_bench
 
 
 @dataclass(frozen=True)
 class Kind:
     """One kind of job. `config` and `run` are "module:object"; modules of configs import no framework.
 
-    layout: the layout of the data that it reads ("imagenet", "images" without labels, "coco", "ade20k"; "" reads none).
-    emits_backbone: the job ends with `export/` in its folder, which other jobs load as a backbone.
-    extra: the optional set of packages that it needs ("" for the core), a key of EXTRAS.
-    distributed: several processes can run it together, each on its GPU.
-    of: what its records say under `task`, where that is not the layout.
-    version: raised when a change of its code changes its results: cells that an older version finished are then run again.
+    layout: the layout of the data that it reads ("imagenet", "images" without labels, "coco", "ade20k"; ""
+    reads none). emits_backbone: the job ends with `export/` in its folder, which other jobs load as a
+    backbone. extra: the optional set of packages that it needs ("" for the core), a key of EXTRAS.
+    distributed: several processes can run it together, each on its GPU. of: what its records say under
+    `task`, where that is not the layout. version: raised when a change of its code changes its results: cells
+    that an older version finished are then run again.
     """
 
     config: str
@@ -135,6 +138,28 @@ def kind(name: str) -> Kind:
 
 
 def load_object(path: str) -> Any:
-    """Imports "module:object"."""
+    """Import "module:object"."""
     module, _, name = path.partition(":")
+    check_not_hidden(module.partition(".")[0])
     return getattr(import_module(module), name)
+
+
+def check_not_hidden(package: str) -> None:
+    """Raise UserError if another module of the same name hides a package of ours.
+
+    For example a tasks.py in the folder of a script, which Python searches first.
+    """
+    root = Path(__file__).resolve().parent.parent
+    try:
+        spec = find_spec(package) if package in PACKAGES else None
+    except ValueError:  # a loaded module without a spec
+        spec = None
+    if spec is None:
+        return
+    place = Path(spec.origin or next(iter(spec.submodule_search_locations or ()), ""))
+    if root / package not in (place.resolve(), place.resolve().parent):
+        raise UserError(
+            f"{place} hides the package {package!r} of mae_bench",
+            expected=f"{root / package}",
+            fix="rename it, or start Python in another folder and without it in PYTHONPATH",
+        )

@@ -136,10 +136,10 @@ def sentence(name: str, tree: ast.Module) -> Iterator[str]:
 
 
 def is_lazy_api(tree: ast.Module) -> bool:
-    """Imports, one table and `__getattr__`: nothing else is done when the package is imported."""
+    """Whether the body is imports, one table, `__getattr__` and `__dir__`: everything is loaded on first use."""
     kinds = [type(node) for node in tree.body if not isinstance(node, ast.ImportFrom)]
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    return kinds == [ast.Assign, ast.FunctionDef] and functions == ["__getattr__"]
+    return kinds == [ast.Assign, ast.FunctionDef, ast.FunctionDef] and functions == ["__getattr__", "__dir__"]
 
 
 def careless(name: str, tree: ast.Module) -> Iterator[str]:

@@ -7,7 +7,10 @@ import typer
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Config overrides, e.g. tasks.linear.epochs=10."),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Config overrides, e.g. tasks.linear.epochs=10; tasks.NAME=null leaves a task out.",
+    ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Output folder; runs/NAME by default.")]
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Number of concurrent worker processes.")]

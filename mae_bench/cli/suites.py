@@ -47,7 +47,10 @@ def run(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Run every unfinished cell of a suite, then write the report."""
+    """Run every unfinished cell of a suite, then write the report.
+
+    tasks.NAME=null or backbones.NAME=null leaves a task or a backbone out, for example tasks.maskrcnn=null.
+    """
     _run(suite, overrides, out, jobs, dry_run, as_json)
 
 
@@ -76,17 +79,12 @@ def pretrain(
     On several machines: torchrun ... -m mae_bench pretrain CONFIG ..., or the same with srun; --out must be
     on a shared disk.
     """
-    from mae_bench.config import load_yaml
-    from mae_bench.suite.config import complete_job
+    from mae_bench.suite.config import suite_of_job
 
-    name = Path(config).stem
-
-    def suite() -> dict[str, Any]:
-        job = complete_job(config, load_yaml(config, overrides or []))
-        value = {"name": name, "backbones": {name: job}, "backbone_seed": seed, "device": device}
-        return value | ({"processes": processes} if processes else {})
-
-    _run(suite, None, out, None, dry_run, as_json)
+    settings: dict[str, Any] = {"backbone_seed": seed, "device": device}
+    if processes:
+        settings["processes"] = processes
+    _run(lambda: suite_of_job(config, overrides or []) | settings, None, out, None, dry_run, as_json)
 
 
 def evaluate(
@@ -140,16 +138,27 @@ def _evaluation_suite(checkpoints: list[str], tasks: str, options: dict[str, Any
 
 
 def plan(
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="The YAML file of a suite.")],
+    suite: Annotated[
+        str,
+        typer.Argument(
+            metavar="SUITE", help="A suite, or a config of `pretrain`, which is planned as it would run."
+        ),
+    ],
     overrides: Overrides = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Print the cells of a suite: which are done, which are left, which would fail and why. Nothing is run.
 
-    Exit codes: 0 all can run, 1 some would fail.
+    Overrides are those of `run`, or of `pretrain` for its configs. Exit codes: 0 all can run, 1 some would
+    fail.
     """
-    _print_plan(suite, overrides or [], out, as_json)
+    from mae_bench.suite.config import is_job, suite_of_job
+
+    if is_job(suite):
+        _print_plan(lambda: suite_of_job(suite, overrides or []), [], out, as_json)
+    else:
+        _print_plan(suite, overrides or [], out, as_json)
 
 
 def _print_plan(source: Source, changes: list[str], out: Path | None, as_json: bool) -> None:

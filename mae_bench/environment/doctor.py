@@ -23,10 +23,9 @@ from mae_bench.environment.provenance import (
     version_of,
     versions,
 )
-from mae_bench.registry import EXTRAS
+from mae_bench.registry import EXTRAS, PACKAGES
 
 PYTHONS = ((3, 11), (3, 12))
-PARTS = ("backbones", "tasks", "leaderboard")  # installed together with mae_bench
 IMPORTED = (
     "torch",
     "torchvision",
@@ -58,7 +57,7 @@ def core_problems() -> list[str]:
     """What is missing from the core or does not import."""
     found = [f"{name} is not installed" for name in CORE if not version_of(name)]
     found += [
-        f"the package {name} of mae_bench is not installed" for name in PARTS if find_spec(name) is None
+        f"the package {name} of mae_bench is not installed" for name in PACKAGES if find_spec(name) is None
     ]
     if sys.version_info[:2] not in PYTHONS:
         found.append(

@@ -39,6 +39,9 @@ def version_of(distribution: str) -> str:
         return ""
 
 
+VERSION = version_of("mae_bench")
+
+
 def versions() -> dict[str, str]:
     """Python's version and that of every distribution that has a part in a result and is installed."""
     found = {name: version_of(name) for name in (*CORE, *OPTIONAL, *OPTIONAL_ORIGINALS)}

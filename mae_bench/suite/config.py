@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from mae_bench.config import Config, build, identity, resolve
+from mae_bench.config import Config, build, identity, load_yaml, merge, read_config, resolve_references
 from mae_bench.data.checks.layouts import Layout
 from mae_bench.data.demo.demo import DemoConfig
 from mae_bench.errors import UserError, near_path
@@ -30,12 +30,13 @@ DATA_KEYS: dict[str, tuple[str, ...]] = {  # what names a layout's folder, if no
 class SuiteConfig(Config):
     """Backbones x tasks x seeds. A job's `data` that its config does not give is the suite's folder of the layout that it reads.
 
-    out: where everything is written (`--out`). data: `root` and a folder for each layout, by default root/LAYOUT; `pretrain` is
-    what is pretrained on, by default imagenet.
-    $NAME in them is read from the environment where the data is read, and stays as it is in the records.
-    demo_data: data that is made below data.root before anything else. jobs: worker processes at a time; "auto" is one a GPU,
-    or one a CPU core and at most 4. processes: of each cell of a kind that several can run together (pretrain), one a GPU; "auto"
-    is all GPUs for a run of one cell, else 1. threads: of each process on the CPU; scores can depend on it in the last digits.
+    out: where everything is written (`--out`). data: `root` and a folder for each layout, by default
+    root/LAYOUT; `pretrain` is what is pretrained on, by default imagenet. $NAME in them is read from the
+    environment where the data is read, and stays as it is in the records. demo_data: data that is made below
+    data.root before anything else. jobs: worker processes at a time; "auto" is one a GPU, or one a CPU core
+    and at most 4. processes: of each cell of a kind that several can run together (pretrain), one a GPU;
+    "auto" is all GPUs for a run of one cell, else 1. threads: of each process on the CPU; scores can depend
+    on it in the last digits.
     """
 
     name: str
@@ -71,13 +72,26 @@ def load_suite(
 
     The default `out` is runs/NAME. UserError names the key, what was given and the nearest known name.
     """
+    if not isinstance(source, dict) and is_job(source):
+        raise UserError(
+            f"{source} is the config of one job",
+            expected="a suite",
+            fix=f"mae-bench pretrain {source} or, for a task, mae-bench evaluate --tasks {source}",
+        )
     value = dict(source) if isinstance(source, dict) else {"base": str(source)}
-    raw = resolve(value | ({"out": str(out)} if out else {}), Path.cwd(), overrides, {"out": "runs/${name}"})
+    if out:
+        value["out"] = str(out)
+    merged = merge(value, Path.cwd(), overrides, {"out": "runs/${name}"})
+    _leave_out_null_jobs(merged)
+    _forget_absent_root(merged)
+    raw = resolve_references(merged)
     name = str(raw.get("name", source))
     data = raw.get("data") or {}
     _check_data_keys(data)
     for _, job in _jobs(raw):
         _fill_data(job, data)
+    if data:  # what no job reads need not be given
+        raw["data"] = {key: folder for key, folder in data.items() if folder != "???"}
     suite = build(SuiteConfig, raw, name)
     if suite.baseline and suite.baseline not in suite.backbones:
         raise UserError(
@@ -93,6 +107,38 @@ def load_suite(
             for group in ("backbones", "tasks")
         }
     )
+
+
+def is_job(source: str | Path) -> bool:
+    """Whether a config file describes one job, for example a pretraining, and not a suite."""
+    return "kind" in read_config(source)
+
+
+def suite_of_job(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the suite that runs one job, which makes a backbone; the suite and the backbone are named after the file."""
+    name = Path(source).stem
+    return {"name": name, "backbones": {name: complete_job(source, load_yaml(source, overrides))}}
+
+
+def _leave_out_null_jobs(raw: dict[str, Any]) -> None:
+    """Remove the backbones and tasks that an override set to null."""
+    for group in ("backbones", "tasks"):
+        members = raw.get(group)
+        if isinstance(members, dict):
+            raw[group] = {name: job for name, job in members.items() if job is not None}
+
+
+def _forget_absent_root(raw: dict[str, Any]) -> None:
+    """Mark the folders below a data.root that is not given as not given, so that naming the other folders is enough.
+
+    Where no folder is given at all, data.root is what has to be given.
+    """
+    data = raw.get("data")
+    if not isinstance(data, dict) or data.get("root") != "???":
+        return
+    below = [key for key, folder in data.items() if "${data.root}" in str(folder)]
+    if len(below) + 1 < len(data):
+        data.update(dict.fromkeys(below, "???"))
 
 
 def baseline_of(folder: Path) -> str:

@@ -20,7 +20,7 @@ from mae_bench.cli.app import app, main
 from mae_bench.files import file_digest
 
 MAIN = ("-m", "mae_bench")
-COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
+COMMANDS = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
 
 
 def mae_bench(
@@ -245,6 +245,58 @@ def test_a_plan_imports_no_torch(fake_kinds: Path, toy: Path, suite: dict[str, A
     done = subprocess.run([sys.executable, "-c", code, "plan", str(toy)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "global batch 8 = 1 device" in done.stdout
+
+
+def test_a_pretraining_is_planned_as_it_would_run(toy_data: Path, tmp_path: Path) -> None:
+    arguments = ("pretrain/own_images.yaml", f"data={toy_data / 'imagenet'}", "epochs=30", "--json")
+    answers = [json.loads(mae_bench("plan", *arguments, cwd=tmp_path).stdout)]
+    answers.append(json.loads(mae_bench("pretrain", *arguments, "--dry-run", cwd=tmp_path).stdout))
+    assert answers[0] == answers[1]
+    (cell,) = answers[0]["cells"]
+    assert (cell["backbone"], cell["protocol"], cell["state"]) == ("own_images", "mae-own-images", "left")
+    assert "SUITE" in mae_bench("plan", "--help").stdout
+    assert "config of `pretrain`" in mae_bench("plan", "--help").stdout
+
+
+@pytest.fixture
+def hiding(tmp_path: Path) -> Path:
+    """A working folder with modules of the user that are called as ours are."""
+    for name in ("backbones", "leaderboard", "configs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the module of the user')")
+    (tmp_path / "tasks.py").write_text("raise SystemExit('the module of the user')")
+    return tmp_path
+
+
+def test_modules_in_the_working_folder_are_not_imported(hiding: Path, toy_data: Path) -> None:
+    """Neither by the command nor by its workers."""
+    out = ("--out", str(hiding / "out"), "--device", "cpu")
+    done = mae_bench("pretrain", "pretrain/random_demo.yaml", *out, cwd=hiding)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "1 cells: 1 done" in done.stdout
+    checked = mae_bench("data", "check", "imagenet", str(toy_data / "imagenet"), cwd=hiding)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_a_module_that_hides_ours_is_named(hiding: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = str(Path(__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(hiding), root]))
+    command = [sys.executable, "-m", "mae_bench", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 2
+    assert f"{hiding}/backbones/__init__.py hides the package 'backbones'" in done.stderr
+    code = "import mae_bench; mae_bench.load_mae"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=hiding)
+    assert f"{hiding}/backbones/__init__.py hides the package 'backbones'" in done.stderr
+
+
+def test_the_package_lists_its_names() -> None:
+    import mae_bench as package
+
+    assert dir(package) == ["__version__", "create_mae", "load_mae"]
+    assert mae_bench("--version").stdout == f"mae-bench {package.__version__}\n"
+    with pytest.raises(AttributeError, match="no attribute 'load_mea'"):
+        package.load_mea  # noqa: B018
 
 
 def test_a_pretraining_on_two_processes(fake_kinds: Path, tmp_path: Path) -> None:

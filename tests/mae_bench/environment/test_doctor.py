@@ -58,7 +58,7 @@ def test_two_distributions_of_one_module_are_a_problem(monkeypatch: pytest.Monke
 
 def test_a_broken_core_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "IMPORTED", ("no_such_module",))
-    monkeypatch.setattr(doctor, "PARTS", ("no_such_part",))
+    monkeypatch.setattr(doctor, "PACKAGES", ("no_such_part",))
     monkeypatch.setattr(doctor, "CORE", ("mae_bench", "no-such-distribution"))
     monkeypatch.setattr("sys.version_info", type("V", (tuple,), {"major": 3, "minor": 10})((3, 10, 0)))
     problems = doctor.core_problems()

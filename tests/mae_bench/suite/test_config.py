@@ -175,6 +175,36 @@ def test_data_that_must_be_given_is_named_with_the_override(suite: dict[str, Any
     assert "data.root=VALUE" in error.value.fix
 
 
+FOLDERS = ("data.pretrain=a", "data.imagenet=b", "data.coco=c", "data.ade20k=d")
+
+
+def test_naming_every_folder_is_enough() -> None:
+    suite = load_suite("suites/small.yaml", FOLDERS)
+    assert [suite.backbones[name]["data"] for name in ("mae", "supervised")] == ["a", "a"]
+    assert [job["data"] for job in suite.tasks.values()] == ["b", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("left_out", range(4))
+def test_a_folder_that_is_not_named_is_asked_for(left_out: int) -> None:
+    folders = [folder for i, folder in enumerate(FOLDERS) if i != left_out]
+    key = FOLDERS[left_out].partition("=")[0]
+    with pytest.raises(UserError, match=f"{key} must be given"):
+        load_suite("suites/small.yaml", folders)
+
+
+def test_null_leaves_a_task_or_a_backbone_out() -> None:
+    folders = [folder for folder in FOLDERS if "coco" not in folder]
+    suite = load_suite("suites/small.yaml", [*folders, "tasks.maskrcnn=null", "backbones.mae=null"])
+    assert list(suite.tasks) == ["finetune", "linear", "upernet"]
+    assert list(suite.backbones) == ["supervised", "random"]
+
+
+def test_a_job_is_no_suite() -> None:
+    with pytest.raises(UserError, match="config of one job") as error:
+        load_suite("pretrain/own_images.yaml")
+    assert "mae-bench pretrain pretrain/own_images.yaml" in error.value.fix
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
