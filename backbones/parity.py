@@ -16,7 +16,7 @@ from torch import nn
 from backbones.load import ReadOptions, load_backbone
 from backbones.preprocessing import draw_sample
 from backbones.user_code import call_user_code, load_callable
-from mae_bench.data.batches.transforms import eval_transform, normalize
+from mae_bench.data.batches.transforms import build_eval_transform, normalize
 from mae_bench.errors import UserError
 from mae_bench.spec import BackboneSpec
 from mae_bench.suite.config import source_path
@@ -123,7 +123,7 @@ def draw_images(spec: BackboneSpec, folder: str | Path | None, num_images: int, 
     if folder is None:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(num_images, spec.in_chans, *spec.img_size, generator=generator)
-    transform = eval_transform(spec.img_size, interpolation=spec.interpolation)
+    transform = build_eval_transform(spec.img_size, interpolation=spec.interpolation)
     imgs, _ = draw_sample(folder, num_images, seed).load_view(transform)
     return normalize(imgs, spec.mean, spec.std)
 

@@ -14,8 +14,8 @@ from rich.text import Text
 from torch import nn
 
 from backbones.load import ReadOptions, load_backbone
-from mae_bench.data.batches.loader import Images, Transform, epoch_order
-from mae_bench.data.batches.transforms import eval_transform, normalize, train_transform
+from mae_bench.data.batches.loader import Images, Transform, draw_epoch_order
+from mae_bench.data.batches.transforms import build_eval_transform, build_train_transform, normalize
 from mae_bench.data.sets.open import find_splits, open_images
 from mae_bench.data.sets.source import ImageSource
 from mae_bench.errors import UserError
@@ -75,7 +75,7 @@ def draw_sample(folder: str | Path, max_images: int, seed: int = 0) -> Sample:
     """Draw at most `max_images` images at random, from the validation split if the set has one."""
     splits = find_splits(folder) or ["train"]
     images = open_images(folder, splits[-1])
-    return Sample(images, sorted(epoch_order(len(images), seed, 0)[:max_images].tolist()))
+    return Sample(images, sorted(draw_epoch_order(len(images), seed, 0)[:max_images].tolist()))
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,12 @@ def score_candidates(model: nn.Module, spec: BackboneSpec, sample: Sample) -> Su
     # 1. Load one view of each image if there are classes, else two random crops.
     targets = sample.targets
     if targets is None:
-        transform = train_transform(spec.img_size, CROP_SCALE, spec.interpolation)
+        transform = build_train_transform(spec.img_size, CROP_SCALE, spec.interpolation)
         views = [sample.load_view(transform, number)[0] for number in range(2)]
     else:
-        imgs, positions = sample.load_view(eval_transform(spec.img_size, interpolation=spec.interpolation))
+        imgs, positions = sample.load_view(
+            build_eval_transform(spec.img_size, interpolation=spec.interpolation)
+        )
         views, targets = [imgs], targets[positions]
     if len(views[0]) < MIN_IMAGES:
         raise UserError(f"{len(views[0])} decodable images", expected=f"at least {MIN_IMAGES}")

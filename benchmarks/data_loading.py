@@ -19,7 +19,7 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 from benchmarks.measure import Table, Times, interleave, ratio, write_table
-from mae_bench.data.batches.loader import Batch, Images, TrainingOrder, training_batches
+from mae_bench.data.batches.loader import Batch, Images, TrainingOrder, load_training_batches
 from mae_bench.data.batches.transforms import PretrainTransform
 from mae_bench.data.sets.open import open_images
 from mae_bench.data.sets.packed import PackOptions, pack_sources
@@ -161,7 +161,7 @@ def pixel_errors(sets: Sets) -> list[list[object]]:
 def with_workers(images: ImageSource, num_workers: int, batch_size: int, steps: int) -> tuple[float, float]:
     """Images a second of the whole loader, and the share of its time that a consumer of half that speed waits."""
     order = TrainingOrder(len(images), batch_size, seed=0)
-    batches = training_batches(images, PretrainTransform(SIZE), order, 0, 4 + 3 * steps, num_workers)
+    batches = load_training_batches(images, PretrainTransform(SIZE), order, 0, 4 + 3 * steps, num_workers)
     for _ in range(4):  # the processes start
         next(batches)
     began = time.perf_counter()

@@ -18,7 +18,7 @@ from PIL import Image
 
 from benchmarks.measure import Table, write_table
 from benchmarks.peers import MASK_RATIO, TimmMAE, decoder_depth_of, vit_spec
-from mae_bench.data.batches.loader import Batch, TrainingOrder, training_batches
+from mae_bench.data.batches.loader import Batch, TrainingOrder, load_training_batches
 from mae_bench.data.pack import pack_set
 from mae_bench.data.sets.open import open_images
 from mae_bench.data.sets.source import BadImages
@@ -128,7 +128,9 @@ def ours(bench: Bench, size: str, batch_size: int, data: Path | None = None, num
     if data:
         images = open_images(data, "train")
         order = TrainingOrder(len(images), batch_size, 0, 0, 1)
-        feed = partial(training_batches, images, transform_of(config, spec), order, num_workers=num_workers)
+        feed = partial(
+            load_training_batches, images, transform_of(config, spec), order, num_workers=num_workers
+        )
     stop = bench.warmup + bench.steps
     with suppress(BatchesExhausted):  # the watch has seen enough, long before the training would end
         trainer.fit(lambda first, last: watch.times(feed(0, stop + 1)), PretrainLoss(config, spec, job))

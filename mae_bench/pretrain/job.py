@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 from mae_bench.data.batches.crops import resample_batch
-from mae_bench.data.batches.loader import Batch, Images, TrainingOrder, epoch_order, training_batches
+from mae_bench.data.batches.loader import (
+    Batch,
+    Images,
+    TrainingOrder,
+    draw_epoch_order,
+    load_training_batches,
+)
 from mae_bench.data.batches.transforms import PretrainTransform, normalize
 from mae_bench.data.checks.layouts import LayoutReport, check_layout
 from mae_bench.data.seeds import derive_seed, seed_everything
@@ -133,7 +139,9 @@ def train(
         trainer.every_epochs(config.reconstruct_epochs, Reconstructions(config, job, data.held_out))
     order = replace(order, sizes=trainer.accumulation.sizes)
     trainer.fit(
-        lambda start, stop: training_batches(data.train, transform, order, start, stop, config.num_workers),
+        lambda start, stop: load_training_batches(
+            data.train, transform, order, start, stop, config.num_workers
+        ),
         loss,
     )
     return trainer
@@ -163,7 +171,7 @@ def fit_targets(
     model: MAE, target: PCA, images: ImageSource, transform: PretrainTransform, seed: int
 ) -> None:
     """Fits the PCA to patches of training images as the model will see them: the same on every process and at every resume."""
-    chosen = epoch_order(len(images), seed, 0)[:NUM_PCA_IMAGES].tolist()
+    chosen = draw_epoch_order(len(images), seed, 0)[:NUM_PCA_IMAGES].tolist()
     batch = Images(images, transform, seed, replace_bad=True).__getitems__(
         [(0, index, 0) for index in chosen]
     )

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from mae_bench.data.batches.loader import evaluation_batches
+from mae_bench.data.batches.loader import load_evaluation_batches
 from mae_bench.data.batches.transforms import PretrainTransform, normalize
 from mae_bench.data.seeds import derive_seed
 from mae_bench.data.sets.decode import decode_pixels, read_pixels
@@ -171,7 +171,7 @@ def evaluation_loss(
     here = world()
     progress.stage("evaluate", len(images))
     total, count = 0.0, 0
-    for batch in evaluation_batches(
+    for batch in load_evaluation_batches(
         images, centre_crop(model.spec), batch_size, num_workers, here.rank, here.size
     ):
         for name, reason in batch.bad:

@@ -18,8 +18,8 @@ from torch import nn
 from backbones.load import load_backbone
 from backbones.reading.source import open_source
 from backbones.translating.report import ConversionReport
-from mae_bench.data.batches.loader import Batch, TrainingOrder, training_batches
-from mae_bench.data.batches.transforms import normalize, train_transform
+from mae_bench.data.batches.loader import Batch, TrainingOrder, load_training_batches
+from mae_bench.data.batches.transforms import build_train_transform, normalize
 from mae_bench.data.sets.source import ImageSource
 from mae_bench.engine.distributed import world
 from mae_bench.engine.trainer import Trainer
@@ -159,12 +159,12 @@ def build_stream(
 ) -> BatchStream:
     """Return a function (start, stop) -> the augmented training batches of those steps."""
     config, spec = context.config, context.spec
-    transform = train_transform(
+    transform = build_train_transform(
         config.img_size or spec.img_size, config.crop_scale, spec.interpolation, auto_augment=auto_augment
     )
 
     def stream(start: int, stop: int) -> Iterator[Batch]:
-        return training_batches(images, transform, order, start, stop, config.num_workers)
+        return load_training_batches(images, transform, order, start, stop, config.num_workers)
 
     return stream
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mae_bench.data.batches.loader import evaluation_batches
-from mae_bench.data.batches.transforms import eval_transform, normalize
+from mae_bench.data.batches.loader import load_evaluation_batches
+from mae_bench.data.batches.transforms import build_eval_transform, normalize
 from mae_bench.data.sets.source import BadImages, ImageSource
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.engine.precision import autocast
@@ -133,8 +133,10 @@ class Feed:
     def batches(self, images: ImageSource, bad: BadImages) -> Iterator[Inputs]:
         """Yield this rank's share of the set: normalised images (N, C, H, W) on the device."""
         config, spec, rank = self.context.config, self.context.spec, world()
-        transform = eval_transform(config.img_size or spec.img_size, config.crop_pct, spec.interpolation)
-        batches = evaluation_batches(
+        transform = build_eval_transform(
+            config.img_size or spec.img_size, config.crop_pct, spec.interpolation
+        )
+        batches = load_evaluation_batches(
             images, transform, config.eval_batch_size, config.num_workers, rank.rank, rank.size
         )
         for batch in batches:

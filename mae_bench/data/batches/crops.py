@@ -46,7 +46,7 @@ class Crop:
         return VERTICAL_FIRST and down > 2 * max(0, across)
 
 
-def random_resized_crop(
+def sample_resized_crop(
     height: int, width: int, img_size: Size, scale: tuple[float, float], draw: random.Random
 ) -> Crop:
     """Sample torchvision's RandomResizedCrop and a flip.
@@ -66,7 +66,7 @@ def random_resized_crop(
     return Crop((height - h) // 2, (width - w) // 2, h, w, img_size, flip=draw.random() < 0.5)
 
 
-def fixed_size_crop(height: int, width: int, img_size: Size, draw: random.Random | None = None) -> Crop:
+def sample_fixed_crop(height: int, width: int, img_size: Size, draw: random.Random | None = None) -> Crop:
     """Sample a crop of fixed size and a flip (MAE, Table 1e); without `draw`, return the central crop.
 
     The whole image is first resized to the smallest size that covers img_size / 0.875 (a short side of 256
@@ -101,8 +101,8 @@ def resample(pixels: np.ndarray, crop: Crop, img_size: Size, interpolation: str 
     imgs = box if box.dtype == torch.uint8 else box.float()
     if crop.vertical_first:
         imgs = _resize(imgs, (crop.size[0], crop.width), interpolation)
-    imgs = _window(_resize(imgs, crop.size, interpolation), crop, img_size)
-    return _restore(imgs.flip(3) if crop.flip else imgs, box.dtype)[0]
+    imgs = _cut_window(_resize(imgs, crop.size, interpolation), crop, img_size)
+    return _convert(imgs.flip(3) if crop.flip else imgs, box.dtype)[0]
 
 
 def resample_exact(
@@ -118,7 +118,7 @@ def resample_exact(
     if (crop.height, crop.width) != pixels.shape[:2]:
         image = image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
     resized = np.array(image.resize(crop.size[::-1], RESAMPLING[interpolation])).reshape(*crop.size, -1)
-    imgs = _window(torch.from_numpy(resized).permute(2, 0, 1)[None], crop, img_size)
+    imgs = _cut_window(torch.from_numpy(resized).permute(2, 0, 1)[None], crop, img_size)
     return (imgs.flip(3) if crop.flip else imgs)[0]
 
 
@@ -128,19 +128,19 @@ def _resize(imgs: torch.Tensor, size: Size, interpolation: str) -> torch.Tensor:
     return F.interpolate(imgs, size, mode=interpolation, antialias=True, align_corners=False)
 
 
-def _window(imgs: torch.Tensor, crop: Crop, img_size: Size) -> torch.Tensor:
+def _cut_window(imgs: torch.Tensor, crop: Crop, img_size: Size) -> torch.Tensor:
     top, left = crop.offset
     return imgs[:, :, top : top + img_size[0], left : left + img_size[1]]
 
 
-def _restore(imgs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _convert(imgs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Convert float values to `dtype`; integers are rounded half up, as in Pillow, and clamped."""
     if imgs.dtype == dtype or dtype.is_floating_point:
         return imgs.to(dtype)
     return imgs.add(0.5).floor().clamp(0, torch.iinfo(dtype).max).to(dtype)
 
 
-def describe(crop: Crop) -> list[int]:
+def encode_crop(crop: Crop) -> list[int]:
     """Return the numbers that describe the crop to `resample_batch`, for an image cut to the crop's box."""
     return [crop.height, crop.width, *crop.size, *crop.offset, int(crop.flip), int(crop.vertical_first)]
 
@@ -151,7 +151,7 @@ def resample_batch(
     """Resample zero-padded images (N, C, H, W) to (N, C, *img_size) on their device.
 
     imgs: each image is in the top left corner, with zeros below and to the right of it.
-    crops: one row of `describe` per image, (N, 8), on the CPU.
+    crops: one row of `encode_crop` per image, (N, 8), on the CPU.
 
     Two batched matrix products with the weights of Pillow's antialiased filter, in float32 regardless of
     autocast and TF32, rounded where Pillow rounds: almost all pixels equal Pillow's, the rest differ by one.
@@ -161,8 +161,8 @@ def resample_batch(
     numbers = crops.to(imgs.device, non_blocking=True).double()
     height, width, down, across, top, left, flip, vertical_first = numbers.unbind(1)
     taps = [_max_taps(crops[:, axis], crops[:, 2 + axis], interpolation) for axis in (0, 1)]
-    rows = _weights(height, down, top, img_size[0], imgs.shape[2], taps[0], interpolation)
-    columns = _weights(width, across, left, img_size[1], imgs.shape[3], taps[1], interpolation)
+    rows = _compute_weights(height, down, top, img_size[0], imgs.shape[2], taps[0], interpolation)
+    columns = _compute_weights(width, across, left, img_size[1], imgs.shape[3], taps[1], interpolation)
     columns = torch.where(flip.bool()[:, None, None], columns.flip(1), columns).mT[:, None]  # (N, 1, W, w)
     rows = rows[:, None]  # (N, 1, h, H)
     with torch.autocast(imgs.device.type, enabled=False), _FullPrecision(imgs.device):
@@ -171,7 +171,7 @@ def resample_batch(
         if bool(crops[:, 7].any()):
             down_first = _round(rows @ values, is_uint8) @ columns
             across_first = torch.where(vertical_first.bool()[:, None, None, None], down_first, across_first)
-    return _restore(across_first, imgs.dtype)
+    return _convert(across_first, imgs.dtype)
 
 
 def _round(values: torch.Tensor, is_uint8: bool) -> torch.Tensor:
@@ -203,7 +203,7 @@ def _max_taps(before: torch.Tensor, after: torch.Tensor, interpolation: str) -> 
     return math.ceil(SUPPORT[interpolation] * scale) * 2 + 1
 
 
-def _weights(
+def _compute_weights(
     before: torch.Tensor,
     after: torch.Tensor,
     offset: torch.Tensor,

@@ -82,7 +82,7 @@ class Images(Dataset[Batch | UserError]):
         bad: list[tuple[str, str]] = []
         try:
             for epoch, index, _ in items:
-                found = self._first_good(epoch, index, bad)
+                found = self._find_first_good(epoch, index, bad)
                 if found is not None:
                     indices.append(found[0])
                     views.append(found[1])
@@ -92,12 +92,12 @@ class Images(Dataset[Batch | UserError]):
         targets = torch.tensor([int(self.images.targets[index]) for index in indices], dtype=torch.int64)
         return Batch(imgs, targets, torch.tensor(indices, dtype=torch.int64), bad, items[0][2], crops)
 
-    def _first_good(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, View] | None:
+    def _find_first_good(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, View] | None:
         tries = min(MAX_BAD_IN_A_ROW, len(self.images)) if self.replace_bad else 1
         for attempt in range(tries):
             i = (index + attempt) % len(self.images)
             try:
-                return i, self._view(epoch, i)
+                return i, self._load_view(epoch, i)
             except (BadImage, OSError) as error:
                 bad.append((self.images.name(i), str(error)))
         if not self.replace_bad:
@@ -108,7 +108,7 @@ class Images(Dataset[Batch | UserError]):
             fix="check these files; model.in_chans is the number of channels",
         )
 
-    def _view(self, epoch: int, i: int) -> View:
+    def _load_view(self, epoch: int, i: int) -> View:
         seed, transform = derive_seed(self.seed, epoch, i), self.transform
         if not isinstance(transform, PretrainTransform):
             stored = self.images.pixels(i)
@@ -145,7 +145,7 @@ def _pad(imgs: list[torch.Tensor]) -> torch.Tensor:
     return padded.permute(0, 3, 1, 2)
 
 
-def epoch_order(num_images: int, seed: int, epoch: int) -> torch.Tensor:
+def draw_epoch_order(num_images: int, seed: int, epoch: int) -> torch.Tensor:
     """Return the permutation of the images for one epoch."""
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(derive_seed(seed, epoch, -1)))
 
@@ -196,7 +196,7 @@ class TrainingOrder:
         for step in range(start, stop):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                order = epoch_order(self.num_images, self.seed, epoch)
+                order = draw_epoch_order(self.num_images, self.seed, epoch)
             begin = step % self.steps_per_epoch * self.global_batch_size
             position = self.rank * self.part
             for size in sizes:
@@ -220,7 +220,7 @@ class Steps:
         return self.order.batches(self.start, self.stop)
 
 
-def training_batches(
+def load_training_batches(
     images: ImageSource, transform: Transform, order: TrainingOrder, start: int, stop: int, num_workers: int
 ) -> Iterator[Batch]:
     """Yield the order's micro-batches for steps start to stop - 1.
@@ -232,7 +232,7 @@ def training_batches(
     return _load_batches(dataset, Steps(order, start, stop), num_workers)
 
 
-def evaluation_batches(
+def load_evaluation_batches(
     images: ImageSource,
     transform: Transform,
     batch_size: int,

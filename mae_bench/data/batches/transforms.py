@@ -27,11 +27,11 @@ from torchvision.transforms.functional import (
 from mae_bench.data.batches.crops import (
     RESAMPLING,
     Crop,
-    describe,
-    fixed_size_crop,
-    random_resized_crop,
+    encode_crop,
     resample,
     resample_exact,
+    sample_fixed_crop,
+    sample_resized_crop,
     take_box,
 )
 from mae_bench.data.sets.decode import Jpeg
@@ -40,7 +40,7 @@ from mae_bench.errors import UserError
 MAX_DEFERRED = 640  # pixels per side of a crop that is resampled on the device
 
 
-def train_transform(
+def build_train_transform(
     img_size: tuple[int, int],
     scale: tuple[float, float],
     interpolation: str = "bicubic",
@@ -62,7 +62,7 @@ def train_transform(
     return T.Compose([*steps, T.PILToTensor()])
 
 
-def eval_transform(
+def build_eval_transform(
     img_size: tuple[int, int], crop_pct: float = 0.875, interpolation: str = "bicubic"
 ) -> T.Compose:
     """Build a resize of the short side to img_size / crop_pct and a central crop (MAE: 256, then 224).
@@ -115,7 +115,7 @@ class PretrainTransform:
     def __call__(self, pixels: np.ndarray | Jpeg, seed: int) -> torch.Tensor:
         """Return the input, (C, *img_size)."""
         draw = random.Random(seed)
-        crop = self._crop(pixels.shape, draw)
+        crop = self._sample_crop(pixels.shape, draw)
         return self._resample(_decode_rows(pixels, crop), crop, draw)
 
     def defer(self, pixels: np.ndarray | Jpeg, seed: int) -> tuple[torch.Tensor, list[int]]:
@@ -125,17 +125,17 @@ class PretrainTransform:
         image.
         """
         draw = random.Random(seed)
-        crop = self._crop(pixels.shape, draw)
+        crop = self._sample_crop(pixels.shape, draw)
         pixels = _decode_rows(pixels, crop)
         if max(crop.height, crop.width) <= MAX_DEFERRED:
-            return take_box(pixels, crop)[0], describe(crop)
-        return self._resample(pixels, crop, draw), describe(Crop(0, 0, *self.img_size, self.img_size))
+            return take_box(pixels, crop)[0], encode_crop(crop)
+        return self._resample(pixels, crop, draw), encode_crop(Crop(0, 0, *self.img_size, self.img_size))
 
-    def _crop(self, shape: tuple[int, ...], draw: random.Random) -> Crop:
+    def _sample_crop(self, shape: tuple[int, ...], draw: random.Random) -> Crop:
         height, width = shape[:2]
         if self.augment == "resized_crop":
-            return random_resized_crop(height, width, self.img_size, self.crop_scale, draw)
-        return fixed_size_crop(height, width, self.img_size, draw if self.augment == "crop" else None)
+            return sample_resized_crop(height, width, self.img_size, self.crop_scale, draw)
+        return sample_fixed_crop(height, width, self.img_size, draw if self.augment == "crop" else None)
 
     def _resample(self, pixels: np.ndarray, crop: Crop, draw: random.Random) -> torch.Tensor:
         resample_image = resample if self.decode == "fast" else resample_exact
@@ -178,14 +178,14 @@ def normalize(imgs: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...
     uint8 is divided by 255 first: mean and std refer to pixels in [0, 1] for uint8, and to raw values for
     other dtypes.
     """
-    scale, shift = _constants(
+    scale, shift = _build_constants(
         tuple(mean), tuple(std), 255.0 if imgs.dtype == torch.uint8 else 1.0, imgs.device
     )
     return torch.addcmul(shift, imgs.float(), scale)
 
 
 @cache
-def _constants(
+def _build_constants(
     mean: tuple[float, ...], std: tuple[float, ...], unit: float, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return 1 / (unit * std) and -mean / std, copied to the device once: a copy per step would block."""

@@ -17,7 +17,7 @@ def trace_polygons(mask: Mask) -> list[list[float]]:
     holes: a mask with a hole is cut in two through it.
     """
     loops = _trace_loops(mask)
-    hole = next((loop for loop in loops if _signed_area(loop) < 0), None)
+    hole = next((loop for loop in loops if _compute_signed_area(loop) < 0), None)
     if hole is None:
         return [np.array(loop, float).ravel().tolist() for loop in loops]
     columns = [x for x, _ in hole]
@@ -87,7 +87,7 @@ def _find_edges(mask: Mask) -> dict[tuple[int, int], set[int]]:
     return edges
 
 
-def _signed_area(loop: list[tuple[int, int]]) -> float:
+def _compute_signed_area(loop: list[tuple[int, int]]) -> float:
     """Return the area, positive for a clockwise loop (y points down)."""
     edges = zip(loop, [*loop[1:], loop[0]], strict=True)
     return sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in edges) / 2

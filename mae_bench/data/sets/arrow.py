@@ -296,7 +296,7 @@ class ParquetImages(ImageSource):
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def _row(self, i: int) -> tuple[Any, int, int]:
+    def _read_row(self, i: int) -> tuple[Any, int, int]:
         """Return the image column of the row's group, the row within it, and the file number."""
         position = int(np.searchsorted(self._ends, i, side="right"))
         number, group = self._groups[position]
@@ -310,13 +310,13 @@ class ParquetImages(ImageSource):
         return int(self._ends[position - 1]) if position else 0
 
     def name(self, i: int) -> str:
-        column, row, number = self._row(i)
+        column, row, number = self._read_row(i)
         first_group = next(n for n, (file, _) in enumerate(self._groups) if file == number)
         row_in_file = i - self._first_row(first_group)
         return _name_rows(_import_pyarrow(), column.slice(row, 1), self.files[number].name, row_in_file)[0]
 
     def read(self, i: int) -> bytes:
-        column, row, _ = self._row(i)
+        column, row, _ = self._read_row(i)
         return _get_bytes(_import_pyarrow(), column)[row].as_py() or b""
 
     def pixels(self, i: int) -> np.ndarray | None:

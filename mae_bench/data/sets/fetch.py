@@ -116,7 +116,8 @@ def _receive(url: str, part: Path, stop: threading.Event) -> None:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
             resumes = answer.status == http.HTTPStatus.PARTIAL_CONTENT
             length = answer.headers.get("Content-Length")
-            total = None if length is None else int(length) + (have if resumes else 0)
+            start = have if resumes else 0
+            total = None if length is None else start + int(length)
             _tag_path(part).write_text(
                 answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
             )

@@ -148,7 +148,7 @@ def _open(root: str, split: str, refresh: bool) -> ImageSource | None:
         return _open_listed(place, published, split, refresh)
     # A cached folder comes first: looking for tables and shards would list every file again.
     folder = _find_folder(place, split)
-    cached = load_cached_index(_key("folder", [folder])) if folder and not refresh else None
+    cached = load_cached_index(_build_key("folder", [folder])) if folder and not refresh else None
     if folder and cached is not None:
         return IndexedImages(cached, folder)
     arrow_files = find_arrow_files(place, split)
@@ -160,7 +160,7 @@ def _open(root: str, split: str, refresh: bool) -> ImageSource | None:
     return _open_tars(place, split, refresh) or _open_folder(place, split, refresh)
 
 
-def _key(kind: str, paths: Sequence[str | Path]) -> str:
+def _build_key(kind: str, paths: Sequence[str | Path]) -> str:
     return f"{kind}:{json_digest([str(Path(path).absolute()) for path in paths])}"
 
 
@@ -175,21 +175,23 @@ def _open_folder(root: Path, split: str, refresh: bool) -> ImageSource | None:
     folder = _find_folder(root, split)
     if folder is None:
         return None
-    index = load_or_build_index(_key("folder", [folder]), lambda: index_folder(folder), refresh)
+    index = load_or_build_index(_build_key("folder", [folder]), lambda: index_folder(folder), refresh)
     return IndexedImages(index, folder)
 
 
 def _open_tars(root: Path, split: str, refresh: bool) -> ImageSource | None:
     tar, shards = root / f"{split}.tar", find_shards(root, split)
     if shards == [tar] and has_classes(tar):
-        return IndexedImages(load_or_build_index(_key("tar", [tar]), lambda: index_tar(tar), refresh), root)
+        return IndexedImages(
+            load_or_build_index(_build_key("tar", [tar]), lambda: index_tar(tar), refresh), root
+        )
     return _open_shards([str(path) for path in shards], refresh) if shards else None
 
 
 def _open_listed(root: Path, published: Published, split: str, refresh: bool) -> ImageSource | None:
     if not published.find_list(root, split):
         return None
-    key = _key("listed", [root, split])
+    key = _build_key("listed", [root, split])
     index = load_or_build_index(key, lambda: index_listed(root, published, split), refresh)
     labels = hashlib.sha256(index.targets.tobytes()).hexdigest()  # the names of the images do not show them
     digest = json_digest([digest_indexes({"": index}), labels, index.classes])
@@ -199,10 +201,12 @@ def _open_listed(root: Path, published: Published, split: str, refresh: bool) ->
 def _open_shards(places: Sequence[str], refresh: bool) -> ImageSource:
     paths = fetch_all(places) if is_url(places[0]) else [Path(place).absolute() for place in places]
     return IndexedImages(
-        load_or_build_index(_key("shards", paths), lambda: index_shards(paths), refresh), "/"
+        load_or_build_index(_build_key("shards", paths), lambda: index_shards(paths), refresh), "/"
     )
 
 
 def _open_arrow(files: Sequence[Path], refresh: bool) -> ImageSource:
     paths = [path.absolute() for path in files]
-    return IndexedImages(load_or_build_index(_key("arrow", paths), lambda: index_arrow(paths), refresh), "/")
+    return IndexedImages(
+        load_or_build_index(_build_key("arrow", paths), lambda: index_arrow(paths), refresh), "/"
+    )

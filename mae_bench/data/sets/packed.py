@@ -260,7 +260,7 @@ class _Pack:
             file.truncate(self.bytes)
             file.seek(0)
             sha = hashlib.file_digest(file, "sha256")
-            for window in self._windows(options):
+            for window in self._encode_windows(options):
                 self._write(window, file, journal, sha)
         return self._finish(sha.hexdigest())
 
@@ -287,7 +287,7 @@ class _Pack:
             self.done, self.bytes = entry["done"], entry["bytes"]
         write_atomic(self.journal, lambda file: file.writelines(map(_encode_line, entries)))
 
-    def _windows(self, options: PackOptions) -> Iterator[Iterable[Any]]:
+    def _encode_windows(self, options: PackOptions) -> Iterator[Iterable[Any]]:
         """Yield the encoded images of each window; workers encode the next one while the caller writes."""
         starts = range(self.done, len(self.source), WINDOW)
         windows = [range(start, min(start + WINDOW, len(self.source))) for start in starts]

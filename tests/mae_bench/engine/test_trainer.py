@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from toy_run import CONFIG, NUM_IMAGES, STEPS_PER_EPOCH, Net, Run, pixels, signals_restored, train, weights
 
-from mae_bench.data.batches.loader import Batch, epoch_order
+from mae_bench.data.batches.loader import Batch, draw_epoch_order
 from mae_bench.engine.ema import Ema
 from mae_bench.engine.optim import build_param_groups, finetune_no_decay, pretrain_no_decay
 from mae_bench.engine.schedule import absolute_lr, cosine_lr
@@ -114,7 +114,7 @@ def test_accumulation_equals_plain_training_on_the_whole_batch(
     )
     for step in range(TOTAL):
         epoch, place = divmod(step, STEPS_PER_EPOCH)
-        batch = epoch_order(NUM_IMAGES, 5, epoch)[8 * place : 8 * place + 8]
+        batch = draw_epoch_order(NUM_IMAGES, 5, epoch)[8 * place : 8 * place + 8]
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step / STEPS_PER_EPOCH, lr=0.01, min_lr=0, warmup_epochs=1, epochs=3)
         optimizer.zero_grad()

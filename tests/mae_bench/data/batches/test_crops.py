@@ -11,12 +11,12 @@ from torchvision.transforms import functional as tv
 
 from mae_bench.data.batches.crops import (
     Crop,
-    describe,
-    fixed_size_crop,
-    random_resized_crop,
+    encode_crop,
     resample,
     resample_batch,
     resample_exact,
+    sample_fixed_crop,
+    sample_resized_crop,
     take_box,
 )
 
@@ -94,7 +94,7 @@ def test_a_batch_on_the_device_equals_pillow(img_size: tuple[int, int], mode: st
     crops = boxes(300, 410, img_size, 16)
     imgs = padded([take_box(pixels, crop)[0] for crop in crops])
     with torch.autocast("cpu", torch.bfloat16):
-        found = resample_batch(imgs, torch.tensor([describe(crop) for crop in crops]), img_size, mode)
+        found = resample_batch(imgs, torch.tensor([encode_crop(crop) for crop in crops]), img_size, mode)
     assert found.dtype == torch.uint8
     assert found.shape == (16, 3, *img_size)
     for img, crop in zip(found, crops, strict=True):
@@ -108,9 +108,11 @@ def test_a_batch_on_the_device_equals_pillow(img_size: tuple[int, int], mode: st
 
 def test_a_batch_of_windows_equals_each_alone() -> None:
     pixels, img_size = photo(150, 200), (56, 40)
-    crops = [fixed_size_crop(150, 200, img_size, random.Random(seed)) for seed in range(6)]
+    crops = [sample_fixed_crop(150, 200, img_size, random.Random(seed)) for seed in range(6)]
     found = resample_batch(
-        padded([take_box(pixels, crop)[0] for crop in crops]), torch.tensor([*map(describe, crops)]), img_size
+        padded([take_box(pixels, crop)[0] for crop in crops]),
+        torch.tensor([*map(encode_crop, crops)]),
+        img_size,
     )
     for img, crop in zip(found, crops, strict=True):
         error = (img.int() - resample_exact(pixels, crop, img_size).int()).abs()
@@ -123,7 +125,7 @@ def test_deep_images_keep_their_dtype_and_agree_on_both_routes(dtype: str) -> No
     deep = (photo(60, 90).astype(np.float32) * 200).astype(dtype)[..., [0, 1, 2, 0, 1]]
     crop = Crop(5, 10, 50, 70, (32, 32), flip=True)
     alone = resample(deep, crop, (32, 32))
-    batch = resample_batch(take_box(deep, crop), torch.tensor([describe(crop)]), (32, 32))[0]
+    batch = resample_batch(take_box(deep, crop), torch.tensor([encode_crop(crop)]), (32, 32))[0]
     assert str(alone.dtype) == str(batch.dtype) == f"torch.{dtype}"
     assert alone.shape == (5, 32, 32)
     torch.testing.assert_close(
@@ -159,7 +161,7 @@ def test_boxes_fall_as_torchvisions(height: int, width: int) -> None:
     image = torch.zeros(3, height, width)
     theirs = [RandomResizedCrop.get_params(image, [*RIGHT], [3 / 4, 4 / 3]) for _ in range(3000)]
     draws = [
-        random_resized_crop(height, width, (224, 224), RIGHT, random.Random(seed)) for seed in range(3000)
+        sample_resized_crop(height, width, (224, 224), RIGHT, random.Random(seed)) for seed in range(3000)
     ]
     ours = [(crop.top, crop.left, crop.height, crop.width) for crop in draws]
     np.testing.assert_allclose(statistics(ours, height, width), statistics(theirs, height, width), atol=0.05)
@@ -167,14 +169,14 @@ def test_boxes_fall_as_torchvisions(height: int, width: int) -> None:
 
 
 def test_a_strip_gives_its_centre() -> None:
-    crop = random_resized_crop(20, 1000, (224, 224), (0.9, 1.0), random.Random(0))
+    crop = sample_resized_crop(20, 1000, (224, 224), (0.9, 1.0), random.Random(0))
     assert (crop.top, crop.left, crop.height, crop.width) == (0, 486, 20, 27)
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (100, 100), (30, 90)])
 def test_the_fixed_size_crop_is_of_the_resized_image(height: int, width: int) -> None:
     pixels = photo(height, width)
-    crop = fixed_size_crop(height, width, (224, 224), random.Random(3))
+    crop = sample_fixed_crop(height, width, (224, 224), random.Random(3))
     resized = tv.resize(Image.fromarray(pixels), 256, tv.InterpolationMode.BICUBIC)
     want = tv.crop(resized, *crop.offset, 224, 224)
     want = tv.hflip(want) if crop.flip else want
@@ -186,7 +188,7 @@ def test_the_fixed_size_crop_is_of_the_resized_image(height: int, width: int) ->
 @pytest.mark.parametrize("img_size", [(224, 224), (64, 128), (128, 64)])
 def test_fixed_size_crops_stay_inside_and_reach_the_edges(img_size: tuple[int, int]) -> None:
     for height, width in [(375, 500), (500, 333), (9, 1000)]:
-        crops = [fixed_size_crop(height, width, img_size, random.Random(seed)) for seed in range(800)]
+        crops = [sample_fixed_crop(height, width, img_size, random.Random(seed)) for seed in range(800)]
         for axis in (0, 1):
             offsets, spare = [crop.offset[axis] for crop in crops], crops[0].size[axis] - img_size[axis]
             assert min(offsets) == 0 or spare > 400

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_bench.data.batches.loader import Batch, TrainingOrder, evaluation_batches, training_batches
-from mae_bench.data.batches.transforms import PretrainTransform, eval_transform, train_transform
+from mae_bench.data.batches.loader import Batch, TrainingOrder, load_evaluation_batches, load_training_batches
+from mae_bench.data.batches.transforms import PretrainTransform, build_eval_transform, build_train_transform
 from mae_bench.data.sets.open import open_images
 from mae_bench.data.sets.source import ImageSource
 from mae_bench.errors import UserError
@@ -56,8 +56,8 @@ def test_micro_batches_are_the_batch_in_parts(images: ImageSource) -> None:
     for rank in (0, 1):
         whole = TrainingOrder(len(images), 10, 3, rank, 2)
         parts = TrainingOrder(len(images), 10, 3, rank, 2, sizes=(2, 2, 1))
-        batches = list(training_batches(images, transform, whole, 1, 3, num_workers=0))
-        small = list(training_batches(images, transform, parts, 1, 3, num_workers=2))
+        batches = list(load_training_batches(images, transform, whole, 1, 3, num_workers=0))
+        small = list(load_training_batches(images, transform, parts, 1, 3, num_workers=2))
         assert [batch.start for batch in batches] == [5 * rank] * 2
         assert [batch.start for batch in small] == [5 * rank, 5 * rank + 2, 5 * rank + 4] * 2
         for number, batch in enumerate(batches):
@@ -80,11 +80,11 @@ def test_batches_too_large_or_indivisible_are_refused() -> None:
 
 
 def test_augmentation_depends_on_the_image_and_epoch_not_on_the_loader(images: ImageSource) -> None:
-    transform = train_transform((16, 16), (0.2, 1.0), auto_augment="rand-m9-mstd0.5-inc1")
+    transform = build_train_transform((16, 16), (0.2, 1.0), auto_augment="rand-m9-mstd0.5-inc1")
     order = TrainingOrder(len(images), 7, seed=1)
-    alone = list(training_batches(images, transform, order, 0, 4, num_workers=0))
+    alone = list(load_training_batches(images, transform, order, 0, 4, num_workers=0))
     torch.manual_seed(99)  # other random draws of the process have no effect
-    workers = list(training_batches(images, transform, order, 1, 4, num_workers=2))
+    workers = list(load_training_batches(images, transform, order, 1, 4, num_workers=2))
     for batch, other in zip(alone[1:], workers, strict=True):
         assert torch.equal(batch.imgs, other.imgs)
         assert torch.equal(batch.indices, other.indices)
@@ -99,7 +99,9 @@ def test_augmentation_depends_on_the_image_and_epoch_not_on_the_loader(images: I
 def test_evaluation_sees_each_image_once(images: ImageSource, world_size: int, batch_size: int) -> None:
     seen = []
     for rank in range(world_size):
-        for batch in evaluation_batches(images, eval_transform((16, 16)), batch_size, 0, rank, world_size):
+        for batch in load_evaluation_batches(
+            images, build_eval_transform((16, 16)), batch_size, 0, rank, world_size
+        ):
             seen += batch.indices.tolist()
             assert batch.targets.tolist() == [images.targets[i] for i in batch.indices.tolist()]
     assert sorted(seen) == list(range(14))
@@ -112,31 +114,35 @@ def test_bad_image_gives_its_place_in_training_and_none_in_evaluation(
     Image.new("RGB", (24, 20)).save(buffer, format="PNG")
     (tmp_path / "train" / "class0" / "04.png").write_bytes(buffer.getvalue()[:40])
     order = TrainingOrder(len(images), 14, seed=1)
-    batch = next(training_batches(images, eval_transform((16, 16)), order, 0, 1, 0))
+    batch = next(load_training_batches(images, build_eval_transform((16, 16)), order, 0, 1, 0))
     assert len(batch.imgs) == 14
     assert [Path(name).name for name, _ in batch.bad] == ["04.png"]
-    evaluated = list(evaluation_batches(images, eval_transform((16, 16)), 5, 0))
+    evaluated = list(load_evaluation_batches(images, build_eval_transform((16, 16)), 5, 0))
     assert sum(len(b.targets) for b in evaluated) == 13
     assert sum(len(b.bad) for b in evaluated) == 1
 
 
 def test_a_file_that_cannot_be_read_counts_as_bad(images: ImageSource, tmp_path: Path) -> None:
     (tmp_path / "train" / "class0" / "04.png").unlink()
-    batches = list(evaluation_batches(images, eval_transform((16, 16)), 5, 0))
+    batches = list(load_evaluation_batches(images, build_eval_transform((16, 16)), 5, 0))
     assert [Path(name).name for batch in batches for name, _ in batch.bad] == ["04.png"]
 
 
 def test_a_long_run_is_not_laid_out_in_memory(images: ImageSource) -> None:
     order = TrainingOrder(len(images), 7, seed=1)
     assert (
-        len(next(training_batches(images, eval_transform((16, 16)), order, 0, 10**12, num_workers=0)).targets)
+        len(
+            next(
+                load_training_batches(images, build_eval_transform((16, 16)), order, 0, 10**12, num_workers=0)
+            ).targets
+        )
         == 7
     )
 
 
 def test_evaluation_resizes_the_short_side_and_crops_the_centre() -> None:
     ramp = np.tile(np.arange(80, dtype=np.uint8)[None, :, None], (64, 1, 3))
-    out = eval_transform((56, 56), crop_pct=0.875)(Image.fromarray(ramp))
+    out = build_eval_transform((56, 56), crop_pct=0.875)(Image.fromarray(ramp))
     assert out.shape == (3, 56, 56)
     assert out[0, 0, 0] == 12, "(80 - 56) / 2 columns are cut on the left"
 
@@ -145,11 +151,11 @@ def test_evaluation_resizes_the_short_side_and_crops_the_centre() -> None:
 def test_pretraining_batches_depend_on_the_step_alone(images: ImageSource, crop_on: str) -> None:
     transform = PretrainTransform((16, 16), crop_on=crop_on)  # type: ignore[arg-type]
     whole = list(
-        training_batches(images, transform, TrainingOrder(len(images), 6, seed=1), 0, 4, num_workers=0)
+        load_training_batches(images, transform, TrainingOrder(len(images), 6, seed=1), 0, 4, num_workers=0)
     )
     for world_size, num_workers in [(1, 2), (2, 1), (3, 0)]:
         orders = [TrainingOrder(len(images), 6, 1, rank, world_size) for rank in range(world_size)]
-        ranks = [list(training_batches(images, transform, order, 1, 4, num_workers)) for order in orders]
+        ranks = [list(load_training_batches(images, transform, order, 1, 4, num_workers)) for order in orders]
         for step, batch in enumerate(whole[1:]):
             parts = [rank[step] for rank in ranks]
             assert [part.start for part in parts] == [6 // world_size * rank for rank in range(world_size)]
@@ -213,7 +219,7 @@ class Arrays(ImageSource):
 def test_multispectral_arrays_travel_in_their_dtype(dtype: str) -> None:
     source = Arrays([np.full((20, 24, 6), 10 * i, dtype) for i in range(8)])
     order = TrainingOrder(8, 4, seed=0)
-    batch = next(training_batches(source, PretrainTransform((16, 16), in_chans=6), order, 0, 1, 0))
+    batch = next(load_training_batches(source, PretrainTransform((16, 16), in_chans=6), order, 0, 1, 0))
     assert batch.imgs.shape == (4, 6, 16, 16)
     assert str(batch.imgs.dtype) == f"torch.{dtype}"
     assert batch.imgs[:, 0, 0, 0].tolist() == pytest.approx([10 * int(i) for i in batch.indices])
@@ -225,10 +231,10 @@ def test_raw_pixels_serve_every_transform() -> None:
     )
     for transform in (
         PretrainTransform((16, 16)),
-        train_transform((16, 16), (0.2, 1.0)),
-        eval_transform((16, 16)),
+        build_train_transform((16, 16), (0.2, 1.0)),
+        build_eval_transform((16, 16)),
     ):
-        batch = next(training_batches(source, transform, TrainingOrder(4, 4, seed=0), 0, 1, 0))
+        batch = next(load_training_batches(source, transform, TrainingOrder(4, 4, seed=0), 0, 1, 0))
         assert batch.imgs.shape == (4, 3, 16, 16)
         assert not batch.bad
 
@@ -236,7 +242,7 @@ def test_raw_pixels_serve_every_transform() -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_set_of_other_channels_is_one_clear_error(num_workers: int) -> None:
     source = Arrays([np.zeros((20, 24, 2), np.uint8)] * 150)
-    batches = training_batches(
+    batches = load_training_batches(
         source, PretrainTransform((16, 16), in_chans=5), TrainingOrder(150, 4, 0), 0, 2, num_workers
     )
     with pytest.raises(
@@ -264,10 +270,10 @@ class Full:
 def test_a_lost_worker_is_one_clear_error(images: ImageSource) -> None:
     order = TrainingOrder(len(images), 7, seed=1)
     with pytest.raises(UserError, match="a loader process was lost.*(Killed|exited unexpectedly)") as caught:
-        next(training_batches(images, Deadly(), order, 0, 2, num_workers=1))
+        next(load_training_batches(images, Deadly(), order, 0, 2, num_workers=1))
     assert "num_workers" in caught.value.fix
     with pytest.raises(UserError, match="No space left") as caught:
-        next(training_batches(images, Full(), order, 0, 2, num_workers=1))
+        next(load_training_batches(images, Full(), order, 0, 2, num_workers=1))
     assert "shm" in caught.value.fix
 
 
@@ -276,7 +282,9 @@ def test_a_mistake_in_the_code_is_not_called_a_lost_worker(images: ImageSource) 
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        next(training_batches(images, broken, TrainingOrder(len(images), 7, seed=1), 0, 2, num_workers=1))
+        next(
+            load_training_batches(images, broken, TrainingOrder(len(images), 7, seed=1), 0, 2, num_workers=1)
+        )
 
 
 class Signalled:
@@ -289,7 +297,7 @@ class Signalled:
 
 
 def test_workers_leave_the_answer_to_a_stop_to_their_main_process(images: ImageSource) -> None:
-    batches = training_batches(
+    batches = load_training_batches(
         images, Signalled(), TrainingOrder(len(images), 7, seed=1), 0, 2, num_workers=1
     )
     assert [len(batch.targets) for batch in batches] == [7, 7]

@@ -10,8 +10,13 @@ from PIL import Image
 from torchvision import transforms as T
 from torchvision.transforms import functional as tv
 
-from mae_bench.data.batches.crops import random_resized_crop, resample_batch
-from mae_bench.data.batches.transforms import PretrainTransform, eval_transform, jitter_colors, normalize
+from mae_bench.data.batches.crops import resample_batch, sample_resized_crop
+from mae_bench.data.batches.transforms import (
+    PretrainTransform,
+    build_eval_transform,
+    jitter_colors,
+    normalize,
+)
 from mae_bench.data.sets.decode import Jpeg, decode_pixels
 from mae_bench.errors import UserError
 from tests.parity import assert_within_rounding
@@ -30,7 +35,7 @@ def photo(height: int = 150, width: int = 200, channels: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("seed", range(8))
 def test_exact_is_torchvisions_resized_crop(seed: int) -> None:
     pixels = photo()
-    crop = random_resized_crop(150, 200, (64, 64), (0.2, 1.0), random.Random(seed))
+    crop = sample_resized_crop(150, 200, (64, 64), (0.2, 1.0), random.Random(seed))
     box = crop.top, crop.left, crop.height, crop.width
     want = tv.resized_crop(Image.fromarray(pixels), *box, [64, 64], T.InterpolationMode.BICUBIC)
     want = tv.pil_to_tensor(tv.hflip(want) if crop.flip else want)
@@ -43,7 +48,7 @@ def test_no_augmentation_is_the_evaluations_centre_crop() -> None:
     for shape in ((150, 200), (200, 150), (77, 123)):
         pixels = photo(*shape)
         found = PretrainTransform((56, 56), "none", decode="exact")(pixels, 1)
-        assert torch.equal(found, eval_transform((56, 56))(Image.fromarray(pixels)))
+        assert torch.equal(found, build_eval_transform((56, 56))(Image.fromarray(pixels)))
 
 
 @pytest.mark.parametrize("augment", ["crop", "resized_crop"])

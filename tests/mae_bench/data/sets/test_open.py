@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_bench.data.batches.loader import TrainingOrder, training_batches
-from mae_bench.data.batches.transforms import train_transform
+from mae_bench.data.batches.loader import TrainingOrder, load_training_batches
+from mae_bench.data.batches.transforms import build_train_transform
 from mae_bench.data.checks.layouts import check_layout
 from mae_bench.data.pack import pack_set
 from mae_bench.data.sets.open import find_splits, open_images
@@ -143,8 +143,8 @@ def test_every_form_feeds_the_loader_the_same_batches(tmp_path: Path, picture: P
     for form in ("folders", "tars", "shards", "packed", "raw"):
         images = open_images(tmp_path / form, "train")
         order = TrainingOrder(len(images), 4, seed=3)
-        transform = train_transform((16, 16), (0.2, 1.0))
-        found[form] = list(training_batches(images, transform, order, 1, 4, num_workers=2))
+        transform = build_train_transform((16, 16), (0.2, 1.0))
+        found[form] = list(load_training_batches(images, transform, order, 1, 4, num_workers=2))
         assert check_layout("imagenet", tmp_path / form).splits == {"train": 10, "val": 10}
     for form, batches in found.items():
         assert not [batch.bad for batch in batches if batch.bad], form
