@@ -1,4 +1,4 @@
-"""beit: files of microsoft/unilm's BEiT (pretrained, fine-tuned), whose layout BEiT v2, data2vec and SimMIM share."""
+"""beit: microsoft/unilm's BEiT (pretrained, fine-tuned); BEiT v2, data2vec and SimMIM share its layout."""
 
 import argparse
 from typing import Any
@@ -12,62 +12,65 @@ from mae_bench.errors import UserError
 FAMILIES = ("beit", "beitv2", "data2vec", "simmim")
 INDEX_NAME = "relative_position_index"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 DROP = {
     INDEX: INDEX_REASON,
     r"head\.": HEAD,
     r"mask_token$": MASK_TOKEN,
-    r"(cls_pt_)?lm_head\.": "predicts the visual tokens or features of the pretraining: no part of the backbone",
-    r"cls_pt_layers\.": "layers that pretrain the class token of BEiT v2, behind an early block: no part of the backbone",
-    r"cls_pt_norm\.": "norm behind the class token's pretraining layers: no part of the backbone",
+    r"(cls_pt_)?lm_head\.": "predicts visual tokens or features in pretraining: not part of the backbone",
+    r"cls_pt_layers\.": "pretraining layers for BEiT v2's class token: not part of the backbone",
+    r"cls_pt_norm\.": "norm of the class token's pretraining layers: not part of the backbone",
 }
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """A ViT of BEiT's layout whose marks do not tell another family."""
+    """Return whether the file is a ViT of BEiT's layout without another family's mark."""
     return "beit" in possible_families(checkpoint)
 
 
 def possible_families(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The families that a file of BEiT's layout may be of: one where it bears a mark, several for a fine-tuned BEiT.
+    """Return the families to which a file of BEiT's layout may belong.
 
-    Marks: SimMIM pretrains inside `encoder.` and saves `max_accuracy`; BEiT v2 has layers for its class token; data2vec
-    regresses features of its own width and shares its bias table, when fine-tuned too.
+    One for a file with a mark, several for a fine-tuned BEiT. Marks: SimMIM pretrains inside `encoder.` and
+    saves `max_accuracy`; BEiT v2 has layers for its class token; data2vec regresses features of its own width
+    and shares its bias table, when fine-tuned too.
     """
     tensors = checkpoint.tensors
-    if (
-        not is_beit(tensors)
-        or (is_eva(tensors) and "pos_embed" not in tensors)
-        or not _is_official(checkpoint)
-    ):
+    is_other_eva = is_eva(tensors) and "pos_embed" not in tensors
+    if not is_beit(tensors) or is_other_eva or not _is_from_trainer(checkpoint):
         return ()
     if "decoder.0.weight" in checkpoint.outside or "max_accuracy" in checkpoint.extras:
         return ("simmim",)
     if any(name.startswith("cls_pt_") for name in tensors):
         return ("beitv2",)
     shared = f"rel_pos_bias.{TABLE}" in tensors
-    if (head := tensors.get("lm_head.weight")) is not None:
-        return ("data2vec",) if shared and head.ndim == 2 and head.shape[0] == head.shape[1] else ("beit",)
+    head = tensors.get("lm_head.weight")
+    if head is not None:
+        is_square = head.ndim == 2 and head.shape[0] == head.shape[1]
+        return ("data2vec",) if shared and is_square else ("beit",)
     if shared and "mask_token" not in tensors and "head.weight" in tensors:
         return ("data2vec",)
     return FAMILIES if shared else ("beit", "beitv2", "simmim")
 
 
-def _is_official(checkpoint: Checkpoint) -> bool:
-    """Whether a trainer saved it: timm's files of this layout are bare, and have neither mask token nor index."""
+def _is_from_trainer(checkpoint: Checkpoint) -> bool:
+    """Return whether a trainer saved the file: timm's are bare, without mask token and index."""
     marks = ("mask_token", f"rel_pos_bias.{INDEX_NAME}", f"blocks.0.attn.{INDEX_NAME}")
-    own = checkpoint.wrapper not in ("", "state_dict", "state_dict_ema") or any(
-        mark in checkpoint.tensors for mark in marks
-    )
-    return own and not checkpoint.stated_spec
+    wrapped = checkpoint.wrapper not in ("", "state_dict", "state_dict_ema")
+    marked = any(mark in checkpoint.tensors for mark in marks)
+    return (wrapped or marked) and not checkpoint.stated_spec
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """BEiT: timm has its names. Pixels are scaled to [-1, 1], unless the saved arguments say that ImageNet's mean was taken."""
+    """Translate a BEiT, which has timm's names.
+
+    Pixels are scaled to [-1, 1], unless the saved arguments state ImageNet's mean and std.
+    """
     return read_as("beit", checkpoint)
 
 
 def read_as(name: str, checkpoint: Checkpoint) -> Translation:
-    """A file of BEiT's layout as the family `name`; heads and grid are told by the bias tables where there are any."""
+    """Translate a file of BEiT's layout as the family `name`; bias tables show heads and grid."""
     if not is_beit(checkpoint.tensors):
         raise UserError(
             f"{checkpoint.source} is no ViT of BEiT's layout",
@@ -79,17 +82,17 @@ def read_as(name: str, checkpoint: Checkpoint) -> Translation:
     if "fc_norm.weight" in result.weights:
         result.assumed["pretrain_method"] += ", fine-tuned"
     elif "head.weight" in checkpoint.tensors:
-        result.assumed |= {
-            "global_pool": "token",
-            "pretrain_method": result.assumed["pretrain_method"] + ", fine-tuned",
-        }
+        result.assumed["pretrain_method"] += ", fine-tuned"
+        result.assumed["global_pool"] = "token"
     return result
 
 
 def _read_preprocessing(checkpoint: Checkpoint) -> dict[str, Any]:
-    """mean and std as the trainer's arguments say, where they were saved."""
+    """Return mean and std from the trainer's arguments, where they were saved."""
     args = checkpoint.extras.get("args")
-    told = vars(args).get("imagenet_default_mean_and_std") if isinstance(args, argparse.Namespace) else None
-    if not isinstance(told, bool):
+    if not isinstance(args, argparse.Namespace):
         return {}
-    return IMAGENET if told else {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    imagenet = vars(args).get("imagenet_default_mean_and_std")
+    if not isinstance(imagenet, bool):
+        return {}
+    return IMAGENET if imagenet else HALF

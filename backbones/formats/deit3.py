@@ -1,4 +1,4 @@
-"""deit3: DeiT III's files (facebookresearch/deit models_v2.py): layer scale, and no row for the class token in the table."""
+"""deit3: DeiT III (facebookresearch/deit models_v2.py): layer scale, no position for the class token."""
 
 from math import isqrt
 
@@ -9,37 +9,34 @@ from backbones.translating.structure import has_timm_description
 from backbones.translating.translation import HEAD, Translation, is_plain_vit, read_timm_vit
 
 DROP = {r"head\.": HEAD}
-HEADS = {
-    512: 8,
-    1408: 16,
-    1664: 16,
-}  # of deit_medium, deit_giant and deit_Giant; the others' are the standard
+HEADS = {512: 8, 1408: 16, 1664: 16}  # deit_medium, deit_giant and deit_Giant; the other sizes are standard
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """gamma_1 and gamma_2 in a ViT whose table has a row for each patch and none for its class token."""
+    """Return whether a ViT has gamma_1 and gamma_2, and positions only for its patches."""
     keys = checkpoint.tensors
-    if (
-        has_timm_description(checkpoint)
-        or not is_plain_vit(keys, r"blocks\.\d+\.gamma_[12]$", *DROP)
-        or not {"cls_token", "pos_embed"} <= set(keys)
-    ):
+    if has_timm_description(checkpoint) or not is_plain_vit(keys, r"blocks\.\d+\.gamma_[12]$", *DROP):
         return False
-    return "blocks.0.gamma_1" in keys and _grid_side(keys["pos_embed"]) > 0
+    if not {"cls_token", "pos_embed", "blocks.0.gamma_1"} <= set(keys):
+        return False
+    return _grid_side(keys["pos_embed"]) > 0
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """Layer scales are renamed; the class token is put in front of the patches after their positions were added."""
+    """Translate a DeiT III, whose class token is prepended after the positions are added to the patches."""
     result = read_timm_vit(checkpoint, "deit3", DROP, heads=HEADS)
     result.facts["options"] = {"no_embed_class": True, **result.facts.get("options", {})}
-    if (table := checkpoint.tensors.get("pos_embed")) is not None and (side := _grid_side(table)):
+    table = checkpoint.tensors.get("pos_embed")
+    side = 0 if table is None else _grid_side(table)
+    if side:
         result.notes.append(
-            f"its table of {side * side} rows is taken for {side} x {side} patches without the class token's row"
+            f"its position embedding of {side * side} rows is read as {side} x {side} patches without the "
+            "class token's row"
         )
     return result
 
 
 def _grid_side(table: torch.Tensor) -> int:
-    """Patches a side of a square grid of which the table (1, L, D) has a row each; 0 where there is none."""
+    """Return the side of the square grid with one row per patch in a position embedding (1, L, D), else 0."""
     side = isqrt(table.shape[1]) if table.ndim == 3 else 0
     return side if side and side * side == table.shape[1] else 0

@@ -1,22 +1,24 @@
-"""dino: training files of facebookresearch/dino (student and teacher); its published backbones bear no mark."""
+"""dino: training files of facebookresearch/dino (student, teacher); its published backbones have no mark."""
 
 from backbones.reading.source import Checkpoint
 from backbones.translating.translation import HEAD, PROJECTOR, Translation, is_plain_vit, read_timm_vit
 
-HEADS = r"(?:module\.)?head\."
+OUTSIDE = {r"(?:module\.)?head\.": PROJECTOR}
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """A backbone beside DINO's head, which ends in one layer (iBOT's has two); solo-learn has a classifier beside both."""
+    """Return whether there is a backbone next to DINO's head, which has one last layer.
+
+    iBOT's head has two; solo-learn's files have a classifier as well.
+    """
     stem, outside = checkpoint.prefix.removesuffix("backbone."), checkpoint.outside
-    return (
-        is_plain_vit(checkpoint.tensors)
-        and stem != checkpoint.prefix
-        and any(name.startswith(f"{stem}head.last_layer.") for name in outside)
-        and not any(name.startswith((f"{stem}head.last_layer2.", "classifier.")) for name in outside)
-    )
+    if not is_plain_vit(checkpoint.tensors) or stem == checkpoint.prefix:
+        return False
+    has_head = any(name.startswith(f"{stem}head.last_layer.") for name in outside)
+    is_other = any(name.startswith((f"{stem}head.last_layer2.", "classifier.")) for name in outside)
+    return has_head and not is_other
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """The backbone's names are timm's."""
-    return read_timm_vit(checkpoint, "dino", {r"head\.": HEAD}, outside={HEADS: PROJECTOR})
+    """Translate the backbone, which has timm's names."""
+    return read_timm_vit(checkpoint, "dino", {r"head\.": HEAD}, outside=OUTSIDE)

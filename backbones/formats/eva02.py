@@ -1,4 +1,4 @@
-"""eva02: files of baaivision/EVA's EVA-02 (pretrained on masked images, fine-tuned): rotary positions, SwiGLU, sub-LN."""
+"""eva02: EVA-02 of baaivision/EVA (pretrained, fine-tuned): rotary positions, SwiGLU, sub-LN."""
 
 import math
 from collections.abc import Mapping
@@ -12,14 +12,11 @@ from backbones.translating.structure import infer_eva_options
 from backbones.translating.translation import HEAD, MASK_TOKEN, Translation
 from mae_bench.errors import UserError
 
-SEQ_LEN = 16  # patches a side that the rotations count in whatever the grid is (pt_hw_seq_len: 224 / 14)
+SEQ_LEN = 16  # side of the grid in which rotations count, for any image size (pt_hw_seq_len: 224 / 14)
 FREQS = ("rope.freqs_cos", "rope.freqs_sin")
 BASE = 10000.0
-ROUNDED = 0.02  # of a cosine in float16 at positions up to 16
-SPLIT = {
-    "attn.q_bias": "attn.q_proj.bias",
-    "attn.v_bias": "attn.v_proj.bias",
-}  # where the projections are three
+TOLERANCE = 0.02  # of a cosine in float16 at positions up to 16
+SPLIT = {"attn.q_bias": "attn.q_proj.bias", "attn.v_bias": "attn.v_proj.bias"}  # with three projections
 GATED = {
     "attn.inner_attn_ln": "attn.norm",
     "mlp.ffn_ln": "mlp.norm",
@@ -32,31 +29,29 @@ DROP = {
     r"(.*\.)?rope\.freqs_(cos|sin)$": "rotations of each patch: computed from the grid",
     r"head\.": HEAD,
     r"mask_token$": MASK_TOKEN,
-    r"lm_head\.": "predicts the CLIP features of the pretraining: no part of the backbone",
+    r"lm_head\.": "predicts the CLIP features of the pretraining: not part of the backbone",
 }
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """SwiGLU in xFormers' or EVA's names, with a position table and biases of query and value."""
-    keys = checkpoint.tensors
-    gated = "blocks.0.mlp.w3.weight" in keys and (
-        "blocks.0.mlp.w1.weight" in keys or "blocks.0.mlp.w12.weight" in keys
-    )
-    return {"patch_embed.proj.weight", "pos_embed", "blocks.0.attn.q_bias"} <= set(keys) and gated
+    """Return whether a ViT with positions and a query bias has a SwiGLU in xFormers' or EVA's names."""
+    keys = set(checkpoint.tensors)
+    if not {"patch_embed.proj.weight", "pos_embed", "blocks.0.attn.q_bias", "blocks.0.mlp.w3.weight"} <= keys:
+        return False
+    return "blocks.0.mlp.w1.weight" in keys or "blocks.0.mlp.w12.weight" in keys
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """The layers get timm's names; the first half of a packed w12 is the gate, as in timm. Stored rotations must be the ones
-    that are computed here."""
+    """Translate an EVA-02; the first half of a packed w12 is the gate, as in timm.
+
+    Raise UserError for stored rotations that differ from the computed ones.
+    """
     tensors, source = checkpoint.tensors, checkpoint.source
     block = GATED | (SPLIT if "blocks.0.attn.q_proj.weight" in tensors else {})
     result = Naming(top={}, block=block, blocks=("blocks.{}.",), drop=DROP).read(tensors, source)
-    result.facts = {
-        "arch": "eva",
-        "options": infer_eva_options(result.weights)
-        | {"use_rot_pos_emb": True, "ref_feat_shape": [_infer_seq_len(tensors, source)] * 2},
-        "pos_embed": "rope",
-    }
+    rotary = {"use_rot_pos_emb": True, "ref_feat_shape": [_infer_seq_len(tensors, source)] * 2}
+    options = infer_eva_options(result.weights) | rotary
+    result.facts = {"arch": "eva", "options": options, "pos_embed": "rope"}
     result.assumed = family("eva02") | {"norm_eps": 1e-6}
     if "fc_norm.weight" in result.weights:
         result.assumed["pretrain_method"] += ", fine-tuned"
@@ -64,24 +59,27 @@ def read(checkpoint: Checkpoint) -> Translation:
 
 
 def _infer_seq_len(tensors: Mapping[str, torch.Tensor], source: str) -> int:
-    """Patches a side that the rotations count in, by the stored angles (L, head width): between two neighbours in a row they
-    turn by `seq_len` over the side of their grid times the frequency. The family's where none are stored."""
+    """Return the side of the grid in which rotations count, from the stored angles (L, head width).
+
+    Between two neighbours in a row they turn by `seq_len` / grid side times the frequency. The family's
+    default where no angles are stored.
+    """
     if not set(FREQS) <= set(tensors):
         return SEQ_LEN
     cosine, sine = (tensors[name].float() for name in FREQS)
     side = math.isqrt(cosine.shape[0]) if cosine.ndim == 2 else 0
     if side < 2 or side * side != cosine.shape[0] or cosine.shape != sine.shape or cosine.shape[1] % 4:
         raise UserError(
-            f"{source}: rotations of shape {tuple(cosine.shape)}", expected="one row a patch of a square grid"
+            f"{source}: rotations of shape {tuple(cosine.shape)}",
+            expected="one row per patch of a square grid",
         )
-    across = cosine.shape[1] // 2
-    frequencies = BASE ** (-torch.arange(0, across, 2) / across)
+    channels = cosine.shape[1] // 2  # of each direction
+    frequencies = BASE ** (-torch.arange(0, channels, 2) / channels)
     seq_len = round(math.atan2(sine[1, -1].item(), cosine[1, -1].item()) / frequencies[-1].item() * side)
     angles = (torch.arange(side) / side * seq_len)[:, None] * frequencies.repeat_interleave(2)
     expected = torch.cat([angles.repeat_interleave(side, 0), angles.repeat(side, 1)], dim=1)
-    if not torch.allclose(cosine, expected.cos(), atol=ROUNDED) or not torch.allclose(
-        sine, expected.sin(), atol=ROUNDED
-    ):
+    cosine_fits = torch.allclose(cosine, expected.cos(), atol=TOLERANCE)
+    if not cosine_fits or not torch.allclose(sine, expected.sin(), atol=TOLERANCE):
         raise UserError(
             f"{source}: its rotations are not those of its grid",
             expected=f"axial rotations of base {BASE:.0f}",

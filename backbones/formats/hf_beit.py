@@ -1,5 +1,4 @@
-"""hf_beit: transformers' BEiT and data2vec vision models (plain, for masked images, classifiers), as their save_pretrained
-writes them."""
+"""hf_beit: transformers' BEiT and data2vec vision models (plain, masked-image, classifier)."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +6,7 @@ from typing import Any
 import torch
 
 from backbones.families import family
-from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
+from backbones.reading.source import CONFIG_FILE, Checkpoint
 from backbones.translating.hugging_face import (
     ANCHOR,
     BLOCK,
@@ -15,20 +14,18 @@ from backbones.translating.hugging_face import (
     QKV,
     TOP,
     build_config,
-    build_processor_config,
     get_model_type,
     note_missing_files,
     read_facts,
+    write_folder,
 )
 from backbones.translating.naming import Naming
 from backbones.translating.structure import INDEX, INDEX_REASON, TABLE, infer_beit_facts
-from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, not_expressible
-from backbones.writing import write_safetensors
-from mae_bench.files import write_json
+from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, explain, not_expressible
 from mae_bench.spec import BackboneSpec
 
 DEFAULT_EPS = 1e-12  # of BeitConfig and Data2VecVisionConfig; the authors train with 1e-6
-TYPES = {"beit": "beit", "data2vec-vision": "data2vec"}  # config.json's model_type -> our family
+MODEL_TYPES = ("beit", "data2vec-vision")  # in config.json
 NAMES = Naming(
     top=TOP
     | {
@@ -52,41 +49,42 @@ NAMES = Naming(
     drop={INDEX: INDEX_REASON, r"embeddings\.mask_token$": MASK_TOKEN},
 )
 OUTSIDE = {
-    "lm_head.": "predicts the visual tokens of the pretraining: no part of the backbone",
-    "classifier.": HEAD,
-    "layernorm.": "a second norm, in front of the head that predicts visual tokens",
-    "decode_head.": "segmentation head: no part of the backbone",
-    "auxiliary_head.": "segmentation head: no part of the backbone",
+    r"lm_head\.": "predicts the visual tokens of the pretraining: not part of the backbone",
+    r"classifier\.": HEAD,
+    r"layernorm\.": "a second norm, before the head that predicts visual tokens",
+    r"(decode|auxiliary)_head\.": "segmentation head: each task trains its own",
 }
-VALUES = 0.1  # layer_scale_init_value of transformers' BeitConfig
+INIT_VALUES = 0.1  # layer_scale_init_value of transformers' BeitConfig
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """transformers' names with biases of query and value alone, and no config of another model."""
+    """Return whether the file has transformers' names, no key bias, and no other model's config."""
     keys = checkpoint.tensors
-    biased = any(
-        f"{blocks.format(0)}{q}.bias" in keys and f"{blocks.format(0)}{k}.bias" not in keys
-        for blocks in BLOCKS
-        for q, k, _ in QKV
-    )
-    return ANCHOR in keys and biased and get_model_type(checkpoint) in (None, *TYPES)
+    if ANCHOR not in keys or get_model_type(checkpoint) not in (None, *MODEL_TYPES):
+        return False
+    for blocks in BLOCKS:
+        block = blocks.format(0)
+        if any(f"{block}{q}.bias" in keys and f"{block}{k}.bias" not in keys for q, k, _ in QKV):
+            return True
+    return False
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """Weights of query, key and value are stacked, biases stay two. Behind BeitForMaskedImageModeling the last norm stands
-    outside of the model, behind mean pooling in its pooler."""
+    """Translate a BEiT or data2vec model.
+
+    Weights of query, key and value are stacked; biases stay apart. The final norm of
+    BeitForMaskedImageModeling is outside the model, that of mean pooling is in its pooler.
+    """
     result = NAMES.read(checkpoint.tensors, checkpoint.source)
-    for name in checkpoint.outside:
-        if reason := next((reason for start, reason in OUTSIDE.items() if name.startswith(start)), None):
-            result.outside[name] = reason
+    result.outside = explain(checkpoint.outside, OUTSIDE)
     if not {"norm.weight", "fc_norm.weight"} & set(result.weights) and "lm_head.weight" in checkpoint.outside:
         _take_outer_norm(result, checkpoint)
-    told = read_facts(checkpoint, DEFAULT_EPS)
+    stated = read_facts(checkpoint, DEFAULT_EPS)
     facts = infer_beit_facts(result.weights, checkpoint.source)
     config = checkpoint.beside.get(CONFIG_FILE, {})
     if "use_mean_pooling" in config:
-        told["global_pool"] = "avg" if config["use_mean_pooling"] else "token"
-    result.facts = facts | told | {"options": facts["options"] | told.get("options", {})}
+        stated["global_pool"] = "avg" if config["use_mean_pooling"] else "token"
+    result.facts = facts | stated | {"options": facts["options"] | stated.get("options", {})}
     is_data2vec = get_model_type(checkpoint) == "data2vec-vision" or checkpoint.prefix == "data2vec_vision."
     result.assumed = {"norm_eps": DEFAULT_EPS} | family("data2vec" if is_data2vec else "hf_beit")
     result.notes = note_missing_files(checkpoint, "BEiT", DEFAULT_EPS)
@@ -95,7 +93,8 @@ def read(checkpoint: Checkpoint) -> Translation:
 
 def _take_outer_norm(result: Translation, checkpoint: Checkpoint) -> None:
     for kind in ("weight", "bias"):
-        if (name := f"layernorm.{kind}") in checkpoint.outside:
+        name = f"layernorm.{kind}"
+        if name in checkpoint.outside:
             result.weights[f"norm.{kind}"] = checkpoint.outside[name]
             result.taken[name] = f"norm.{kind}"
 
@@ -103,27 +102,21 @@ def _take_outer_norm(result: Translation, checkpoint: Checkpoint) -> None:
 def write(
     weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
 ) -> None:
-    """A folder that `BeitModel.from_pretrained` loads; its tensors' metadata carry spec and provenance.
+    """Write a folder that `BeitModel.from_pretrained` loads.
 
-    UserError for what is no BEiT, and for one without query's biases or a last norm, which BeitModel always has."""
+    Raise UserError for other models, and for a BEiT without the query's biases or a final norm, which
+    BeitModel has.
+    """
     pooled = "fc_norm.weight" in weights
-    if (
-        spec.arch != "beit"
-        or "blocks.0.attn.q_bias" not in weights
-        or not (pooled or "norm.weight" in weights)
-    ):
-        raise not_expressible(spec, "hf_beit", "a BEiT with biases and a last norm")
+    has_norm = pooled or "norm.weight" in weights
+    if spec.arch != "beit" or "blocks.0.attn.q_bias" not in weights or not has_norm:
+        raise not_expressible(spec, "hf_beit", "a BEiT with biases and a final norm")
     config = build_config(spec, "BeitModel", "beit") | {
         "use_absolute_position_embeddings": "pos_embed" in weights,
         "use_relative_position_bias": f"blocks.0.attn.{TABLE}" in weights,
         "use_shared_relative_position_bias": f"rel_pos_bias.{TABLE}" in weights,
-        "layer_scale_init_value": VALUES if "blocks.0.gamma_1" in weights else 0.0,
+        "layer_scale_init_value": INIT_VALUES if "blocks.0.gamma_1" in weights else 0.0,
         "use_mean_pooling": pooled,
     }
     del config["qkv_bias"]
-    write_safetensors(out / "model.safetensors", NAMES.write(weights), spec, provenance)
-    write_json(
-        out / PREPROCESSOR_FILE,
-        dict(build_processor_config(spec)) | {"image_processor_type": "BeitImageProcessor"},
-    )
-    write_json(out / CONFIG_FILE, config)
+    write_folder(out, NAMES.write(weights), config, spec, provenance, "BeitImageProcessor")

@@ -1,4 +1,4 @@
-"""hf_clip: the image tower of transformers' CLIP (CLIPVisionModel, with a projection, or within CLIPModel)."""
+"""hf_clip: image tower of transformers' CLIP (CLIPVisionModel, with a projection, or inside CLIPModel)."""
 
 from backbones.families import family
 from backbones.formats.clip import add_axes
@@ -7,16 +7,14 @@ from backbones.translating.hugging_face import get_model_type, note_missing_file
 from backbones.translating.naming import Naming
 from backbones.translating.translation import Translation
 
-DEFAULT_EPS, DEFAULT_HEADS = (
-    1e-5,
-    12,
-)  # of CLIPVisionConfig: nested in another config it writes only what differs
+# Of CLIPVisionConfig, which writes only what differs when nested in another config.
+DEFAULT_EPS, DEFAULT_HEADS = 1e-5, 12
 NAMES = Naming(
     top={
         "embeddings.class_embedding": "cls_token",
         "embeddings.position_embedding.weight": "pos_embed",
         "embeddings.patch_embedding": "patch_embed.proj",
-        "pre_layrnorm": "norm_pre",  # so spelt in its files
+        "pre_layrnorm": "norm_pre",  # spelt like this in its files
         "post_layernorm": "norm",
     },
     block={
@@ -28,25 +26,24 @@ NAMES = Naming(
     },
     blocks=("encoder.layers.{}.",),
     qkv=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),),
-    drop={r"embeddings\.position_ids$": "the numbers 0 to L: no weights"},
+    drop={r"embeddings\.position_ids$": "the numbers 0 to L: not weights"},
 )
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """The names of transformers' CLIP image tower (SigLIP has no class embedding)."""
-    keys = checkpoint.tensors
-    told = get_model_type(checkpoint)
-    return (
-        "embeddings.class_embedding" in keys
-        and "pre_layrnorm.weight" in keys
-        and told in (None, "clip", "clip_vision_model")
-    )
+    """Return whether the file has the names of CLIP's image tower (SigLIP has no class embedding)."""
+    if not {"embeddings.class_embedding", "pre_layrnorm.weight"} <= set(checkpoint.tensors):
+        return False
+    return get_model_type(checkpoint) in (None, "clip", "clip_vision_model")
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """The last norm comes after all tokens, as timm has it (transformers applies it to the class token alone).
+    """Translate the image tower.
 
-    Without config.json the user must say whether the activation is gelu or quick_gelu: nothing else tells it."""
+    The final norm applies to all tokens, as in timm; in transformers only to the class token.
+
+    Without config.json the user must state whether the activation is gelu or quick_gelu.
+    """
     result = NAMES.read(checkpoint.tensors, checkpoint.source)
     add_axes(result)
     result.outside = dict.fromkeys(checkpoint.outside, "text tower, projections and logits' scale")

@@ -1,4 +1,4 @@
-"""hf_dinov3: transformers' DINOv3ViTModel, as its save_pretrained writes it."""
+"""hf_dinov3: transformers' DINOv3ViTModel, from save_pretrained."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from backbones.formats.dinov3 import BASE, INIT_VALUES, SAT493M, get_num_heads, 
 from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
 from backbones.translating.hugging_face import (
     build_config,
-    build_processor_config,
     get_model_type,
     read_facts,
+    write_folder,
 )
 from backbones.translating.naming import Naming
 from backbones.translating.translation import (
@@ -22,9 +22,7 @@ from backbones.translating.translation import (
     not_expressible,
     parse_numbers,
 )
-from backbones.writing import write_safetensors
 from mae_bench.errors import UserError
-from mae_bench.files import write_json
 from mae_bench.spec import BackboneSpec
 
 DEFAULT_EPS = 1e-5  # of DINOv3ViTConfig
@@ -56,17 +54,14 @@ def _build_naming(gated: bool, key_bias: bool) -> Naming:
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """transformers' names of a rotary ViT: a bare convolution for patches, registers and layer scales."""
-    keys = checkpoint.tensors
-    return (
-        ANCHOR in keys
-        and "embeddings.register_tokens" in keys
-        and get_model_type(checkpoint) in (None, "dinov3_vit")
-    )
+    """Return whether the file has transformers' names of a rotary ViT: a bare convolution, registers."""
+    if not {ANCHOR, "embeddings.register_tokens"} <= set(checkpoint.tensors):
+        return False
+    return get_model_type(checkpoint) in (None, "dinov3_vit")
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """Query, key and value are stacked; the biases of query and value stay apart where the key has none."""
+    """Translate a DINOv3: query, key and value are stacked, biases only where the key has one."""
     keys = checkpoint.tensors
     gated = any(name.endswith("mlp.gate_proj.weight") for name in keys)
     key_bias = any(name.endswith("k_proj.bias") for name in keys)
@@ -83,7 +78,8 @@ def _read_facts(checkpoint: Checkpoint, weights: dict[str, torch.Tensor], gated:
     facts = read_facts(checkpoint, DEFAULT_EPS)
     config = checkpoint.beside.get(CONFIG_FILE, {})
     activation = config.get("hidden_act", "gelu")
-    if config and activation != (expected := "silu" if gated else "gelu"):
+    expected = "silu" if gated else "gelu"
+    if config and activation != expected:
         raise UserError(
             f"{checkpoint.source}: hidden_act {activation!r}",
             expected=f"{expected!r}, as in the published models",
@@ -97,26 +93,22 @@ def _read_facts(checkpoint: Checkpoint, weights: dict[str, torch.Tensor], gated:
 def write(
     weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
 ) -> None:
-    """A folder that `AutoModel.from_pretrained` loads; its tensors' metadata carry spec and provenance.
+    """Write a folder that `AutoModel.from_pretrained` loads.
 
-    The mask token, which our models do not have, is zero, as transformers starts it.
+    The mask token, which timm's models do not have, is zero, as transformers initialises it.
     """
-    base, init_values = (spec.options.get(name, 0) for name in ("rope_temperature", "init_values"))
-    if (
-        spec.arch != "eva"
-        or not init_values
-        or infer_options(weights, base, init_values) != spec.options
-        or "norm.weight" not in weights
-    ):
+    base, init_values = spec.options.get("rope_temperature", 0), spec.options.get("init_values", 0)
+    has_options = init_values and infer_options(weights, base, init_values) == spec.options
+    if spec.arch != "eva" or not has_options or "norm.weight" not in weights:
         raise not_expressible(spec, "hf_dinov3", "a DINOv3: rotary positions, layer scale, a final norm")
     gated, registers = "swiglu_mlp" in spec.options, spec.num_prefix_tokens - 1
     bias, key_bias = spec.options["qkv_bias"], "attn_type" in spec.options
-    theirs = _build_naming(gated, key_bias).write(weights)
-    empty = weights["cls_token"].new_zeros
-    theirs = {
-        "embeddings.register_tokens": empty(1, 0, spec.embed_dim),
-        "embeddings.mask_token": empty(1, 1, spec.embed_dim),
-    } | theirs
+    cls_token = weights["cls_token"]
+    tensors = {
+        "embeddings.register_tokens": cls_token.new_zeros(1, 0, spec.embed_dim),  # replaced if there are any
+        "embeddings.mask_token": cls_token.new_zeros(1, 1, spec.embed_dim),
+        **_build_naming(gated, key_bias).write(weights),
+    }
     config = build_config(spec, "DINOv3ViTModel", "dinov3_vit") | {
         "hidden_act": "silu" if gated else "gelu",
         "use_gated_mlp": gated,
@@ -127,7 +119,5 @@ def write(
         "key_bias": key_bias,
         "value_bias": bias,
     }
-    del config["qkv_bias"]  # a DINOv3ViTConfig has three
-    write_safetensors(out / "model.safetensors", theirs, spec, provenance)
-    write_json(out / PREPROCESSOR_FILE, build_processor_config(spec))
-    write_json(out / CONFIG_FILE, config)
+    del config["qkv_bias"]  # a DINOv3ViTConfig states three
+    write_folder(out, tensors, config, spec, provenance)

@@ -1,4 +1,4 @@
-"""hf_sam: the image encoder of transformers' SAM (SamVisionModel, or within SamModel)."""
+"""hf_sam: the image encoder of transformers' SAM (SamVisionModel, or inside SamModel)."""
 
 from backbones.families import family
 from backbones.reading.source import Checkpoint
@@ -24,11 +24,12 @@ NAMES = Naming(
     block={"layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.lin1": "mlp.fc1", "mlp.lin2": "mlp.fc2"},
     blocks=("layers.{}.",),
 )
+OUTSIDE = "prompt encoder and mask decoder: not part of the image backbone"
 MARKS = {"patch_embed.projection.weight", "pos_embed", "neck.conv1.weight", "layers.0.attn.rel_pos_h"}
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """The names of transformers' SAM encoder."""
+    """Return whether the file has the names of transformers' SAM encoder."""
     return set(checkpoint.tensors) >= MARKS and get_model_type(checkpoint) in (
         None,
         "sam",
@@ -37,14 +38,12 @@ def fits(checkpoint: Checkpoint) -> bool:
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """Windows, heads and neck are told by shapes, which config.json must not contradict."""
+    """Translate the encoder. Shapes show windows, heads and neck; config.json must agree."""
     result = NAMES.read(checkpoint.tensors, checkpoint.source)
-    result.outside = dict.fromkeys(
-        checkpoint.outside, "prompt encoder and mask decoder: no part of the image backbone"
-    )
+    result.outside = dict.fromkeys(checkpoint.outside, OUTSIDE)
     result.assumed = {"norm_eps": DEFAULT_EPS} | family("sam")
     shapes = infer_window_facts(result, checkpoint.source, get_vision_config(checkpoint))
-    told = read_facts(checkpoint, DEFAULT_EPS)
-    result.facts = shapes | told | {"options": shapes["options"] | told.get("options", {})}
+    stated = read_facts(checkpoint, DEFAULT_EPS)
+    result.facts = shapes | stated | {"options": shapes["options"] | stated.get("options", {})}
     result.notes = note_missing_files(checkpoint, "SAM", DEFAULT_EPS)
     return result

@@ -1,4 +1,4 @@
-"""hf_vit: transformers' ViT and DeiT, with and without heads, as their save_pretrained writes them."""
+"""hf_vit: transformers' ViT and DeiT, with and without heads, from save_pretrained."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,59 +7,53 @@ from typing import Any
 import torch
 
 from backbones.families import family
-from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
+from backbones.reading.source import Checkpoint
 from backbones.translating.hugging_face import (
     VIT,
     build_config,
-    build_processor_config,
     get_model_type,
     infer_model_type,
     is_hf_vit,
     note_missing_files,
     read_facts,
+    write_folder,
 )
-from backbones.translating.naming import Naming
-from backbones.translating.translation import HEAD, Translation, require_plain_vit
-from backbones.writing import write_safetensors
-from mae_bench.files import write_json
+from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, explain, require_plain_vit
 from mae_bench.spec import BackboneSpec
 
 DEFAULT_EPS = 1e-12  # of ViTConfig and DeiTConfig
 DISTILLATION = "embeddings.distillation_token"
-DECODER = "decoder of a masked-image pretraining: no part of the backbone"
-NAMES = Naming(
-    {
-        **VIT.top,
-        DISTILLATION: "reg_token",
-    },  # the second prefix token: attended to like a register, with its row in the table
-    VIT.block,
-    VIT.blocks,
-    VIT.qkv,
+NAMES = replace(
+    VIT,
+    top={**VIT.top, DISTILLATION: "reg_token"},  # the second prefix token, like a register with a position
     drop={
         r"pooler\.": "pooler: a layer on the class token in front of a classifier",
-        r"embeddings\.mask_token$": "mask token of a masked-image pretraining: no part of the backbone",
+        r"embeddings\.mask_token$": MASK_TOKEN,
     },
 )
+OUTSIDE = {
+    r".*classifier\.": HEAD,
+    r"(.*\.)?decoder\.": "decoder of a masked-image pretraining: not part of the backbone",
+}
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """transformers' names with its ViT or DeiT config, or with what ViTMAE lacks; without either, ViTMAE's files look alike."""
+    """Return whether the file has transformers' names, and a ViT or DeiT config or what ViTMAE lacks.
+
+    Without either, files of ViTMAE look the same.
+    """
     if not is_hf_vit(checkpoint) or "embeddings.cls_token" not in checkpoint.tensors:
         return False
-    told = get_model_type(checkpoint)
-    return told in ("vit", "deit") if told else infer_model_type(checkpoint) != "vit_mae"
+    model_type = get_model_type(checkpoint)
+    return model_type in ("vit", "deit") if model_type else infer_model_type(checkpoint) != "vit_mae"
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """Query, key and value are stacked to qkv; pooler and classifiers are dropped; DeiT's distillation token is a register."""
+    """Translate a ViT or DeiT: query, key and value are stacked; DeiT's distillation token is a register."""
     result = NAMES.read(checkpoint.tensors, checkpoint.source)
-    result.outside = {name: HEAD for name in checkpoint.outside if "classifier." in name}
-    result.outside |= dict.fromkeys(
-        (name for name in checkpoint.outside if ".decoder." in f".{name}"), DECODER
-    )
-    result.assumed = {"norm_eps": DEFAULT_EPS} | family(
-        "deit" if DISTILLATION in checkpoint.tensors else "hf_vit"
-    )
+    result.outside = explain(checkpoint.outside, OUTSIDE)
+    name = "deit" if DISTILLATION in checkpoint.tensors else "hf_vit"
+    result.assumed = {"norm_eps": DEFAULT_EPS} | family(name)
     result.facts = read_facts(checkpoint, DEFAULT_EPS)
     result.notes = note_missing_files(checkpoint, "ViT", DEFAULT_EPS)
     return result
@@ -68,13 +62,13 @@ def read(checkpoint: Checkpoint) -> Translation:
 def write(
     weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
 ) -> None:
-    """A folder that `ViTModel.from_pretrained` loads (its pooler is new), with one register `DeiTModel.from_pretrained`; its
-    tensors' metadata carry spec and provenance."""
+    """Write a folder that `ViTModel.from_pretrained` loads (its pooler is new).
+
+    With one register it is written for `DeiTModel`.
+    """
     is_deit = "reg_token" in weights and spec.num_prefix_tokens == 2
     require_plain_vit(
         replace(spec, num_prefix_tokens=1) if is_deit else spec, weights, "hf_vit", fc_norm=False
     )
     config = build_config(spec, "DeiTModel", "deit") if is_deit else build_config(spec, "ViTModel", "vit")
-    write_safetensors(out / "model.safetensors", NAMES.write(weights), spec, provenance)
-    write_json(out / PREPROCESSOR_FILE, build_processor_config(spec))
-    write_json(out / CONFIG_FILE, config)
+    write_folder(out, NAMES.write(weights), config, spec, provenance)

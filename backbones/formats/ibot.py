@@ -1,4 +1,4 @@
-"""ibot: training files of bytedance/ibot (student and teacher) and the backbones that its script extracts from them."""
+"""ibot: training files of bytedance/ibot (student, teacher) and the backbones that its script extracts."""
 
 from backbones.reading.source import Checkpoint
 from backbones.translating.translation import (
@@ -11,19 +11,23 @@ from backbones.translating.translation import (
 )
 
 DROP = {r"masked_embed$": MASK_TOKEN, r"head\.": HEAD}
-HEADS = r"(?:module\.)?head\."
+OUTSIDE = {r"(?:module\.)?head\.": PROJECTOR}
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """The student's mask embedding, or a backbone beside iBOT's head of two last layers; an extracted teacher has neither."""
+    """Return whether there is the student's mask embedding, or iBOT's head with two last layers.
+
+    An extracted teacher has neither.
+    """
+    if not is_plain_vit(checkpoint.tensors, *DROP):
+        return False
+    if "masked_embed" in checkpoint.tensors:
+        return True
     stem = checkpoint.prefix.removesuffix("backbone.")
-    marked = "masked_embed" in checkpoint.tensors or (
-        stem != checkpoint.prefix
-        and any(name.startswith(f"{stem}head.last_layer2.") for name in checkpoint.outside)
-    )
-    return marked and is_plain_vit(checkpoint.tensors, *DROP)
+    has_head = any(name.startswith(f"{stem}head.last_layer2.") for name in checkpoint.outside)
+    return has_head and stem != checkpoint.prefix
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """The backbone's names are timm's; its layer scales, where it was trained with some, are BEiT's gamma_1 and gamma_2."""
-    return read_timm_vit(checkpoint, "ibot", DROP, outside={HEADS: PROJECTOR})
+    """Translate the backbone, which has timm's names, and BEiT's (gamma_1, gamma_2) for layer scales."""
+    return read_timm_vit(checkpoint, "ibot", DROP, outside=OUTSIDE)

@@ -1,14 +1,14 @@
-"""ijepa: training files of facebookresearch/ijepa (encoder and target_encoder beside the predictor)."""
+"""ijepa: training files of facebookresearch/ijepa (encoder, target_encoder and predictor)."""
 
 from backbones.reading.source import Checkpoint
 from backbones.translating.translation import Translation, is_plain_vit, read_timm_vit
 
 ENCODERS = ("encoder", "target_encoder")
-HEADS = {1408: 16}  # of vit_giant
+HEADS = {1408: 16}  # vit_giant
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """A ViT without a class token in one of the file's two encoders, or in one of its own beside nothing but the predictor."""
+    """Return whether an encoder next to a predictor is a ViT without a class token."""
     return (
         is_plain_vit(checkpoint.tensors)
         and "cls_token" not in checkpoint.tensors
@@ -18,5 +18,5 @@ def fits(checkpoint: Checkpoint) -> bool:
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """The names are timm's. Without a class token there are only patch tokens; their average is what is evaluated."""
+    """Translate the encoder, which has timm's names and only patch tokens; their average is evaluated."""
     return read_timm_vit(checkpoint, "ijepa", {}, heads=HEADS)

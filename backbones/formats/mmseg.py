@@ -1,4 +1,4 @@
-"""mmseg: mmsegmentation's VisionTransformer, MAE and BEiT backbones; a plain ViT is written for its VisionTransformer."""
+"""mmseg: mmsegmentation's VisionTransformer, MAE and BEiT; writes a plain ViT for its VisionTransformer."""
 
 from pathlib import Path
 from typing import Any
@@ -16,30 +16,32 @@ CONFIG = {"final_norm", "pre_norm", "qkv_bias"}  # options of a spec that a conf
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """OpenMMLab's names with torch's own attention, or with a segmentation head beside the backbone."""
+    """Return whether the file has OpenMMLab's names, and torch's attention module or a segmentation head."""
     return is_mmlab_vit(checkpoint.tensors) and is_mmseg(checkpoint)
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """A backbone without final norm stays without one: the heads take its maps as they are."""
+    """Translate an mmsegmentation ViT; one without a final norm stays without, as its heads expect."""
     return read_mmlab_vit(checkpoint, "mmseg")
 
 
 def write(
     weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
 ) -> None:
-    """`{"state_dict": ...}` with bare names, for `backbone=dict(type="VisionTransformer", patch_bias=True, final_norm=True,
-    init_cfg=dict(type="Pretrained", checkpoint=out))`."""
-    odd = {
-        name
-        for name, value in spec.options.items()
-        if name not in CONFIG and (name, value) != ("act_layer", "gelu")
-    }
-    if spec.arch != "vit" or odd or spec.num_prefix_tokens != 1 or "pos_embed" not in weights:
-        raise not_expressible(spec, "mmseg", "a plain ViT with one class token and a position table")
+    """Write `{"state_dict": ...}` with bare names.
+
+    It loads into `backbone=dict(type="VisionTransformer", patch_bias=True, final_norm=True,
+    init_cfg=dict(type="Pretrained", checkpoint=out))`.
+    """
+    options = {name: value for name, value in spec.options.items() if name not in CONFIG}
+    is_plain = spec.num_prefix_tokens == 1 and "pos_embed" in weights
+    if spec.arch != "vit" or not is_plain or options not in ({}, {"act_layer": "gelu"}):
+        raise not_expressible(spec, "mmseg", "a plain ViT with one class token and a position embedding")
     if "fc_norm.weight" in weights:
         raise UserError(
-            "this backbone's last norm stands behind the average pooling (fc_norm); mmsegmentation's ViT has no place for it"
+            "this backbone's final norm comes after the average pooling (fc_norm), "
+            "which mmsegmentation's ViT cannot store",
+            fix="write it as mae_bench, timm or official_mae",
         )
     if len(set(spec.patch_size)) > 1 or not float(spec.mlp_ratio).is_integer():
         raise UserError(

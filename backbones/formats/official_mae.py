@@ -1,4 +1,4 @@
-"""official_mae: files of facebookresearch/mae (encoder, with decoder, fine-tuned, linear probe, training state)."""
+"""official_mae: facebookresearch/mae (encoder, with decoder, fine-tuned, linear probe, training state)."""
 
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from mae_bench.files import write_atomic
 from mae_bench.spec import BackboneSpec
 
 DROP = {
-    r"decoder_|mask_token$": "decoder of the pretraining: no part of the backbone",
+    r"decoder_|mask_token$": "pretraining decoder: not part of the backbone",
     r"head\.": HEAD,
 }
 WRAPPERS = ("model", "model_ema")
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """Names of its ViT with MAE's decoder, or wrapped as its scripts (and others') save them, with no other family's mark."""
+    """Return whether a plain ViT has MAE's decoder, or its wrapper without another family's mark."""
     keys = checkpoint.tensors
     if not is_plain_vit(keys, r"fc_norm\.", *DROP) or not {"cls_token", "pos_embed"} <= set(keys):
         return False
@@ -36,22 +36,21 @@ def fits(checkpoint: Checkpoint) -> bool:
 
 
 def is_marked(checkpoint: Checkpoint) -> bool:
-    """Whether something tells MAE's file from anyone's ViT: its fixed position table, a head of its transfers, its arguments,
-    the spec that `write` adds."""
+    """Return whether a file of a plain ViT has a mark of MAE.
+
+    Marks: its fixed position embedding, a head of its transfers, its arguments, or the spec that `write`
+    adds.
+    """
     keys = checkpoint.tensors
-    if (
-        "head.0.running_mean" in keys
-        or "fc_norm.weight" in keys
-        or hasattr(checkpoint.extras.get("args"), "blr")
-    ):
+    if "head.0.running_mean" in keys or "fc_norm.weight" in keys:
         return True
-    if checkpoint.stated_spec:
+    if hasattr(checkpoint.extras.get("args"), "blr") or checkpoint.stated_spec:
         return True
     return "pos_embed" in keys and is_sincos(keys["pos_embed"])
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """The encoder keeps its names; decoder and head are dropped."""
+    """Translate the encoder, which has timm's names."""
     result = read_timm_vit(checkpoint, "official_mae", DROP)
     if is_fine_tuned(checkpoint.tensors):
         result.assumed["pretrain_method"] = "mae, fine-tuned"
@@ -61,14 +60,14 @@ def read(checkpoint: Checkpoint) -> Translation:
 
 
 def is_fine_tuned(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether the encoder was trained with labels; a probe's head (head.1 behind a BatchNorm) leaves it as it was."""
+    """Return whether the encoder was trained with labels, unlike under a linear probe (head.1)."""
     return "head.weight" in tensors
 
 
 def write(
     weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
 ) -> None:
-    """`{"model": weights, "spec": ..., "provenance": ...}`; the reference's scripts read `model` alone."""
+    """Write `{"model": weights, "spec": ..., "provenance": ...}`; the authors' scripts read `model`."""
     require_plain_vit(spec, weights, "official_mae", fc_norm=True)
     content = {"model": weights, SPEC_KEY: spec.to_dict(), "provenance": provenance}
     write_atomic(out, lambda file: torch.save(content, file))

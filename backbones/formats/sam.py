@@ -1,15 +1,15 @@
-"""sam: the image encoder of Segment Anything (facebookresearch/segment-anything), with windows and relative positions."""
+"""sam: the image encoder of facebookresearch/segment-anything, with windows and relative positions."""
 
 from backbones.families import family
 from backbones.reading.source import Checkpoint
 from backbones.translating.naming import Naming
 from backbones.translating.structure import has_timm_description
-from backbones.translating.translation import Translation
+from backbones.translating.translation import Translation, explain
 from backbones.translating.windows import infer_window_facts
 from mae_bench.export import SPEC_FILE
 
 NAMES = Naming(
-    top={},  # timm's, the neck included
+    top={},  # timm's, including the neck
     block={"mlp.lin1": "mlp.fc1", "mlp.lin2": "mlp.fc2"},
     blocks=("blocks.{}.",),
 )
@@ -21,27 +21,22 @@ MARKS = {
     "pos_embed",
 }
 OUTSIDE = {
-    "prompt_encoder.": "prompt encoder: no part of the image backbone",
-    "mask_decoder.": "mask decoder: no part of the image backbone",
-    "pixel_": "pixel mean and std: of ImageNet, as its code says",
+    r".*prompt_encoder\.": "prompt encoder: not part of the image backbone",
+    r".*mask_decoder\.": "mask decoder: not part of the image backbone",
+    r".*pixel_": "pixel mean and std: ImageNet's, as in its code",
 }
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """Relative positions in the blocks and a convolutional neck behind them, with the names of SAM's repository or of timm."""
-    return (
-        set(checkpoint.tensors) >= MARKS
-        and SPEC_FILE not in checkpoint.beside
-        and not has_timm_description(checkpoint)
-    )
+    """Return whether there are relative positions and a convolutional neck, in SAM's or timm's names."""
+    described = SPEC_FILE in checkpoint.beside or has_timm_description(checkpoint)
+    return set(checkpoint.tensors) >= MARKS and not described
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """Two layers of the MLP are renamed; windows, heads and neck are told by shapes. Tokens are those behind the neck."""
+    """Translate the encoder; its tokens are those after the neck. Shapes show windows, heads and neck."""
     result = NAMES.read(checkpoint.tensors, checkpoint.source)
-    for name in checkpoint.outside:
-        if reason := next((reason for start, reason in OUTSIDE.items() if start in name), None):
-            result.outside[name] = reason
+    result.outside = explain(checkpoint.outside, OUTSIDE)
     result.assumed = {"norm_eps": 1e-6} | family("sam")
     result.facts = infer_window_facts(result, checkpoint.source)
     return result

@@ -1,29 +1,30 @@
-"""simmim: ViTs of microsoft/SimMIM (pretrained, with the decoder beside the encoder; fine-tuned), in BEiT's layout."""
+"""simmim: ViTs of microsoft/SimMIM (pretrained, with the decoder; fine-tuned), in BEiT's layout."""
 
 from backbones.formats.beit import possible_families, read_as
 from backbones.reading.source import Checkpoint
-from backbones.translating.translation import Translation
+from backbones.translating.translation import Translation, explain
 from mae_bench.errors import UserError
 
-DECODER = "decoder of the pretraining, one linear layer to pixels: no part of the backbone"
+OUTSIDE = {r"decoder\.": "pretraining decoder, one linear layer to pixels: not part of the backbone"}
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """BEiT's layout with SimMIM's marks, or with none; and its Swin Transformers, to say that they are none."""
+    """Return whether the file has BEiT's layout, with SimMIM's marks or without any.
+
+    Its Swin Transformers fit too, so that `read` can refuse them with a reason.
+    """
     return "simmim" in possible_families(checkpoint) or _is_swin(checkpoint)
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """The encoder has timm's names for BEiT; UserError for a Swin Transformer."""
+    """Translate the encoder, which has timm's names for BEiT; raise UserError for a Swin Transformer."""
     if _is_swin(checkpoint):
         raise UserError(
             f"{checkpoint.source} is a Swin Transformer",
             expected="a plain ViT: SimMIM's vit_base, not its swin models",
         )
     result = read_as("simmim", checkpoint)
-    result.outside = dict.fromkeys(
-        (name for name in checkpoint.outside if name.startswith("decoder.")), DECODER
-    )
+    result.outside = explain(checkpoint.outside, OUTSIDE)
     return result
 
 

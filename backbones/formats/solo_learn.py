@@ -1,4 +1,4 @@
-"""solo_learn: Lightning files of solo-learn's methods, with a momentum backbone or without."""
+"""solo_learn: Lightning files of solo-learn's methods, with or without a momentum backbone."""
 
 from backbones.reading.source import Checkpoint
 from backbones.translating.translation import (
@@ -11,21 +11,18 @@ from backbones.translating.translation import (
     read_timm_vit,
 )
 
-PREFIXES = (
-    "backbone.",
-    "momentum_backbone.",
-    "encoder.",
-    "momentum_encoder.",
-)  # the latter two are of its first versions
+# encoder. and momentum_encoder. are the names of its first versions.
+PREFIXES = ("backbone.", "momentum_backbone.", "encoder.", "momentum_encoder.")
 OUTSIDE = {
     r"(?:momentum_)?classifier\.": HEAD,
     r"(?:momentum_)?(?:projector|head)\.": PROJECTOR,
-    r"decoder\.|predictor\.": "decoder or predictor of the pretraining: no part of the backbone",
+    r"decoder\.|predictor\.": "pretraining decoder or predictor: not part of the backbone",
 }
+HEADS = {192: 12, 384: 12}  # of its ViTs for MAE and MoCo v3 (solo/backbones/vit/vit_mae.py, vit_mocov3.py)
 
 
 def fits(checkpoint: Checkpoint) -> bool:
-    """A backbone beside the linear classifier that every method of solo-learn trains along."""
+    """Return whether there is solo-learn's linear classifier, which all methods train, and a backbone."""
     return (
         checkpoint.wrapper == "state_dict"
         and checkpoint.prefix in PREFIXES
@@ -35,28 +32,21 @@ def fits(checkpoint: Checkpoint) -> bool:
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """The names are timm's. What was trained shows in the table (fixed for MAE and MoCo v3, learned for the others) and heads.
-
-    Its own ViTs for MAE and MoCo v3 have 12 heads from tiny to base (solo/backbones/vit/vit_mae.py, vit_mocov3.py).
-    """
-    table = checkpoint.tensors.get("pos_embed")
-    method = (
-        "mae"
-        if table is not None and is_sincos(table)
-        else "moco_v3"
-        if has_moco_pos_embed(checkpoint.tensors)
-        else None
-    )
-    if not method and any(name.startswith("head.last_layer.") for name in checkpoint.outside):
-        method = "dino"
-    fixed = method in ("mae", "moco_v3")
-    result = read_timm_vit(
-        checkpoint,
-        "solo_learn",
-        {r"head\.": HEAD},
-        outside=OUTSIDE,
-        heads={192: 12, 384: 12} if fixed else {},
-    )
+    """Translate the backbone, which has timm's names."""
+    method = _infer_method(checkpoint)
+    heads = HEADS if method in ("mae", "moco_v3") else {}
+    result = read_timm_vit(checkpoint, "solo_learn", {r"head\.": HEAD}, outside=OUTSIDE, heads=heads)
     if method:
         result.assumed["pretrain_method"] = method
     return result
+
+
+def _infer_method(checkpoint: Checkpoint) -> str | None:
+    """Return the pretraining method, from the position embedding (fixed for MAE, MoCo v3) or the head."""
+    table = checkpoint.tensors.get("pos_embed")
+    if table is not None and is_sincos(table):
+        return "mae"
+    if has_moco_pos_embed(checkpoint.tensors):
+        return "moco_v3"
+    has_dino_head = any(name.startswith("head.last_layer.") for name in checkpoint.outside)
+    return "dino" if has_dino_head else None

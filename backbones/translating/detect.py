@@ -1,11 +1,11 @@
-"""The table of checkpoint formats, and which of them a file is in: by its keys and shapes, never by a guess."""
+"""The table of checkpoint formats, and detection of a file's format from its keys and shapes."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 from mae_bench.errors import UserError, did_you_mean
 
-if TYPE_CHECKING:  # the tables are asked before torch is imported
+if TYPE_CHECKING:  # the tables are used before torch is imported
     from backbones.reading.source import Checkpoint
     from backbones.translating.translation import Format
 
@@ -44,16 +44,25 @@ FORMATS: dict[str, str] = {
     "detectron2": "backbones.formats.detectron2_vit",
 }
 
-
 TORCH_FILE = (".pth", ".pt")
-WRITABLE: dict[str, tuple[str, ...]] = {  # the formats that `convert` writes: suffixes of the file, () for a folder
-    "mae_bench": (), "official_mae": TORCH_FILE, "timm": (".safetensors",), "hf_vitmae": (), "hf_beit": (), "hf_dinov2": (),
-    "hf_dinov3": (), "hf_vit": (), "mmseg": TORCH_FILE, "detectron2": TORCH_FILE,
-}  # fmt: skip
+WRITABLE: dict[
+    str, tuple[str, ...]
+] = {  # formats that `convert` writes -> suffixes of the file; () for a folder
+    "mae_bench": (),
+    "official_mae": TORCH_FILE,
+    "timm": (".safetensors",),
+    "hf_vitmae": (),
+    "hf_beit": (),
+    "hf_dinov2": (),
+    "hf_dinov3": (),
+    "hf_vit": (),
+    "mmseg": TORCH_FILE,
+    "detectron2": TORCH_FILE,
+}
 
 
 def check_format(name: str) -> None:
-    """UserError for a name that is no format's."""
+    """Raise UserError for an unknown format name."""
     if name not in FORMATS:
         raise UserError(
             f"unknown format {name!r}",
@@ -63,29 +72,32 @@ def check_format(name: str) -> None:
 
 
 def get_format(name: str) -> "Format":
-    """The translator of that name; UserError lists the known ones."""
+    """Return the module of a format; raise UserError for an unknown name."""
     check_format(name)
     return cast("Format", import_module(FORMATS[name]))
 
 
 def find_formats(checkpoint: "Checkpoint") -> list[str]:
-    """The formats that the checkpoint fits by its keys, its shapes and what lies beside it."""
+    """Return the names of the formats that the checkpoint fits, from its keys, shapes and JSON files."""
     return [name for name in FORMATS if get_format(name).fits(checkpoint)]
 
 
 def detect(checkpoint: "Checkpoint") -> str:
-    """The one format that the checkpoint fits; UserError lists what was found if there is none or more than one."""
-    fit = find_formats(checkpoint)
-    if len(fit) == 1:
-        return fit[0]
+    """Return the format of the checkpoint; raise UserError unless exactly one format fits."""
+    formats = find_formats(checkpoint)
+    if len(formats) == 1:
+        return formats[0]
     keys = list(checkpoint.tensors)
-    found = f"{len(keys)} tensors, {', '.join(keys[:4])} ... {keys[-1]}" if len(keys) > 4 else ", ".join(keys)
-    where = f" under {checkpoint.label!r} beside {sorted(checkpoint.extras)}" if checkpoint.label else ""
-    why = f"fits {' and '.join(fit)}" if fit else "fits no known format"
+    found = ", ".join(keys)
+    if len(keys) > 4:
+        found = f"{len(keys)} tensors, {', '.join(keys[:4])} ... {keys[-1]}"
+    if checkpoint.label:
+        found += f" under {checkpoint.label!r} next to {sorted(checkpoint.extras)}"
+    if formats:
+        fit, fix = f"fits {' and '.join(formats)}", "choose one with --format NAME"
+    else:
+        fit = "fits no known format"
+        fix = "if it is one of these formats with other names, rename its keys first"
     raise UserError(
-        f"{checkpoint.source} {why}: {found}{where}",
-        expected=f"one of {', '.join(fit or FORMATS)}",
-        fix="say which with --format NAME"
-        if fit
-        else "if it is one of these under other names, rename its keys first",
+        f"{checkpoint.source} {fit}: {found}", expected=f"one of {', '.join(formats or FORMATS)}", fix=fix
     )

@@ -1,12 +1,17 @@
-"""What transformers' ViTs share: tensor names (as its files and, from version 5, its models have them), config and processor."""
+"""What transformers' ViTs share: tensor names, config.json and preprocessor_config.json."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
 from backbones.translating.naming import Naming
 from backbones.translating.translation import is_sincos, parse_numbers
+from backbones.writing import write_safetensors
 from mae_bench.errors import UserError
+from mae_bench.files import write_json
 from mae_bench.spec import BackboneSpec
 
 BLOCKS = ("encoder.layer.{}.", "layers.{}.")  # in files; in the models of transformers 5
@@ -33,61 +38,62 @@ BLOCK = {
 VIT = Naming(TOP, BLOCK, BLOCKS, QKV)  # ViT, ViTMAE, DeiT and I-JEPA
 ANCHOR = "embeddings.patch_embeddings.projection.weight"
 NORMS = ("encoder.layer.0.layernorm_before.weight", "layers.0.layernorm_before.weight")
-ACTIVATIONS = {  # hidden_act -> option of our spec; the plain GELU needs none
-    "gelu": None, "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu",
-}  # fmt: skip
+ACTIVATIONS = {  # hidden_act -> act_layer of the spec; plain GELU needs none
+    "gelu": None,
+    "quick_gelu": "quick_gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+}
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+NOT_VIT = ("lambda_", "relative_position")  # in names of BEiT and DINOv2
+VIT_ONLY = ("pooler.", "embeddings.mask_token", "embeddings.distillation_token")  # ViTMAE has none of them
 
 
 def is_hf_vit(checkpoint: Checkpoint) -> bool:
-    """Whether the names are those that transformers' ViT, ViTMAE, DeiT and I-JEPA share (BEiT has more, DINOv2 others)."""
+    """Return whether the names are those that transformers' ViT, ViTMAE, DeiT and I-JEPA share.
+
+    BEiT has more, DINOv2 has others.
+    """
     keys = checkpoint.tensors
-    more = any("lambda_" in name or "relative_position" in name for name in keys)
-    return (
-        ANCHOR in keys
-        and any(name in keys for name in NORMS)
-        and "embeddings.position_embeddings" in keys
-        and not more
-    )
+    if any(part in name for name in keys for part in NOT_VIT):
+        return False
+    has_norm = any(name in keys for name in NORMS)
+    return ANCHOR in keys and "embeddings.position_embeddings" in keys and has_norm
 
 
 def infer_model_type(checkpoint: Checkpoint) -> str | None:
-    """What tells ViT's and ViTMAE's files apart without a config: "vit", "vit_mae" or None."""
+    """Return "vit" or "vit_mae" for a file without a config, None where nothing tells them apart."""
     keys, outside = checkpoint.tensors, checkpoint.outside
-    if any(
-        name.startswith(("pooler.", "embeddings.mask_token", "embeddings.distillation_token"))
-        for name in keys
-    ):
+    if any(name.startswith(VIT_ONLY) for name in keys) or any("classifier." in name for name in outside):
         return "vit"
-    if any("classifier." in name for name in outside):
-        return "vit"
-    table = keys.get("embeddings.position_embeddings")
-    if any(name.endswith("decoder.mask_token") for name in outside) or (
-        table is not None and table.ndim == 3 and is_sincos(table)
-    ):
+    if any(name.endswith("decoder.mask_token") for name in outside):
         return "vit_mae"
-    return None
+    table = keys.get("embeddings.position_embeddings")
+    return "vit_mae" if table is not None and table.ndim == 3 and is_sincos(table) else None
 
 
 def get_model_type(checkpoint: Checkpoint) -> str | None:
-    """What config.json calls the model; None without a config."""
+    """Return config.json's model_type; None without a config."""
     config = checkpoint.beside.get(CONFIG_FILE)
     return None if config is None else str(config.get("model_type"))
 
 
 def get_vision_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """config.json, or its part for the image tower; None without a config."""
+    """Return config.json or its section for the image tower; None without a config."""
     config = checkpoint.beside.get(CONFIG_FILE)
-    part = config.get("vision_config", config) if config else config
-    if part is not None and not isinstance(part, dict):
-        raise UserError(f"{checkpoint.source}: vision_config is {part!r}", expected="an object")
-    return part
+    section = config.get("vision_config", config) if config else config
+    if section is not None and not isinstance(section, dict):
+        raise UserError(f"{checkpoint.source}: vision_config is {section!r}", expected="an object")
+    return section
 
 
 def read_facts(checkpoint: Checkpoint, default_eps: float, hidden_act: str = "gelu") -> dict[str, Any]:
-    """Fields of the BackboneSpec that config.json and preprocessor_config.json state.
+    """Return the BackboneSpec fields that config.json and preprocessor_config.json state.
 
-    default_eps, hidden_act: of the model's config class. UserError for an activation that we do not have."""
+    default_eps, hidden_act: defaults of the model's config class. Raise UserError for an unsupported
+    activation.
+    """
     source, facts = checkpoint.source, _read_preprocessing(checkpoint)
     config = get_vision_config(checkpoint)
     if config is None:
@@ -95,7 +101,9 @@ def read_facts(checkpoint: Checkpoint, default_eps: float, hidden_act: str = "ge
     activation = config.get("hidden_act", hidden_act)
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise UserError(f"{source}: hidden_act {activation!r}", expected=f"one of {', '.join(ACTIVATIONS)}")
-    options: dict[str, Any] = {"act_layer": layer} if (layer := ACTIVATIONS[activation]) else {}
+    options: dict[str, Any] = {}
+    if ACTIVATIONS[activation]:
+        options["act_layer"] = ACTIVATIONS[activation]
     if config.get("qkv_bias", True) is False:
         options["qkv_bias"] = False
     size = config.get("image_size", 224)
@@ -107,35 +115,39 @@ def read_facts(checkpoint: Checkpoint, default_eps: float, hidden_act: str = "ge
         raise UserError(
             f"{source}: layer_norm_eps and num_attention_heads in {CONFIG_FILE}", expected="numbers"
         )
-    return facts | ({"options": options} if options else {})
+    if options:
+        facts["options"] = options
+    return facts
 
 
 def note_missing_files(checkpoint: Checkpoint, model: str, eps: float) -> list[str]:
-    """Notes on what is assumed where the JSON files are not beside the weights."""
-    notes = {
+    """Return notes on what is assumed without config.json or preprocessor_config.json."""
+    assumptions = {
         CONFIG_FILE: f"eps {eps} is the default of transformers' {model}",
         PREPROCESSOR_FILE: "mean, std and interpolation are its family's",
     }
     return [
-        f"no {name} beside the file: {what}" for name, what in notes.items() if name not in checkpoint.beside
+        f"no {name} next to the file: {assumption}"
+        for name, assumption in assumptions.items()
+        if name not in checkpoint.beside
     ]
 
 
 def _read_preprocessing(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How images are fed, by preprocessor_config.json."""
+    """Return mean, std and interpolation that preprocessor_config.json states."""
     processor = checkpoint.beside.get(PREPROCESSOR_FILE, {})
-    facts: dict[str, Any] = {
-        ours: parse_numbers(processor[theirs], theirs, checkpoint.source)
-        for theirs, ours in (("image_mean", "mean"), ("image_std", "std"))
-        if theirs in processor
-    }
-    if isinstance(number := processor.get("resample"), int) and number in RESAMPLE:
+    facts: dict[str, Any] = {}
+    for key, name in (("image_mean", "mean"), ("image_std", "std")):
+        if key in processor:
+            facts[name] = parse_numbers(processor[key], key, checkpoint.source)
+    number = processor.get("resample")
+    if isinstance(number, int) and number in RESAMPLE:
         facts["interpolation"] = RESAMPLE[number]
     return facts
 
 
-def build_config(spec: BackboneSpec, architecture: str, get_model_type: str) -> dict[str, Any]:
-    """config.json of a plain ViT; UserError for what is not square."""
+def build_config(spec: BackboneSpec, architecture: str, model_type: str) -> dict[str, Any]:
+    """Return config.json of a plain ViT; raise UserError for images or patches that are not square."""
     if len(set(spec.img_size)) > 1 or len(set(spec.patch_size)) > 1:
         raise UserError(
             f"images {spec.img_size}, patches {spec.patch_size}",
@@ -143,7 +155,7 @@ def build_config(spec: BackboneSpec, architecture: str, get_model_type: str) -> 
         )
     return {
         "architectures": [architecture],
-        "model_type": get_model_type,
+        "model_type": model_type,
         "hidden_size": spec.embed_dim,
         "num_hidden_layers": spec.depth,
         "num_attention_heads": spec.num_heads,
@@ -157,8 +169,8 @@ def build_config(spec: BackboneSpec, architecture: str, get_model_type: str) -> 
     }
 
 
-def build_processor_config(spec: BackboneSpec) -> Mapping[str, Any]:
-    """preprocessor_config.json: how images are fed."""
+def _build_processor_config(spec: BackboneSpec) -> dict[str, Any]:
+    """Return preprocessor_config.json, which states the preprocessing."""
     resample = {name: number for number, name in RESAMPLE.items()}.get(spec.interpolation)
     return {
         "image_processor_type": "ViTImageProcessor",
@@ -171,3 +183,18 @@ def build_processor_config(spec: BackboneSpec) -> Mapping[str, Any]:
         "image_mean": list(spec.mean),
         "image_std": list(spec.std),
     }
+
+
+def write_folder(
+    out: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    spec: BackboneSpec,
+    provenance: dict[str, Any],
+    image_processor: str = "ViTImageProcessor",
+) -> None:
+    """Write a folder for `from_pretrained`, with spec and provenance in the tensors' metadata."""
+    processor = {**_build_processor_config(spec), "image_processor_type": image_processor}
+    write_safetensors(out / "model.safetensors", tensors, spec, provenance)
+    write_json(out / PREPROCESSOR_FILE, processor)
+    write_json(out / CONFIG_FILE, dict(config))

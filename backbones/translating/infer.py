@@ -1,4 +1,7 @@
-"""The BackboneSpec of a translated checkpoint: sizes from shapes, the rest from the file, its family or the user."""
+"""Infer the BackboneSpec of a translated checkpoint from shapes, the file, its family and the user.
+
+L patches, D width, C channels, H W image, p patch side.
+"""
 
 import math
 from collections.abc import Mapping
@@ -13,17 +16,17 @@ from mae_bench.models.create import parse_size
 from mae_bench.models.vit import ARCHS, LAYERS
 from mae_bench.spec import BackboneSpec
 
-# Width -> heads of the standard ViTs: Ti and S (arXiv 2012.12877), B, L and H (arXiv 2010.11929). Shapes do not tell heads.
+# Width -> heads of standard ViTs, which no shape shows: Ti, S (arXiv 2012.12877), B, L, H (arXiv 2010.11929).
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 GIVE = "give {0} to inspect or convert, backbones.NAME.spec.{0} to evaluate or run"
-HIDDEN = ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight")  # of a plain and of a gated MLP
-LARGEST = 4096  # pixels, of an image that a description may name
+HIDDEN = ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight")  # first layer of a plain and of a gated MLP
+MAX_IMG_SIZE = 4096  # pixels, for an image size that only a description states
 NAMES = [f.name for f in fields(BackboneSpec)]
 SIZES = ("img_size", "patch_size")
 CHANNELS = ("mean", "std")
 PAIRS = (*SIZES, *CHANNELS)
 TYPES = get_type_hints(BackboneSpec)
-KINDS: dict[Any, tuple[tuple[type, ...], str]] = {  # of the fields, with what a user may give for them
+KINDS: dict[Any, tuple[tuple[type, ...], str]] = {  # type of a field -> types a user may give, in words
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
     str: ((str,), "a word"),
@@ -38,9 +41,11 @@ def infer_spec(
     stated: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> BackboneSpec:
-    """What the shapes say stands; beneath it the user's `overrides`, the file's facts, the spec that it carries, its family.
+    """Build the BackboneSpec of a translated checkpoint.
 
-    UserError where they contradict the shapes, for an unknown override, and where nothing tells the number of heads.
+    Order of preference: the tensors' shapes, the user's `overrides`, the facts of the file, the spec `stated`
+    in the file, its family. Raise UserError where a description contradicts the shapes, for an unknown
+    override, and where the number of heads cannot be inferred.
     """
     try:
         return _infer(translation, source, stated or {}, overrides or {})
@@ -53,56 +58,73 @@ def infer_spec(
 def _infer(
     translation: Translation, source: str, stated: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> BackboneSpec:
-    layers = (translation.assumed, _to_tuples(stated), translation.facts, _check_overrides(overrides))
-    given = {key: value for layer in layers for key, value in layer.items()}
-    stated_or_assumed = (
-        layers[1] if "options" in stated else layers[0]
-    )  # a whole spec, or what holds for the family
-    parts = [layer.get("options", {}) for layer in (stated_or_assumed, *layers[2:])]
-    given["options"] = {key: value for part in parts for key, value in dict(part).items()}
-    needed = () if "options" in stated else translation.needed  # a spec leaves out what is timm's default
-    if lacking := [name for name in needed if name not in given["options"] and name not in given]:
-        asked = [f"{name}=..." if name in NAMES else f"options.{name}=..." for name in lacking]
-        raise UserError(
-            f"{source}: nothing tells {' and '.join(lacking)}",
-            expected=translation.hint
-            or (
-                f"of layers, one of {', '.join(LAYERS)}"
-                if any(name.endswith("_layer") for name in lacking)
-                else ""
-            ),
-            fix=" and ".join(GIVE.format(field) for field in asked),
-        )
+    given = _merge(translation, stated, overrides)
+    if "options" not in stated:  # a complete spec leaves out options with timm's default
+        _require_needed(translation, given, source)
     shapes = infer_shape_facts(translation.weights, source, given)
-    if wrong := {
-        key: (given[key], value) for key, value in shapes.items() if key in given and given[key] != value
-    }:
-        told = ", ".join(
-            f"{key} {said!r} where the shapes say {found!r}" for key, (said, found) in wrong.items()
-        )
-        raise UserError(f"{source}: {told}", expected="a description that fits the weights")
+    wrong = [key for key, value in shapes.items() if key in given and given[key] != value]
+    if wrong:
+        differences = ", ".join(f"{key} {given[key]!r} where the shapes say {shapes[key]!r}" for key in wrong)
+        raise UserError(f"{source}: {differences}", expected="a description that fits the weights")
     merged = {"arch": "vit", **given, **shapes}
     merged.setdefault("pos_embed", infer_pos_embed(translation.weights, merged))
     if "num_heads" not in merged:
         merged["num_heads"] = _assume_num_heads(merged["embed_dim"], source)
         translation.notes.append(
-            f"{merged['num_heads']} heads, as is standard for its width: nothing in the file says it"
+            f"{merged['num_heads']} heads, the standard for its width: the file does not state the number"
         )
     return BackboneSpec(**merged)
 
 
+def _merge(
+    translation: Translation, stated: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Merge all descriptions, later ones first in preference; options are merged one by one."""
+    spec, checked = _to_tuples(stated), _check_overrides(overrides)
+    given: dict[str, Any] = {**translation.assumed, **spec, **translation.facts, **checked}
+    base = (
+        spec if "options" in stated else translation.assumed
+    )  # a complete spec replaces the family's options
+    options: dict[str, Any] = {}
+    for part in (base, translation.facts, checked):
+        options |= dict(part.get("options", {}))
+    given["options"] = options
+    return given
+
+
+def _require_needed(translation: Translation, given: Mapping[str, Any], source: str) -> None:
+    """Raise UserError, with what to give, for needed fields and options that are missing."""
+    missing = [name for name in translation.needed if name not in given["options"] and name not in given]
+    if not missing:
+        return
+    expected = translation.hint
+    if not expected and any(name.endswith("_layer") for name in missing):
+        expected = f"of layers, one of {', '.join(LAYERS)}"
+    asked = [f"{name}=..." if name in NAMES else f"options.{name}=..." for name in missing]
+    raise UserError(
+        f"{source}: {' and '.join(missing)} cannot be inferred from the file",
+        expected=expected,
+        fix=" and ".join(GIVE.format(name) for name in asked),
+    )
+
+
 def _check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    if unknown := sorted(set(overrides) - set(NAMES)):
+    unknown = sorted(set(overrides) - set(NAMES))
+    if unknown:
         raise UserError(f"a BackboneSpec has no {', '.join(unknown)}", expected=f"some of {', '.join(NAMES)}")
     return {key: _check_override(key, value) for key, value in overrides.items()}
 
 
 def _check_override(key: str, value: Any) -> Any:
-    """A given value in its field's type: a UserError blames the argument, not the file. Of a size one number is enough."""
+    """Return an override in its field's type; raise UserError, which blames the override, not the file.
+
+    A single number is accepted for a size.
+    """
     if key in SIZES:
         return parse_size(value, key)
     kind = TYPES[key]
-    if words := get_args(kind) if get_origin(kind) is Literal else ():
+    if get_origin(kind) is Literal:
+        words = get_args(kind)
         fits, expected = value in words, f"one of {', '.join(words)}"
     else:
         classes, expected = KINDS[get_origin(kind) or kind]
@@ -115,17 +137,19 @@ def _check_override(key: str, value: Any) -> Any:
     return tuple(value) if key in CHANNELS else value
 
 
-def _to_tuples(value: Mapping[str, Any]) -> dict[str, Any]:
+def _to_tuples(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the spec with JSON lists of sizes and channels as tuples."""
     return {
-        key: tuple(item) if key in PAIRS and isinstance(item, list) else item for key, item in value.items()
+        key: tuple(value) if key in PAIRS and isinstance(value, list) else value
+        for key, value in spec.items()
     }
 
 
 def _assume_num_heads(embed_dim: int, source: str) -> int:
     if embed_dim not in HEADS:
         raise UserError(
-            f"{source}: nothing tells how many heads its {embed_dim} channels are split into",
-            expected=f"a standard width ({', '.join(map(str, HEADS))}) or a file that says it",
+            f"{source}: num_heads cannot be inferred from the file (width {embed_dim})",
+            expected=f"a standard width ({', '.join(map(str, HEADS))}) or a file that states it",
             fix=GIVE.format("num_heads=N"),
         )
     return HEADS[embed_dim]
@@ -134,95 +158,113 @@ def _assume_num_heads(embed_dim: int, source: str) -> int:
 def infer_shape_facts(
     weights: Mapping[str, torch.Tensor], source: str, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Fields that the tensors' shapes decide. A table that is not square needs `img_size` in `given`."""
-    try:
-        proj = weights["patch_embed.proj.weight"]
-        fc1 = next((weights[name] for name in HIDDEN if name in weights), None)
-        if fc1 is None:
-            raise KeyError(HIDDEN[0])
-        embed_dim, in_chans, *patch = proj.shape
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"{source}: no usable {error}", expected="a ViT with a patch embedding and numbered blocks"
-        ) from error
-    if len(patch) != 2 or not all((*proj.shape, *fc1.shape)):
-        raise UserError(
-            f"{source}: patch_embed.proj.weight is {tuple(proj.shape)}",
-            expected="(width, channels, height, width)",
-        )
-    if fc1.ndim != 2:
-        raise UserError(
-            f"{source}: the first layer of its MLP (fc1) is {tuple(fc1.shape)}", expected="(hidden, width)"
-        )
-    registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
-    prefix = int("cls_token" in weights) + registers
-    in_table = 0 if given.get("options", {}).get("no_embed_class") else prefix
+    """Return the fields that the tensors' shapes determine.
+
+    A position embedding for an image that is not square needs `img_size` in `given`. Raise UserError for
+    shapes that are no ViT's.
+    """
+    proj, fc1 = _get_layers(weights, source)
+    embed_dim, in_chans, *patch_size = proj.shape
+    num_registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
+    num_prefix_tokens = int("cls_token" in weights) + num_registers
+    hidden = fc1.shape[0] // _num_fc1_halves(weights, given)
     facts = {
-        "patch_size": tuple(patch),
+        "patch_size": tuple(patch_size),
         "in_chans": in_chans,
         "embed_dim": embed_dim,
         "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
-        "mlp_ratio": _infer_mlp_ratio(fc1.shape[0] // _num_fc1_halves(weights, given), embed_dim),
-        "num_prefix_tokens": prefix,
+        "mlp_ratio": _infer_mlp_ratio(hidden, embed_dim),
+        "num_prefix_tokens": num_prefix_tokens,
     }
-    if given.get("arch", "vit") in ARCHS and (table := weights.get("pos_embed")) is not None:
+    table = weights.get("pos_embed")
+    if given.get("arch", "vit") in ARCHS and table is not None:
         rows = table.flatten(1, -2) if table.ndim > 2 else table
-        facts["img_size"] = _infer_img_size(rows, in_table, tuple(patch), given.get("img_size"), source)
+        num_prefix_rows = 0 if given.get("options", {}).get("no_embed_class") else num_prefix_tokens
+        size = given.get("img_size")
+        facts["img_size"] = _infer_img_size(rows, num_prefix_rows, tuple(patch_size), size, source)
     if "img_size" not in facts:
         _check_img_size(given.get("img_size"), source)
     return facts
 
 
+def _get_layers(weights: Mapping[str, torch.Tensor], source: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the patch embedding (D, C, p, p) and the MLP's first layer (hidden, D), checked."""
+    proj = weights.get("patch_embed.proj.weight")
+    fc1 = next((weights[name] for name in HIDDEN if name in weights), None)
+    if proj is None or fc1 is None:
+        missing = "patch_embed.proj.weight" if proj is None else HIDDEN[0]
+        raise UserError(
+            f"{source}: no usable {missing!r}", expected="a ViT with a patch embedding and numbered blocks"
+        )
+    if proj.ndim != 4 or not all((*proj.shape, *fc1.shape)):
+        raise UserError(
+            f"{source}: patch_embed.proj.weight is {tuple(proj.shape)}",
+            expected="a patch embedding (width, channels, height, width)",
+        )
+    if fc1.ndim != 2:
+        raise UserError(
+            f"{source}: the first layer of its MLP (fc1) is {tuple(fc1.shape)}", expected="(hidden, width)"
+        )
+    return proj, fc1
+
+
 def _check_img_size(size: Any, source: str) -> None:
-    """Without a table the description alone tells the image size, and a rotary embedding is made for it."""
+    """Check an image size that only the description states: a rotary embedding is computed for it."""
     if size is None:
         raise UserError(
-            f"{source}: no position table tells the image size", fix=GIVE.format("img_size=[H,W]")
+            f"{source}: img_size cannot be inferred from the file (no position embedding)",
+            fix=GIVE.format("img_size=[H,W]"),
         )
-    if len(size) != 2 or not all(isinstance(side, int) and 0 < side <= LARGEST for side in size):
+    if len(size) != 2 or not all(isinstance(side, int) and 0 < side <= MAX_IMG_SIZE for side in size):
         raise UserError(
-            f"{source}: images of {size}", expected=f"height and width, whole numbers to {LARGEST}"
+            f"{source}: images of {size}", expected=f"height and width, whole numbers up to {MAX_IMG_SIZE}"
         )
 
 
 def _num_fc1_halves(weights: Mapping[str, torch.Tensor], given: Mapping[str, Any]) -> int:
-    """2 where fc1 of an Eva makes gate and value at once: timm's Eva counts one of them, its VisionTransformer both."""
-    fc1, fc2 = (weights.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
-    packed = (
-        given.get("arch") == "eva"
-        and fc1 is not None
-        and fc2 is not None
-        and fc1.shape[0] == 2 * fc2.shape[-1]
-    )
-    return 2 if packed else 1
+    """Return 2 where fc1 of an Eva computes gate and value at once.
+
+    The mlp_ratio of timm's Eva counts one of them, that of its VisionTransformer both.
+    """
+    fc1 = weights.get("blocks.0.mlp.fc1.weight")
+    fc2 = weights.get("blocks.0.mlp.fc2.weight")
+    if given.get("arch") != "eva" or fc1 is None or fc2 is None:
+        return 1
+    return 2 if fc1.shape[0] == 2 * fc2.shape[-1] else 1
 
 
 def _infer_mlp_ratio(hidden: int, width: int) -> float:
-    """The ratio from which timm computes `hidden`: it cuts the product off, which is 487.99... for 488 / 224 * 224."""
+    """Return the ratio from which timm computes `hidden`.
+
+    timm truncates the product, which is 487.99... for 488 / 224 * 224.
+    """
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _infer_img_size(
-    table: torch.Tensor, prefix: int, patch: tuple[int, ...], given: Any, source: str
+    table: torch.Tensor, num_prefix_rows: int, patch: tuple[int, ...], given: Any, source: str
 ) -> tuple[int, int]:
-    """Image size of a table (1, prefix + L, D): the given one if it has L patches, else the square one. `prefix` counts the
-    prefix tokens that have a row."""
-    num_patches = table.shape[1] - prefix if table.ndim == 3 else 0
+    """Return the image size of a position embedding (1, num_prefix_rows + L, D).
+
+    The given size if it has L patches, else the square one.
+    """
+    num_patches = table.shape[1] - num_prefix_rows if table.ndim == 3 else 0
     if given and (given[0] // patch[0]) * (given[1] // patch[1]) == num_patches:
         return tuple(given)
     side = round(max(num_patches, 0) ** 0.5)
     if not num_patches or side * side != num_patches:
         raise UserError(
-            f"{source}: a position table of shape {tuple(table.shape)} with {prefix} prefix tokens is for no square image",
-            expected="one row a prefix token and one a patch",
+            f"{source}: a position embedding of shape {tuple(table.shape)} with {num_prefix_rows} prefix "
+            "tokens fits no square image",
+            expected="one row per prefix token and one per patch",
             fix="if the images were not square, " + GIVE.format("img_size=[H,W]"),
         )
     return side * patch[0], side * patch[1]
 
 
 def infer_pos_embed(weights: Mapping[str, torch.Tensor], spec: Mapping[str, Any]) -> str:
-    """ "sincos" if the table is MAE's fixed one, "learned" for another table, "none" without one."""
+    """Return "sincos" for MAE's fixed position embedding, "learned" for another one, "none" without one."""
     if "pos_embed" not in weights:
         return "none"
     if spec["arch"] != "vit" or spec.get("options"):

@@ -1,7 +1,6 @@
-"""What the ViTs of OpenMMLab's libraries share: tensor names, relative tables, and the training's config inside the file."""
+"""What the ViTs of OpenMMLab's libraries share: tensor names, relative tables and the stored config."""
 
 import ast
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +10,14 @@ from backbones.families import family
 from backbones.reading.source import Checkpoint
 from backbones.translating.naming import Naming
 from backbones.translating.structure import INDEX, INDEX_REASON, TABLE, infer_beit_facts, infer_vit_options
-from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, get_embed_dim
+from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, explain, get_embed_dim
 from mae_bench.errors import UserError
 
 ANCHOR = "layers.0.ffn.layers.0.0.weight"
 GATED = "layers.0.ffn.w12.weight"
 TOP = {
     "cls_token": "cls_token",
-    "dist_token": "reg_token",  # DeiT's distillation token stands between class token and patches, as a register does
+    "dist_token": "reg_token",  # DeiT's distillation token: between class token and patches, like a register
     "pos_embed": "pos_embed",
     "patch_embed.projection": "patch_embed.proj",
     "ln_pre": "norm_pre",  # mmsegmentation
@@ -40,55 +39,48 @@ BLOCK = {
     "ffn.w3": "mlp.fc2",
     "ffn.gamma2.weight": "ls2.gamma",
 }
-DROP = {
-    r"mask_token$": MASK_TOKEN,
-    INDEX: INDEX_REASON,
-}
+DROP = {r"mask_token$": MASK_TOKEN, INDEX: INDEX_REASON}
 VIT = Naming(TOP, BLOCK, ("layers.{}.",), drop=DROP)
 OUTSIDE = {
-    r"(decode|auxiliary)_head\.": "segmentation head: every task trains its own",
-    r"head\.predictor\.": "predictor of the pretraining: no part of the backbone",
+    r"(decode|auxiliary)_head\.": "segmentation head: each task trains its own",
+    r"head\.predictor\.": "pretraining predictor: not part of the backbone",
     r"head\.": HEAD,
-    r"neck\.": "decoder or projection of the pretraining: no part of the backbone",
-    r"target_generator\.": "makes the targets of the pretraining: no part of the backbone",
-    r"(ema_|momentum_)": "a moving average of the weights beside the ones that are read",
+    r"neck\.": "pretraining decoder or projection: not part of the backbone",
+    r"target_generator\.": "computes the pretraining targets: not part of the backbone",
+    r"(ema_|momentum_)": "a moving average of the weights that are read",
     r"data_preprocessor\.": "mean and std of the images",
 }
-# Heads where the width alone does not tell: arch_zoo of mmpretrain's vision_transformer.py, beit.py and deit3.py.
+# Width -> heads of its own sizes: arch_zoo of mmpretrain's vision_transformer.py, beit.py and deit3.py.
 HEADS = {512: 8, 1408: 16, 1536: 24}
 ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "mmpretrain.QuickGELU": "quick_gelu"}
-NAMED_HEADS = {
-    "mocov3-s": 12,
-    "mocov3-small": 12,
-}  # of arch names, where the width's are others (selfsup/mocov3.py)
+NAMED_HEADS = {"mocov3-s": 12, "mocov3-small": 12}  # arch -> heads, not the standard ones (selfsup/mocov3.py)
 MAX_CONFIG = 1 << 20  # characters
-SMALL = (768, 8, 8)  # width, depth and heads of the arch "small" there, which is unlike everyone else's ViT-S
+SMALL = (768, 8, 8)  # width, depth and heads of its arch "small", which differs from the usual ViT-S
 
 
 def is_mmlab_vit(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether these are the names of an OpenMMLab ViT."""
+    """Return whether these are the names of an OpenMMLab ViT."""
     return "patch_embed.projection.weight" in tensors and (ANCHOR in tensors or GATED in tensors)
 
 
 def is_mmseg(checkpoint: Checkpoint) -> bool:
-    """mmsegmentation's mark: torch's own attention in the blocks, or a segmentation head beside the backbone."""
+    """Return whether mmsegmentation saved the file: torch's attention module or a segmentation head."""
     heads = any(name.startswith(("decode_head.", "auxiliary_head.")) for name in checkpoint.outside)
     return heads or "layers.0.attn.attn.in_proj_weight" in checkpoint.tensors
 
 
 def read_mmlab_vit(checkpoint: Checkpoint, library: str) -> Translation:
-    """Our names, the architecture that the names show, and what the config of the training inside the file says.
+    """Translate an OpenMMLab ViT, with the architecture that its names show and the facts of its config.
 
-    library: its entry in families.yaml. UserError for other names, and for a config that the model cannot follow.
+    library: its entry in families.yaml. Raise UserError for other names and for a config that is not
+    supported.
     """
     if not is_mmlab_vit(checkpoint.tensors):
         raise UserError(
             f"{checkpoint.source} has no OpenMMLab names", expected="patch_embed.projection and layers.N.ffn"
         )
     result = VIT.read(checkpoint.tensors, checkpoint.source)
-    for name in checkpoint.outside:
-        if reason := next((reason for pattern, reason in OUTSIDE.items() if re.match(pattern, name)), None):
-            result.outside[name] = reason
+    result.outside = explain(checkpoint.outside, OUTSIDE)
     result.assumed = family(library)
     if any(name.endswith(TABLE) for name in result.weights):
         result.facts = _infer_beit(result, checkpoint.source)
@@ -102,35 +94,32 @@ def read_mmlab_vit(checkpoint: Checkpoint, library: str) -> Translation:
         _drop_second_norm(result)
     config = parse_config(checkpoint.extras)
     result.facts |= _read_config(config, checkpoint.source, result)
-    if "norm_pre.weight" in result.weights and not (
-        _get_section(config, "model", "backbone") or checkpoint.stated_spec
-    ):
-        result.needed = (
-            "act_layer",
-        )  # CLIP's towers have GELU or quick GELU (configs/clip), which only a config shows
+    described = _get_section(config, "model", "backbone") or checkpoint.stated_spec
+    if "norm_pre.weight" in result.weights and not described:
+        # CLIP's towers have GELU or quick GELU (configs/clip), which only a config shows.
+        result.needed = ("act_layer",)
     return result
 
 
 def _add_patch_bias(result: Translation) -> None:
-    """mmsegmentation's ViT has no bias there unless its config says patch_bias; timm's has one unless a norm follows."""
+    """Add the patch embedding's zero bias.
+
+    mmsegmentation's ViT has none unless its config sets patch_bias; timm's has one unless a norm follows.
+    """
+    if {"patch_embed.proj.bias", "norm_pre.weight"} & set(result.weights):
+        return
     proj = result.weights.get("patch_embed.proj.weight")
-    if (
-        proj is not None
-        and proj.ndim
-        and not {"patch_embed.proj.bias", "norm_pre.weight"} & set(result.weights)
-    ):
+    if proj is not None and proj.ndim:
         result.weights["patch_embed.proj.bias"] = proj.new_zeros(len(proj))
         result.new["patch_embed.proj.bias"] = "zeros: the file's patch embedding has no bias"
 
 
 def _assume_num_heads(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    channels, depth = (
-        get_embed_dim(weights),
-        len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
-    )
-    if (channels, depth) == SMALL[:2]:
+    embed_dim = get_embed_dim(weights)
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    if (embed_dim, depth) == SMALL[:2]:
         return {"num_heads": SMALL[2]}
-    return {"num_heads": HEADS[channels]} if channels in HEADS else {}
+    return {"num_heads": HEADS[embed_dim]} if embed_dim in HEADS else {}
 
 
 def _infer_beit(result: Translation, source: str) -> dict[str, Any]:
@@ -143,47 +132,45 @@ def _infer_beit(result: Translation, source: str) -> dict[str, Any]:
 
 
 def _split_bias(result: Translation, name: str, source: str) -> None:
-    """timm's BEiT knows no bias of the keys, and needs none: it shifts all logits of a query alike."""
+    """Split the bias of qkv: timm's BEiT has no key bias, which shifts all logits of a query equally."""
     bias = result.weights.pop(name)
     if bias.ndim != 1 or len(bias) % 3:
-        raise UserError(
-            f"{source}: {name} is {tuple(bias.shape)}", expected="the biases of query, key and value"
-        )
+        raise UserError(f"{source}: {name} is {tuple(bias.shape)}", expected="biases of query, key and value")
     block = name.removesuffix("qkv.bias")
     result.weights[block + "q_bias"], _, result.weights[block + "v_bias"] = bias.chunk(3)
-    theirs = next(theirs for theirs, ours in result.renamed.items() if ours == name)
-    result.renamed[theirs] = block + "q_bias"
+    stored = next(stored for stored, new_name in result.renamed.items() if new_name == name)
+    result.renamed[stored] = block + "q_bias"
     result.reshaped[block + "q_bias"] = (
-        "the query's third; the key's shifts a query's logits alike, which softmax takes out"
+        "the query's third; softmax cancels the key's, equal for all logits of a query"
     )
-    result.new[block + "v_bias"] = f"the value's third of {theirs}"
+    result.new[block + "v_bias"] = f"the value's third of {stored}"
 
 
 def _drop_second_norm(result: Translation) -> None:
-    """Where a final norm and a norm behind the pooling are both there, the second belongs to the classifier."""
-    if "norm.weight" in result.weights:
-        for theirs in [theirs for theirs, ours in result.renamed.items() if ours.startswith("fc_norm.")]:
-            del result.weights[result.renamed.pop(theirs)]
-            result.dropped[theirs] = "a second norm, behind the average pooling: part of the classifier"
+    """Drop the norm after the pooling where there is a final norm too: it belongs to the classifier."""
+    if "norm.weight" not in result.weights:
+        return
+    for stored in [stored for stored, new_name in result.renamed.items() if new_name.startswith("fc_norm.")]:
+        del result.weights[result.renamed.pop(stored)]
+        result.dropped[stored] = "a second norm, after the average pooling: part of the classifier"
 
 
 def parse_config(extras: Mapping[str, Any]) -> dict[str, Any]:
-    """The config's text in `meta`, as data: {} where there is none or where it is not made of literals and dict() alone."""
+    """Return the config in `meta` as data; {} without one or for more than literals and dict()."""
     meta = extras.get("meta")
     text = (meta.get("cfg") or meta.get("config")) if isinstance(meta, dict) else None
     if not isinstance(text, str) or len(text) > MAX_CONFIG:
         return {}
     try:
-        lines = [
-            (line.targets[0], line.value) for line in ast.parse(text).body if isinstance(line, ast.Assign)
-        ]
-        return {name.id: _parse_value(value) for name, value in lines if isinstance(name, ast.Name)}
+        lines = [line for line in ast.parse(text).body if isinstance(line, ast.Assign)]
+        names = [(line.targets[0], line.value) for line in lines]
+        return {name.id: _parse_value(value) for name, value in names if isinstance(name, ast.Name)}
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return {}
 
 
 def _parse_value(node: ast.expr) -> Any:
-    """A literal, or a call of dict with keywords; None for whatever else (nothing is run)."""
+    """Return the value of a literal or of dict(key=...); None for anything else. Nothing is run."""
     if isinstance(node, ast.Call):
         is_dict = isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args
         return {word.arg: _parse_value(word.value) for word in node.keywords} if is_dict else None
@@ -199,19 +186,25 @@ def _parse_value(node: ast.expr) -> Any:
 
 
 def _read_config(config: dict[str, Any], source: str, result: Translation) -> dict[str, Any]:
-    """Facts of a config: heads, eps, mean and std; the activation becomes an option. UserError for an unknown activation."""
+    """Return heads, eps, mean and std of a config; the activation becomes an option.
+
+    Raise UserError for an unknown activation.
+    """
     backbone = _get_section(config, "model", "backbone")
     facts: dict[str, Any] = {}
     arch = backbone.get("arch")
     named = NAMED_HEADS.get(arch) if isinstance(arch, str) else None
-    for told in (arch.get("num_heads") if isinstance(arch, dict) else named, backbone.get("num_heads")):
-        if isinstance(told, int) and not isinstance(told, bool):
-            facts["num_heads"] = told
+    of_arch = arch.get("num_heads") if isinstance(arch, dict) else named
+    for num_heads in (of_arch, backbone.get("num_heads")):
+        if isinstance(num_heads, int) and not isinstance(num_heads, bool):
+            facts["num_heads"] = num_heads
     if backbone.get("with_cls_token") is False and "cls_token" in result.weights:
         raise UserError(
-            f"{source}: its config leaves the class token out that the file has", expected="one that is used"
+            f"{source}: its config leaves out the class token (with_cls_token=False) that the file has",
+            expected="a class token that the model uses",
         )
-    if isinstance(eps := _get_section(backbone, "norm_cfg").get("eps"), float):
+    eps = _get_section(backbone, "norm_cfg").get("eps")
+    if isinstance(eps, float):
         facts["norm_eps"] = eps
     for layers in (backbone, _get_section(backbone, "layer_cfgs")):
         activation = _get_section(layers, "act_cfg").get("type", "GELU")
@@ -222,23 +215,18 @@ def _read_config(config: dict[str, Any], source: str, result: Translation) -> di
             )
         if activation != "GELU":
             result.facts["options"]["act_layer"] = ACTIVATIONS[activation]
-    for place in (
-        config.get("img_norm_cfg"),
-        config.get("data_preprocessor"),
-        _get_section(config, "model").get("data_preprocessor"),
-    ):
-        if isinstance(place, dict):
-            facts |= {
-                key: tuple(x / 255 for x in place[key])
-                for key in ("mean", "std")
-                if _is_color(place.get(key))
-            }
+    for place in (("img_norm_cfg",), ("data_preprocessor",), ("model", "data_preprocessor")):
+        section = _get_section(config, *place)
+        for key in ("mean", "std"):
+            if _is_color(section.get(key)):
+                facts[key] = tuple(x / 255 for x in section[key])
     if facts:
-        result.notes.append(f"{', '.join(sorted(facts))}: as in the config inside the file")
+        result.notes.append(f"{', '.join(sorted(facts))}: as in the config in the file")
     return facts
 
 
 def _get_section(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """Return a nested dict of the config, {} without one."""
     value: Any = config
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
@@ -246,8 +234,7 @@ def _get_section(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _is_color(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(x, int | float) and 0 < x <= 255 for x in value)
-    )
+    """Return whether a value is a list of numbers on the scale of 8-bit images."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(x, int | float) and 0 < x <= 255 for x in value)

@@ -1,4 +1,4 @@
-"""ConversionReport: what became of every key of a checkpoint, strictly."""
+"""ConversionReport: the account of what was done with every key of a checkpoint."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -6,19 +6,33 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Every source key is renamed, reshaped or dropped with a reason; every target key is filled or declared new with one."""
+    """Account of a conversion.
+
+    Every source key is renamed, reshaped or dropped with a reason; every target key is filled, or declared
+    new with a reason.
+
+    Attributes:
+        source: The source as it was given.
+        format: Format in which the checkpoint was read.
+        digest: SHA-256 of the weight file.
+        renamed: Source key -> target key.
+        reshaped: Target key -> what was done to the tensor.
+        dropped: Source key -> reason.
+        new: Target key -> reason.
+        files: File name -> SHA-256, for every file that was read.
+        notes: Assumptions, and what the user should know about these weights.
+    """
 
     source: str
     format: str
-    digest: str  # SHA-256 of the weight file
-    renamed: dict[str, str] = field(default_factory=dict)  # source key -> target key
-    reshaped: dict[str, str] = field(default_factory=dict)  # target key -> what was done to it
-    dropped: dict[str, str] = field(default_factory=dict)  # source key -> reason
-    new: dict[str, str] = field(default_factory=dict)  # target key -> reason
-    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of every file that was read, by name
-    notes: list[str] = field(
-        default_factory=list
-    )  # what was assumed, and what a reader should know of these weights
+    digest: str
+    renamed: dict[str, str] = field(default_factory=dict)
+    reshaped: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    new: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON."""
         return asdict(self)

@@ -1,8 +1,10 @@
-"""Takes a translated backbone to another image or patch size: position tables, relative tables, patch embedding."""
+"""Resample a translated backbone to another image or patch size."""
 
 import re
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
@@ -23,23 +25,23 @@ def resample(
     patch_size: tuple[int, int] | None,
     patch_resample: str = "pinv",
 ) -> BackboneSpec:
-    """Resamples `translation.weights` in place and returns the spec at the new sizes, (height, width) in pixels.
+    """Resample `translation.weights` in place and return the spec at the new sizes.
 
-    Images keep about their size where only the patch changes: ViT-H/14 of 224 becomes /16 of 224, 14 x 14 patches.
-    Rotary models have nothing to resample: their rotations are computed for the image's grid. UserError for sizes that do not
-    fit together, and for tables that are no grid's.
+    Sizes are (height, width) in pixels.     The image size is kept approximately where only the patch size
+    changes: ViT-H/14 at 224 becomes /16 at 224, with 14 x 14 patches. Rotary models have nothing to resample:
+    rotations are computed for the image's grid. Raise UserError for sizes that do not fit together and for
+    tables that fit no grid.
     """
     if patch_resample not in PATCH_RESAMPLE:
         raise UserError(f"patch_resample {patch_resample!r}", expected=f"one of {', '.join(PATCH_RESAMPLE)}")
     patch_size = patch_size or spec.patch_size
-    new = replace(
-        spec, img_size=img_size or _round_img_size(spec.img_size, patch_size), patch_size=patch_size
-    )
+    img_size = img_size or _round_img_size(spec.img_size, patch_size)
+    new = replace(spec, img_size=img_size, patch_size=patch_size)
     if new.patch_size != spec.patch_size:
         if spec.arch not in ARCHS:
             raise UserError(
                 f"patches of {new.patch_size} for {spec.arch}",
-                expected=f"{spec.patch_size}, which its name says",
+                expected=f"{spec.patch_size}, the patch size of this architecture",
             )
         _resample_filters(translation, new, patch_resample)
     if new.grid_size == spec.grid_size:
@@ -48,7 +50,7 @@ def resample(
         changed = _resample_tables(translation, spec, new)
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"a backbone of {spec.img_size} cannot be taken to {new.img_size}: {error}"
+            f"a backbone for images of {spec.img_size} cannot be resampled to {new.img_size}: {error}"
         ) from error
     return replace(new, pos_embed="learned") if changed and spec.pos_embed == "sincos" else new
 
@@ -63,37 +65,36 @@ def _round_img_size(img_size: tuple[int, int], patch_size: tuple[int, int]) -> t
 def _resample_filters(translation: Translation, new: BackboneSpec, method: str) -> None:
     filters = translation.weights[FILTERS]
     translation.weights[FILTERS] = resize_filters(filters, new.patch_size, method)
-    _note(
-        translation,
-        FILTERS,
-        f"{_sides(filters.shape[2:])} -> {_sides(new.patch_size)} pixels ({PATCH_RESAMPLE[method]})",
-    )
+    sizes = f"{_format(filters.shape[2:])} -> {_format(new.patch_size)} pixels"
+    _note(translation, FILTERS, f"{sizes} ({PATCH_RESAMPLE[method]})")
 
 
 def _resample_tables(translation: Translation, spec: BackboneSpec, new: BackboneSpec) -> bool:
-    """Whether the backbone has an absolute table."""
+    """Resample all tables; return whether the backbone has an absolute position embedding."""
     old_grid, grid, weights = spec.grid_size, new.grid_size, translation.weights
     for name, table in weights.items():
-        how = ""
+        distances = DISTANCES.fullmatch(name)
         if name == TABLE:
-            flat, how = table.flatten(1, -2), spec.pos_resample
-            resized = resize_table(flat, old_grid, grid, spec.pos_resample)
-            weights[name] = resized.unflatten(1, grid) if table.ndim == 4 else resized
+            method = str(spec.pos_resample)
+            resized = resize_table(table.flatten(1, -2), old_grid, grid, spec.pos_resample)
+            weights[name] = torch.unflatten(resized, 1, grid) if table.ndim == 4 else resized
         elif BIAS_TABLE.fullmatch(name):
-            weights[name], how = resize_bias_table(table, old_grid, grid), "geometric"
-        elif (match := DISTANCES.fullmatch(name)) and _is_global(name, spec.options):
-            side = grid["hw".index(match[1])]
-            weights[name], how = resize_distances(table, 2 * side - 1), "linear"
-        if how:
-            _note(translation, name, f"{_sides(old_grid)} -> {_sides(grid)} patches ({how})")
+            method = "geometric"
+            weights[name] = resize_bias_table(table, old_grid, grid)
+        elif distances and _is_global(name, spec.options):
+            method = "linear"
+            side = grid["hw".index(distances[1])]
+            weights[name] = resize_distances(table, 2 * side - 1)
+        else:
+            continue
+        _note(translation, name, f"{_format(old_grid)} -> {_format(grid)} patches ({method})")
     return TABLE in weights
 
 
 def _is_global(name: str, options: dict[str, Any]) -> bool:
-    """Whether a block of a windowed ViT looks at the whole image: the tables of the others are of their windows."""
-    return not options.get("window_size", 14) or int(name.split(".")[1]) in options.get(
-        "global_attn_indexes", ()
-    )
+    """Return whether a block of a windowed ViT has global attention; other tables are for windows."""
+    block = int(name.split(".")[1])
+    return not options.get("window_size", 14) or block in options.get("global_attn_indexes", ())
 
 
 def _note(translation: Translation, name: str, what: str) -> None:
@@ -101,5 +102,5 @@ def _note(translation: Translation, name: str, what: str) -> None:
     translation.reshaped[name] = f"{before}; {what}" if before else what
 
 
-def _sides(size: Any) -> str:
+def _format(size: Any) -> str:
     return " x ".join(map(str, size))

@@ -1,4 +1,4 @@
-"""What names and shapes of a timm ViT's tensors say of how it is built: the options of its class in timm."""
+"""Infer the options of a ViT's timm class from the names and shapes of its tensors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,29 +9,33 @@ from backbones.reading.source import CONFIG_FILE, Checkpoint
 from mae_bench.errors import UserError
 
 Weights = Mapping[str, torch.Tensor]
-INIT_VALUES = 1e-5  # of layer scales: they are there, and the file fills them; any number but 0 builds them
+INIT_VALUES = 1e-5  # any number but 0 builds the layer scales; the file fills them
 INDEX = r"(.*\.)?relative_position_index$"
-INDEX_REASON = (
-    "which pair of patches has which row of the bias table: follows from the grid, timm computes it"
-)
+INDEX_REASON = "index of each pair of patches in the bias table: follows from the grid, timm computes it"
 TABLE = "relative_position_bias_table"
 
 
 def has_timm_description(checkpoint: Checkpoint) -> bool:
-    """Whether timm's config.json lies beside a bare state_dict, or our spec stands in it: other families' marks do not count."""
-    told = bool(checkpoint.stated_spec) or "architecture" in checkpoint.beside.get(CONFIG_FILE, {})
-    return told and not checkpoint.wrapper and not checkpoint.prefix
+    """Return whether a bare state_dict comes with timm's config.json or holds a BackboneSpec.
+
+    Other families' marks do not count then.
+    """
+    described = bool(checkpoint.stated_spec) or "architecture" in checkpoint.beside.get(CONFIG_FILE, {})
+    return described and not checkpoint.wrapper and not checkpoint.prefix
 
 
 def is_beit(weights: Weights) -> bool:
-    """Whether these are names of BEiT's ViT: query and value have biases of their own beside one qkv, the MLP is plain."""
+    """Return whether these are the names of BEiT's ViT: no key bias in its qkv, and a plain MLP."""
     names = {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "cls_token"}
     own = {"blocks.0.attn.q_bias", f"blocks.0.attn.{TABLE}", f"rel_pos_bias.{TABLE}"}
     return names <= set(weights) and bool(own & set(weights)) and not is_gated(weights)
 
 
 def is_eva(weights: Weights) -> bool:
-    """Whether these are timm's names of an EVA that is no BEiT: split projections, a gated MLP, or biases without a table."""
+    """Return whether these are timm's names of an EVA that is no BEiT.
+
+    Marks: split projections, a gated MLP, or biases of query and value without a relative bias table.
+    """
     if not {"patch_embed.proj.weight", "blocks.0.mlp.fc2.weight"} <= set(weights):
         return False
     split = "blocks.0.attn.q_proj.weight" in weights
@@ -40,10 +44,12 @@ def is_eva(weights: Weights) -> bool:
 
 
 def is_rotary(weights: Weights) -> bool:
-    """Whether timm gives these names to rotary ViTs alone: layer scales gamma_1, or CLIP's first norm with SigLIP's pooling.
+    """Return whether timm gives these names to rotary ViTs only, which does not show the kind of rotation.
 
-    Its other ViTs call layer scales ls1.gamma. BEiTs, whose layer scales are gamma_1 too, have bias tables, or a position table
-    with biases of query and value. Which rotations they are does not show."""
+    Marks: layer scales named gamma_1, or CLIP's first norm with SigLIP's pooling. timm's other ViTs name
+    layer scales ls1.gamma. BEiTs, whose layer scales are gamma_1 too, have bias tables, or a position
+    embedding with biases of query and value.
+    """
     beit = find_bias_table(weights) is not None or {"pos_embed", "blocks.0.attn.q_bias"} <= set(weights)
     perceives = "norm_pre.weight" in weights and any(name.startswith("attn_pool.") for name in weights)
     vit = {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= set(weights)
@@ -51,21 +57,24 @@ def is_rotary(weights: Weights) -> bool:
 
 
 def has_post_norms(weights: Weights) -> bool:
-    """Whether a ViT may have its norms behind attention and MLP (timm's ResPostBlock), under the names of one that has them in
-    front: timm's such models have neither prefix tokens nor biases of query, key and value."""
+    """Return whether a ViT may have its norms after attention and MLP (timm's ResPostBlock).
+
+    The names are those of a ViT with norms before them; timm's ResPostBlock models have neither prefix tokens
+    nor biases of query, key and value.
+    """
     return not {"cls_token", "reg_token", "blocks.0.attn.qkv.bias"} & set(weights)
 
 
 def find_bias_table(weights: Weights) -> torch.Tensor | None:
-    """A relative position bias table ((2h - 1) (2w - 1) + 3, heads): the shared one or the first block's."""
+    """Return the relative bias table ((2h - 1) (2w - 1) + 3, num_heads), shared or of the first block."""
     return weights.get(f"rel_pos_bias.{TABLE}", weights.get(f"blocks.0.attn.{TABLE}"))
 
 
 def infer_global_pool(weights: Weights) -> str:
     """Return timm's `global_pool` for the layout of the weights.
 
-    "avg" with `fc_norm`, else "token" with a class token, else "" (no pooling), which keeps the final norm of a ViT without a
-    class token.
+    "avg" with `fc_norm`, else "token" with a class token, else "" (no pooling), which keeps the final norm of
+    a ViT without a class token.
     """
     if "fc_norm.weight" in weights:
         return "avg"
@@ -73,7 +82,7 @@ def infer_global_pool(weights: Weights) -> str:
 
 
 def infer_vit_options(weights: Weights) -> dict[str, Any]:
-    """Options of timm's VisionTransformer as far as tensors show them; activations do not show."""
+    """Return the options of timm's VisionTransformer that the tensors show, which excludes activations."""
     options: dict[str, Any] = {}
     if "blocks.0.attn.qkv.bias" not in weights:
         options["qkv_bias"] = False
@@ -93,9 +102,10 @@ def infer_vit_options(weights: Weights) -> dict[str, Any]:
 
 
 def infer_beit_facts(weights: Weights, source: str) -> dict[str, Any]:
-    """arch, options, and what the bias tables show of heads and grid, for a BEiT in timm's names.
+    """Return arch, options, and the heads and grid of the bias tables, for a BEiT in timm's names.
 
-    UserError for a table that is for no square grid: such a file needs img_size."""
+    Raise UserError for a table that fits no square grid: such a file needs img_size.
+    """
     options: dict[str, Any] = {
         "use_abs_pos_emb": "pos_embed" in weights,
         "use_rel_pos_bias": f"blocks.0.attn.{TABLE}" in weights,
@@ -119,12 +129,12 @@ def infer_beit_facts(weights: Weights, source: str) -> dict[str, Any]:
         return facts | {"img_size": (side * proj.shape[2], side * proj.shape[3])}
     raise UserError(
         f"{source}: a relative bias table of {table.shape[0]} rows",
-        expected="(2n - 1)^2 + 3 rows, of n x n patches",
+        expected="(2n - 1)^2 + 3 rows for n x n patches",
     )
 
 
 def infer_eva_options(weights: Weights) -> dict[str, Any]:
-    """Options of timm's Eva as far as tensors show them; rotary positions do not show."""
+    """Return the options of timm's Eva that the tensors show; rotary positions are not among them."""
     options: dict[str, Any] = {"use_abs_pos_emb": "pos_embed" in weights}
     if "blocks.0.attn.q_proj.weight" in weights:
         options["qkv_fused"] = False
@@ -136,9 +146,8 @@ def infer_eva_options(weights: Weights) -> dict[str, Any]:
         options["scale_mlp"] = True
     if "blocks.0.mlp.fc1_g.weight" in weights:
         options["swiglu_mlp"] = True
-        options |= (
-            {} if "scale_mlp" in options else {"swiglu_align_to": 1}
-        )  # timm splits the halves where this is set
+        if "scale_mlp" not in options:
+            options["swiglu_align_to"] = 1  # timm keeps gate and value apart where this is set
     elif is_gated(weights):
         options["swiglu_mlp"] = True
     if "blocks.0.gamma_1" in weights:
@@ -149,30 +158,34 @@ def infer_eva_options(weights: Weights) -> dict[str, Any]:
 
 
 def _class_token_option(weights: Weights) -> dict[str, Any]:
-    """class_token, where registers are the only prefix tokens."""
+    """Return `class_token=False` where registers are the only prefix tokens."""
     return {"class_token": False} if "reg_token" in weights and "cls_token" not in weights else {}
 
 
 def is_gated(weights: Weights) -> bool:
-    """Whether fc1 makes gate and value at once: twice the channels that fc2 takes."""
+    """Return whether fc1 computes gate and value at once: twice the channels of fc2's input."""
     fc1, fc2 = weights.get("blocks.0.mlp.fc1.weight"), weights.get("blocks.0.mlp.fc2.weight")
-    return (
-        fc1 is not None and fc2 is not None and fc1.ndim == fc2.ndim == 2 and fc1.shape[0] == 2 * fc2.shape[1]
-    )
+    if fc1 is None or fc2 is None or fc1.ndim != 2 or fc2.ndim != 2:
+        return False
+    return fc1.shape[0] == 2 * fc2.shape[1]
 
 
 def _no_embed_class_option(weights: Weights) -> dict[str, Any]:
-    """no_embed_class, where the position table has a square number of rows only without the prefix tokens'.
+    """Return `no_embed_class=True` where the position embedding has no rows for prefix tokens.
 
-    In a ViT without registers and layer scales that may as well be a table of oblong images: there it is the user's to say."""
+    Inferred from a square number of rows, and only with registers or layer scales: in another ViT the table
+    may as well be one for images that are not square, which only the user can say.
+    """
     if not {"reg_token", "blocks.0.ls1.gamma", "blocks.0.gamma_1"} & set(weights):
         return {}
     table = weights.get("pos_embed")
     registers = weights.get("reg_token")
-    prefix = int("cls_token" in weights) + (
-        registers.shape[1] if registers is not None and registers.ndim == 3 else 0
-    )
-    if table is None or table.ndim != 3 or not prefix or _is_square(table.shape[1] - prefix):
+    num_prefix_tokens = int("cls_token" in weights)
+    if registers is not None and registers.ndim == 3:
+        num_prefix_tokens += registers.shape[1]
+    if table is None or table.ndim != 3 or not num_prefix_tokens:
+        return {}
+    if _is_square(table.shape[1] - num_prefix_tokens):
         return {}
     return {"no_embed_class": True} if _is_square(table.shape[1]) else {}
 

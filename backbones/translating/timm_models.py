@@ -1,11 +1,12 @@
-"""What a ViT that timm built says of itself: the fields of a BackboneSpec that builds the same model."""
+"""Read the BackboneSpec fields of a timm model by its name, so that the spec builds the same model."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import timm
 import torch
-from timm.layers import AttentionRope, GELUTanh
+from timm.layers import GELUTanh
+from timm.layers.attention import AttentionRope
 from timm.models.beit import Beit
 from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import VisionTransformer
@@ -25,63 +26,94 @@ from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
 from mae_bench.models.vit import LAYERS, OPTIONS, build_vit
 
-# Keywords that a folder's model_args may set: sizes and layers, nothing that opens a file or a connection.
-SIZES = (
-    "img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "reg_tokens", "num_reg_tokens",
-    "num_classes", "global_pool", "fc_norm", "use_fc_norm", "dynamic_img_size",
-)  # fmt: skip
-ARGS = {*SIZES, *(name for names in OPTIONS.values() for name in names)}
+# Keywords that model_args may set: sizes and layers, nothing that opens a file or a connection.
+SIZES = {
+    "img_size",
+    "patch_size",
+    "in_chans",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "reg_tokens",
+    "num_reg_tokens",
+    "num_classes",
+    "global_pool",
+    "fc_norm",
+    "use_fc_norm",
+    "dynamic_img_size",
+}
+ARGS = SIZES.union(*OPTIONS.values())
 ROPES = {"RotaryEmbeddingCat": "cat", "RotaryEmbeddingMixed": "mixed", "RotaryEmbeddingDinoV3": "dinov3"}
 ROPE_DEFAULTS = {
-    "ref_feat_shape": None, "rope_temperature": 10000.0, "rope_grid_offset": 0.0, "rope_grid_indexing": "ij",
+    "ref_feat_shape": None,
+    "rope_temperature": 10000.0,
+    "rope_grid_offset": 0.0,
+    "rope_grid_indexing": "ij",
     "rope_rotate_half": False,
-}  # fmt: skip
-# Attributes that say how a model is trained, started or given out, not what its features are.
+}
+# Attributes of training, initialisation and output, which do not change a model's features.
 NOT_FEATURES = {
-    "training", "num_classes", "global_pool", "weight_init_mode", "fix_init", "head_init_scale", "init_values", "pos_resample",
-    "num_features", "head_hidden_size", "img_size", "strict_img_size", "flatten", "inplace", "pool_include_prefix",
+    "training",
+    "num_classes",
+    "global_pool",
+    "weight_init_mode",
+    "fix_init",
+    "head_init_scale",
+    "init_values",
+    "pos_resample",
+    "num_features",
+    "head_hidden_size",
+    "img_size",
+    "strict_img_size",
+    "flatten",
+    "inplace",
+    "pool_include_prefix",
     "grad_checkpointing",
-}  # fmt: skip
+}
 
 
 def infer_named_facts(name: str, args: Mapping[str, Any], weights: Weights, source: str) -> dict[str, Any]:
-    """Fields of the BackboneSpec for timm's model `name` with the keywords `args`; `arch` is the name itself where the fields
-    cannot rebuild it. UserError for a model that timm does not know, that is no ViT or that cannot be built."""
+    """Return BackboneSpec fields for timm's model `name` with keywords `args`.
+
+    `arch` is the name itself where the fields cannot rebuild the model. Raise UserError for a model that timm
+    does not know, that is no ViT or that cannot be built.
+    """
     layout = infer_global_pool(weights)
     as_published = _build(name, args, _depth(weights), source)
-    pool = {"global_pool": as_published.global_pool} if as_published.global_pool in ("token", "avg") else {}
-    model = _build(
-        name, {**args, "global_pool": layout}, _depth(weights), source
-    )  # without attention pooling
-    facts = _collect_facts(model) | pool
+    without_pooling = {**args, "global_pool": layout}  # attention pooling is part of the classifier
+    model = _build(name, without_pooling, _depth(weights), source)
+    facts = _collect_facts(model)
+    if as_published.global_pool in ("token", "avg"):
+        facts["global_pool"] = as_published.global_pool
     spec = infer_spec(Translation(weights=dict(weights), facts={"pos_embed": "learned", **facts}), source)
+    dynamic_img_size = getattr(model, "dynamic_img_size", False)
     with torch.device("meta"):
-        ours = build_vit(spec, global_pool=layout, dynamic_img_size=getattr(model, "dynamic_img_size", False))
-    if not find_differences(model, ours):
+        rebuilt = build_vit(spec, global_pool=layout, dynamic_img_size=dynamic_img_size)
+    if not find_differences(model, rebuilt):
         return facts
     if args or isinstance(model, Beit | VisionTransformerSAM):
-        raise UserError(
-            f"{source}: {name} with {dict(args)}", expected="a ViT that is built of parts known here"
-        )
+        raise UserError(f"{source}: {name} with {dict(args)}", expected="a ViT built from supported layers")
     return {key: value for key, value in facts.items() if key != "options"} | {"arch": name}
 
 
 def _build(name: str, args: Mapping[str, Any], depth: int, source: str) -> Any:
-    """The model without weights (meta device) and without a classifier."""
+    """Build the model without weights (on the meta device) and without a classifier."""
     if not timm.is_model(name):
-        raise UserError(f"{source}: the architecture {name!r}", expected="one that the installed timm knows")
-    if unknown := sorted(set(args) - ARGS):
+        raise UserError(f"{source}: the architecture {name!r}", expected="one that the installed timm has")
+    unknown = sorted(set(args) - ARGS)
+    if unknown:
         raise UserError(
             f"{source}: model_args sets {', '.join(unknown)}", expected=f"some of {', '.join(sorted(ARGS))}"
         )
-    if args.get("depth", depth) != depth:  # before anything of a made-up depth is built
+    if args.get("depth", depth) != depth:  # checked before a model of a made-up depth is built
         raise UserError(
-            f"{source}: model_args says depth {args['depth']!r}", expected=f"{depth}, as the weights have"
+            f"{source}: model_args states depth {args['depth']!r}", expected=f"{depth}, as in the weights"
         )
     try:
         with torch.device("meta"):
             model: Any = timm.create_model(name, **{**args, "num_classes": 0})
-    except Exception as error:  # a made-up argument ends in any error type inside of timm
+    except Exception as error:  # a made-up argument raises any type of error inside timm
         raise UserError(f"{source}: timm cannot build {name} with {dict(args)}: {error}") from error
     if type(model) not in VIT_CLASSES:  # a subclass has more tokens
         raise UserError(
@@ -96,22 +128,21 @@ def _depth(weights: Weights) -> int:
 
 
 def _collect_facts(model: Any) -> dict[str, Any]:
+    """Return the fields that a model's attributes and tensors show."""
     weights = model.state_dict()
-    block, patch = model.blocks[0], model.patch_embed.patch_size
+    patch = model.patch_embed.patch_size
+    # In whole patches: SigLIP's 384 pixels hold 27 patches of 14, which are 378.
+    img_size = tuple(side * pixels for side, pixels in zip(model.patch_embed.grid_size, patch, strict=True))
+    attention = next(module for module in model.blocks.modules() if hasattr(module, "num_heads"))
     facts: dict[str, Any] = {
-        # SigLIP's 384 pixels hold 27 patches of 14, which are 378
-        "img_size": tuple(
-            side * pixels for side, pixels in zip(model.patch_embed.grid_size, patch, strict=True)
-        ),
+        "img_size": img_size,
         "patch_size": tuple(patch),
         "in_chans": model.patch_embed.proj.in_channels,
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
-        "num_heads": next(
-            module.num_heads for module in model.blocks.modules() if hasattr(module, "num_heads")
-        ),
+        "num_heads": attention.num_heads,
         "num_prefix_tokens": getattr(model, "num_prefix_tokens", 0),
-        "norm_eps": getattr(getattr(block, "norm1", None), "eps", 1e-6),
+        "norm_eps": getattr(getattr(model.blocks[0], "norm1", None), "eps", 1e-6),
     }
     if isinstance(model, VisionTransformer):
         return facts | _vit_facts(model, weights)
@@ -140,18 +171,20 @@ def _eva_facts(model: Any, weights: Weights) -> dict[str, Any]:
 
 
 def _no_embed_class_option(options: dict[str, Any], model: Any) -> dict[str, Any]:
-    """no_embed_class as the model has it, in place of what the table's shape suggests."""
+    """Return no_embed_class as the model has it; remove from `options` what the table suggests."""
     options.pop("no_embed_class", None)
     return {"no_embed_class": True} if model.no_embed_class and model.num_prefix_tokens else {}
 
 
 def _rope_options(rope: Any) -> dict[str, Any]:
-    """Options of Eva for its rotary positions; those that have timm's default are left out."""
+    """Return the options of Eva for its rotary positions, without those at timm's default."""
     options: dict[str, Any] = {"use_rot_pos_emb": True}
-    if (kind := ROPES.get(type(rope).__name__, "cat")) != "cat":
+    kind = ROPES.get(type(rope).__name__, "cat")
+    if kind != "cat":
         options["rope_type"] = kind
+    shape = getattr(rope, "ref_feat_shape", None)
     found = {
-        "ref_feat_shape": list(shape) if (shape := getattr(rope, "ref_feat_shape", None)) else None,
+        "ref_feat_shape": list(shape) if shape else None,
         "rope_temperature": float(getattr(rope, "temperature", 10000)),
         "rope_grid_offset": float(getattr(rope, "grid_offset", 0)),
         "rope_grid_indexing": getattr(rope, "grid_indexing", "ij"),
@@ -173,7 +206,7 @@ def _sam_facts(model: Any) -> dict[str, Any]:
 
 
 def _activation_option(block: Any) -> dict[str, Any]:
-    """The option act_layer; timm's default, GELU, is left out."""
+    """Return the option act_layer; timm's default, GELU, is left out."""
     found = _describe_module(getattr(getattr(block, "mlp", None), "act", nn.GELU()))
     known = {
         _describe_module(layer()): name
@@ -183,35 +216,35 @@ def _activation_option(block: Any) -> dict[str, Any]:
     return {"act_layer": known[found]} if found in known else {}
 
 
-def find_differences(theirs: nn.Module, ours: nn.Module) -> list[str]:
-    """Names of the modules in which two models differ: by class, by a number or word that they keep, by a tensor's shape."""
-    mine, his = (
-        {
-            name: module
-            for name, module in model.named_modules()
-            if not (name.startswith("head") or type(module) is nn.Identity)
-        }
-        for model in (ours, theirs)
-    )
-    found = sorted(set(mine) ^ set(his))
-    for name in his:
-        if name in mine and (
-            _collect_values(his[name]) != _collect_values(mine[name], his[name])
-            or (name and _describe_module(his[name]) != _describe_module(mine[name]))
-        ):
+def find_differences(model: nn.Module, rebuilt: nn.Module) -> list[str]:
+    """Return the names of modules that differ in class, in a plain attribute or in a tensor's shape."""
+    left, right = _list_modules(model), _list_modules(rebuilt)
+    found = sorted(set(left) ^ set(right))
+    for name in [name for name in left if name in right]:
+        values_differ = _collect_values(left[name]) != _collect_values(right[name], left[name])
+        kinds_differ = name != "" and _describe_module(left[name]) != _describe_module(right[name])
+        if values_differ or kinds_differ:
             found.append(name or "(the model itself)")
     return found
 
 
+def _list_modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if not name.startswith("head") and type(module) is not nn.Identity
+    }
+
+
 def _describe_module(module: nn.Module) -> str:
-    """What a module computes: the class's name, for an activation its setting too."""
+    """Return what a module computes: the name of its class, for GELU with its settings."""
     if isinstance(module, GELUTanh):
         return _describe_module(nn.GELU(approximate="tanh"))
     return repr(module) if isinstance(module, nn.GELU) else type(module).__name__.removeprefix("AnySize")
 
 
 def _collect_values(module: nn.Module, other: nn.Module | None = None) -> dict[str, Any]:
-    """Plain values and tensors' shapes that a module keeps; of those in `other`, where it is given."""
+    """Return a module's plain attributes (of those in `other`, if given) and its tensors' shapes."""
     plain = {
         key: tuple(value) if isinstance(value, list | tuple) else value
         for key, value in vars(module).items()

@@ -1,7 +1,10 @@
-"""Translation: a checkpoint in our names, with an account of every key and what its family and file say of it."""
+"""Translation of a checkpoint to timm's names, with an account of every key and facts for its spec.
+
+N batch, L patches, D width.
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,24 +17,34 @@ from mae_bench.errors import UserError
 from mae_bench.models.pos_embed import sincos_2d
 from mae_bench.spec import BackboneSpec
 
-HUGE = 1e12  # no number of a description is larger
-HEAD = "classifier: every task trains its own"
-PROJECTOR = "projection head of the pretraining: no part of the backbone"
-MASK_TOKEN = "mask token of the pretraining: no part of the backbone"
-# The ViT of arXiv 2010.11929 as timm names it.
+MAX_NUMBER = 1e12  # numbers in a description must be smaller
+HEAD = "classifier: each task trains its own"
+PROJECTOR = "pretraining projection head: not part of the backbone"
+MASK_TOKEN = "pretraining mask token: not part of the backbone"
+# Tensor names of the ViT of arXiv 2010.11929 in timm.
 BLOCK = r"(?:norm[12]|attn\.(?:qkv|proj)|mlp\.fc[12])"
 PLAIN_VIT = rf"(?:cls_token|pos_embed|(?:patch_embed\.proj|norm|blocks\.\d+\.{BLOCK})\.(?:weight|bias))$"
 
 
 @dataclass
 class Translation:
-    """`weights` has the names of a timm VisionTransformer.
+    """A checkpoint translated to the tensor names of a timm VisionTransformer.
 
-    facts: fields of the BackboneSpec that the file states. assumed: fields that hold for the family where the file is silent.
-    renamed, dropped: by the names in `Checkpoint.tensors`. outside: reasons for tensors of `Checkpoint.outside`, whole names,
-    where there is more to say than that they stand outside of the ViT. taken: those of `Checkpoint.outside` that fill one of our
-    weights all the same, whole names. needed: options, or fields of the BackboneSpec, that nothing in the file tells and that
-    the user or the spec in the file must state. hint: what to answer then.
+    Attributes:
+        weights: Tensors by timm's names.
+        renamed: Source key -> timm's name, keys as in `Checkpoint.tensors`.
+        reshaped: timm's name -> what was done to the tensor.
+        dropped: Source key -> reason.
+        outside: Reasons for tensors of `Checkpoint.outside` (full keys), where there is more to say than that
+            they are outside the ViT.
+        taken: Tensors of `Checkpoint.outside` (full keys) that fill a weight of the backbone -> timm's name.
+        new: timm's name -> why the weight is in no tensor of the file.
+        notes: Assumptions, and what the user should know about these weights.
+        facts: BackboneSpec fields that the file states.
+        assumed: BackboneSpec fields that hold for the family where the file states nothing.
+        needed: Options or BackboneSpec fields that cannot be inferred from the file and that the user, or the
+            spec in the file, must state.
+        hint: What to answer when a needed field is missing.
     """
 
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -49,46 +62,70 @@ class Translation:
 
 
 class Format(Protocol):
-    """What each module of `backbones.formats` offers; `backbones.translating.detect.FORMATS` lists the modules."""
+    """Interface of the modules in `backbones.formats`, which `backbones.translating.detect.FORMATS` lists."""
 
     def fits(self, checkpoint: Checkpoint) -> bool:
-        """Whether keys and shapes are this format's; formats of one layout must not fit the same file."""
+        """Return whether keys and shapes are this format's. Two formats must not fit the same file."""
 
     def read(self, checkpoint: Checkpoint) -> Translation:
-        """Our names; a key that the format does not know keeps its name, and the model's keys decide."""
+        """Translate to timm's names. Unknown keys keep theirs and fail the check against the model."""
 
     def write(
         self, weights: dict[str, torch.Tensor], spec: BackboneSpec, out: Path, provenance: dict[str, Any]
     ) -> None:
-        """The reverse of `read`; UserError for a backbone that the format cannot express. Formats without it are only read."""
+        """Write the reverse of `read`. Optional: formats without it are read-only.
+
+        Raise UserError for a backbone that the format cannot express.
+        """
+
+
+def find_reason(name: str, reasons: Mapping[str, str]) -> str | None:
+    """Return the reason of the first pattern (re.match) that matches the name."""
+    return next((reason for pattern, reason in reasons.items() if re.match(pattern, name)), None)
+
+
+def explain(names: Iterable[str], reasons: Mapping[str, str]) -> dict[str, str]:
+    """Return the reason for each name that a pattern of `reasons` matches."""
+    found = {name: find_reason(name, reasons) for name in names}
+    return {name: reason for name, reason in found.items() if reason}
 
 
 def keep_names(
     tensors: Mapping[str, torch.Tensor], drop: Mapping[str, str], rename: Mapping[str, str] | None = None
 ) -> Translation:
-    """A translation that keeps every name but those that match a pattern of `rename` (pattern -> our name, as in re.sub); keys
-    that match a pattern of `drop` (pattern -> reason) are left out. UserError where two keys get one name."""
-    result = Translation()
+    """Translate a checkpoint that mostly has timm's names already.
+
+    Args:
+        tensors: Tensors by source key.
+        drop: Pattern -> reason for keys to leave out.
+        rename: Pattern -> timm's name, as in re.sub.
+
+    Raise UserError where two keys get the same name.
+    """
+    result = Translation(dropped=explain(tensors, drop))
     for name, tensor in tensors.items():
-        if reason := next((reason for pattern, reason in drop.items() if re.match(pattern, name)), None):
-            result.dropped[name] = reason
+        if name in result.dropped:
             continue
-        ours = next(
-            (re.sub(pattern, to, name) for pattern, to in (rename or {}).items() if re.match(pattern, name)),
-            name,
-        )
-        if ours in result.weights:
+        new_name = name
+        for pattern, replacement in (rename or {}).items():
+            if re.match(pattern, name):
+                new_name = re.sub(pattern, replacement, name)
+                break
+        if new_name in result.weights:
             raise UserError(
-                f"{name} and another tensor would both be {ours}", expected="one tensor for every weight"
+                f"{name} and another tensor would both be renamed to {new_name}",
+                expected="one tensor for every weight",
             )
-        result.weights[ours], result.renamed[name] = tensor, ours
+        result.weights[new_name] = tensor
+        result.renamed[name] = new_name
     return result
 
 
 def drop_empty_registers(result: Translation) -> None:
-    """transformers' models without registers save an empty tensor for them."""
-    if (registers := result.weights.get("reg_token")) is not None and not registers.numel():
-        stored = next(name for name, ours in result.renamed.items() if ours == "reg_token")
+    """Drop the empty register tensor that transformers saves for models without registers."""
+    registers = result.weights.get("reg_token")
+    if registers is not None and not registers.numel():
+        stored = next(name for name, new_name in result.renamed.items() if new_name == "reg_token")
         del result.weights["reg_token"], result.renamed[stored]
         result.dropped[stored] = "empty: this backbone has no registers"
 
@@ -102,61 +139,56 @@ def read_timm_vit(
     outside: Mapping[str, str] | None = None,
     heads: Mapping[int, int] | None = None,
 ) -> Translation:
-    """A file of the family `name` (of families.yaml) whose ViT has timm's names, `rename` and layer scales (gamma_1) aside.
+    """Translate a file whose ViT has timm's names, except for `rename` and layer scales (gamma_1).
 
-    drop, outside: pattern -> reason for keys of the ViT and for keys beside it. heads: width -> heads of the family's own sizes.
+    Args:
+        checkpoint: The opened file.
+        name: The family's entry in families.yaml.
+        drop: Pattern -> reason for keys of the ViT.
+        rename: Pattern -> timm's name.
+        outside: Pattern -> reason for keys outside the ViT.
+        heads: Width -> number of heads of the family's own sizes.
     """
-    result = keep_names(
-        checkpoint.tensors, drop, {r"(blocks\.\d+)\.gamma_([12])$": r"\1.ls\2.gamma", **(rename or {})}
-    )
-    result.outside = {
-        key: reason
-        for key in checkpoint.outside
-        for pattern, reason in (outside or {}).items()
-        if re.match(pattern, key)
-    }
+    layer_scales = {r"(blocks\.\d+)\.gamma_([12])$": r"\1.ls\2.gamma"}
+    result = keep_names(checkpoint.tensors, drop, layer_scales | dict(rename or {}))
+    result.outside = explain(checkpoint.outside, outside or {})
     result.assumed = family(name)
-    if num_heads := (heads or {}).get(get_embed_dim(checkpoint.tensors)):
+    num_heads = (heads or {}).get(get_embed_dim(checkpoint.tensors))
+    if num_heads:
         result.assumed["num_heads"] = num_heads
     if "blocks.0.ls1.gamma" in result.weights:
-        result.facts["options"] = {
-            "init_values": 1.0
-        }  # that there are layer scales; their values are in the file
+        result.facts["options"] = {"init_values": 1.0}  # builds the layer scales; the file fills them
     return result
 
 
 def get_embed_dim(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Channels of a token, by the patch embedding; 0 where there is none."""
+    """Return the width D, from the patch embedding; 0 without one."""
     weight = tensors.get("patch_embed.proj.weight")
     return weight.shape[0] if weight is not None and weight.ndim else 0
 
 
-def is_vit(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether these are the names of a plain timm VisionTransformer (and of everything that grew from it and has its norm)."""
-    return is_timm_vit(tensors) and has_final_norm(tensors)
-
-
 def is_timm_vit(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether patch embedding and blocks are named as timm names them."""
+    """Return whether patch embedding and blocks have timm's names."""
     return {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"} <= set(tensors)
 
 
 def has_final_norm(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a norm stands behind the blocks or behind the pooling; the encoders of detectors have none."""
+    """Return whether there is a norm after the blocks or the pooling; detectors' encoders have none."""
     return any(name.startswith(("norm.", "fc_norm.")) for name in tensors)
 
 
 def is_plain_vit(tensors: Mapping[str, torch.Tensor], *others: str) -> bool:
-    """Whether there is a ViT of arXiv 2010.11929 under timm's names and nothing else but keys that match patterns of `others`."""
+    """Return whether all names are timm's for the ViT of arXiv 2010.11929 or match a pattern of `others`."""
     return is_timm_vit(tensors) and all(re.match("|".join((PLAIN_VIT, *others)), name) for name in tensors)
 
 
 def is_sincos(
     table: torch.Tensor, num_prefix_tokens: int = 1, grid_size: tuple[int, int] | None = None
 ) -> bool:
-    """Whether a table (1, prefix + L, D) is MAE's fixed one, to the precision in which it is stored.
+    """Return whether a position embedding (1, num_prefix_tokens + L, D) is MAE's fixed one.
 
-    Without `grid_size` the grid is taken for square."""
+    Values are compared to their stored precision. Without `grid_size` the grid is assumed to be square.
+    """
     if table.ndim != 3 or table.shape[1] <= num_prefix_tokens:
         return False
     side = round((table.shape[1] - num_prefix_tokens) ** 0.5)
@@ -164,14 +196,15 @@ def is_sincos(
     if table.shape[1] != grid[0] * grid[1] + num_prefix_tokens or table.shape[2] % 4:
         return False
     tolerance = max(1e-5, torch.finfo(table.dtype).eps) if table.dtype.is_floating_point else 0
-    return torch.allclose(
-        table.float(), sincos_2d(table.shape[2], grid, num_prefix_tokens), rtol=0, atol=tolerance
-    )
+    fixed = sincos_2d(table.shape[2], grid, num_prefix_tokens)
+    return torch.allclose(table.float(), fixed, rtol=0, atol=tolerance)
 
 
 def has_moco_pos_embed(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the position table is MoCo v3's: MAE's with its halves swapped, down before across (facebookresearch/moco-v3
-    vits.py)."""
+    """Return whether the position embedding is MoCo v3's: MAE's with its halves swapped.
+
+    The rows come before the columns there (facebookresearch/moco-v3 vits.py).
+    """
     table = tensors.get("pos_embed")
     if table is None or table.ndim != 3 or is_sincos(table):
         return False
@@ -179,21 +212,20 @@ def has_moco_pos_embed(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def parse_numbers(value: Any, what: str, source: str) -> tuple[Any, ...]:
-    """A JSON list of numbers as a tuple; UserError for other things, and for what is no size, mean or base: infinities."""
-    if not isinstance(value, list | tuple) or not all(
-        isinstance(item, int | float) and abs(item) < HUGE for item in value
-    ):
+    """Return a JSON list of finite numbers as a tuple; raise UserError for anything else."""
+    is_list = isinstance(value, list | tuple)
+    if not is_list or not all(isinstance(item, int | float) and abs(item) < MAX_NUMBER for item in value):
         raise UserError(f"{source}: {what} is {str(value)[:80]}", expected="a list of numbers")
     return tuple(value)
 
 
 def not_expressible(spec: BackboneSpec, to: str, expected: str) -> UserError:
-    """The refusal of a backbone that the format `to` has no place for, with what the backbone is."""
+    """Return the error for a backbone that the format `to` cannot express; it describes the backbone."""
     tokens = f"{spec.num_prefix_tokens} prefix token" + ("s" if spec.num_prefix_tokens != 1 else "")
-    options = f", the options {', '.join(sorted(spec.options))}" if spec.options else ""
+    options = f", options {', '.join(sorted(spec.options))}" if spec.options else ""
     return UserError(
         f"this backbone cannot be written as {to}: its architecture is {spec.arch}, with {tokens}, "
-        f"positions {spec.pos_embed}{options}",
+        f"{spec.pos_embed} positions{options}",
         expected=expected,
         fix="write it as mae_bench or timm",
     )
@@ -202,11 +234,15 @@ def not_expressible(spec: BackboneSpec, to: str, expected: str) -> UserError:
 def require_plain_vit(
     spec: BackboneSpec, weights: Mapping[str, torch.Tensor], to: str, *, fc_norm: bool
 ) -> None:
-    """UserError where a format of the official ViT (one class token, no registers) cannot express the backbone."""
+    """Raise UserError for a backbone that a format of the original ViT cannot express.
+
+    That ViT has one class token, a position embedding and no registers. fc_norm: whether the format can hold
+    a norm after the average pooling.
+    """
     if spec.arch != "vit" or spec.options or spec.num_prefix_tokens != 1 or "pos_embed" not in weights:
-        raise not_expressible(spec, to, "a plain ViT with one class token and a position table")
+        raise not_expressible(spec, to, "a plain ViT with one class token and a position embedding")
     if not fc_norm and "norm.weight" not in weights:
         raise UserError(
-            f"this backbone's last norm stands behind the average pooling (fc_norm); {to} has no place for it",
+            f"this backbone's final norm comes after the average pooling (fc_norm), which {to} cannot store",
             fix="write it as mae_bench, timm or official_mae",
         )

@@ -109,7 +109,7 @@ def test_each_field_has_its_origin(files, tmp_path, encoder):
     path, _ = files["encoder"]
     told = inspect_checkpoint(path, overrides={"interpolation": "bilinear"})["origins"]
     assert told["interpolation"] == "given"
-    assert told["embed_dim"] == told["depth"] == told["img_size"] == "told by the tensors"
+    assert told["embed_dim"] == told["depth"] == told["img_size"] == "inferred from the tensors"
     assert told["num_heads"] == "standard for a width of 192"
     assert told["mean"] == told["pretrain_method"] == f"family official_mae: {published_in('official_mae')}"
     of_hf = inspect_checkpoint(files["hf"][0])["origins"]

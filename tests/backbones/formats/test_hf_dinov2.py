@@ -70,7 +70,7 @@ def test_features_from_memory_without_a_config(files, theirs, name):
 
 def test_the_account_of_a_classifier(files):
     _, _, report = load_backbone(files["registers-classifier"][0])
-    assert report.dropped["classifier.weight"] == "classifier: every task trains its own"
+    assert report.dropped["classifier.weight"] == "classifier: each task trains its own"
     assert "masked patches" in report.dropped["dinov2_with_registers.embeddings.mask_token"]
     assert "row" in report.reshaped["cls_token"]
 

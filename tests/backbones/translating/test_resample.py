@@ -325,5 +325,5 @@ def test_a_table_of_no_grid_is_refused():
 
 
 def test_a_model_that_is_built_by_its_name_keeps_its_patches():
-    with pytest.raises(UserError, match="which its name says"):
+    with pytest.raises(UserError, match="the patch size of this architecture"):
         translated({}, replace(VIT, arch="test_vit2"), None, (16, 16))
