@@ -143,6 +143,6 @@ def _mlp_ratio(spec: BackboneSpec, gated: bool) -> int:
             return ratio
     raise UserError(
         f"hidden layers of {hidden} for a width of {spec.embed_dim}",
-        expected="a whole mlp_ratio, as a Dinov2Config requires",
+        expected="a whole ratio, which is all that a Dinov2Config can state",
         fix="write it as mae_bench or timm",
     )

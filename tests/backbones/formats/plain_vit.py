@@ -1,41 +1,43 @@
-"""The ViT that many families share: shapes of its tensors, its published equations in plain tensor algebra, its fixed tables."""
+"""The ViT that many families share: tensor shapes, published equations, fixed position tables."""
 
 import math
 from collections.abc import Mapping
-from typing import TypeVar
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from tests.backbones.formats.reference import fill
+from tests.backbones.formats.reference import Shapes, apply_linear, apply_norm, fill, pair
 from tests.parity import weights_in_float64
 
 WIDTH, DEPTH, SIZE, PATCH = 192, 2, 32, 8  # of the toys; 192 is a standard width: 3 heads
-Shapes = dict[str, tuple[int, ...]]
-Value = TypeVar("Value")  # a tensor or its shape
-REAL = {
+REAL = {  # width, depth, heads, patch
     "S": (384, 12, 6, 16),
     "B": (768, 12, 12, 16),
     "L": (1024, 24, 16, 16),
     "H": (1280, 32, 16, 14),
-}  # width ... patch
+}
 
 
 def linear(name: str, inputs: int, outputs: int) -> Shapes:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+    return pair(name, outputs, inputs)
 
 
 def norm(name: str, width: int) -> Shapes:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    return pair(name, width)
 
 
 def block_shapes(width: int, hidden: int | None = None) -> Shapes:
-    """One block of timm, facebookresearch/mae and all that grew from them."""
+    """Return the shapes of one block, as in timm, facebookresearch/mae and their descendants."""
     hidden = hidden or 4 * width
     return {
-        **norm("norm1", width), **linear("attn.qkv", width, 3 * width), **linear("attn.proj", width, width),
-        **norm("norm2", width), **linear("mlp.fc1", width, hidden), **linear("mlp.fc2", hidden, width),
-    }  # fmt: skip
+        **norm("norm1", width),
+        **linear("attn.qkv", width, 3 * width),
+        **linear("attn.proj", width, width),
+        **norm("norm2", width),
+        **linear("mlp.fc1", width, hidden),
+        **linear("mlp.fc2", hidden, width),
+    }
 
 
 def encoder_shapes(
@@ -49,7 +51,11 @@ def encoder_shapes(
     hidden: int | None = None,
     scales: tuple[str, ...] = (),
 ) -> Shapes:
-    """tokens: the prefix tokens. rows: how many of them have one in the table (all). scales: names of layer scales in a block."""
+    """Return the shapes of an encoder.
+
+    tokens: the prefix tokens. rows: how many of them have one in the table (default all). scales: names of
+    the layer scales in a block.
+    """
     shapes: Shapes = dict.fromkeys(tokens, (1, 1, width))
     shapes["pos_embed"] = (1, (size // patch) ** 2 + (len(tokens) if rows is None else rows), width)
     shapes |= {"patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
@@ -59,12 +65,8 @@ def encoder_shapes(
     return shapes | norm("norm", width)
 
 
-def prefixed(prefix: str, tensors: Mapping[str, Value]) -> dict[str, Value]:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
 def mlp_head(*parts: str, width: int = WIDTH) -> dict[str, torch.Tensor]:
-    """DINO's projection head under each name: an MLP without norms, and its last layers by torch's weight norm."""
+    """Return DINO's projection head: an MLP without norms, and each last layer with torch's weight norm."""
     shapes: Shapes = linear("mlp.0", width, 16) | linear("mlp.2", 16, 16) | linear("mlp.4", 16, 8)
     for part in parts:
         shapes |= {f"{part}.weight_g": (24, 1), f"{part}.weight_v": (24, 8)}
@@ -74,10 +76,11 @@ def mlp_head(*parts: str, width: int = WIDTH) -> dict[str, torch.Tensor]:
 def published_vit(
     weights: Mapping[str, torch.Tensor], imgs: torch.Tensor, num_heads: int, eps: float = 1e-6
 ) -> torch.Tensor:
-    """Tokens of the ViT of arXiv 2010.11929 with pre-norm blocks, after the final norm where there is one.
+    """Compute the tokens of the ViT of arXiv 2010.11929, after the final norm if there is one.
 
-    imgs (N, C, H, W) -> (N, prefix + L, D). Prefix tokens are cls_token and dist_token (arXiv 2012.12877); where the table has
-    no rows for them, they are put in front after positions are added (DeiT III). gamma_1, gamma_2: layer scale, arXiv 2103.17239.
+    imgs (N, C, H, W) -> (N, prefix + L, D). Prefix tokens are cls_token and dist_token (arXiv 2012.12877);
+    without rows in the table they are prepended after the positions are added (DeiT III). gamma_1, gamma_2:
+    layer scale (arXiv 2103.17239).
     """
     weights = weights_in_float64(weights)
     n, (width, _, patch, _) = len(imgs), weights["patch_embed.proj.weight"].shape
@@ -88,10 +91,7 @@ def published_vit(
         x = torch.cat([*tokens, x + weights["pos_embed"]], dim=1)
     else:
         x = torch.cat([*tokens, x], dim=1) + weights["pos_embed"]
-    normed = lambda z, name: F.layer_norm(
-        z, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"], eps
-    )  # noqa: E731
-    affine = lambda z, name: z @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]  # noqa: E731
+    normed, affine = partial(apply_norm, weights, eps=eps), partial(apply_linear, weights)
     for i in range(len({name.split(".")[1] for name in weights if name.startswith("blocks.")})):
         block = f"blocks.{i}"
         qkv = affine(normed(x, f"{block}.norm1"), f"{block}.attn.qkv")
@@ -106,9 +106,9 @@ def published_vit(
 
 
 def sincos(width: int, grid: int, *, down_first: bool, class_row: bool) -> torch.Tensor:
-    """(1, 1 + grid * grid, width) in float32: sines then cosines of one coordinate of each patch, then of the other.
+    """Return the fixed table (1, 1 + grid^2, width): sines and cosines of one coordinate, then the other.
 
-    MAE and I-JEPA begin with the coordinate across, MoCo v3 with the one down (its meshgrid is indexed "ij").
+    MAE and I-JEPA begin with the column, MoCo v3 with the row (its meshgrid is indexed "ij").
     """
     down, across = torch.arange(grid).repeat_interleave(grid), torch.arange(grid).repeat(grid)
     frequency = 1 / 10000 ** (torch.arange(width // 4) / (width // 4))

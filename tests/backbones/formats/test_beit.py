@@ -1,5 +1,7 @@
-"""BEiT's layout (beit, beitv2, data2vec, simmim): features are those of the published equations and of transformers' classes,
-families are told by their marks, and a file without marks asks."""
+"""BEiT's layout (beit, beitv2, data2vec, simmim): features equal the published equations and transformers'.
+
+Families are detected by their marks; a file without marks needs a format.
+"""
 
 from typing import Any
 
@@ -13,8 +15,8 @@ from mae_bench.errors import UserError
 from mae_bench.models.cost import backbone_gmacs, num_params
 from tasks.imagenet.classify import Classifier
 from tests.backbones.formats import toys_beit, toys_beitv2, toys_data2vec, toys_simmim
-from tests.backbones.formats.beit_layout import TABLE, encoder_shapes, pair, published_beit, weights
-from tests.backbones.formats.reference import check_real_size
+from tests.backbones.formats.beit_layout import TABLE, encoder_shapes, published_beit, weights
+from tests.backbones.formats.reference import check_real_size, pair
 from tests.parity import assert_parity, in_float64
 
 TOYS: dict[str, Any] = {
@@ -26,9 +28,13 @@ TOYS: dict[str, Any] = {
 CASES = [(family, name) for family, toys in TOYS.items() for name in toys.FILES]
 IMAGENET, HALF = (0.485, 0.456, 0.406), (0.5, 0.5, 0.5)
 SIZES: dict[str, Any] = {
-    "hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 768, "image_size": 32,
+    "hidden_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 768,
+    "image_size": 32,
     "patch_size": 8,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +119,14 @@ def hub_names(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_features_are_those_of_transformers_beit(files, imgs, name):
     ours = toys_beit.FILES[name]
     config = BeitConfig(
-        **SIZES, layer_norm_eps=1e-6, use_mean_pooling="fc_norm.weight" in ours,
-        use_absolute_position_embeddings="pos_embed" in ours, use_relative_position_bias=name == "fine",
-        use_shared_relative_position_bias=name == "pretrained", layer_scale_init_value=0.1 if "blocks.0.gamma_1" in ours else 0.0,
-    )  # fmt: skip
+        **SIZES,
+        layer_norm_eps=1e-6,
+        use_mean_pooling="fc_norm.weight" in ours,
+        use_absolute_position_embeddings="pos_embed" in ours,
+        use_relative_position_bias=name == "fine",
+        use_shared_relative_position_bias=name == "pretrained",
+        layer_scale_init_value=0.1 if "blocks.0.gamma_1" in ours else 0.0,
+    )
     theirs = BeitModel(config).eval()
     theirs.load_state_dict(hub_names(ours))
     path, options = files["beit"][name]
@@ -207,9 +217,14 @@ def published(family: str, width: int, depth: int, heads: int) -> dict[str, Any]
 
 @pytest.mark.parametrize(
     ("family", "width", "depth", "heads"),
-    [("data2vec", 768, 12, 12), ("data2vec", 1024, 24, 16), ("beitv2", 768, 12, 12), ("beitv2", 1024, 24, 16),
-     ("simmim", 768, 12, 12)],
-)  # fmt: skip
+    [
+        ("data2vec", 768, 12, 12),
+        ("data2vec", 1024, 24, 16),
+        ("beitv2", 768, 12, 12),
+        ("beitv2", 1024, 24, 16),
+        ("simmim", 768, 12, 12),
+    ],
+)
 def test_published_sizes_of_its_successors(family, width, depth, heads):
     """SimMIM has published a ViT-B alone."""
     spec = check_real_size(family, published(family, width, depth, heads))

@@ -1,6 +1,7 @@
-"""clip: OpenAI's and OpenCLIP's image towers against the forward of arXiv 2103.00020's code, and what tells their activation."""
+"""clip: OpenAI's and OpenCLIP's image towers against the code of arXiv 2103.00020, and their activations."""
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,15 +16,15 @@ from mae_bench.errors import UserError
 from mae_bench.models.cost import backbone_gmacs
 from tasks.imagenet.classify import Classifier
 from tests.backbones.formats import toys_clip
-from tests.backbones.formats.reference import check_real_size, fill
+from tests.backbones.formats.reference import apply_linear, apply_norm, check_real_size, fill
 from tests.parity import assert_parity
 
 ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
 def forward(w: dict[str, torch.Tensor], imgs: torch.Tensor, heads: int, activation: str) -> torch.Tensor:
-    """All tokens after the blocks, in torch's own modules for attention: pre-norm blocks behind a norm of the embeddings."""
-    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)  # noqa: E731
+    """Compute the blocks' tokens with torch's attention: pre-norm blocks after a norm of the embeddings."""
+    linear, norm = partial(apply_linear, w), partial(apply_norm, w, eps=1e-5)
     x = F.conv2d(imgs, w["conv1.weight"], stride=w["conv1.weight"].shape[-1]).flatten(2).transpose(1, 2)
     x = torch.cat([w["class_embedding"].expand(len(x), 1, -1), x], 1) + w["positional_embedding"]
     x = norm(x, "ln_pre") if "ln_pre.weight" in w else x
@@ -33,16 +34,14 @@ def forward(w: dict[str, torch.Tensor], imgs: torch.Tensor, heads: int, activati
         attention.load_state_dict({n: w[f"{block}.attn.{n}"] for n in attention.state_dict()})
         y = norm(x, f"{block}.ln_1")
         x = x + attention(y, y, y, need_weights=False)[0] * w.get(f"{block}.ls_1.gamma", 1)
-        y = F.linear(norm(x, f"{block}.ln_2"), w[f"{block}.mlp.c_fc.weight"], w[f"{block}.mlp.c_fc.bias"])
-        y = F.linear(
-            ACTIVATIONS[activation](y), w[f"{block}.mlp.c_proj.weight"], w[f"{block}.mlp.c_proj.bias"]
-        )
+        y = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")
+        y = linear(ACTIVATIONS[activation](y), f"{block}.mlp.c_proj")
         x = x + y * w.get(f"{block}.ls_2.gamma", 1)
     return x
 
 
 def last_norm(w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    return F.layer_norm(x, x.shape[-1:], w["ln_post.weight"], w["ln_post.bias"], 1e-5)
+    return apply_norm(w, x, "ln_post", eps=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +69,14 @@ def stored(path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "heads", "activation"),
     [
-        ("openai", 3, "quick_gelu"), ("training", 3, "gelu"), ("tower", 3, "quick_gelu"), ("open_clip", 6, "gelu"),
-        ("quickgelu", 3, "quick_gelu"), ("clipa", 3, "gelu"),
+        ("openai", 3, "quick_gelu"),
+        ("training", 3, "gelu"),
+        ("tower", 3, "quick_gelu"),
+        ("open_clip", 6, "gelu"),
+        ("quickgelu", 3, "quick_gelu"),
+        ("clipa", 3, "gelu"),
     ],
-)  # fmt: skip
+)
 @torch.no_grad()
 def test_features_equal_the_published_forward(files, imgs, name, heads, activation):
     path, options = files[name]
@@ -205,11 +208,16 @@ def test_a_resnet_tower_is_named(tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        {"model_cfg": 3}, {"model_cfg": {"vision_cfg": []}}, {"model_cfg": {"vision_cfg": {"head_width": "wide"}}},
-        {"model_cfg": {"vision_cfg": {"image_size": {}}}}, {"preprocess_cfg": {"mean": 5}}, {"preprocess_cfg": None},
-        {"model_cfg": {"vision_cfg": {"act_kwargs": {"approximate": "tanh"}}}}, {"model_cfg": {"vision_cfg": {"head_width": 7}}},
+        {"model_cfg": 3},
+        {"model_cfg": {"vision_cfg": []}},
+        {"model_cfg": {"vision_cfg": {"head_width": "wide"}}},
+        {"model_cfg": {"vision_cfg": {"image_size": {}}}},
+        {"preprocess_cfg": {"mean": 5}},
+        {"preprocess_cfg": None},
+        {"model_cfg": {"vision_cfg": {"act_kwargs": {"approximate": "tanh"}}}},
+        {"model_cfg": {"vision_cfg": {"head_width": 7}}},
     ],
-)  # fmt: skip
+)
 def test_a_damaged_config_is_refused(tmp_path, config):
     folder = toys_clip.open_clip_folder(tmp_path / "x", toys_clip.visual(), {})
     (folder / "open_clip_config.json").write_text(json.dumps(config))

@@ -43,10 +43,19 @@ BUILT: dict[str, dict[str, Any]] = {
     "windows": {**TABLES, "img_size": 48, "pretrain_img_size": 32, "window_block_indexes": [0]},
     "global": {"use_rel_pos": True, "img_size": 48, "pretrain_img_size": 32},
     "square_table": {
-        **TABLES, "img_size": 48, "pretrain_img_size": 48, "pretrain_use_cls_token": False, "window_block_indexes": [0],
+        **TABLES,
+        "img_size": 48,
+        "pretrain_img_size": 48,
+        "pretrain_use_cls_token": False,
+        "window_block_indexes": [0],
     },
-    "no_relative_tables": {"img_size": 32, "pretrain_img_size": 32, "window_size": toys.WINDOW, "window_block_indexes": [0]},
-}  # fmt: skip
+    "no_relative_tables": {
+        "img_size": 32,
+        "pretrain_img_size": 32,
+        "window_size": toys.WINDOW,
+        "window_block_indexes": [0],
+    },
+}
 
 
 def images(side: int) -> torch.Tensor:
@@ -91,7 +100,7 @@ class Detector(nn.Module):
 
 
 def test_their_checkpointer_loads_what_we_write(tmp_path):
-    """The blocks give the tokens of a timm ViT of the same weights, without class token and last norm, one by one."""
+    """Each block gives the tokens of a timm ViT with the same weights, without class token and final norm."""
     source = VisionTransformer(**TIMM)
     weights = fill({name: tensor.shape for name, tensor in source.state_dict().items()})
     torch.save(weights, tmp_path / "source.pth")
@@ -102,10 +111,13 @@ def test_their_checkpointer_loads_what_we_write(tmp_path):
     assert (found.unexpected_keys, found.incorrect_shapes) == ([], [])
     DetectionCheckpointer(detector).load(str(tmp_path / "x.pth"))
     ours = VisionTransformer(**TIMM, class_token=False, global_pool="", final_norm=False)
-    ours.load_state_dict({
-        name: tensor[:, 1:] if name == "pos_embed" else tensor
-        for name, tensor in weights.items() if name not in ("cls_token", "norm.weight", "norm.bias")
-    })  # fmt: skip
+    ours.load_state_dict(
+        {
+            name: tensor[:, 1:] if name == "pos_embed" else tensor
+            for name, tensor in weights.items()
+            if name not in ("cls_token", "norm.weight", "norm.bias")
+        }
+    )
     seen: dict[str, list[torch.Tensor]] = {"theirs": [], "ours": []}
     for name, vit in (("theirs", detector.backbone.net), ("ours", ours)):
         for block in vit.blocks:
@@ -181,7 +193,7 @@ def test_what_does_not_fit_is_refused(tmp_path, changes):
     [(768, 12, [2, 5, 8, 11]), (1024, 16, [5, 11, 17, 23]), (1280, 16, [7, 15, 23, 31])],
 )
 def test_real_sizes(width, heads, everywhere):
-    """ViTDet-B, L and H: windows of 14, four global blocks, images of 1024, tables of 224 with a class token's row."""
+    """ViTDet-B, L, H: windows of 14, four global blocks, images of 1024, tables of 224 with a class row."""
     sides = [64 if i in everywhere else 14 for i in range(everywhere[-1] + 1)]
     state = {
         f"backbone.net.{name}": shape for name, shape in toys.shapes(sides, 197, width, heads, 16).items()

@@ -1,4 +1,4 @@
-"""dinov2: features are those of transformers' own classes with the same weights, in every layout that the repository saves."""
+"""dinov2: features equal those of transformers' classes, in every layout that the repository saves."""
 
 import json
 from pathlib import Path
@@ -14,20 +14,30 @@ from mae_bench.errors import UserError
 from mae_bench.models.cost import backbone_gmacs, num_params
 from tasks.imagenet.classify import Classifier
 from tests.backbones.formats import toys_dinov2
-from tests.backbones.formats.reference import check_real_size, fill
-from tests.backbones.formats.toys_dinov2 import backbones, number, prefixed, shapes
+from tests.backbones.formats.reference import check_real_size, fill, prefixed
+from tests.backbones.formats.toys_dinov2 import backbones, number, shapes
 from tests.parity import FLOAT32_TABLES, assert_parity, in_float64
 
 TEACHERS = {"teacher": "base", "training": "base"}  # files with the backbone of another
 HUB = {
-    "cls_token": "embeddings.cls_token", "register_tokens": "embeddings.register_tokens", "mask_token": "embeddings.mask_token",
-    "pos_embed": "embeddings.position_embeddings", "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "cls_token": "embeddings.cls_token",
+    "register_tokens": "embeddings.register_tokens",
+    "mask_token": "embeddings.mask_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
-}  # fmt: skip
+}
 HUB_BLOCK = {
-    "norm1": "norm1", "attn.proj": "attention.output.dense", "ls1": "layer_scale1", "norm2": "norm2", "ls2": "layer_scale2",
-    "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2", "mlp.w12": "mlp.weights_in", "mlp.w3": "mlp.weights_out",
-}  # fmt: skip
+    "norm1": "norm1",
+    "attn.proj": "attention.output.dense",
+    "ls1": "layer_scale1",
+    "norm2": "norm2",
+    "ls2": "layer_scale2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+    "mlp.w12": "mlp.weights_in",
+    "mlp.w3": "mlp.weights_out",
+}
 
 
 def for_transformers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -52,10 +62,17 @@ def transformers_model(weights: dict[str, torch.Tensor], folder: Path) -> Any:
     registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
     gated = any("w12" in name for name in weights)
     config: dict[str, Any] = {
-        "model_type": "dinov2_with_registers" if registers else "dinov2", "hidden_size": 192, "num_hidden_layers": 2,
-        "num_attention_heads": 3, "image_size": 56, "patch_size": 14, "mlp_ratio": 4, "use_swiglu_ffn": gated,
-        "layer_norm_eps": 1e-6, **({"num_register_tokens": registers} if registers else {}),
-    }  # fmt: skip
+        "model_type": "dinov2_with_registers" if registers else "dinov2",
+        "hidden_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "image_size": 56,
+        "patch_size": 14,
+        "mlp_ratio": 4,
+        "use_swiglu_ffn": gated,
+        "layer_norm_eps": 1e-6,
+        **({"num_register_tokens": registers} if registers else {}),
+    }
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(for_transformers(weights), folder / "model.safetensors", {"format": "pt"})
@@ -103,9 +120,15 @@ def test_with_registers_the_table_goes_to_another_size_with_antialiasing(files, 
     assert load_backbone(files["base"][0])[1].pos_resample == "bicubic_offset"
 
 
-@pytest.mark.parametrize(("name", "width", "depth", "hidden", "heads", "registers"), [
-    ("S", 384, 12, 1536, 6, 0), ("B", 768, 12, 3072, 12, 4), ("L", 1024, 24, 4096, 16, 0), ("g", 1536, 40, 4096, 24, 4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "width", "depth", "hidden", "heads", "registers"),
+    [
+        ("S", 384, 12, 1536, 6, 0),
+        ("B", 768, 12, 3072, 12, 4),
+        ("L", 1024, 24, 4096, 16, 0),
+        ("g", 1536, 40, 4096, 24, 4),
+    ],
+)
 def test_published_sizes(name, width, depth, hidden, heads, registers):
     spec = check_real_size("dinov2", shapes(width, depth, hidden, 14, 37, registers, gated=name == "g"))
     assert (spec.embed_dim, spec.depth, spec.num_heads, spec.img_size, spec.patch_size) == (
@@ -160,17 +183,23 @@ def test_without_qkv_bias_and_layer_scale(tmp_path):
     same_tokens(model, transformers_model(weights, tmp_path / "hf"), 56, 56)
 
 
-@pytest.mark.parametrize(("change", "told"), [
-    (lambda w: w.update({"blocks.0.mystery": torch.zeros(3)}), "unexpected: blocks.0.mystery"),
-    (lambda w: w.pop("blocks.1.ls2.gamma"), r"missing: blocks.1.ls2.gamma"),
-    (lambda w: w.update({"blocks.0.1.norm1.bias": torch.zeros(192)}), "are one weight"),
-    (lambda w: w.pop("cls_token"), "has registers"),
-    (lambda w: w.update({"pos_embed": torch.zeros(17, 192)}), "has registers"),
-    (lambda w: w.update({"pos_embed": torch.zeros(1, 1, 192)}), "no square image"),
-    (lambda w: w.update({"register_tokens": torch.tensor(1.0)}), "has registers"),
-    (lambda w: w.update({"patch_embed.proj.weight": torch.tensor(1.0)}), "patch embedding"),
-    (lambda w: w.update({"blocks.0.mlp.fc1.weight": torch.tensor(1.0)}), "cannot be read|fc1|patch_embed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda w: w.update({"blocks.0.mystery": torch.zeros(3)}), "unexpected: blocks.0.mystery"),
+        (lambda w: w.pop("blocks.1.ls2.gamma"), r"missing: blocks.1.ls2.gamma"),
+        (lambda w: w.update({"blocks.0.1.norm1.bias": torch.zeros(192)}), "are one weight"),
+        (lambda w: w.pop("cls_token"), "has registers"),
+        (lambda w: w.update({"pos_embed": torch.zeros(17, 192)}), "has registers"),
+        (lambda w: w.update({"pos_embed": torch.zeros(1, 1, 192)}), "no square image"),
+        (lambda w: w.update({"register_tokens": torch.tensor(1.0)}), "has registers"),
+        (lambda w: w.update({"patch_embed.proj.weight": torch.tensor(1.0)}), "patch embedding"),
+        (
+            lambda w: w.update({"blocks.0.mlp.fc1.weight": torch.tensor(1.0)}),
+            "cannot be read|fc1|patch_embed",
+        ),
+    ],
+)
 def test_whatever_does_not_fit_is_refused(tmp_path, change, told):
     weights = backbones()["registers"]
     change(weights)

@@ -22,15 +22,26 @@ from tests.backbones.formats.toys_dinov3 import filled, periods, shapes, toys
 from tests.parity import FLOAT32_TABLES, assert_parity, in_float64
 
 HUB = {
-    "cls_token": "embeddings.cls_token", "storage_tokens": "embeddings.register_tokens", "norm.weight": "norm.weight",
-    "norm.bias": "norm.bias", "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
+    "cls_token": "embeddings.cls_token",
+    "storage_tokens": "embeddings.register_tokens",
+    "norm.weight": "norm.weight",
+    "norm.bias": "norm.bias",
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
     "patch_embed.proj.bias": "embeddings.patch_embeddings.bias",
-}  # fmt: skip
+}
 PLAIN = {"mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
 GATED = {"mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.up_proj", "mlp.w3": "mlp.down_proj"}
-HUB_BLOCK = {
-    "norm1": "norm1", "attn.proj": "attention.o_proj", "ls1": "layer_scale1", "norm2": "norm2", "ls2": "layer_scale2",
-} | PLAIN | GATED  # fmt: skip
+HUB_BLOCK = (
+    {
+        "norm1": "norm1",
+        "attn.proj": "attention.o_proj",
+        "ls1": "layer_scale1",
+        "norm2": "norm2",
+        "ls2": "layer_scale2",
+    }
+    | PLAIN
+    | GATED
+)
 SIZES = [(64, 64), (48, 80), (160, 32)]
 
 
@@ -65,12 +76,19 @@ def transformers_model(weights: dict[str, torch.Tensor], folder: Path, heads: in
     theirs = for_transformers(weights)
     gated = "layer.0.mlp.gate_proj.weight" in theirs
     config = {
-        "model_type": "dinov3_vit", "hidden_size": weights["cls_token"].shape[-1], "num_hidden_layers": 2,
-        "num_attention_heads": heads, "intermediate_size": theirs["layer.0.mlp.up_proj.bias"].shape[0],
-        "use_gated_mlp": gated, "hidden_act": "silu" if gated else "gelu",
-        **{f"{name}_bias": f"layer.0.attention.{name[0]}_proj.bias" in theirs for name in ("query", "key", "value")},
+        "model_type": "dinov3_vit",
+        "hidden_size": weights["cls_token"].shape[-1],
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "intermediate_size": theirs["layer.0.mlp.up_proj.bias"].shape[0],
+        "use_gated_mlp": gated,
+        "hidden_act": "silu" if gated else "gelu",
+        **{
+            f"{name}_bias": f"layer.0.attention.{name[0]}_proj.bias" in theirs
+            for name in ("query", "key", "value")
+        },
         "num_register_tokens": theirs["embeddings.register_tokens"].shape[1],
-    }  # fmt: skip
+    }
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(theirs, folder / "model.safetensors", {"format": "pt"})
@@ -162,11 +180,17 @@ def test_the_account(files):
     assert teacher[1].num_prefix_tokens == 1
 
 
-@pytest.mark.parametrize(("width", "depth", "hidden", "heads", "gated", "local_norm"), [
-    (384, 12, 1536, 6, False, False), (384, 12, 1536, 6, True, False), (768, 12, 3072, 12, False, False),  # S, S+, B
-    (1024, 24, 4096, 16, False, True), (1280, 32, 5120, 20, True, False),  # L of SAT-493M, H+
-    (4096, 40, 8192, 32, True, True),  # 7B
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("width", "depth", "hidden", "heads", "gated", "local_norm"),
+    [
+        (384, 12, 1536, 6, False, False),
+        (384, 12, 1536, 6, True, False),
+        (768, 12, 3072, 12, False, False),  # S, S+, B
+        (1024, 24, 4096, 16, False, True),
+        (1280, 32, 5120, 20, True, False),  # L of SAT-493M, H+
+        (4096, 40, 8192, 32, True, True),  # 7B
+    ],
+)
 def test_published_sizes(width, depth, hidden, heads, gated, local_norm):
     weights = shapes(width, depth, hidden, gated=gated, qkv_bias=heads < 32, local_norm=local_norm)
     for extra in ({"rope_embed.periods": periods(width // heads)}, {}):
@@ -180,22 +204,28 @@ def test_published_sizes(width, depth, hidden, heads, gated, local_norm):
         assert (spec.img_size, spec.patch_size, spec.mlp_ratio) == ((224, 224), (16, 16), hidden / width)
 
 
-@pytest.mark.parametrize(("change", "told"), [
-    ({"blocks.0.mystery": torch.zeros(3)}, "unexpected: blocks.0.mystery"),
-    ({"blocks.1.ls2.gamma": None}, "missing: blocks.1.gamma_2"),
-    ({"blocks.1.attn.qkv.bias": None}, "missing: blocks.1.attn.q_bias"),
-    ({"cls_norm.weight": torch.ones(192), "cls_norm.bias": torch.zeros(192)}, "untie_cls_and_patch_norms"),
-    ({"rope_embed.periods": 10000.0 ** (torch.arange(16) / 16)}, "those of base 100"),
-    ({"rope_embed.periods": periods(64)[:15]}, "divisor of"),
-    ({"rope_embed.periods": torch.zeros(0)}, "divisor of"),
-    ({"rope_embed.periods": torch.tensor(1.0)}, "divisor of"),
-    ({"rope_embed.periods": torch.full((16,), float("nan"))}, "those of base 100"),
-    ({"blocks.0.attn.qkv.bias_mask": torch.ones(576)}, "leaves a bias of the key"),
-    ({"blocks.0.attn.qkv.bias_mask": torch.full((576,), float("nan"))}, "leaves a bias of the key"),
-    ({"blocks.0.attn.qkv.bias_mask": torch.tensor(1.0)}, "with a mask"),
-    ({"storage_tokens": torch.tensor(1.0)}, "cannot be read"),
-    ({"patch_embed.proj.weight": torch.tensor(1.0)}, "patch embedding|divisor"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"blocks.0.mystery": torch.zeros(3)}, "unexpected: blocks.0.mystery"),
+        ({"blocks.1.ls2.gamma": None}, "missing: blocks.1.gamma_2"),
+        ({"blocks.1.attn.qkv.bias": None}, "missing: blocks.1.attn.q_bias"),
+        (
+            {"cls_norm.weight": torch.ones(192), "cls_norm.bias": torch.zeros(192)},
+            "untie_cls_and_patch_norms",
+        ),
+        ({"rope_embed.periods": 10000.0 ** (torch.arange(16) / 16)}, "those of base 100"),
+        ({"rope_embed.periods": periods(64)[:15]}, "divisor of"),
+        ({"rope_embed.periods": torch.zeros(0)}, "divisor of"),
+        ({"rope_embed.periods": torch.tensor(1.0)}, "divisor of"),
+        ({"rope_embed.periods": torch.full((16,), float("nan"))}, "those of base 100"),
+        ({"blocks.0.attn.qkv.bias_mask": torch.ones(576)}, "leaves a bias of the key"),
+        ({"blocks.0.attn.qkv.bias_mask": torch.full((576,), float("nan"))}, "leaves a bias of the key"),
+        ({"blocks.0.attn.qkv.bias_mask": torch.tensor(1.0)}, "with a mask"),
+        ({"storage_tokens": torch.tensor(1.0)}, "cannot be read"),
+        ({"patch_embed.proj.weight": torch.tensor(1.0)}, "patch embedding|divisor"),
+    ],
+)
 def test_whatever_does_not_fit_is_refused(tmp_path, change, told):
     weights = {name: tensor for name, tensor in (toys()["small"] | change).items() if tensor is not None}
     torch.save(weights, tmp_path / "x.pth")

@@ -1,6 +1,7 @@
-"""eva02: features are those of the equations of arXiv 2303.11331 (axial rotations, SwiGLU, sub-LN) with the same weights."""
+"""eva02: features equal the equations of arXiv 2303.11331 (axial rotations, SwiGLU, sub-LN)."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,14 +13,13 @@ from mae_bench.errors import UserError
 from mae_bench.models.cost import backbone_gmacs
 from tasks.imagenet.classify import Classifier
 from tests.backbones.formats import toys_eva02
-from tests.backbones.formats.beit_layout import pair
-from tests.backbones.formats.reference import check_real_size, fill
+from tests.backbones.formats.reference import apply_linear, apply_norm, check_real_size, fill, pair
 from tests.backbones.formats.toys_eva02 import FILES, TUNED, angles, encoder_shapes, rotations
 from tests.parity import FLOAT32_TABLES, assert_parity, weights_in_float64
 
 
 def turned(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """x (N, heads, 1 + L, d): pairs of channels of each patch as complex numbers, turned; the class token stays."""
+    """Rotate pairs of channels of the patches, not of the class token; x (N, heads, 1 + L, d)."""
     pairs = torch.view_as_complex(x[:, :, 1:].reshape(*x.shape[:2], -1, x.shape[3] // 2, 2).contiguous())
     rotated = torch.view_as_real(pairs * torch.polar(torch.ones(()), turns[:, ::2])).flatten(3)
     return torch.cat([x[:, :, :1], rotated], dim=2)
@@ -28,25 +28,21 @@ def turned(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
 def published_eva02(
     w: dict[str, torch.Tensor], imgs: torch.Tensor, seq_len: int, heads: int = 3
 ) -> torch.Tensor:
-    """Tokens (N, 1 + L, D) after `norm` where there is one; imgs (N, C, H, W)."""
+    """Compute the tokens (N, 1 + L, D), after `norm` if there is one; imgs (N, C, H, W)."""
     w = weights_in_float64(w)
     n, (width, _, patch, _) = len(imgs), w["patch_embed.proj.weight"].shape
-    linear = lambda x, name: x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)  # noqa: E731
-    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)  # noqa: E731
-    x = (
-        F.unfold(imgs, patch, stride=patch).transpose(1, 2) @ w["patch_embed.proj.weight"].flatten(1).T
-        + w["patch_embed.proj.bias"]
-    )
+    linear, norm = partial(apply_linear, w), partial(apply_norm, w)
+    patches = F.unfold(imgs, patch, stride=patch).transpose(1, 2)
+    x = patches @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"]
     x = torch.cat([w["cls_token"].expand(n, -1, -1), x], dim=1) + w["pos_embed"]
     turns = angles(imgs.shape[2] // patch, width // heads, seq_len)
     for i in range(len({name.split(".")[1] for name in w if name.startswith("blocks.")})):
         b = f"blocks.{i}"
         z = norm(x, f"{b}.norm1")
-        packed = w.get(f"{b}.attn.qkv.weight")
-        parts = (
-            packed.chunk(3) if packed is not None else [w[f"{b}.attn.{part}_proj.weight"] for part in "qkv"]
-        )
-        q, k, v = (z @ part.T for part in parts)
+        if f"{b}.attn.qkv.weight" in w:
+            q, k, v = linear(z, f"{b}.attn.qkv").chunk(3, dim=-1)
+        else:
+            q, k, v = (linear(z, f"{b}.attn.{part}_proj") for part in "qkv")
         q, v = q + w[f"{b}.attn.q_bias"], v + w[f"{b}.attn.v_bias"]
         q, k, v = (part.reshape(n, -1, heads, width // heads).transpose(1, 2) for part in (q, k, v))
         q, k = turned(q, turns), turned(k, turns)

@@ -1,4 +1,4 @@
-"""What holds for the toy files of every format: one format fits, every key is explained, the export reads back the same."""
+"""For the toy files of every format: one format fits, every key is explained, the export reads back equal."""
 
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +14,7 @@ from backbones.translating.detect import FORMATS, detect, get_format
 from mae_bench.export import write_export
 
 HERE = Path(__file__).parent
-# A module toys_FORMAT.py has `write(folder) -> {name: (path, keywords of load_backbone that the file needs)}`.
+# A module toys_FORMAT.py has `write(folder) -> {name: (path, keywords of load_backbone that it needs)}`.
 TOYS = sorted(path.stem.removeprefix("toys_") for path in HERE.glob("toys_*.py"))
 
 

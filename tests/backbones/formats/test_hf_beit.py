@@ -1,4 +1,4 @@
-"""hf_beit: features are those of transformers' BEiT and data2vec, from folders and from states in memory; written back."""
+"""hf_beit: features equal those of transformers' BEiT and data2vec, from folders and states in memory."""
 
 import json
 from typing import Any
@@ -27,7 +27,7 @@ def imgs():
 
 
 def expected_tokens(name: str, imgs: torch.Tensor) -> torch.Tensor:
-    """Tokens after the model's last norm; with masked images and mean pooling that is the one in front of the head."""
+    """Return the tokens after the final norm, which precedes the head for masked images and mean pooling."""
     model = in_float64(build(name))
     base = model.base_model
     with torch.no_grad():
@@ -91,9 +91,12 @@ def test_what_is_written_is_loaded_by_transformers(files, tmp_path, imgs, name):
 def test_published_sizes(width, heads, depth):
     """B and L, made hollow by transformers' own class."""
     config = BeitConfig(
-        hidden_size=width, num_attention_heads=heads, num_hidden_layers=depth, intermediate_size=4 * width,
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_hidden_layers=depth,
+        intermediate_size=4 * width,
         use_relative_position_bias=True,
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         shapes = {
             name: tuple(tensor.shape)

@@ -52,10 +52,15 @@ def test_without_a_config_the_activation_is_asked_for(files):
 @pytest.mark.parametrize(
     "config",
     [
-        {"hidden_act": ["gelu"]}, {"hidden_act": "relu6"}, {"image_size": "large"}, {"vision_config": 3},
-        {"num_attention_heads": "4"}, {"layer_norm_eps": None}, {"model_type": "bert"},
+        {"hidden_act": ["gelu"]},
+        {"hidden_act": "relu6"},
+        {"image_size": "large"},
+        {"vision_config": 3},
+        {"num_attention_heads": "4"},
+        {"layer_norm_eps": None},
+        {"model_type": "bert"},
     ],
-)  # fmt: skip
+)
 def test_a_damaged_config_is_refused(files, config):
     path = files["gelu_memory"][0] / "config.json"
     kept = path.read_text()
@@ -71,9 +76,13 @@ def test_a_damaged_config_is_refused(files, config):
 def test_published_sizes(width, heads, depth, hidden):
     """B, L and H, made hollow by transformers' own class."""
     config = toys_hf_clip.CLIPVisionConfig(
-        hidden_size=width, num_attention_heads=heads, num_hidden_layers=depth, intermediate_size=hidden, patch_size=14,
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_hidden_layers=depth,
+        intermediate_size=hidden,
+        patch_size=14,
         hidden_act="gelu",
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         model = toys_hf_clip.CLIPVisionModel(config)
     spec = check_real_size(

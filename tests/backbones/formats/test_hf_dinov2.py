@@ -1,4 +1,4 @@
-"""hf_dinov2: transformers' models are read from its files and its memory, and written so that AutoModel loads the same one."""
+"""hf_dinov2: transformers' models are read from files and memory, and written for AutoModel."""
 
 import json
 from typing import Any
@@ -101,13 +101,16 @@ def test_the_files_of_transformers_come_back_tensor_for_tensor(files, tmp_path):
         assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize(("change", "told"), [
-    ({}, "cannot be written as hf_dinov2"),
-    ({"options": {"init_values": 1.0, "class_token": True}}, "cannot be written"),
-    ({"options": {"init_values": 1.0}, "num_prefix_tokens": 3}, "cannot be written"),
-    ({"options": {"init_values": 1.0}, "mlp_ratio": 2.5}, "whole ratio"),
-    ({"options": {"init_values": 1.0}, "img_size": (56, 28)}, "squares"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, "cannot be written as hf_dinov2"),
+        ({"options": {"init_values": 1.0, "class_token": True}}, "cannot be written"),
+        ({"options": {"init_values": 1.0}, "num_prefix_tokens": 3}, "cannot be written"),
+        ({"options": {"init_values": 1.0}, "mlp_ratio": 2.5}, "whole ratio"),
+        ({"options": {"init_values": 1.0}, "img_size": (56, 28)}, "squares"),
+    ],
+)
 def test_what_a_config_cannot_say_is_not_written(tmp_path, change, told):
     fields: dict[str, Any] = {"img_size": (56, 56), **change}
     spec = BackboneSpec("vit", patch_size=(14, 14), in_chans=3, embed_dim=48, depth=1, num_heads=3, **fields)
@@ -116,10 +119,20 @@ def test_what_a_config_cannot_say_is_not_written(tmp_path, change, told):
         convert(tmp_path / "from", tmp_path / "to", "hf_dinov2")
 
 
-@pytest.mark.parametrize("config", [
-    {"layerscale_value": "x"}, {"layer_norm_eps": None}, {"num_attention_heads": "3"}, {"num_attention_heads": 5},
-    {"image_size": []}, {"image_size": 112}, {"hidden_act": ["gelu"]}, {"hidden_act": "relu"}, {"model_type": ["dinov2"]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"layerscale_value": "x"},
+        {"layer_norm_eps": None},
+        {"num_attention_heads": "3"},
+        {"num_attention_heads": 5},
+        {"image_size": []},
+        {"image_size": 112},
+        {"hidden_act": ["gelu"]},
+        {"hidden_act": "relu"},
+        {"model_type": ["dinov2"]},
+    ],
+)
 def test_a_description_that_makes_no_sense_is_refused(files, tmp_path, config):
     folder = files["plain"][0]
     stated = json.loads((folder / "config.json").read_text()) | config
@@ -129,14 +142,23 @@ def test_a_description_that_makes_no_sense_is_refused(files, tmp_path, config):
         load_backbone(tmp_path)
 
 
-@pytest.mark.parametrize(("change", "told"), [
-    (lambda w: w.update({"encoder.layer.0.mystery": torch.zeros(3)}), "unexpected: blocks.0.mystery"),
-    (lambda w: w.pop("encoder.layer.1.norm2.bias"), "missing: blocks.1.norm2.bias"),
-    (lambda w: w.pop("encoder.layer.1.attention.k_proj.bias"), "query, key and value"),
-    (lambda w: w.pop("encoder.layer.1.mlp.up_proj.bias"), "gate_proj and up_proj"),
-    (lambda w: w.update({"encoder.layer.1.mlp.gate_proj.bias": torch.tensor(1.0)}), "gate_proj and up_proj"),
-    (lambda w: w.update({"encoder.layer.1.attention.attention.query.bias": torch.zeros(192)}), "each weight once"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda w: w.update({"encoder.layer.0.mystery": torch.zeros(3)}), "unexpected: blocks.0.mystery"),
+        (lambda w: w.pop("encoder.layer.1.norm2.bias"), "missing: blocks.1.norm2.bias"),
+        (lambda w: w.pop("encoder.layer.1.attention.k_proj.bias"), "query, key and value"),
+        (lambda w: w.pop("encoder.layer.1.mlp.up_proj.bias"), "gate_proj and up_proj"),
+        (
+            lambda w: w.update({"encoder.layer.1.mlp.gate_proj.bias": torch.tensor(1.0)}),
+            "gate_proj and up_proj",
+        ),
+        (
+            lambda w: w.update({"encoder.layer.1.attention.attention.query.bias": torch.zeros(192)}),
+            "each weight once",
+        ),
+    ],
+)
 def test_whatever_does_not_fit_is_refused(files, tmp_path, change, told):
     weights = torch.load(files["gated-memory"][0])
     change(weights)
@@ -145,14 +167,23 @@ def test_whatever_does_not_fit_is_refused(files, tmp_path, change, told):
         load_backbone(tmp_path / "x.pth")
 
 
-@pytest.mark.parametrize(("width", "depth", "heads", "registers", "gated"), [
-    (768, 12, 12, 4, False), (1024, 24, 16, 0, False), (1536, 4, 24, 4, True),  # B, L; g, of which four of forty blocks
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "registers", "gated"),
+    [
+        (768, 12, 12, 4, False),
+        (1024, 24, 16, 0, False),
+        (1536, 4, 24, 4, True),  # B, L; g, of which four of forty blocks
+    ],
+)
 def test_published_sizes(width, depth, heads, registers, gated):
     sizes: dict[str, Any] = {
-        "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "image_size": 518, "patch_size": 14,
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "image_size": 518,
+        "patch_size": 14,
         "use_swiglu_ffn": gated,
-    }  # fmt: skip
+    }
     with torch.device("meta"):
         theirs = (
             Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes))

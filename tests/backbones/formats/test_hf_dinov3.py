@@ -1,4 +1,4 @@
-"""hf_dinov3: transformers' DINOv3ViTModel is read from its files and its memory, and written so that AutoModel loads it."""
+"""hf_dinov3: transformers' DINOv3ViTModel is read from files and memory, and written for AutoModel."""
 
 import json
 import math
@@ -101,11 +101,22 @@ def test_the_satellite_models_say_how_they_are_fed(files, tmp_path):
     assert any("SAT-493M" in note for note in load_backbone(folder)[2].notes)
 
 
-@pytest.mark.parametrize("config", [
-    {"hidden_act": "silu"}, {"hidden_act": ["gelu"]}, {"rope_theta": "x"}, {"layerscale_value": None}, {"num_attention_heads": 5},
-    {"image_size": 60}, {"image_size": 64.0}, {"image_size": 16 * 10**6}, {"rope_theta": 10**400}, {"rope_theta": math.inf},
-    {"model_type": "dinov3_convnext"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"hidden_act": "silu"},
+        {"hidden_act": ["gelu"]},
+        {"rope_theta": "x"},
+        {"layerscale_value": None},
+        {"num_attention_heads": 5},
+        {"image_size": 60},
+        {"image_size": 64.0},
+        {"image_size": 16 * 10**6},
+        {"rope_theta": 10**400},
+        {"rope_theta": math.inf},
+        {"model_type": "dinov3_convnext"},
+    ],
+)
 def test_a_description_that_makes_no_sense_is_refused(files, tmp_path, config):
     folder = files["plain"][0]
     (tmp_path / "config.json").write_text(
@@ -116,13 +127,19 @@ def test_a_description_that_makes_no_sense_is_refused(files, tmp_path, config):
         load_backbone(tmp_path)
 
 
-@pytest.mark.parametrize(("change", "told"), [
-    ({"model.layer.0.mystery": torch.zeros(3)}, "unexpected: blocks.0.mystery"),
-    ({"model.layer.1.norm2.bias": None}, "missing: blocks.1.norm2.bias"),
-    ({"model.layer.1.attention.k_proj.weight": None}, "query, key and value"),
-    ({"model.layer.1.attention.v_proj.bias": None}, "missing: blocks.1.attn.v_bias"),
-    ({"model.layer.1.mlp.up_proj.weight": torch.zeros(400, 192)}, "wrong shape: blocks.1.mlp.fc1_x.weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model.layer.0.mystery": torch.zeros(3)}, "unexpected: blocks.0.mystery"),
+        ({"model.layer.1.norm2.bias": None}, "missing: blocks.1.norm2.bias"),
+        ({"model.layer.1.attention.k_proj.weight": None}, "query, key and value"),
+        ({"model.layer.1.attention.v_proj.bias": None}, "missing: blocks.1.attn.v_bias"),
+        (
+            {"model.layer.1.mlp.up_proj.weight": torch.zeros(400, 192)},
+            "wrong shape: blocks.1.mlp.fc1_x.weight",
+        ),
+    ],
+)
 def test_whatever_does_not_fit_is_refused(files, tmp_path, change, told):
     weights = torch.load(files["memory"][0]) | change
     torch.save({name: tensor for name, tensor in weights.items() if tensor is not None}, tmp_path / "x.pth")
@@ -130,17 +147,30 @@ def test_whatever_does_not_fit_is_refused(files, tmp_path, change, told):
         load_backbone(tmp_path / "x.pth")
 
 
-@pytest.mark.parametrize(("width", "depth", "hidden", "heads", "gated"), [
-    (384, 12, 1536, 6, True), (768, 12, 3072, 12, False), (1024, 24, 4096, 16, False),  # S+, B, L
-    (1280, 2, 5120, 20, True), (4096, 1, 8192, 32, True),  # H+ and 7B, of which some of the equal blocks
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("width", "depth", "hidden", "heads", "gated"),
+    [
+        (384, 12, 1536, 6, True),
+        (768, 12, 3072, 12, False),
+        (1024, 24, 4096, 16, False),  # S+, B, L
+        (1280, 2, 5120, 20, True),
+        (4096, 1, 8192, 32, True),  # H+ and 7B, of which some of the equal blocks
+    ],
+)
 @pytest.mark.parametrize("described", [True, False])
 def test_published_sizes(width, depth, hidden, heads, gated, described):
     bias, act = heads < 32, "silu" if gated else "gelu"
     config = DINOv3ViTConfig(
-        hidden_size=width, num_hidden_layers=depth, intermediate_size=hidden, num_attention_heads=heads, use_gated_mlp=gated,
-        hidden_act=act, num_register_tokens=4, query_bias=bias, value_bias=bias,
-    )  # fmt: skip
+        hidden_size=width,
+        num_hidden_layers=depth,
+        intermediate_size=hidden,
+        num_attention_heads=heads,
+        use_gated_mlp=gated,
+        hidden_act=act,
+        num_register_tokens=4,
+        query_bias=bias,
+        value_bias=bias,
+    )
     with torch.device("meta"):
         theirs = DINOv3ViTModel(config)
     beside = {"config.json": json.loads(config.to_json_string(use_diff=False))} if described else {}

@@ -43,9 +43,13 @@ def test_features_equal_theirs(files, name):
 def test_published_sizes(width, heads, depth, patch, size):
     """H/14 and H/16 at 448, made hollow by transformers' own class."""
     config = toys_hf_ijepa.IJepaConfig(
-        hidden_size=width, num_attention_heads=heads, num_hidden_layers=depth, intermediate_size=4 * width, patch_size=patch,
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_hidden_layers=depth,
+        intermediate_size=4 * width,
+        patch_size=patch,
         image_size=size,
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         model = toys_hf_ijepa.IJepaModel(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -38,12 +38,12 @@ def test_features_equal_theirs(files, name):
 @pytest.mark.parametrize(("width", "depth", "heads"), [(768, 12, 12), (1024, 24, 16), (1280, 32, 16)])
 def test_published_sizes(width, depth, heads):
     """B, L and H, made hollow by transformers' own class."""
-    seeing_all = [depth // 4 * quarter - 1 for quarter in (1, 2, 3, 4)]
+    global_blocks = [depth // 4 * quarter - 1 for quarter in (1, 2, 3, 4)]
     config = toys_hf_sam.SamVisionConfig(
         hidden_size=width,
         num_hidden_layers=depth,
         num_attention_heads=heads,
-        global_attn_indexes=seeing_all,
+        global_attn_indexes=global_blocks,
         mlp_dim=4 * width,
     )
     with torch.device("meta"):
@@ -54,7 +54,7 @@ def test_published_sizes(width, depth, heads):
         heads,
         depth,
         (1024, 1024),
-        seeing_all,
+        global_blocks,
     )
     assert check_real_size("hf_sam", shapes).options == spec.options
 
@@ -62,10 +62,16 @@ def test_published_sizes(width, depth, heads):
 @pytest.mark.parametrize(
     "config",
     [
-        {"window_size": 4}, {"window_size": "3"}, {"global_attn_indexes": [0]}, {"global_attn_indexes": 5}, {"hidden_act": 3},
-        {"num_attention_heads": 2}, {"image_size": 64}, {"global_attn_indexes": [[1], 3]},
+        {"window_size": 4},
+        {"window_size": "3"},
+        {"global_attn_indexes": [0]},
+        {"global_attn_indexes": 5},
+        {"hidden_act": 3},
+        {"num_attention_heads": 2},
+        {"image_size": 64},
+        {"global_attn_indexes": [[1], 3]},
     ],
-)  # fmt: skip
+)
 def test_a_config_that_contradicts_its_tables_is_refused(files, tmp_path, config):
     (tmp_path / "model.safetensors").write_bytes((files["vision"][0] / "model.safetensors").read_bytes())
     kept = json.loads((files["vision"][0] / "config.json").read_text())

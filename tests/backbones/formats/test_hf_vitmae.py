@@ -1,4 +1,4 @@
-"""hf_vitmae: transformers' own ViTMAE is the judge (what is written, and refused, is in tests/backbones/test_convert.py)."""
+"""hf_vitmae: features equal those of transformers' ViTMAE (writing is tested in test_convert.py)."""
 
 import pytest
 import torch

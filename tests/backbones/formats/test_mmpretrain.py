@@ -1,5 +1,6 @@
-"""mmpretrain: every kind of backbone gives the features of its published equations; what the file's config says holds."""
+"""mmpretrain: features of every backbone equal its published equations; the file's config is used."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +12,32 @@ from backbones.load import load_backbone
 from mae_bench.errors import UserError
 from tests.backbones.formats import toys_mmpretrain as toys
 from tests.backbones.formats.plain_vit import sincos
-from tests.backbones.formats.reference import check_real_size, fill
+from tests.backbones.formats.reference import apply_linear, apply_norm, check_real_size, fill
 from tests.parity import assert_parity, weights_in_float64
 
 
 def reference(tensors, imgs, heads, eps=1e-6, gelu=F.gelu):
-    """Tokens of a ViT (arXiv 2010.11929) with what DeiT (2012.12877), DeiT III (2204.07118), BEiT (2106.08254), CLIP (2103.00020)
-    and DINOv2 (2304.07193) add to it, over mmpretrain's names. imgs (N, C, H, W) -> (N, prefix + L, D)."""
+    """Compute the tokens of a ViT (arXiv 2010.11929) over mmpretrain's names.
+
+    imgs (N, C, H, W) -> (N, prefix + L, D), with the additions of DeiT (2012.12877), DeiT III (2204.07118),
+    BEiT (2106.08254), CLIP (2103.00020) and DINOv2 (2304.07193).
+    """
     tensors = weights_in_float64(tensors)
-    linear = lambda z, name: z @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]  # noqa: E731
-    norm = lambda z, name: F.layer_norm(
-        z, z.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], eps
-    )  # noqa: E731
-    scale = lambda z, *names: z * next((tensors[name] for name in names if name in tensors), 1.0)  # noqa: E731
-    kernel, bias = (
-        tensors["patch_embed.projection.weight"],
-        tensors.get("patch_embed.projection.bias", torch.zeros(())),
-    )
+    linear, norm = partial(apply_linear, tensors), partial(apply_norm, tensors, eps=eps)
+
+    def scale(z, *names):
+        return z * next((tensors[name] for name in names if name in tensors), 1.0)
+
+    kernel = tensors["patch_embed.projection.weight"]
+    bias = tensors.get("patch_embed.projection.bias", torch.zeros(()))
     x = F.unfold(imgs, kernel.shape[-1], stride=kernel.shape[-1]).transpose(1, 2) @ kernel.flatten(1).T + bias
     table = tensors.get("pos_embed", torch.zeros(1, 1, 1))
-    prefix = torch.cat(
-        [tensors[name] for name in ("cls_token", "dist_token") if name in tensors], dim=1
-    ).expand(len(x), -1, -1)
-    x = (
-        torch.cat([prefix, x + table], 1)
-        if table.shape[1] == x.shape[1]
-        else torch.cat([prefix, x], 1) + table
-    )
+    tokens = [tensors[name] for name in ("cls_token", "dist_token") if name in tensors]
+    prefix = torch.cat(tokens, dim=1).expand(len(x), -1, -1)
+    if table.shape[1] == x.shape[1]:
+        x = torch.cat([prefix, x + table], 1)
+    else:
+        x = torch.cat([prefix, x], 1) + table
     x = norm(x, "pre_norm") if "pre_norm.weight" in tensors else x
     for i in range(toys.DEPTH):
         block = f"layers.{i}"
@@ -62,7 +62,7 @@ def reference(tensors, imgs, heads, eps=1e-6, gelu=F.gelu):
 
 
 def relative_bias(tensors, block, num_patches):
-    """(heads, 1 + L, 1 + L) of a BEiT: a row a difference of places, then class to patch, patch to class, class to class."""
+    """Return BEiT's biases (heads, 1 + L, 1 + L): offsets, class to patch, patch to class, class to class."""
     shared = "rel_pos_bias.relative_position_bias_table"
     table = tensors.get(f"{block}.attn.relative_position_bias_table", tensors.get(shared))
     if table is None:
@@ -189,10 +189,20 @@ def test_what_does_not_fit_is_refused(tmp_path, files, name, changes):
 
 
 NO_CONFIGS = [
-    "model = dict(", "model = 3", "import os", "model.x = 1", "mean, std = 1, 2", "model = dict(backbone=dict(norm_cfg=7))",
-    "(" * 9999, "model = dict(backbone=open('x'))", "data_preprocessor = dict(mean=['a'])", "x = {[1]}", b"model", 5,
+    "model = dict(",
+    "model = 3",
+    "import os",
+    "model.x = 1",
+    "mean, std = 1, 2",
+    "model = dict(backbone=dict(norm_cfg=7))",
+    "(" * 9999,
+    "model = dict(backbone=open('x'))",
+    "data_preprocessor = dict(mean=['a'])",
+    "x = {[1]}",
+    b"model",
+    5,
     f"data_preprocessor = dict(mean=[1{'0' * 400}, 1, 1])",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("config", NO_CONFIGS, ids=range(len(NO_CONFIGS)))

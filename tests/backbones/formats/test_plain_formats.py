@@ -1,4 +1,4 @@
-"""Families whose ViT has timm's names: every kind of file gives the published features, fed as its authors feed it."""
+"""Families whose ViT has timm's names: every kind of file gives the published features and preprocessing."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -27,16 +27,8 @@ from tests.backbones.formats import (
     toys_official_mae,
     toys_solo_learn,
 )
-from tests.backbones.formats.plain_vit import (
-    REAL,
-    Shapes,
-    encoder_shapes,
-    linear,
-    prefixed,
-    published_vit,
-    sincos,
-)
-from tests.backbones.formats.reference import check_real_size, fill
+from tests.backbones.formats.plain_vit import REAL, encoder_shapes, linear, published_vit, sincos
+from tests.backbones.formats.reference import Shapes, check_real_size, fill, prefixed
 from tests.parity import assert_parity, assert_within_rounding, weights_in_float64
 
 Weights = dict[str, torch.Tensor]
@@ -55,7 +47,7 @@ FAMILIES = (
 
 
 def maskfeat(name: str) -> Weights:
-    """By the names of the equations: the norm of the head is the last one; one behind the average pooling is none of tokens."""
+    """Rename to the equations' names: the head's norm is the final one, a norm after pooling is left out."""
     weights = toys_maskfeat.weights(name)
     if name == "fine":
         return {key: tensor for key, tensor in weights.items() if not key.startswith("norm.")}
@@ -91,15 +83,36 @@ CASES: list[tuple[str, str, Callable[[], Weights], int, str, str]] = [
     ("deit", "distilled", lambda: toys_deit.weights(distilled=True), 3, "supervised, distilled", "token"),
     ("deit", "training", lambda: toys_deit.weights(1), 3, "supervised", "token"),
     ("deit", "ema", lambda: toys_deit.weights(0), 3, "supervised", "token"),
-    ("deit3", "published", lambda: fill(toys_deit3.shapes() | linear("head", 192, 10)), 3, "supervised", "token"),
-    ("deit3", "unscaled", lambda: fill(toys_deit3.shapes(scales=False) | linear("head", 192, 10)), 3, "supervised", "token"),
+    (
+        "deit3",
+        "published",
+        lambda: fill(toys_deit3.shapes() | linear("head", 192, 10)),
+        3,
+        "supervised",
+        "token",
+    ),
+    (
+        "deit3",
+        "unscaled",
+        lambda: fill(toys_deit3.shapes(scales=False) | linear("head", 192, 10)),
+        3,
+        "supervised",
+        "token",
+    ),
     ("ijepa", "target", lambda: toys_ijepa.weights(0), 3, "ijepa", "avg"),
     ("ijepa", "context", lambda: toys_ijepa.weights(1), 3, "ijepa", "avg"),
     ("ijepa", "only-target", lambda: toys_ijepa.weights(0), 3, "ijepa", "avg"),
     ("maskfeat", "pretrained", lambda: maskfeat("pretrained"), 3, "maskfeat", "avg"),
     ("maskfeat", "fine", lambda: maskfeat("fine"), 3, "maskfeat, fine-tuned", "avg"),
     ("maskfeat", "class-token", lambda: maskfeat("class-token"), 3, "maskfeat, fine-tuned", "token"),
-    ("lightly", "mae", lambda: {k.removeprefix("backbone.vit."): t for k, t in toys_lightly.mae().items()}, 3, "mae", "token"),
+    (
+        "lightly",
+        "mae",
+        lambda: {k.removeprefix("backbone.vit."): t for k, t in toys_lightly.mae().items()},
+        3,
+        "mae",
+        "token",
+    ),
     ("lightly", "teacher", lambda: toys_lightly.weights(0), 3, "dino", "token"),
     ("lightly", "student", lambda: toys_lightly.weights(1), 3, "dino", "token"),
     ("lightly", "layer-scale", scaled, 3, "unknown", "token"),
@@ -118,7 +131,7 @@ CASES: list[tuple[str, str, Callable[[], Weights], int, str, str]] = [
     ("official_mae", "checkpoint-cls", of("fine-cls"), 3, "mae, fine-tuned", "token"),
     ("official_mae", "ddp", of("full"), 3, "mae", "token"),
     ("official_mae", "ema", of("fine"), 3, "mae, fine-tuned", "avg"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -190,28 +203,67 @@ LAST = {"head.last_layer.weight_g": (65536, 1), "head.last_layer.weight_v": (655
 @pytest.mark.parametrize(
     ("format", "content", "facts"),
     [
-        *((f, {**prefixed("backbone.", sized(s)), **last}, {"num_heads": h})
-          for s, h in (("S", 6), ("B", 12))
-          for f, last in (("dino", LAST), ("ibot", LAST | {"head.last_layer2.weight_v": (8192, 256)}))),
+        *(
+            (f, {**prefixed("backbone.", sized(s)), **last}, {"num_heads": h})
+            for s, h in (("S", 6), ("B", 12))
+            for f, last in (("dino", LAST), ("ibot", LAST | {"head.last_layer2.weight_v": (8192, 256)}))
+        ),
         ("ibot", {"state_dict": sized("L") | {"masked_embed": (1, 1024)}}, {"num_heads": 16, "depth": 24}),
-        *(("moco_v3", {"state_dict": prefixed("module.base_encoder.", sized(s))}, {"num_heads": h})
-          for s, h in (("S", 12), ("B", 12), ("L", 16), ("H", 16))),
-        *(("deit", {"model": sized(s, tokens=("cls_token", "dist_token"))}, {"num_heads": h, "num_prefix_tokens": 2})
-          for s, h in (("S", 6), ("B", 12))),
-        *(("deit3", {"model": sized(s, rows=0, scales=("gamma_1", "gamma_2"))}, {"num_heads": h, "img_size": (224, 224)})
-          for s, h in (("S", 6), ("B", 12), ("L", 16), ("H", 16))),
+        *(
+            ("moco_v3", {"state_dict": prefixed("module.base_encoder.", sized(s))}, {"num_heads": h})
+            for s, h in (("S", 12), ("B", 12), ("L", 16), ("H", 16))
+        ),
+        *(
+            (
+                "deit",
+                {"model": sized(s, tokens=("cls_token", "dist_token"))},
+                {"num_heads": h, "num_prefix_tokens": 2},
+            )
+            for s, h in (("S", 6), ("B", 12))
+        ),
+        *(
+            (
+                "deit3",
+                {"model": sized(s, rows=0, scales=("gamma_1", "gamma_2"))},
+                {"num_heads": h, "img_size": (224, 224)},
+            )
+            for s, h in (("S", 6), ("B", 12), ("L", 16), ("H", 16))
+        ),
         ("deit3", {"model": toys_deit3.shapes(512, 12, 224, 16)}, {"num_heads": 8, "num_prefix_tokens": 1}),
-        ("ijepa", {"target_encoder": prefixed("module.", sized("H", tokens=())), "predictor": {}}, {"num_heads": 16}),
-        ("ijepa", {"target_encoder": encoder_shapes(1408, 40, 224, 16, tokens=(), hidden=6144), "predictor": {}},
-         {"num_heads": 16, "depth": 40, "num_prefix_tokens": 0}),
-        ("maskfeat", {"model_state": toys_maskfeat.pretrained_shapes(768, 12, 224, 16)}, {"num_heads": 12, "global_pool": "avg"}),
-        ("maskfeat", {"model_state": toys_maskfeat.pretrained_shapes(1024, 24, 224, 16)}, {"num_heads": 16, "depth": 24}),
-        *(("lightly", {"state_dict": prefixed("backbone.vit.", sized(s))}, {"num_heads": h})
-          for s, h in (("S", 6), ("B", 12), ("L", 16))),
-        *(("solo_learn", {"state_dict": {**prefixed("backbone.", sized(s)), "classifier.weight": (1000, 768)}}, {"num_heads": h})
-          for s, h in (("S", 6), ("B", 12), ("L", 16))),
+        (
+            "ijepa",
+            {"target_encoder": prefixed("module.", sized("H", tokens=())), "predictor": {}},
+            {"num_heads": 16},
+        ),
+        (
+            "ijepa",
+            {"target_encoder": encoder_shapes(1408, 40, 224, 16, tokens=(), hidden=6144), "predictor": {}},
+            {"num_heads": 16, "depth": 40, "num_prefix_tokens": 0},
+        ),
+        (
+            "maskfeat",
+            {"model_state": toys_maskfeat.pretrained_shapes(768, 12, 224, 16)},
+            {"num_heads": 12, "global_pool": "avg"},
+        ),
+        (
+            "maskfeat",
+            {"model_state": toys_maskfeat.pretrained_shapes(1024, 24, 224, 16)},
+            {"num_heads": 16, "depth": 24},
+        ),
+        *(
+            ("lightly", {"state_dict": prefixed("backbone.vit.", sized(s))}, {"num_heads": h})
+            for s, h in (("S", 6), ("B", 12), ("L", 16))
+        ),
+        *(
+            (
+                "solo_learn",
+                {"state_dict": {**prefixed("backbone.", sized(s)), "classifier.weight": (1000, 768)}},
+                {"num_heads": h},
+            )
+            for s, h in (("S", 6), ("B", 12), ("L", 16))
+        ),
     ],
-)  # fmt: skip
+)
 def test_published_sizes_find_their_places(format, content, facts):
     spec = check_real_size(format, content)
     assert {name: getattr(spec, name) for name in facts} == facts
@@ -272,13 +324,13 @@ def test_lightly_train_says_how_images_were_normalised(written):
 
 @torch.no_grad()
 def test_a_square_table_of_deit3_may_be_an_oblong_one_with_a_row_for_the_class_token(tmp_path, imgs):
-    """25 rows: the report says how they are taken, another image size is refused, and the user may say otherwise."""
+    """25 rows: the report states how they are read, another image size is refused, the user may override."""
     weights = fill(encoder_shapes(rows=0, scales=("gamma_1", "gamma_2")) | {"pos_embed": (1, 25, 192)})
     torch.save({"model": weights}, tmp_path / "x.pth")
     _, spec, report = load_backbone(tmp_path / "x.pth")
     assert spec.img_size == (40, 40)
     assert any(
-        "25 rows is taken for 5 x 5 patches without the class token's row" in note for note in report.notes
+        "25 rows is read as 5 x 5 patches without the class token's row" in note for note in report.notes
     )
     with pytest.raises(UserError, match=r"\(32, 48\) where the shapes say \(40, 40\)"):
         load_backbone(tmp_path / "x.pth", overrides={"img_size": (32, 48)})

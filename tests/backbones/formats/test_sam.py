@@ -1,6 +1,7 @@
-"""sam: Segment Anything's encoder against the equations of windows and decomposed relative positions (arXiv 2203.16527)."""
+"""sam: Segment Anything's encoder against the equations of arXiv 2203.16527 (windows, relative positions)."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,21 +15,23 @@ from mae_bench.errors import UserError
 from mae_bench.models.cost import backbone_gmacs, num_params
 from tasks.imagenet.classify import Classifier
 from tests.backbones.formats import toys_sam
-from tests.backbones.formats.reference import check_real_size, fill
+from tests.backbones.formats.reference import apply_linear, apply_norm, check_real_size, fill
 from tests.parity import assert_parity, weights_in_float64
 
 CASES = {
     "sam.pth": (toys_sam.SQUARE, (1, 3)),
     "training.pth": (toys_sam.WIDE, (1,)),
-    "encoder.safetensors": (toys_sam.ALL_SEE_ALL, (0, 2)),
+    "encoder.safetensors": (toys_sam.ALL_GLOBAL, (0, 2)),
 }
 
 
 def attention(w: dict[str, torch.Tensor], x: torch.Tensor, block: str, heads: int) -> torch.Tensor:
-    """Attention among the patches of x (N, H, W, D): for every pair the query meets a row of a table by the distance down, and
-    one by the distance across."""
+    """Attend among patches x (N, h, w, D), adding for each pair the query times one table row per axis.
+
+    The rows are those of the pair's vertical and horizontal distance.
+    """
     n, height, width, dim = x.shape
-    qkv = F.linear(x.flatten(1, 2), w[f"{block}.attn.qkv.weight"], w[f"{block}.attn.qkv.bias"])
+    qkv = apply_linear(w, x.flatten(1, 2), f"{block}.attn.qkv")
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     y, z = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
     down = w[f"{block}.attn.rel_pos_h"][y[:, None] - y[None] + height - 1]
@@ -36,15 +39,13 @@ def attention(w: dict[str, torch.Tensor], x: torch.Tensor, block: str, heads: in
     bias = (q[:, :, :, None] * (down + across)).sum(-1)
     out = (q @ k.transpose(-2, -1) / math.sqrt(dim // heads) + bias).softmax(-1) @ v
     out = out.transpose(1, 2).flatten(2)
-    return F.linear(out, w[f"{block}.attn.proj.weight"], w[f"{block}.attn.proj.bias"]).view(
-        n, height, width, dim
-    )
+    return apply_linear(w, out, f"{block}.attn.proj").view(n, height, width, dim)
 
 
 def in_windows(
     w: dict[str, torch.Tensor], x: torch.Tensor, block: str, heads: int, side: int
 ) -> torch.Tensor:
-    """Each window by itself; those over the border are filled up with zeros behind the norm."""
+    """Attend within each window; windows over the border are zero-padded after the norm."""
     height, width = x.shape[1:3]
     padded = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
     out = torch.zeros_like(padded)
@@ -56,28 +57,27 @@ def in_windows(
 
 
 def forward(
-    w: dict[str, torch.Tensor], imgs: torch.Tensor, heads: int, side: int, seeing_all: tuple[int, ...]
+    w: dict[str, torch.Tensor], imgs: torch.Tensor, heads: int, side: int, global_blocks: tuple[int, ...]
 ) -> Any:
-    """Maps (N, D, h, w) after every block, and those behind the neck."""
+    """Compute the maps (N, D, h, w) after every block and after the neck."""
     w = weights_in_float64(w)
-    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)  # noqa: E731
-    x = (
-        F.conv2d(imgs, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=16).permute(
-            0, 2, 3, 1
-        )
-        + w["pos_embed"]
-    )
+    linear, norm = partial(apply_linear, w), partial(apply_norm, w)
+    x = F.conv2d(imgs, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=16)
+    x = x.permute(0, 2, 3, 1) + w["pos_embed"]
     maps = []
     for i in range(sum(name.endswith("rel_pos_h") for name in w)):
         block = f"blocks.{i}"
         y = norm(x, f"{block}.norm1")
-        x = x + (attention(w, y, block, heads) if i in seeing_all else in_windows(w, y, block, heads, side))
-        y = F.gelu(
-            F.linear(norm(x, f"{block}.norm2"), w[f"{block}.mlp.lin1.weight"], w[f"{block}.mlp.lin1.bias"])
+        x = x + (
+            attention(w, y, block, heads) if i in global_blocks else in_windows(w, y, block, heads, side)
         )
-        x = x + F.linear(y, w[f"{block}.mlp.lin2.weight"], w[f"{block}.mlp.lin2.bias"])
+        y = F.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.lin1"))
+        x = x + linear(y, f"{block}.mlp.lin2")
         maps.append(x.permute(0, 3, 1, 2))
-    channels = lambda x, name: norm(x.permute(0, 2, 3, 1), name).permute(0, 3, 1, 2)  # noqa: E731 - a norm over channels
+
+    def channels(x: torch.Tensor, name: str) -> torch.Tensor:
+        return norm(x.permute(0, 2, 3, 1), name).permute(0, 3, 1, 2)
+
     x = channels(F.conv2d(maps[-1], w["neck.0.weight"]), "neck.1")
     return SimpleNamespace(maps=maps, neck=channels(F.conv2d(x, w["neck.2.weight"], padding=1), "neck.3"))
 
@@ -94,10 +94,10 @@ def images(size: tuple[int, int]) -> torch.Tensor:
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_features_equal_the_equations(files, name):
-    shapes, seeing_all = CASES[name]
+    shapes, global_blocks = CASES[name]
     model, spec, report = load_backbone(files[name][0])
     imgs = images(spec.img_size)
-    want = forward(fill(shapes), imgs, 4, 3, seeing_all)
+    want = forward(fill(shapes), imgs, 4, 3, global_blocks)
     assert_parity(model.double().eval().forward_features(imgs), want.neck.flatten(2).transpose(1, 2))
     for found, expected in zip(FeatureMaps(model, spec, range(spec.depth))(imgs), want.maps, strict=True):
         assert_parity(found, expected)
@@ -135,8 +135,11 @@ def test_another_image_size_takes_new_tables_for_the_blocks_that_see_all(files):
     weights = model.state_dict()
     assert weights["pos_embed"].shape == (1, 6, 8, 48)
     assert [tuple(weights[f"blocks.{i}.attn.rel_pos_{axis}"].shape) for i in (0, 1) for axis in "hw"] == [
-        (5, 12), (5, 12), (11, 12), (15, 12),
-    ]  # fmt: skip
+        (5, 12),
+        (5, 12),
+        (11, 12),
+        (15, 12),
+    ]
     assert "blocks.1.attn.rel_pos_h" in report.reshaped
     theirs = {name.replace("mlp.fc", "mlp.lin"): tensor for name, tensor in weights.items()}
     imgs = images((96, 128))
@@ -164,22 +167,27 @@ def expected_gmacs() -> float:
 
 
 @pytest.mark.parametrize(
-    ("width", "depth", "heads", "seeing_all", "grid"),
+    ("width", "depth", "heads", "global_blocks", "grid"),
     [
-        (768, 12, 12, (2, 5, 8, 11), 64), (1024, 24, 16, (5, 11, 17, 23), 64), (1280, 32, 16, (7, 15, 23, 31), 64),
+        (768, 12, 12, (2, 5, 8, 11), 64),
+        (1024, 24, 16, (5, 11, 17, 23), 64),
+        (1280, 32, 16, (7, 15, 23, 31), 64),
         (768, 12, 12, (2, 5, 8, 11), 14),
     ],
-)  # fmt: skip
-def test_published_sizes(width, depth, heads, seeing_all, grid):
-    """B, L and H of build_sam.py; of images of 224 pixels, where all tables are of one size, the same blocks see all."""
-    shapes = toys_sam.encoder(width, depth, heads, (grid, grid), 14, seeing_all, neck=256)
+)
+def test_published_sizes(width, depth, heads, global_blocks, grid):
+    """B, L, H of build_sam.py; at 224 pixels, where all tables have one size, the same blocks are global."""
+    shapes = toys_sam.encoder(width, depth, heads, (grid, grid), 14, global_blocks, neck=256)
     spec = check_real_size("sam", {f"image_encoder.{name}": shape for name, shape in shapes.items()})
     assert (spec.img_size, spec.num_heads, spec.depth) == ((16 * grid, 16 * grid), heads, depth)
     assert spec.mean == pytest.approx([value / 255 for value in (123.675, 116.28, 103.53)])
     assert spec.std == pytest.approx([value / 255 for value in (58.395, 57.12, 57.375)])
     assert spec.options == {
-        "use_rel_pos": True, "window_size": 14, "global_attn_indexes": list(seeing_all), "neck_chans": 256,
-    }  # fmt: skip
+        "use_rel_pos": True,
+        "window_size": 14,
+        "global_attn_indexes": list(global_blocks),
+        "neck_chans": 256,
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""timm: its own ViTs are rebuilt from a name or from what tensors show, give timm's features, and are written back for timm."""
+"""timm: its ViTs are rebuilt from a name or from tensors, give timm's features, and are written back."""
 
 import json
 from pathlib import Path
@@ -198,9 +198,16 @@ def bare(folder: Path, architecture: str, **options: Any) -> tuple[Any, Path]:
 
 @pytest.mark.parametrize(
     "architecture",
-    ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3", "vit_small_patch16_rope_224",
-     "vit_small_patch16_rope_mixed_224", "vit_medium_patch16_rope_reg1_gap_256", "vit_pe_core_tiny_patch16_384"],
-)  # fmt: skip
+    [
+        "vit_small_patch16_dinov3",
+        "vit_small_patch16_dinov3_qkvb",
+        "vit_small_plus_patch16_dinov3",
+        "vit_small_patch16_rope_224",
+        "vit_small_patch16_rope_mixed_224",
+        "vit_medium_patch16_rope_reg1_gap_256",
+        "vit_pe_core_tiny_patch16_384",
+    ],
+)
 def test_rotations_that_nothing_tells_are_not_left_out(tmp_path, architecture):
     model, path = bare(tmp_path, architecture)
     with pytest.raises(UserError, match=r"rotary(.|\n)*config.json(.|\n)*--format dinov3"):

@@ -1,4 +1,4 @@
-"""Toy files in the layout of microsoft/unilm's beit (run_beit_pretraining.py, run_class_finetuning.py, utils.save_model)."""
+"""Toy files of microsoft/unilm's beit (run_beit_pretraining.py, run_class_finetuning.py, utils.py)."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from tests.backbones.formats.beit_layout import encoder_shapes, pair, weights
+from tests.backbones.formats.beit_layout import encoder_shapes, weights
+from tests.backbones.formats.reference import Files, pair
 
 HEADS = pair("norm", 192) | pair("lm_head", 40, 192) | {"mask_token": (1, 1, 192)}
 TUNED = pair("fc_norm", 192) | pair("head", 7, 192)
@@ -33,7 +34,7 @@ def training(model: dict[str, torch.Tensor], *, imagenet: bool) -> dict[str, Any
     }
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     torch.save({"model": FILES["pretrained"]}, folder / "pt22k.pth")
     torch.save(training(FILES["pretrained-1k"], imagenet=True), folder / "pt1k.pth")
     torch.save({"module": FILES["fine"]}, folder / "ft.pth")

@@ -1,11 +1,11 @@
-"""Toy files in the layout of microsoft/unilm's beit2 folder (run_beitv2_pretraining.py, run_class_finetuning.py)."""
+"""Toy files of microsoft/unilm's beit2 folder (run_beitv2_pretraining.py, run_class_finetuning.py)."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tests.backbones.formats.beit_layout import encoder_shapes, pair, weights
+from tests.backbones.formats.beit_layout import encoder_shapes, weights
+from tests.backbones.formats.reference import Files, pair
 
 CLS_LAYERS = {
     name.replace("blocks.", "cls_pt_layers."): shape
@@ -22,7 +22,7 @@ FILES = {
 }
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     for name, model in FILES.items():
         torch.save({"model": model}, folder / f"{name}.pth")
     return {name: (folder / f"{name}.pth", {"format": "beitv2"} if name == "fine" else {}) for name in FILES}

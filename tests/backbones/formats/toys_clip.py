@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.backbones.formats.reference import fill
+from tests.backbones.formats.reference import Files, Shapes, fill, pair, prefixed
 
 WIDTH, SIZE, PATCH = 192, 32, 8
 GELU = {"overrides": {"options": {"act_layer": "gelu"}}}
@@ -20,37 +20,46 @@ def tower(
     grid: int = SIZE // PATCH,
     hidden: int = 4 * WIDTH,
     out: int = 24,
-):
-    """Names and shapes of `VisionTransformer` in openai/CLIP clip/model.py, and in OpenCLIP's."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "class_embedding": (width,), "positional_embedding": (grid**2 + 1, width), "proj": (width, out),
+) -> Shapes:
+    """Return the shapes of `VisionTransformer` in openai/CLIP clip/model.py, and in OpenCLIP's."""
+    shapes: Shapes = {
+        "class_embedding": (width,),
+        "positional_embedding": (grid**2 + 1, width),
+        "proj": (width, out),
         "conv1.weight": (width, 3, patch, patch),
-        "ln_pre.weight": (width,), "ln_pre.bias": (width,), "ln_post.weight": (width,), "ln_post.bias": (width,),
-    }  # fmt: skip
+        **pair("ln_pre", width),
+        **pair("ln_post", width),
+    }
     for i in range(depth):
-        block = {
-            "attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
-            "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
-            "ln_1.weight": (width,), "ln_1.bias": (width,), "ln_2.weight": (width,), "ln_2.bias": (width,),
-            "mlp.c_fc.weight": (hidden, width), "mlp.c_fc.bias": (hidden,),
-            "mlp.c_proj.weight": (width, hidden), "mlp.c_proj.bias": (width,),
-        }  # fmt: skip
+        block: Shapes = {
+            "attn.in_proj_weight": (3 * width, width),
+            "attn.in_proj_bias": (3 * width,),
+            **pair("attn.out_proj", width, width),
+            **pair("ln_1", width),
+            **pair("ln_2", width),
+            **pair("mlp.c_fc", hidden, width),
+            **pair("mlp.c_proj", width, hidden),
+        }
         shapes |= {f"transformer.resblocks.{i}.{name}": shape for name, shape in block.items()}
     return shapes
 
 
-TEXT = {
-    "positional_embedding": (77, 16), "text_projection": (16, 24), "logit_scale": (), "token_embedding.weight": (50, 16),
-    "transformer.resblocks.0.attn.in_proj_weight": (48, 16), "ln_final.weight": (16,), "ln_final.bias": (16,),
-}  # fmt: skip
+TEXT: Shapes = {
+    "positional_embedding": (77, 16),
+    "text_projection": (16, 24),
+    "logit_scale": (),
+    "token_embedding.weight": (50, 16),
+    "transformer.resblocks.0.attn.in_proj_weight": (48, 16),
+    **pair("ln_final", 16),
+}
 
 
 def visual(**options: int) -> dict[str, torch.Tensor]:
-    return {f"visual.{name}": tensor for name, tensor in fill(tower(**options)).items()}
+    return prefixed("visual.", fill(tower(**options)))
 
 
 def openai() -> dict[str, torch.Tensor]:
-    """The state_dict of a released archive: float16, beside three buffers."""
+    """Return the state_dict of a released archive: float16 weights and three buffers."""
     weights = {name: tensor.half() for name, tensor in (visual() | fill(TEXT)).items()}
     return weights | {
         "input_resolution": torch.tensor(SIZE),
@@ -83,9 +92,9 @@ def clipa() -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in visual().items() if "ln_pre" not in name}
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     torch.save(openai(), folder / "openai.pt")
-    training = {f"module.{name}": tensor for name, tensor in (visual() | fill(TEXT)).items()}
+    training = prefixed("module.", visual() | fill(TEXT))
     state = {
         "epoch": 3,
         "name": "run",
@@ -94,14 +103,19 @@ def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     }
     torch.save(state, folder / "epoch_3.pt")
     save_file(fill(tower()), folder / "tower.safetensors")
-    scales = {f"visual.transformer.resblocks.{i}.ls_{j}.gamma": (WIDTH,) for i in (0, 1) for j in (1, 2)}
+    blocks = [f"visual.transformer.resblocks.{i}" for i in (0, 1)]
+    scales: Shapes = {}
+    for block in blocks:
+        scales |= {f"{block}.ls_1.gamma": (WIDTH,), f"{block}.ls_2.gamma": (WIDTH,)}
+    pooling = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
     return {
         "openai": (folder / "openai.pt", {}),
         "training": (folder / "epoch_3.pt", GELU),
         "tower": (folder / "tower.safetensors", {"overrides": {"options": {"act_layer": "quick_gelu"}}}),
-        "open_clip": (open_clip_folder(folder / "open_clip", visual() | fill(scales), {"head_width": 32}), {}),
-        "quickgelu": (open_clip_folder(folder / "dfn", visual(), {}, quick_gelu=True), {}),
-        "clipa": (
-            open_clip_folder(folder / "clipa", clipa(), {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}), {},
+        "open_clip": (
+            open_clip_folder(folder / "open_clip", visual() | fill(scales), {"head_width": 32}),
+            {},
         ),
-    }  # fmt: skip
+        "quickgelu": (open_clip_folder(folder / "dfn", visual(), {}, quick_gelu=True), {}),
+        "clipa": (open_clip_folder(folder / "clipa", clipa(), pooling), {}),
+    }

@@ -1,11 +1,11 @@
-"""Toy files in the layout of facebookresearch/data2vec_vision (beit/run_cyclical.py, beit/run_class_finetuning.py)."""
+"""Toy files of facebookresearch/data2vec_vision (beit/run_cyclical.py, beit/run_class_finetuning.py)."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tests.backbones.formats.beit_layout import pair, weights
+from tests.backbones.formats.beit_layout import weights
+from tests.backbones.formats.reference import Files, pair
 from tests.backbones.formats.toys_beit import training
 
 HEADS = pair("norm", 192) | pair("lm_head", 192, 192) | {"mask_token": (1, 1, 192)}
@@ -16,7 +16,7 @@ FILES = {
 }
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     """Pretraining saves student and teacher; DeepSpeed's fine-tuning saves `module`."""
     pretraining = training(FILES["student"], imagenet=True) | {"model_ema": FILES["teacher"]}
     torch.save(pretraining, folder / "checkpoint-799.pth")

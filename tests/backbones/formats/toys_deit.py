@@ -2,12 +2,11 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tests.backbones.formats.plain_vit import WIDTH, encoder_shapes, linear
-from tests.backbones.formats.reference import fill
+from tests.backbones.formats.reference import Files, fill
 
 
 def weights(seed: int = 0, *, distilled: bool = False) -> dict[str, torch.Tensor]:
@@ -19,8 +18,8 @@ def model(seed: int = 0, *, distilled: bool = False) -> dict[str, torch.Tensor]:
     return weights(seed, distilled=distilled) | fill(heads)
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Published files hold `model` alone; without a distillation token one looks like a fine-tuned MAE: the user says which."""
+def write(folder: Path) -> Files:
+    """Published files hold only `model`; without a distillation token one looks like a fine-tuned MAE."""
     torch.save({"model": model()}, folder / "deit_tiny.pth")
     torch.save({"model": model(distilled=True)}, folder / "deit_tiny_distilled.pth")
     training = {

@@ -1,12 +1,11 @@
 """Toy files in the layout of DeiT III (facebookresearch/deit models_v2.py)."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tests.backbones.formats.plain_vit import WIDTH, Shapes, encoder_shapes, linear
-from tests.backbones.formats.reference import fill
+from tests.backbones.formats.plain_vit import WIDTH, encoder_shapes, linear
+from tests.backbones.formats.reference import Files, Shapes, fill
 
 
 def shapes(*sizes: int, scales: bool = True) -> Shapes:
@@ -14,7 +13,7 @@ def shapes(*sizes: int, scales: bool = True) -> Shapes:
     return encoder_shapes(*sizes, rows=0, scales=("gamma_1", "gamma_2") if scales else ())
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     """Without layer scale (its older models of the same code) nothing marks a file."""
     for name, scales in (("deit_3_tiny", True), ("deit_tiny_36", False)):
         weights = fill(shapes(scales=scales) | linear("head", WIDTH, 10))

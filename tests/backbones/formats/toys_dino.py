@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.backbones.formats.plain_vit import encoder_shapes, mlp_head, prefixed
-from tests.backbones.formats.reference import fill
+from tests.backbones.formats.plain_vit import encoder_shapes, mlp_head
+from tests.backbones.formats.reference import Files, fill, prefixed
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -16,7 +16,7 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def training() -> dict[str, Any]:
-    """Only the student is wrapped for DDP: a ViT has no batch norm. Its schedules are numpy's, and so are rate and decay."""
+    """Only the student is wrapped for DDP: a ViT has no batch norm. Rates and decays are numpy scalars."""
     head = prefixed("head.", mlp_head("last_layer"))
     groups = [{"lr": np.float64(5e-4), "weight_decay": np.float64(0.04), "params": [0]}]
     return {
@@ -30,7 +30,7 @@ def training() -> dict[str, Any]:
     }
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     torch.save(training(), folder / "checkpoint.pth")
     torch.save(training()["teacher"], folder / "teacher.pth")
     torch.save(weights(), folder / "dino_vittiny8_pretrain.pth")

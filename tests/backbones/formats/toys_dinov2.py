@@ -1,13 +1,12 @@
-"""Toy files in the layouts of facebookresearch/dinov2: hub backbones, a teacher's checkpoint, a training's state."""
+"""Toy files of facebookresearch/dinov2: hub backbones, a teacher's checkpoint, a training state."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.backbones.formats.reference import fill
-
-Shapes = dict[str, tuple[int, ...]]
+from tests.backbones.formats.reference import Files, Shapes, fill, pair, prefixed
 
 
 def shapes(
@@ -19,7 +18,7 @@ def shapes(
     registers: int = 0,
     gated: bool = False,
 ) -> Shapes:
-    """Of a backbone for side x side patches. gated: a SwiGLU of `hidden` channels stands in the MLP's place."""
+    """Return the shapes of a backbone with side x side patches. gated: a SwiGLU of `hidden` channels."""
     result: Shapes = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, side * side + 1, width),
@@ -27,50 +26,43 @@ def shapes(
     }
     if registers:
         result["register_tokens"] = (1, registers, width)
-    result |= {"patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
+    result |= pair("patch_embed.proj", width, 3, patch, patch)
     for i in range(depth):
-        result |= {f"blocks.{i}.{name}": shape for name, shape in block(width, hidden, gated).items()}
-    return result | {"norm.weight": (width,), "norm.bias": (width,)}
+        result |= prefixed(f"blocks.{i}.", block(width, hidden, gated))
+    return result | pair("norm", width)
 
 
 def block(width: int, hidden: int, gated: bool) -> Shapes:
     up, down, rows = ("w12", "w3", 2 * hidden) if gated else ("fc1", "fc2", hidden)
     return {
-        "norm1.weight": (width,), "norm1.bias": (width,),
-        "attn.qkv.weight": (3 * width, width), "attn.qkv.bias": (3 * width,),
-        "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
+        **pair("norm1", width),
+        **pair("attn.qkv", 3 * width, width),
+        **pair("attn.proj", width, width),
         "ls1.gamma": (width,),
-        "norm2.weight": (width,), "norm2.bias": (width,),
-        f"mlp.{up}.weight": (rows, width), f"mlp.{up}.bias": (rows,),
-        f"mlp.{down}.weight": (width, hidden), f"mlp.{down}.bias": (width,),
+        **pair("norm2", width),
+        **pair(f"mlp.{up}", rows, width),
+        **pair(f"mlp.{down}", width, hidden),
         "ls2.gamma": (width,),
-    }  # fmt: skip
+    }
 
 
 def projection(name: str, width: int = 192) -> Shapes:
-    """A DINO head with its weight-normalised last layer."""
+    """Return the shapes of a DINO head with its weight-normalised last layer."""
     return {
-        f"{name}.mlp.0.weight": (16, width), f"{name}.mlp.0.bias": (16,),
-        f"{name}.mlp.2.weight": (8, 16), f"{name}.mlp.2.bias": (8,),
-        f"{name}.last_layer.weight_g": (32, 1), f"{name}.last_layer.weight_v": (32, 8),
-    }  # fmt: skip
+        **pair(f"{name}.mlp.0", 16, width),
+        **pair(f"{name}.mlp.2", 8, 16),
+        f"{name}.last_layer.weight_g": (32, 1),
+        f"{name}.last_layer.weight_v": (32, 8),
+    }
 
 
 def chunked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One block a chunk, as block_chunks saves them: the place of the blocks of earlier chunks stays empty."""
-    return {
-        name.replace(f"blocks.{i}.", f"blocks.{i}.{i}."): tensor
-        for name, tensor in weights.items()
-        for i in [number(name)]
-    }
+    """Rename to one block per chunk, as block_chunks saves them: chunk i holds block i at index i."""
+    return {re.sub(r"^blocks\.(\d+)\.", r"blocks.\1.\1.", name): tensor for name, tensor in weights.items()}
 
 
 def number(name: str) -> str:
     return name.split(".")[1] if name.startswith("blocks.") else "-"
-
-
-def prefixed(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {prefix + name: tensor for name, tensor in weights.items()}
 
 
 def backbones() -> dict[str, dict[str, torch.Tensor]]:
@@ -82,14 +74,13 @@ def backbones() -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     """The teachers of "teacher" and "training" are the backbone of "base"."""
     bare, heads = backbones(), fill(projection("dino_head") | projection("ibot_head"))
     plain = bare["base"]
     teacher = prefixed("backbone.", chunked(plain)) | heads
-    state = prefixed("student.", prefixed("backbone.", fill(shapes(), seed=1)) | heads) | prefixed(
-        "teacher.", teacher
-    )
+    student = prefixed("backbone.", fill(shapes(), seed=1)) | heads
+    state = prefixed("student.", student) | prefixed("teacher.", teacher)
     contents: dict[str, tuple[Any, dict[str, Any]]] = {
         **{name: (weights, {}) for name, weights in bare.items()},
         "teacher": ({"teacher": teacher}, {}),

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from tests.backbones.formats.reference import fill
-from tests.backbones.formats.toys_dinov2 import Shapes, prefixed, projection
+from tests.backbones.formats.reference import Files, Shapes, fill, pair, prefixed
+from tests.backbones.formats.toys_dinov2 import projection
 
 
 def shapes(
@@ -20,38 +20,41 @@ def shapes(
     mask_k_bias: bool = True,
     local_norm: bool = False,
 ) -> Shapes:
-    """Of a backbone with patches of 16. gated: a SwiGLU of `hidden` channels stands in the MLP's place. Without periods."""
+    """Return the shapes of a backbone with patches of 16, without periods.
+
+    gated: a SwiGLU of `hidden` channels for an MLP.
+    """
     result: Shapes = {"cls_token": (1, 1, width), "mask_token": (1, width)}
     if registers:
         result["storage_tokens"] = (1, registers, width)
-    result |= {"patch_embed.proj.weight": (width, 3, 16, 16), "patch_embed.proj.bias": (width,)}
+    result |= pair("patch_embed.proj", width, 3, 16, 16)
     biases = {"attn.qkv.bias": (3 * width,)} if qkv_bias else {}
-    biases |= {"attn.qkv.bias_mask": (3 * width,)} if qkv_bias and mask_k_bias else {}
+    if qkv_bias and mask_k_bias:
+        biases["attn.qkv.bias_mask"] = (3 * width,)
     for i in range(depth):
-        result |= {
-            f"blocks.{i}.{name}": shape for name, shape in (block(width, hidden, gated) | biases).items()
-        }
-    result |= {"norm.weight": (width,), "norm.bias": (width,)}
-    return result | (
-        {"local_cls_norm.weight": (width,), "local_cls_norm.bias": (width,)} if local_norm else {}
-    )
+        result |= prefixed(f"blocks.{i}.", block(width, hidden, gated) | biases)
+    result |= pair("norm", width)
+    return result | pair("local_cls_norm", width) if local_norm else result
 
 
 def block(width: int, hidden: int, gated: bool) -> Shapes:
     into, out = (("w1", "w2"), "w3") if gated else (("fc1",), "fc2")
-    mlp = {f"mlp.{name}.weight": (hidden, width) for name in into} | {
-        f"mlp.{name}.bias": (hidden,) for name in into
-    }
+    mlp: Shapes = {f"mlp.{name}.weight": (hidden, width) for name in into}
+    mlp |= {f"mlp.{name}.bias": (hidden,) for name in into}
     return {
-        "norm1.weight": (width,), "norm1.bias": (width,), "attn.qkv.weight": (3 * width, width),
-        "attn.proj.weight": (width, width), "attn.proj.bias": (width,), "ls1.gamma": (width,),
-        "norm2.weight": (width,), "norm2.bias": (width,), **mlp,
-        f"mlp.{out}.weight": (width, hidden), f"mlp.{out}.bias": (width,), "ls2.gamma": (width,),
-    }  # fmt: skip
+        **pair("norm1", width),
+        "attn.qkv.weight": (3 * width, width),
+        **pair("attn.proj", width, width),
+        "ls1.gamma": (width,),
+        **pair("norm2", width),
+        **mlp,
+        **pair(f"mlp.{out}", width, hidden),
+        "ls2.gamma": (width,),
+    }
 
 
 def periods(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Base 100, one for each four channels of a head, in the precision of the training's default, stored as float32."""
+    """Return periods of base 100, one per four channels of a head, computed in `dtype`, as float32."""
     number = head_dim // 4
     return (100.0 ** (torch.arange(number, dtype=dtype) / number)).to(dtype).float()
 
@@ -59,7 +62,7 @@ def periods(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> torch.Te
 def filled(
     head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **options: Any
 ) -> dict[str, torch.Tensor]:
-    """Random weights; masks as the code sets them (1 for query and value, 0 for key), over a bias that the key has too."""
+    """Return random weights; masks are 1 for query and value and 0 for the key, whose bias is not zero."""
     weights = fill(shapes(**options), seed)
     for name in [name for name in weights if name.endswith("bias_mask")]:
         weights[name] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(len(weights[name]) // 3)
@@ -76,13 +79,11 @@ def toys() -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     small: dict[str, Any] = {"overrides": {"img_size": [64, 64]}}
     contents: dict[str, Any] = dict(toys())
-    contents["teacher"] = {
-        "teacher": prefixed("backbone.", contents["own"])
-        | fill(projection("dino_head") | projection("ibot_head"))
-    }
+    heads = fill(projection("dino_head") | projection("ibot_head"))
+    contents["teacher"] = {"teacher": prefixed("backbone.", contents["own"]) | heads}
     for name, content in contents.items():
         torch.save(content, folder / f"{name}.pth")
     return {name: (folder / f"{name}.pth", {} if name == "satellite" else small) for name in contents}

@@ -1,33 +1,31 @@
-"""Toy files in the layout of baaivision/EVA's EVA-02/asuka (run_eva02_pretraining.py, run_class_finetuning.py, DeepSpeed)."""
+"""Toy files of baaivision/EVA's EVA-02/asuka (run_eva02_pretraining.py, run_class_finetuning.py)."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tests.backbones.formats.beit_layout import pair
-from tests.backbones.formats.reference import fill
+from tests.backbones.formats.reference import Files, Shapes, fill, pair, prefixed
 
 BASE = 10000.0
 
 
 def encoder_shapes(
     width: int = 192, depth: int = 2, side: int = 4, patch: int = 8, *, sub_ln: bool = True
-) -> dict[str, tuple[int, ...]]:
-    """sub_ln: base and large (three projections, w1 and w2, a norm in the MLP); tiny and small have one qkv and xFormers' w12."""
+) -> Shapes:
+    """Return the shapes of an encoder.
+
+    sub_ln: base and large, with three projections, w1 and w2, and a norm in the MLP; tiny and small have one
+    qkv and xFormers' w12.
+    """
     hidden = int(width * 4 * 2 / 3)
-    shapes: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, width),
-        "pos_embed": (1, side * side + 1, width),
-    }
-    shapes |= {"patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
+    shapes: Shapes = {"cls_token": (1, 1, width), "pos_embed": (1, side * side + 1, width)}
+    shapes |= pair("patch_embed.proj", width, 3, patch, patch)
     for i in range(depth):
         block = pair("norm1", width) | {"attn.q_bias": (width,), "attn.v_bias": (width,)}
         if sub_ln:
             block |= {f"attn.{name}_proj.weight": (width, width) for name in "qkv"}
-            block |= (
-                pair("mlp.w1", hidden, width) | pair("mlp.w2", hidden, width) | pair("mlp.ffn_ln", hidden)
-            )
+            block |= pair("mlp.w1", hidden, width) | pair("mlp.w2", hidden, width)
+            block |= pair("mlp.ffn_ln", hidden)
         else:
             block |= {"attn.qkv.weight": (3 * width, width)} | pair("mlp.w12", 2 * hidden, width)
         block |= pair("attn.proj", width, width) | pair("norm2", width) | pair("mlp.w3", width, hidden)
@@ -36,31 +34,31 @@ def encoder_shapes(
 
 
 def angles(side: int, head_width: int, seq_len: int = 16) -> torch.Tensor:
-    """(side^2, head_width): the first half of the channels turns with the row, the second with the column, pairs by one frequency
-    (arXiv 2303.11331; rope.py)."""
+    """Return angles (side^2, head_width): half of the channels by row, half by column, in pairs.
+
+    arXiv 2303.11331; rope.py.
+    """
     turn = torch.arange(side) / side * seq_len
     frequencies = BASE ** (-torch.arange(0, head_width // 2, 2) / (head_width // 2))
     turns = (turn[:, None] * frequencies).repeat_interleave(2, dim=1)
-    return torch.cat([turns[:, None].expand(-1, side, -1), turns[None].expand(side, -1, -1)], dim=-1).reshape(
-        side * side, -1
-    )
+    by_row, by_column = turns[:, None].expand(-1, side, -1), turns[None].expand(side, -1, -1)
+    return torch.cat([by_row, by_column], dim=-1).reshape(side * side, -1)
 
 
 def rotations(
     depth: int = 2, side: int = 4, head_width: int = 64, seq_len: int = 16
 ) -> dict[str, torch.Tensor]:
-    """The module is registered at the top and in every block."""
+    """Return the buffers of the module, which is registered at the top and in every block."""
     turns = angles(side, head_width, seq_len)
-    places = ["rope", *(f"blocks.{i}.attn.rope" for i in range(depth))]
-    return {
-        f"{place}.freqs_{kind}": table
-        for place in places
-        for kind, table in (("cos", turns.cos()), ("sin", turns.sin()))
-    }
+    tables = {"freqs_cos": turns.cos(), "freqs_sin": turns.sin()}
+    result = prefixed("rope.", tables)
+    for i in range(depth):
+        result |= prefixed(f"blocks.{i}.attn.rope.", tables)
+    return result
 
 
-def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Random weights, matrices so small that no attention is saturated: rounding stays rounding."""
+def drawn(shapes: Shapes) -> dict[str, torch.Tensor]:
+    """Return random weights, with matrices so small that no attention saturates."""
     return {name: tensor / 2 if tensor.ndim > 1 else tensor for name, tensor in fill(shapes).items()}
 
 
@@ -74,12 +72,11 @@ FILES = {
 }
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     torch.save({"module": FILES["pretrained"], "epoch": 149}, folder / "pt.pt")
     torch.save({"model": FILES["fine"]}, folder / "ft.pt")
-    torch.save(
-        {"module": {name: tensor.half() for name, tensor in FILES["tiny"].items()}}, folder / "tiny.pt"
-    )
+    half = {name: tensor.half() for name, tensor in FILES["tiny"].items()}
+    torch.save({"module": half}, folder / "tiny.pt")
     torch.save(FILES["without-rotations"], folder / "bare.pt")
     return {
         "pretrained": (folder / "pt.pt", {}),

@@ -14,7 +14,7 @@ from transformers import (
     Data2VecVisionModel,
 )
 
-from tests.backbones.formats.reference import randomise
+from tests.backbones.formats.reference import Files, randomise
 
 SIZES = {
     "hidden_size": 192,
@@ -61,9 +61,9 @@ def build(name: str) -> Any:
     return randomise(model(config(**SIZES, layer_norm_eps=1e-6, **options)))
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     """Folders, and the state_dict as it is in memory."""
-    files: dict[str, tuple[Path, dict[str, Any]]] = {}
+    files: Files = {}
     for name in MODELS:
         model = build(name)
         model.save_pretrained(folder / name)

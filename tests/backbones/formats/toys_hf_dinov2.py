@@ -13,11 +13,15 @@ from transformers import (
     Dinov2WithRegistersModel,
 )
 
-from tests.backbones.formats.reference import randomise
+from tests.backbones.formats.reference import Files, randomise, save_pretrained
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 56, "patch_size": 14,
-}  # fmt: skip
+    "hidden_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 56,
+    "patch_size": 14,
+}
 
 
 def models() -> dict[str, Any]:
@@ -36,10 +40,9 @@ def models() -> dict[str, Any]:
     return {name: randomise(model, seed) for seed, (name, model) in enumerate(made.items())}
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    files: dict[str, tuple[Path, dict[str, Any]]] = {}
+def write(folder: Path) -> Files:
+    files = save_pretrained(folder, models())
     for name, model in models().items():
-        model.save_pretrained(folder / name)
         torch.save(model.state_dict(), folder / f"{name}.pth")
-        files |= {name: (folder / name, {}), f"{name}-memory": (folder / f"{name}.pth", {})}
+        files[f"{name}-memory"] = (folder / f"{name}.pth", {})
     return files

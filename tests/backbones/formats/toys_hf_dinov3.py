@@ -6,11 +6,15 @@ from typing import Any
 import torch
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from tests.backbones.formats.reference import randomise
+from tests.backbones.formats.reference import Files, randomise, save_pretrained
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 64, "intermediate_size": 488,
-}  # fmt: skip
+    "hidden_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 64,
+    "intermediate_size": 488,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"num_register_tokens": 4},
     "gated": {"num_register_tokens": 4, "use_gated_mlp": True, "hidden_act": "silu"},
@@ -26,10 +30,7 @@ def models() -> dict[str, Any]:
     }
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    files: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for name, model in models().items():
-        model.save_pretrained(folder / name)
-        files[name] = (folder / name, {})
+def write(folder: Path) -> Files:
+    files = save_pretrained(folder, models())
     torch.save(models()["gated"].state_dict(), folder / "memory.pth")
     return files | {"memory": (folder / "memory.pth", {"overrides": {"img_size": [64, 64]}})}

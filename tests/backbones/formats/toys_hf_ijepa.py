@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import IJepaConfig, IJepaForImageClassification, IJepaModel
 
-from tests.backbones.formats.reference import randomise
+from tests.backbones.formats.reference import Files, randomise, save_pretrained
 from tests.backbones.formats.toys_hf_vit import SIZES
 
 HEADS = 6
@@ -18,13 +18,9 @@ def models() -> dict[str, Any]:
     return {name: randomise(model) for name, model in made.items()}
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    files: dict[str, tuple[Path, dict[str, Any]]] = {}
+def write(folder: Path) -> Files:
+    files = save_pretrained(folder, models())
     for name, model in models().items():
-        model.save_pretrained(folder / name)
         torch.save(model.state_dict(), folder / f"{name}.pth")
-        files |= {
-            name: (folder / name, {}),
-            f"{name}.pth": (folder / f"{name}.pth", {"overrides": {"num_heads": HEADS}}),
-        }
+        files[f"{name}.pth"] = (folder / f"{name}.pth", {"overrides": {"num_heads": HEADS}})
     return files

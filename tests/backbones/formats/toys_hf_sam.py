@@ -13,12 +13,19 @@ from transformers import (
     SamVisionModel,
 )
 
-from tests.backbones.formats.reference import randomise
+from tests.backbones.formats.reference import Files, randomise, save_pretrained
 
 VISION: dict[str, Any] = {
-    "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_dim": 96, "image_size": 80, "patch_size": 16,
-    "output_channels": 16, "window_size": 3, "global_attn_indexes": [1, 3],
-}  # fmt: skip
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "mlp_dim": 96,
+    "image_size": 80,
+    "patch_size": 16,
+    "output_channels": 16,
+    "window_size": 3,
+    "global_attn_indexes": [1, 3],
+}
 
 
 def models() -> dict[str, Any]:
@@ -36,10 +43,7 @@ def models() -> dict[str, Any]:
     }
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    files: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for name, model in models().items():
-        model.save_pretrained(folder / name)
-        files[name] = (folder / name, {})
+def write(folder: Path) -> Files:
+    files = save_pretrained(folder, models())
     torch.save(models()["both"].state_dict(), folder / "memory.pth")
     return files | {"memory": (folder / "memory.pth", {})}

@@ -14,12 +14,17 @@ from transformers import (
     ViTModel,
 )
 
-from tests.backbones.formats.reference import randomise
+from tests.backbones.formats.reference import Files, prefixed, randomise, save_pretrained
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 384, "image_size": 32,
-    "patch_size": 8, "encoder_stride": 8,
-}  # fmt: skip
+    "hidden_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 384,
+    "image_size": 32,
+    "patch_size": 8,
+    "encoder_stride": 8,
+}
 
 
 def models() -> dict[str, Any]:
@@ -37,17 +42,12 @@ def models() -> dict[str, Any]:
     return {name: randomise(model) for name, model in made.items()}
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Each as a folder, and its state_dict of memory alone where that is enough to know it."""
-    files: dict[str, tuple[Path, dict[str, Any]]] = {}
+def write(folder: Path) -> Files:
+    """Write each model as a folder, and its state_dict in memory where that is enough to detect it."""
+    files = save_pretrained(folder, models())
     for name, model in models().items():
-        model.save_pretrained(folder / name)
-        files[name] = (folder / name, {})
-        if name != "bare":  # its options stand in its config alone
-            torch.save(
-                {f"module.{key}": tensor for key, tensor in model.state_dict().items()},
-                folder / f"{name}.pth",
-            )
+        if name != "bare":  # only its config states its options
+            torch.save(prefixed("module.", model.state_dict()), folder / f"{name}.pth")
             files[f"{name}.pth"] = (folder / f"{name}.pth", {})
     plain = ViTModel(ViTConfig(**SIZES), add_pooling_layer=False)
     torch.save(randomise(plain).state_dict(), folder / "unmarked.pth")

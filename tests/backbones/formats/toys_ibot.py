@@ -2,19 +2,18 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tests.backbones.formats.plain_vit import WIDTH, encoder_shapes, mlp_head, prefixed
-from tests.backbones.formats.reference import fill
+from tests.backbones.formats.plain_vit import WIDTH, encoder_shapes, mlp_head
+from tests.backbones.formats.reference import Files, fill, prefixed
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:
     return fill(encoder_shapes(), seed)
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     """The student alone is masked. A head that serves both losses is saved under both names."""
     head = prefixed("head.", mlp_head("last_layer", "last_layer2"))
     student = {**weights(1), "masked_embed": torch.zeros(1, WIDTH)}

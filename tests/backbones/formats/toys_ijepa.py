@@ -9,15 +9,13 @@ from tests.backbones.formats.plain_vit import (
     PATCH,
     SIZE,
     WIDTH,
-    Shapes,
     block_shapes,
     encoder_shapes,
     linear,
     norm,
-    prefixed,
     sincos,
 )
-from tests.backbones.formats.reference import fill
+from tests.backbones.formats.reference import Files, Shapes, fill, prefixed
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -50,7 +48,7 @@ def training() -> dict[str, Any]:
     }
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     torch.save(training(), folder / "latest.pth.tar")
     torch.save({"target_encoder": training()["target_encoder"]}, folder / "only-target.pth")
     return {

@@ -1,4 +1,4 @@
-"""Toy files in the layout of lightly's Lightning modules (benchmarks/imagenet/vitb16) and of lightly-train's exported models."""
+"""Toy files of lightly's Lightning modules (benchmarks/imagenet/vitb16) and of lightly-train's exports."""
 
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ from tests.backbones.formats.plain_vit import (
     encoder_shapes,
     linear,
     norm,
-    prefixed,
     sincos,
 )
-from tests.backbones.formats.reference import fill
+from tests.backbones.formats.reference import Files, fill, prefixed
 
 
 def weights(seed: int = 0, *, scales: bool = False) -> dict[str, torch.Tensor]:
@@ -71,7 +70,7 @@ def train() -> dict[str, Any]:
     return {"state_dict": state, "epoch": 99, "lightly_train": described}
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     layer_scale = prefixed("teacher_backbone.vit.", weights(scales=True)) | {
         "teacher_backbone.mask_token": torch.zeros(1, 1, WIDTH)
     }

@@ -1,12 +1,11 @@
-"""Toy files in the layout of facebookresearch/SlowFast's MaskFeat for images (slowfast/models/masked.py, utils/checkpoint.py)."""
+"""Toy files of facebookresearch/SlowFast's MaskFeat for images (models/masked.py, utils/checkpoint.py)."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tests.backbones.formats.plain_vit import PATCH, WIDTH, Shapes, encoder_shapes, linear, norm
-from tests.backbones.formats.reference import fill
+from tests.backbones.formats.plain_vit import PATCH, WIDTH, encoder_shapes, linear, norm
+from tests.backbones.formats.reference import Files, Shapes, fill
 
 
 def pretrained_shapes(width: int = WIDTH, depth: int = 2, size: int = 32, patch: int = PATCH) -> Shapes:
@@ -31,7 +30,7 @@ def weights(name: str) -> dict[str, torch.Tensor]:
     )
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     configs = {
         "pretrained": "MASK:\n  PRED_HOG: true\n",
         "fine": "MVIT:\n  USE_MEAN_POOLING: true\n",

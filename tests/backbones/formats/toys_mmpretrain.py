@@ -1,4 +1,4 @@
-"""Files as mmpretrain, mmselfsup and mmclassification save them: a state_dict with backbone, neck and head, and meta."""
+"""Files of mmpretrain, mmselfsup, mmclassification: a state_dict of backbone, neck and head, and meta."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tests.backbones.formats.plain_vit import sincos
-from tests.backbones.formats.reference import fill
+from tests.backbones.formats.reference import Files, Shapes, fill, pair, prefixed
 
 WIDTH, HEADS, DEPTH, HIDDEN, GRID, PATCH = 192, 3, 2, 768, 4, 8
 CONFIG = """
@@ -28,35 +28,36 @@ optim_wrapper = dict(optimizer=dict(betas=(0.9, 0.999), lr=-0.1, type='AdamW'))
 """
 
 
-def pair(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-
-
 def shapes(
-    attention: dict[str, tuple[int, ...]],
+    attention: Shapes,
     width: int = WIDTH,
     depth: int = DEPTH,
     hidden: int = HIDDEN,
     patch: int = PATCH,
     rows: int = 17,
-) -> dict[str, tuple[int, ...]]:
-    """Of a backbone without last norm. attention: of a block's attention. rows: of the position table."""
-    found: dict[str, tuple[int, ...]] = {
+) -> Shapes:
+    """Return the shapes of a backbone without a final norm.
+
+    attention: shapes of a block's attention. rows: of the position embedding.
+    """
+    found: Shapes = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, rows, width),
         **pair("patch_embed.projection", width, 3, patch, patch),
     }
     for i in range(depth):
         found |= {
-            **pair(f"layers.{i}.ln1", width), **{f"layers.{i}.attn.{key}": shape for key, shape in attention.items()},
-            **pair(f"layers.{i}.ln2", width), **pair(f"layers.{i}.ffn.layers.0.0", hidden, width),
+            **pair(f"layers.{i}.ln1", width),
+            **prefixed(f"layers.{i}.attn.", attention),
+            **pair(f"layers.{i}.ln2", width),
+            **pair(f"layers.{i}.ffn.layers.0.0", hidden, width),
             **pair(f"layers.{i}.ffn.layers.1", width, hidden),
-        }  # fmt: skip
+        }
     return found
 
 
-def backbone(attention: dict[str, tuple[int, ...]], **more: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Random weights of a backbone; `more` by name, with two underscores for a dot, LAYER for each block."""
+def backbone(attention: Shapes, **more: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Return random weights; `more` by name, with two underscores for a dot and LAYER for each block."""
     found = shapes(attention)
     for name, shape in more.items():
         named = name.replace("__", ".")
@@ -65,7 +66,7 @@ def backbone(attention: dict[str, tuple[int, ...]], **more: tuple[int, ...]) -> 
     return {name: tensor / 2 if tensor.ndim > 1 else tensor for name, tensor in fill(found).items()}
 
 
-def qkv(width: int) -> dict[str, tuple[int, ...]]:
+def qkv(width: int) -> Shapes:
     return {**pair("qkv", 3 * width, width), **pair("proj", width, width)}
 
 
@@ -79,12 +80,10 @@ INDEX = torch.arange((GRID * GRID + 1) ** 2).reshape(GRID * GRID + 1, -1)
 
 
 def backbones() -> dict[str, dict[str, torch.Tensor]]:
-    """The backbones of each kind, under the names that they have behind `backbone.`."""
+    """Return a backbone of each kind, with the names after `backbone.`."""
     plain = backbone(QKV, **NORM)
-    fixed = {
-        **plain,
-        "pos_embed": sincos(WIDTH, GRID, down_first=True, class_row=True),
-    }  # utils/position_encoding.py
+    # utils/position_encoding.py
+    fixed = {**plain, "pos_embed": sincos(WIDTH, GRID, down_first=True, class_row=True)}
     deit3 = backbone({**QKV, "gamma1.weight": (WIDTH,)}, **NORM, LAYER__ffn__gamma2__weight=(WIDTH,))
     deit3["pos_embed"] = deit3["pos_embed"][:, 1:].clone()
     gated = backbone({**QKV, "gamma1.weight": (WIDTH,)}, **NORM, LAYER__ffn__gamma2__weight=(WIDTH,))
@@ -122,25 +121,30 @@ def backbones() -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-OTHERS = {  # what stands beside `backbone.` in the same dictionary
+OTHERS: dict[str, Shapes] = {  # what is next to `backbone.` in the same dictionary
     "mae": {
-        "neck.mask_token": (1, 1, 16), "neck.decoder_pos_embed": (1, 17, 16), **pair("neck.decoder_embed", 16, WIDTH),
-        **pair("neck.decoder_blocks.0.ln1", 16), **pair("neck.decoder_blocks.0.attn.qkv", 48, 16),
-        **pair("neck.decoder_blocks.0.attn.proj", 16, 16), **pair("neck.decoder_blocks.0.ffn.layers.0.0", 32, 16),
-        **pair("neck.ln1", 16), **pair("neck.decoder_pred", 192, 16),
+        "neck.mask_token": (1, 1, 16),
+        "neck.decoder_pos_embed": (1, 17, 16),
+        **pair("neck.decoder_embed", 16, WIDTH),
+        **pair("neck.decoder_blocks.0.ln1", 16),
+        **pair("neck.decoder_blocks.0.attn.qkv", 48, 16),
+        **pair("neck.decoder_blocks.0.attn.proj", 16, 16),
+        **pair("neck.decoder_blocks.0.ffn.layers.0.0", 32, 16),
+        **pair("neck.ln1", 16),
+        **pair("neck.decoder_pred", 192, 16),
     },
     "mocov3": {**pair("neck.fc0", 16, WIDTH), **pair("head.predictor.fc0", 16, 16)},
     "maskfeat": {"target_generator.weight_x": (3, 1, 3, 3), **pair("head.fc", 108, WIDTH)},
     "beit_pretraining": pair("head.cls_head", 8192, WIDTH),
     "distilled": {**pair("head.layers.head", 7, WIDTH), **pair("head.layers.head_dist", 7, WIDTH)},
     "vit": pair("head.layers.head", 7, WIDTH),
-}  # fmt: skip
+}
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    files = {}
+def write(folder: Path) -> Files:
+    files: Files = {}
     for name, tensors in backbones().items():
-        state = {f"backbone.{key}": tensor for key, tensor in tensors.items()}
+        state = prefixed("backbone.", tensors)
         state |= fill(OTHERS.get(name, pair("head.fc", 7, WIDTH)), seed=1)
         meta = {"epoch": 3, "iter": 40, "mmengine_version": "0.10.7", "dataset_meta": {"classes": ("a", "b")}}
         content: dict[str, Any] = {"meta": meta, "state_dict": state}
@@ -154,13 +158,10 @@ def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
         if name == "config":
             meta["cfg"] = CONFIG
         if name == "ema":
-            content["ema_state_dict"] = {f"module.{key}": tensor * 0.5 for key, tensor in state.items()} | {
-                "steps": torch.tensor(5)
-            }
-            content |= {
-                "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]},
-                "message_hub": {},
-            }
+            averaged = {f"module.{key}": tensor * 0.5 for key, tensor in state.items()}
+            content["ema_state_dict"] = averaged | {"steps": torch.tensor(5)}
+            content["optimizer"] = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+            content["message_hub"] = {}
             options = {"weights": "ema_state_dict"}
         files[name] = (folder / f"{name}.pth", options)
         torch.save(content, folder / f"{name}.pth")

@@ -1,23 +1,22 @@
-"""Files as mmsegmentation saves them: a backbone under `backbone.` beside the heads, with meta and optimizer."""
+"""Files of mmsegmentation: a backbone at `backbone.` next to the heads, with meta and optimizer."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tests.backbones.formats import toys_mmpretrain as mm
-from tests.backbones.formats.reference import fill
+from tests.backbones.formats.reference import Files, fill, pair, prefixed
 
 TORCHS = {
     "attn.in_proj_weight": (3 * mm.WIDTH, mm.WIDTH),
     "attn.in_proj_bias": (3 * mm.WIDTH,),
-    **mm.pair("attn.out_proj", mm.WIDTH, mm.WIDTH),
+    **pair("attn.out_proj", mm.WIDTH, mm.WIDTH),
 }
 INDEX = {f"layers.{i}.attn.relative_position_index": mm.INDEX for i in range(mm.DEPTH)}
 
 
 def index_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers of a real backbone, in whose place the toys have numbers that nothing may use."""
+    """Return the index buffers of a real backbone; those of the toys hold numbers that nothing may use."""
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -26,7 +25,7 @@ def index_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def backbones() -> dict[str, dict[str, torch.Tensor]]:
-    """By the class of mmsegmentation that has these weights, and its options."""
+    """Return backbones by the class of mmsegmentation that has these weights, and its options."""
     beit = mm.backbone({**mm.QV, **mm.TABLE}, **mm.SCALES)
     del beit["pos_embed"]
     without_bias = mm.backbone(TORCHS)
@@ -39,12 +38,12 @@ def backbones() -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     heads = fill(
         {"decode_head.conv_seg.weight": (5, 8, 1, 1), "auxiliary_head.convs.0.bn.running_mean": (8,)}
     )
     for name, tensors in backbones().items():
-        state = {f"backbone.{key}": tensor for key, tensor in tensors.items()} | heads
+        state = prefixed("backbone.", tensors) | heads
         content = {
             "meta": {"iter": 160000, "PALETTE": [[1, 2, 3]]},
             "state_dict": state,
@@ -53,5 +52,5 @@ def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
         torch.save(content, folder / f"{name}.pth")
     torch.save(
         backbones()["vit"], folder / "converted.pth"
-    )  # as mmsegmentation's own converter of timm's files leaves it
+    )  # like mmsegmentation's converter of timm's files
     return {name: (folder / f"{name}.pth", {}) for name in (*backbones(), "converted")}

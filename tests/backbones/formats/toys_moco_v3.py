@@ -1,22 +1,11 @@
-"""Toy files in the layout of facebookresearch/moco-v3 (main_moco.py, moco/builder.py, main_lincls.py, convert_to_deit.py)."""
+"""Toy files of facebookresearch/moco-v3 (main_moco.py, builder.py, main_lincls.py, convert_to_deit.py)."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tests.backbones.formats.plain_vit import (
-    PATCH,
-    SIZE,
-    WIDTH,
-    Shapes,
-    encoder_shapes,
-    linear,
-    norm,
-    prefixed,
-    sincos,
-)
-from tests.backbones.formats.reference import fill
+from tests.backbones.formats.plain_vit import PATCH, SIZE, WIDTH, encoder_shapes, linear, norm, sincos
+from tests.backbones.formats.reference import Files, Shapes, fill, prefixed
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -25,7 +14,7 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def mlp(sizes: list[int]) -> dict[str, torch.Tensor]:
-    """Linear layers without bias, each behind the first with a batch norm; the last one's has no affine parameters."""
+    """Return linear layers without bias, each with a batch norm; the last norm has no affine parameters."""
     shapes: Shapes = {}
     count = len(sizes) - 1
     for i, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
@@ -36,7 +25,7 @@ def mlp(sizes: list[int]) -> dict[str, torch.Tensor]:
     return fill(shapes, 3) | counts
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     head = prefixed("head.", mlp([WIDTH, 16, 16, 8]))
     encoders = prefixed("base_encoder.", weights() | head) | prefixed("momentum_encoder.", weights(1) | head)
     state = prefixed("module.", encoders | prefixed("predictor.", mlp([8, 16, 8])))

@@ -12,15 +12,13 @@ from tests.backbones.formats.plain_vit import (
     PATCH,
     SIZE,
     WIDTH,
-    Shapes,
     block_shapes,
     encoder_shapes,
     linear,
     norm,
-    prefixed,
     sincos,
 )
-from tests.backbones.formats.reference import fill
+from tests.backbones.formats.reference import Files, Shapes, fill, prefixed
 
 DECODER = 16  # width
 
@@ -77,8 +75,8 @@ def training(name: str, **args: Any) -> dict[str, Any]:
     return {"model": models()[name], "optimizer": optimizer, "epoch": 7, "scaler": scaler, "args": namespace}
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """A model fine-tuned with its class token that is published without its arguments could be DeiT's: the user says which."""
+def write(folder: Path) -> Files:
+    """Write all files; fine-cls, fine-tuned with its class token, could be DeiT's without arguments."""
     contents: dict[str, Any] = {
         name: {"model": models()[name]} for name in ("encoder", "full", "fine", "fine-cls", "probe")
     }

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from tests.backbones.formats.beit_layout import pair, weights
+from tests.backbones.formats.beit_layout import weights
+from tests.backbones.formats.reference import Files, pair
 
 FILES = {
     "pretrained": weights(pair("norm", 192) | {"mask_token": (1, 1, 192)}, positions="shared"),
@@ -25,7 +26,7 @@ def training(model: dict[str, torch.Tensor]) -> dict[str, Any]:
     }
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     pretrained = {f"encoder.{name}": tensor for name, tensor in FILES["pretrained"].items()}
     pretrained |= {"decoder.0.weight": torch.zeros(192, 192, 1, 1), "decoder.0.bias": torch.zeros(192)}
     torch.save(training(pretrained), folder / "ckpt_epoch_799.pth")

@@ -1,21 +1,11 @@
 """Toy files in the layout of solo-learn's Lightning modules (solo/methods, solo/utils/checkpointer.py)."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tests.backbones.formats.plain_vit import (
-    PATCH,
-    SIZE,
-    WIDTH,
-    encoder_shapes,
-    linear,
-    mlp_head,
-    prefixed,
-    sincos,
-)
-from tests.backbones.formats.reference import fill
+from tests.backbones.formats.plain_vit import PATCH, SIZE, WIDTH, encoder_shapes, linear, mlp_head, sincos
+from tests.backbones.formats.reference import Files, fill, prefixed
 
 
 def weights(method: str, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -50,7 +40,7 @@ def state(method: str) -> dict[str, torch.Tensor]:
     )
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def write(folder: Path) -> Files:
     rest = {
         "epoch": 399,
         "global_step": 1000,

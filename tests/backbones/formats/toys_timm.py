@@ -8,7 +8,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tests.backbones.formats.reference import randomise
+from tests.backbones.formats.reference import Files, randomise
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3}
 # What timm's config.json says: the architecture, and the arguments that its entry point does not set.
@@ -43,8 +43,8 @@ def build(name: str) -> Any:
     )
 
 
-def write(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    files: dict[str, tuple[Path, dict[str, Any]]] = {}
+def write(folder: Path) -> Files:
+    files: Files = {}
     for name, (architecture, options) in FOLDERS.items():
         model = build(name)
         (folder / name).mkdir()

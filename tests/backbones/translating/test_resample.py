@@ -40,10 +40,12 @@ SPECS = {
     "beit, shared": replace(BEIT, options={"use_abs_pos_emb": True, "use_shared_rel_pos_bias": True}),
     "eva": replace(VIT, arch="eva", options={"use_rot_pos_emb": True, "ref_feat_shape": [4, 4]}),
     "sam": replace(
-        VIT, arch="sam", num_prefix_tokens=0,
+        VIT,
+        arch="sam",
+        num_prefix_tokens=0,
         options={"use_rel_pos": True, "window_size": 2, "global_attn_indexes": [1], "neck_chans": 16},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=SPECS)
@@ -60,8 +62,8 @@ def translated(
     return translation, resample(translation, spec, *size)
 
 
-# Tables and filters are resampled in float32. A cubic kernel adds 16 neighbours, whose weights depend on a position that is itself
-# rounded.
+# Tables and filters are resampled in float32. A cubic kernel adds 16 neighbours, whose weights depend on a
+# position that is itself rounded.
 RESAMPLED = 64
 
 
@@ -114,7 +116,7 @@ class TestTables:
 
 
 def cubic_weights(old: int, new: int, scale: float) -> np.ndarray:
-    """(new, old): cubic convolution (Keys 1981) with a = -0.75, pixels at half integers, the border repeated."""
+    """Return the matrix (new, old) of cubic convolution (Keys 1981): a = -0.75, repeated border."""
 
     def kernel(x: float) -> float:
         a, x = -0.75, abs(x)
@@ -145,7 +147,7 @@ def test_bias_table_equals_beits_cubic_spline(old, new):
 
 
 def positions(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distances of `old` patches, in a geometric progression that ends where those of `new` end, and the latter."""
+    """Return distances of `old` patches, in a geometric progression with the end of `new`'s, and `new`'s."""
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         ratio = (low + high) / 2
