@@ -1,5 +1,6 @@
 """What transformers' ViTs share: tensor names, config.json and preprocessor_config.json."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ ACTIVATIONS = {  # hidden_act -> act_layer of the spec; plain GELU needs none
     "silu": "silu",
 }
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-NOT_VIT = ("lambda_", "relative_position")  # in names of BEiT and DINOv2
+NOT_VIT = re.compile("lambda_|relative_position")  # in names of BEiT
 VIT_ONLY = ("pooler.", "embeddings.mask_token", "embeddings.distillation_token")  # ViTMAE has none of them
 
 
@@ -56,14 +57,14 @@ def is_hf_vit(checkpoint: Checkpoint) -> bool:
     BEiT has more, DINOv2 has others.
     """
     keys = checkpoint.tensors
-    if any(part in name for name in keys for part in NOT_VIT):
+    if any(NOT_VIT.search(name) for name in keys):
         return False
     has_norm = any(name in keys for name in NORMS)
     return ANCHOR in keys and "embeddings.position_embeddings" in keys and has_norm
 
 
 def infer_model_type(checkpoint: Checkpoint) -> str | None:
-    """Return "vit" or "vit_mae" for a file without a config, None where nothing tells them apart."""
+    """Return "vit" or "vit_mae" for a file without a config, None where they look the same."""
     keys, outside = checkpoint.tensors, checkpoint.outside
     if any(name.startswith(VIT_ONLY) for name in keys) or any("classifier." in name for name in outside):
         return "vit"

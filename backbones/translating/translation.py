@@ -79,15 +79,14 @@ class Format(Protocol):
         """
 
 
-def find_reason(name: str, reasons: Mapping[str, str]) -> str | None:
-    """Return the reason of the first pattern (re.match) that matches the name."""
-    return next((reason for pattern, reason in reasons.items() if re.match(pattern, name)), None)
-
-
 def explain(names: Iterable[str], reasons: Mapping[str, str]) -> dict[str, str]:
-    """Return the reason for each name that a pattern of `reasons` matches."""
-    found = {name: find_reason(name, reasons) for name in names}
-    return {name: reason for name, reason in found.items() if reason}
+    """Return the reason of the first pattern (re.match) that matches, for each name with one."""
+    explained: dict[str, str] = {}
+    for name in names:
+        reason = next((reason for pattern, reason in reasons.items() if re.match(pattern, name)), None)
+        if reason:
+            explained[name] = reason
+    return explained
 
 
 def keep_names(
