@@ -1,4 +1,4 @@
-"""Measures how long a set of a million paths takes to be listed: the first start, the next one, and torchvision's ImageFolder."""
+"""Time to list a set of a million paths: first start, later starts, and torchvision's ImageFolder."""
 
 import argparse
 import json
@@ -11,8 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.measure import Table, write_table
+from benchmarks.measure import Table, positive_int, run_main, write_table
 from mae_bench.data.sets.index import SETTLED_SECONDS
+from mae_bench.errors import UserError
 
 OURS = """
 import json, pickle, resource, sys, time
@@ -25,7 +26,8 @@ images = open_images(sys.argv[1], "train")
 opened, cpu = time.perf_counter(), time.process_time() - cpu
 images.name(len(images) - 1), images.targets[-1]
 print(json.dumps({
-    "check": checked - began, "open": opened - checked, "cpu": cpu, "images": len(images), "pickled": len(pickle.dumps(images)),
+    "check": checked - began, "open": opened - checked, "cpu": cpu, "images": len(images), "pickled":
+        len(pickle.dumps(images)),
     "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
 }))
 """
@@ -42,9 +44,9 @@ print(json.dumps({
 """
 
 
-def make_tree(root: Path, num_classes: int, images_a_class: int) -> None:
-    """root/train/CLASS/NAME.JPEG (empty files), and root/val with 50 a class."""
-    for split, count in (("train", images_a_class), ("val", 50)):
+def make_tree(root: Path, num_classes: int, images_per_class: int) -> None:
+    """Create root/train/CLASS/NAME.JPEG (empty files), and root/val with 50 per class."""
+    for split, count in (("train", images_per_class), ("val", 50)):
         for number in range(num_classes):
             folder = root / split / f"n{number:08d}"
             folder.mkdir(parents=True)
@@ -53,18 +55,19 @@ def make_tree(root: Path, num_classes: int, images_a_class: int) -> None:
 
 
 def measure(script: str, root: Path, cache: Path) -> dict[str, float]:
-    """One start in a process of its own; seconds without the imports."""
+    """Measure one start in a new process; seconds exclude imports."""
     command = [sys.executable, "-c", script, str(root)]
-    return json.loads(subprocess.check_output(command, env=os.environ | {"MAE_BENCH_CACHE": str(cache)}))
+    output = subprocess.check_output(command, env=os.environ | {"MAE_BENCH_CACHE": str(cache)})
+    return dict(json.loads(output))
 
 
-def median(starts: list[dict[str, float]]) -> dict[str, float]:
-    """Of each figure."""
+def take_medians(starts: list[dict[str, float]]) -> dict[str, float]:
+    """Return the median of each value."""
     return {key: statistics.median(start[key] for start in starts) for key in starts[0]}
 
 
-def row(name: str, found: dict[str, float]) -> list[str]:
-    """One line of the table."""
+def format_row(name: str, found: dict[str, float]) -> list[str]:
+    """Return one row of the table."""
     check = f"{found['check']:.2f}" if "check" in found else "-"
     return [
         name,
@@ -77,26 +80,32 @@ def row(name: str, found: dict[str, float]) -> list[str]:
 
 
 def main() -> None:
-    """Makes the tree, measures in processes of their own, removes the tree and prints the table."""
+    """Create the tree, measure in separate processes, print the table and remove the tree."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--classes", type=positive_int, default=1000)
     parser.add_argument(
-        "--images-a-class", type=int, default=1000, help="in train; val has 50 a class, as ImageNet"
+        "--images-a-class",
+        dest="images_per_class",
+        type=positive_int,
+        default=1000,
+        help="in train; val has 50 per class, as ImageNet",
     )
     parser.add_argument(
-        "--starts", type=int, default=3, help="starts with the cache, and of the peer; their medians count"
+        "--starts", type=positive_int, default=3, help="starts with the cache, and of the peer (medians)"
     )
-    parser.add_argument("--folder", type=Path, help="where the tree is made; it is removed at the end")
+    parser.add_argument("--folder", type=Path, help="where the tree is created; it is removed at the end")
     parser.add_argument("--out", type=Path, help="FILE: FILE.md and FILE.json are written")
     args = parser.parse_args()
+    if args.folder and not args.folder.is_dir():
+        raise UserError(f"--folder {args.folder}", expected="an existing folder")
     place = Path(tempfile.mkdtemp(prefix="index_paths_", dir=args.folder))
     try:
-        make_tree(place / "set", args.classes, args.images_a_class)
+        make_tree(place / "set", args.classes, args.images_per_class)
         time.sleep(SETTLED_SECONDS + 1)
         first = measure(OURS, place / "set", place / "cache")
         later = [measure(OURS, place / "set", place / "cache") for _ in range(args.starts)]
         peers = [measure(PEER, place / "set", place / "cache") for _ in range(args.starts)]
-        report(first, later, peers, args.out)  # to remove a million files may take longer than all of it
+        report(first, later, peers, args.out)  # before the removal, which may take longer than all else
     finally:
         shutil.rmtree(place)
 
@@ -104,11 +113,11 @@ def main() -> None:
 def report(
     first: dict[str, float], later: list[dict[str, float]], peers: list[dict[str, float]], out: Path | None
 ) -> None:
-    """Prints the table, and writes it if asked."""
+    """Print the table, and write it to `out` if given."""
     rows = [
-        row("first start", first),
-        row("next start, with the index in the cache", median(later)),
-        row("torchvision ImageFolder, each start", median(peers)),
+        format_row("first start", first),
+        format_row("next start, with the index in the cache", take_medians(later)),
+        format_row("torchvision ImageFolder, each start", take_medians(peers)),
     ]
     header = [
         "",
@@ -118,10 +127,10 @@ def report(
         "memory of the process, MiB",
         "pickled for a worker, bytes",
     ]
-    note = f"{int(first['images']):,} images in train, just made, so in the system's memory. Seconds without the imports."
+    note = f"{int(first['images']):,} images in train, just created and cached. Seconds exclude imports."
     data = {"first": first, "next": later, "peer": peers}
     write_table("Listing a million paths", [Table("Starts", header, rows, note)], data, out)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

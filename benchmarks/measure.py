@@ -1,5 +1,6 @@
-"""What every benchmark shares: interleaved timing, ratios with their spread, the line that says where, and the report."""
+"""Shared by all benchmarks: command line, interleaved timing, ratios with intervals, environment, report."""
 
+import argparse
 import json
 import random
 import shlex
@@ -12,15 +13,43 @@ from pathlib import Path
 from typing import Any
 
 from mae_bench.environment.provenance import git_hash, hardware, now, version_of, versions
+from mae_bench.errors import UserError
 
-PEERS = ("transformers",)  # measured against, beside what every record has
-BOOTSTRAPS = 2000  # draws of the interval of a ratio
-INTERVAL = 0.95  # share of the draws that lies between `low` and `high`
+PEERS = ("transformers",)  # packages measured against, added to the versions of every record
+BOOTSTRAPS = 2000  # bootstrap draws for the interval of a ratio
+INTERVAL = 0.95  # share of the draws between `low` and `high`
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run the command of a benchmark; print a UserError without a traceback and exit with 2."""
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def positive_int(text: str) -> int:
+    """Parse an argument that is a positive integer, as argparse's `type`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def find_device(name: str) -> str:
+    """Return the device cpu or cuda, as argparse's `type`; refuse cuda if torch finds no GPU."""
+    import torch
+
+    if name not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{name!r} is not cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("cuda: torch finds no GPU; use --device cpu")
+    return name
 
 
 @dataclass
 class Times:
-    """Seconds of each round: CPU time of this process (all its threads) and wall time."""
+    """Seconds per round: CPU time of this process (all its threads) and wall time."""
 
     cpu: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
@@ -28,7 +57,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of medians and the interval that holds it in 95 % of resampled rounds."""
+    """A ratio of medians and its 95 % bootstrap interval over rounds."""
 
     median: float
     low: float
@@ -44,9 +73,11 @@ def interleave(
     warmup: int = 1,
     synchronize: Callable[[], object] | None = None,
 ) -> dict[str, Times]:
-    """Runs A, B, C, A, B, C, ... `repeats` times after `warmup` untimed rounds.
+    """Run A, B, C, A, B, C, ... `repeats` times after `warmup` untimed rounds; return the samples.
 
-    What else the machine does at the time falls on all alike. `synchronize` (torch.cuda.synchronize) ends each measurement.
+    Other load of the machine affects all alike.
+
+    synchronize: called around each measurement, such as torch.cuda.synchronize.
     """
     for _ in range(warmup):
         for call in callables.values():
@@ -66,54 +97,59 @@ def interleave(
 
 
 def ratio(samples_a: Sequence[float], samples_b: Sequence[float]) -> Ratio:
-    """median(a) / median(b): how many times faster b is than a, when samples are seconds.
+    """Return median(a) / median(b): how many times faster b is than a, if samples are seconds.
 
-    The interval is a percentile bootstrap over rounds: round i of a and round i of b were neighbours in time and are drawn
-    together. Samples of unequal number raise ValueError.
+    The interval is a percentile bootstrap over rounds; round i of a and round i of b were measured next to
+    each other and are drawn together.
+
+    Raise ValueError if the numbers of samples differ.
     """
     if len(samples_a) != len(samples_b) or not samples_a:
-        raise ValueError(f"{len(samples_a)} and {len(samples_b)} samples: one of each a round")
+        raise ValueError(f"{len(samples_a)} and {len(samples_b)} samples: one of each per round")
     draw, rounds = random.Random(0), range(len(samples_a))
-    drawn = sorted(
-        statistics.median(samples_a[i] for i in chosen) / statistics.median(samples_b[i] for i in chosen)
-        for chosen in (draw.choices(rounds, k=len(rounds)) for _ in range(BOOTSTRAPS))
-    )
+    drawn = []
+    for _ in range(BOOTSTRAPS):
+        chosen = draw.choices(rounds, k=len(rounds))
+        median_a = statistics.median(samples_a[i] for i in chosen)
+        drawn.append(median_a / statistics.median(samples_b[i] for i in chosen))
+    drawn.sort()
     tail = round((1 - INTERVAL) / 2 * BOOTSTRAPS)
     return Ratio(statistics.median(samples_a) / statistics.median(samples_b), drawn[tail], drawn[-1 - tail])
 
 
 def environment() -> dict[str, str]:
-    """Date, hardware, versions, command and commit of a measurement, for people and for the JSON file."""
-    machine, found = hardware(), versions() | {name: number for name in PEERS if (number := version_of(name))}
-    where = [
-        f"{machine['cores']} cores of {machine['cpu']}",
-        f"{machine['memory_gib']} GiB",
-        *machine.get("gpus", ["no GPU"]),
-    ]
+    """Return date, hardware, versions, command and commit of a measurement, as text."""
+    machine, found = hardware(), versions()
+    for name in PEERS:
+        version = version_of(name)
+        if version:
+            found[name] = version
+    gpus = machine.get("gpus", ["no GPU"])
+    where = [f"{machine['cores']} cores of {machine['cpu']}", f"{machine['memory_gib']} GiB", *gpus]
     return {
         "date": now(),
         "hardware": ", ".join(where),
         "versions": ", ".join(f"{name} {number}" for name, number in found.items()),
-        "threads": _threads(),
+        "threads": _num_threads(),
         "command": command(),
         "commit": git_hash(__file__),
     }
 
 
 def command() -> str:
-    """`python -m benchmarks.NAME ...` as it was given, without the folders of this machine."""
+    """Return the command line, `python -m benchmarks.NAME ...`, without the folders of absolute paths."""
     given = (Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:])
     return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *given])
 
 
-def _threads() -> str:
+def _num_threads() -> str:
     torch: Any = sys.modules.get("torch")
     return str(torch.get_num_threads()) if torch else "1"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a report; cells are printed by str, and a sentence below says how to read them."""
+    """A table of a report; cells are printed with str, and a note below explains how to read them."""
 
     title: str
     header: Sequence[str]
@@ -121,39 +157,40 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        """The table in Markdown, under its title."""
+        """Return the table in Markdown, below its title."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         text = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
         return f"## {self.title}\n\n{text}\n" + (f"\n{self.note}\n" if self.note else "")
 
 
 def write_table(title: str, tables: Sequence[Table], data: dict[str, Any], out: Path | None) -> None:
-    """Prints the tables below the environment; with `out` also writes OUT.md, and OUT.json with `data` (samples and the like)."""
+    """Print the environment and the tables.
+
+    out: also write OUT.md, and OUT.json with `data` (samples and the like).
+
+    Raise UserError if a file cannot be written; the tables are printed before.
+    """
     where = environment()
-    text = "\n".join(
-        [
-            f"# {title}\n",
-            *(f"- {name}: {value}" for name, value in where.items()),
-            "",
-            *(table.markdown() for table in tables),
-        ]
-    )
+    lines = [f"# {title}\n", *(f"- {name}: {value}" for name, value in where.items()), ""]
+    text = "\n".join([*lines, *(table.markdown() for table in tables)])
     print(text)
     if out is None:
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".md").write_text(text, encoding="utf-8")
     content = {
         "title": title,
         "environment": where,
         "tables": [asdict(table) for table in tables],
         "data": data,
     }
-    out.with_suffix(".json").write_text(
-        json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8"
-    )
+    written = json.dumps(content, indent=1, default=_plain) + "\n"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".md").write_text(text, encoding="utf-8")
+        out.with_suffix(".json").write_text(written, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}", expected="a writable folder") from error
 
 
 def _plain(value: object) -> object:
-    """Times and Ratio as JSON; anything else as text."""
+    """Return Times and Ratio as dictionaries, anything else as text."""
     return asdict(value) if isinstance(value, Times | Ratio) else str(value)

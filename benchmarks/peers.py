@@ -1,6 +1,6 @@
-"""What pretraining is measured against: Hugging Face's ViTMAE, and timm blocks put together in the reference's way.
+"""Peers of pretraining: Hugging Face's ViTMAE, and timm blocks composed as in the reference.
 
-Legend: N images, L patches, K kept, D encoder width, E decoder width, C channels, p patch side.
+Legend: N batch, L patches, K kept patches, D encoder width, C channels, H W image, p patch side.
 """
 
 import re
@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Mlp
-from timm.models.vision_transformer import Block, PatchEmbed
+from timm.layers.mlp import Mlp
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import Block
 from torch import nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -26,14 +27,14 @@ SIZES = {  # patch side, embed_dim, depth, num_heads, decoder_depth
 }
 DECODER_DIM, DECODER_HEADS = 512, 16
 MASK_RATIO = 0.75
-HF_MODULES = {  # of a block, ours -> theirs
+HF_MODULES = {  # within a block, ours -> Hugging Face's
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
     "attn.proj": "attention.o_proj",
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-HF_PREFIXES = {  # ours -> theirs
+HF_PREFIXES = {  # ours -> Hugging Face's
     "encoder.cls_token": "vit.embeddings.cls_token",
     "encoder.pos_embed": "vit.embeddings.position_embeddings",
     "encoder.patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
@@ -45,19 +46,19 @@ _IN_BLOCK = re.compile(r"(.*layers\.\d+)\.(.+)\.(weight|bias)$")
 
 
 def vit_spec(size: str) -> BackboneSpec:
-    """The ViT of a size at 224 pixels (the toy: 64)."""
+    """Return the ViT of a size at 224 pixels (toy: 64)."""
     patch, width, depth, heads, _ = SIZES[size]
     side = 64 if size == "toy" else 224
     return BackboneSpec("vit", (side, side), (patch, patch), 3, width, depth, heads, pos_embed="sincos")
 
 
 def decoder_depth_of(size: str) -> int:
-    """The paper's 8 blocks (the toy: 1)."""
+    """Return the paper's 8 blocks (toy: 1)."""
     return SIZES[size][4]
 
 
 def build_ours(spec: BackboneSpec, decoder_depth: int, **more: Any) -> MAE:
-    """Our MAE with the paper's decoder, normalised pixels."""
+    """Build our MAE with the paper's decoder and normalised pixels."""
     options = MAEOptions(
         decoder_embed_dim=DECODER_DIM,
         decoder_depth=decoder_depth,
@@ -69,11 +70,10 @@ def build_ours(spec: BackboneSpec, decoder_depth: int, **more: Any) -> MAE:
 
 
 def build_hf(ours: MAE, attention: str) -> ViTMAEForPreTraining:
-    """transformers' ViTMAE with the weights of `ours` and `attention` "sdpa" or "eager"."""
+    """Build transformers' ViTMAE with the weights of `ours`; attention is "sdpa" or "eager"."""
     spec = ours.spec
-    chosen: Any = {
-        "attn_implementation": attention
-    }  # a keyword of every transformers config that its type leaves out
+    # A keyword of every transformers config that is missing from its type
+    implementation: Any = {"attn_implementation": attention}
     config = ViTMAEConfig(
         hidden_size=spec.embed_dim,
         num_hidden_layers=spec.depth,
@@ -88,32 +88,35 @@ def build_hf(ours: MAE, attention: str) -> ViTMAEForPreTraining:
         decoder_intermediate_size=4 * DECODER_DIM,
         mask_ratio=MASK_RATIO,
         norm_pix_loss=True,
-        **chosen,
+        **implementation,
     )
-    model = ViTMAEForPreTraining(config)
-    model.load_state_dict(_hf_weights(ours.state_dict()))
-    return model.train()
+    model: ViTMAEForPreTraining = ViTMAEForPreTraining(config)
+    model.load_state_dict(_rename_to_hf(ours.state_dict()))
+    model.train()
+    return model
 
 
-def _hf_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    theirs: dict[str, torch.Tensor] = {}
+def _rename_to_hf(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    renamed_weights: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
         prefix = next((ours for ours in HF_PREFIXES if name.startswith(f"{ours}.") or name == ours), None)
         renamed = HF_PREFIXES[prefix] + name.removeprefix(prefix) if prefix else f"decoder.{name}"
         match = _IN_BLOCK.match(renamed)
         if match and match[2] == "attn.qkv":
             for part, value in zip("qkv", tensor.chunk(3), strict=True):
-                theirs[f"{match[1]}.attention.{part}_proj.{match[3]}"] = value
-        else:
-            theirs[f"{match[1]}.{HF_MODULES[match[2]]}.{match[3]}" if match else renamed] = tensor
-    return theirs
+                renamed_weights[f"{match[1]}.attention.{part}_proj.{match[3]}"] = value
+            continue
+        if match:
+            renamed = f"{match[1]}.{HF_MODULES[match[2]]}.{match[3]}"
+        renamed_weights[renamed] = tensor
+    return renamed_weights
 
 
 class TimmMAE(nn.Module):
-    """MAE of timm's blocks after the paper's section 3 and appendix A.1, as the reference puts it together.
+    """MAE of timm's blocks after section 3 and appendix A.1 of the paper, composed as in the reference.
 
-    Every patch is embedded and predicted, tokens are put back in order before the decoder, and the mask selects the loss.
-    Parameters bear the names of `MAE`.
+    Every patch is embedded and predicted, tokens are unshuffled before the decoder, and the mask selects
+    the loss. Parameters are named as in `MAE`.
     """
 
     def __init__(self, spec: BackboneSpec, decoder_depth: int):
@@ -163,7 +166,8 @@ class TimmMAE(nn.Module):
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        pred: torch.Tensor = self.decoder_pred(self.decoder_norm(x))
+        return pred[:, 1:]
 
     def target(self, imgs: torch.Tensor) -> torch.Tensor:
         """imgs (N, C, H, W) -> normalised pixels (N, L, p p C)."""
@@ -180,7 +184,7 @@ class TimmMAE(nn.Module):
 
 
 def build_timm(ours: MAE) -> TimmMAE:
-    """`TimmMAE` with the weights of `ours`."""
+    """Build a `TimmMAE` with the weights of `ours`."""
     model = TimmMAE(ours.spec, len(ours.decoder_blocks))
     model.load_state_dict(ours.state_dict())
     return model.train()

@@ -1,14 +1,16 @@
 """The benchmarks: known answers of their arithmetic, and each script run to its end at toy size."""
 
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import asymmetric, gpu_pretrain, linear_probe, pretrain_step
-from benchmarks.measure import Table, Times, command, interleave, ratio, write_table
+from benchmarks import asymmetric, data_loading, gpu_pretrain, index_paths, linear_probe, pretrain_step
+from benchmarks.measure import Table, Times, command, interleave, ratio, run_main, write_table
 from benchmarks.peers import MASK_RATIO
 from mae_bench.models.mae import MAE
 
@@ -42,7 +44,7 @@ def test_ratio_spreads_with_its_samples():
 
 
 def test_ratio_refuses_unequal_rounds():
-    with pytest.raises(ValueError, match="one of each a round"):
+    with pytest.raises(ValueError, match="one of each per round"):
         ratio([1.0, 2.0], [1.0])
 
 
@@ -67,8 +69,8 @@ def test_command_leaves_this_machines_folders_out(monkeypatch: pytest.MonkeyPatc
 
 def test_contenders_have_the_same_loss_until_one_of_them_differs():
     torch.manual_seed(0)
-    found = pretrain_step.contenders("toy", "float32", compiled=False)
-    imgs, noise = pretrain_step.batch_of("toy", 2)
+    found = pretrain_step.build_contenders("toy", "float32", compiled=False)
+    imgs, noise = pretrain_step.draw_batch("toy", 2)
     assert len(found) == 4
     pretrain_step.require_equal_losses(found, imgs, noise, 1e-5)
     with torch.no_grad():
@@ -80,8 +82,8 @@ def test_contenders_have_the_same_loss_until_one_of_them_differs():
 def test_contenders_steps_change_the_weights_alike():
     """After one step the losses still agree: gradients and AdamW are the same, with and without groups."""
     torch.manual_seed(0)
-    found = pretrain_step.contenders("toy", "float32", compiled=False)
-    imgs, noise = pretrain_step.batch_of("toy", 2)
+    found = pretrain_step.build_contenders("toy", "float32", compiled=False)
+    imgs, noise = pretrain_step.draw_batch("toy", 2)
     before = found[pretrain_step.OURS].forward(imgs, noise).item()
     for one in found.values():
         one.step(imgs, noise)
@@ -95,18 +97,18 @@ def test_contenders_steps_change_the_weights_alike():
     ("size", "depth"), [("base", 8), ("large", 8), ("huge", 8), ("large", 1), ("huge", 1)]
 )
 def test_flops_of_the_designs_have_the_analytic_ratio(size: str, depth: int):
-    counted = asymmetric.gflops(size, depth)
+    counted = asymmetric.count_gflops(size, depth)
     found = counted[asymmetric.FULL] / counted[asymmetric.ASYMMETRIC]
     assert found == pytest.approx(asymmetric.ANALYTIC[size, depth], rel=0.04)
 
 
 def test_reference_flops_are_those_of_the_analysis():
-    assert asymmetric.gflops("base", 8)["reference"] == pytest.approx(58.5, rel=0.01)
+    assert asymmetric.count_gflops("base", 8)["reference"] == pytest.approx(58.5, rel=0.01)
 
 
 def test_both_designs_share_their_blocks_and_train(monkeypatch: pytest.MonkeyPatch):
     seen: list[MAE] = []
-    monkeypatch.setattr(asymmetric, "step", lambda model, imgs, noise: seen.append(model))
+    monkeypatch.setattr(asymmetric, "run_step", lambda model, imgs, noise: seen.append(model))
     asymmetric.measure("toy", 1, batch_size=2, repeats=1)
     ours, full = seen[:2]
     assert full.options.encoder_mask_tokens
@@ -119,7 +121,7 @@ def test_both_designs_share_their_blocks_and_train(monkeypatch: pytest.MonkeyPat
 def test_a_grid_has_as_many_heads_as_it_says(name: str):
     spec = linear_probe.vit_spec("small")
     with torch.device("meta"):
-        probe, optimizer = linear_probe.probe_of(
+        probe, optimizer = linear_probe.build_probe(
             linear_probe.build_vit(spec), spec, linear_probe.GRIDS[name], 10
         )
     assert len(probe.heads) == len(optimizer.param_groups) == int(name.split()[0])
@@ -157,3 +159,65 @@ def test_script_runs_to_its_end(script, tmp_path: Path, monkeypatch: pytest.Monk
     content = json.loads((tmp_path / "table.json").read_text())
     assert all(len(row) == len(table["header"]) for table in content["tables"] for row in table["rows"])
     assert "Error" not in (tmp_path / "table.md").read_text()
+
+
+WRONG: list[tuple[Any, list[str], str]] = [
+    (asymmetric, ["--repeats", "0"], "--repeats"),
+    (asymmetric, ["--decoder-depths", "none"], "--decoder-depths"),
+    (data_loading, [], "--photos"),
+    (data_loading, ["--photos", "nowhere"], "--photos"),
+    (data_loading, ["--images", "0"], "--images"),
+    (gpu_pretrain, ["--device", "tpu"], "--device"),
+    (gpu_pretrain, ["--device", "cpu", "--packed", "nowhere"], "--packed nowhere"),
+    (index_paths, ["--folder", "nowhere"], "--folder nowhere"),
+    (index_paths, ["--starts", "0"], "--starts"),
+    (linear_probe, ["--device", "tpu"], "--device"),
+    (linear_probe, ["--threads", "-1"], "--threads"),
+    (pretrain_step, ["--sizes", "giant"], "--sizes"),
+    (pretrain_step, ["--batch-size", "0"], "--batch-size"),
+]
+
+
+@pytest.mark.parametrize(("script", "arguments", "message"), WRONG, ids=lambda value: str(value)[:40])
+def test_wrong_arguments_end_without_a_traceback(
+    script: Any,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+):
+    monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MAE_BENCH_CACHE", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        run_main(script.main)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def read_result_rows() -> list[list[str]]:
+    """The cells of the table in benchmarks/results/README.md, without its header."""
+    lines = (RESULTS / "README.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return [row for row in rows if row[0] != "folder"]
+
+
+def test_every_folder_of_results_is_listed_once():
+    listed = [re.fullmatch(r"\[(.+)\]\(\1\)", row[0])[1] for row in read_result_rows()]
+    assert sorted(listed) == sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
+
+
+def test_results_with_uncommitted_changes_are_named():
+    for row in read_result_rows():
+        folder = RESULTS / row[0].split("]")[0].removeprefix("[")
+        records = list(folder.glob("cells/*/*/record.json"))
+        dirty = [path for path in records or folder.glob("*.json") if "-dirty" in path.read_text()]
+        if records:
+            want = f"{len(dirty)} of {len(records)} records" if dirty else "none"
+        else:
+            want = ", ".join(f"`{name}`" for name in sorted(path.stem for path in dirty)) or "none"
+        assert row[3] == want

@@ -1,4 +1,4 @@
-"""The loading benchmark at toy size, to its end."""
+"""The loading benchmark at toy size, and its errors for bad arguments."""
 
 import json
 from pathlib import Path
