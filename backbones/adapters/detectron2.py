@@ -1,11 +1,11 @@
-"""The detectron2 `Backbone` around a timm ViT, and what the detectors on top of it need to know: strides, layers, lr scales."""
+"""Wrap a timm ViT as a detectron2 backbone, with strides, pyramid scales and lr scales for its detectors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from backbones.adapters.features import FeatureMaps, get_layer_id
+from backbones.adapters.features import FeatureMaps, get_lr_scale
 from backbones.load import load_backbone
 from backbones.translating.report import ConversionReport
 from mae_bench.errors import NotInstalled, UserError
@@ -13,24 +13,27 @@ from mae_bench.models.vit import ViT
 from mae_bench.spec import BackboneSpec
 
 try:
-    import pycocotools  # noqa: F401 - detectron2 needs it and does not declare it; so does fvcore with shapely
+    import pycocotools  # noqa: F401 - detectron2 needs it without declaring it; so does fvcore with shapely
     import shapely  # noqa: F401
     from detectron2.modeling import Backbone
     from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 except ModuleNotFoundError as error:
     raise NotInstalled(
-        f"the module {error.name!r} is not installed", expected="detectron2, pycocotools and shapely for the COCO tasks",
-        fix="in a source checkout run `make setup`; it installs requirements/lock.txt and then requirements/detectron2.txt",
-    ) from error  # fmt: skip
+        f"the module {error.name!r} is not installed",
+        expected="detectron2, pycocotools and shapely for the COCO tasks",
+        fix="in a source checkout run `make setup`, which installs requirements/lock.txt and then "
+        "requirements/detectron2.txt",
+    ) from error
 
-PYRAMID_SCALES = (4.0, 2.0, 1.0, 0.5)  # those that detectron2's SimpleFeaturePyramid knows
+# Shapes: N batch, C channels, H W image, h w grid, D width.
+PYRAMID_SCALES = (4.0, 2.0, 1.0, 0.5)  # supported by detectron2's SimpleFeaturePyramid
 VIT_PREFIX = "features.vit."  # of the ViT's parameters inside a ViTBackbone
 
 
-class ViTBackbone(Backbone):
-    """Maps of a ViT under detectron2's contract: an output `block{i}` (0-based) a tapped block, each at the patch's stride.
+class ViTBackbone(Backbone):  # type: ignore[misc]
+    """A ViT as a detectron2 backbone: one output `block{i}` (0-based) per index, at the stride of the patch.
 
-    N batch, C channels, H W image, h w grid, D width. Images come normalised as the spec says, H and W multiples of the patch.
+    Images come normalised as the spec says; H and W are multiples of the patch size.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class ViTBackbone(Backbone):
         self._out_feature_strides = dict.fromkeys(self._out_features, self._stride)
 
     def forward(self, imgs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """imgs (N, C, H, W) -> {"block{i}": (N, D, h, w)}."""
+        """Map imgs (N, C, H, W) to {"block{i}": (N, D, h, w)}."""
         return dict(zip(self._out_features, self.features(imgs), strict=True))
 
     @property
@@ -57,8 +60,8 @@ class ViTBackbone(Backbone):
         return {"size_divisibility": self._stride}
 
 
-class TopLevelMaxPool(LastLevelMaxPool):
-    """detectron2's extra level for the RPN, over the level `in_feature` where detectron2 itself knows "p5" only."""
+class TopLevelMaxPool(LastLevelMaxPool):  # type: ignore[misc]
+    """detectron2's extra level for the RPN, on top of the level `in_feature` instead of "p5"."""
 
     def __init__(self, in_feature: str):
         super().__init__()
@@ -68,13 +71,13 @@ class TopLevelMaxPool(LastLevelMaxPool):
 def load_vit_backbone(
     source: str | Path, drop_path_rate: float = 0.0, out_indices: Sequence[int] | None = None
 ) -> ViTBackbone:
-    """The ViTBackbone of a checkpoint, for images of any size; `.spec` and `.report` say what was loaded and how."""
+    """Load a checkpoint as a ViTBackbone for images of any size; `.spec` and `.report` describe it."""
     vit, spec, report = load_backbone(source, drop_path_rate=drop_path_rate, dynamic_img_size=True)
     return ViTBackbone(vit, spec, report, out_indices)
 
 
 def get_patch_side(spec: BackboneSpec) -> int:
-    """The patch's side, which is the stride of every map; detectron2 knows one stride for both directions."""
+    """Return the patch side, the stride of every map; detectron2 has one stride for both directions."""
     height, width = spec.patch_size
     if height != width:
         raise UserError(
@@ -86,22 +89,27 @@ def get_patch_side(spec: BackboneSpec) -> int:
 
 
 def get_pyramid_scales(spec: BackboneSpec, strides: Sequence[int]) -> list[float]:
-    """Scale of each pyramid level over the ViT's map: patch 8, strides (4, 8, 16): 2, 1, 0.5 (arXiv 2203.16527 sec. 3)."""
+    """Return the scale of each pyramid level relative to the ViT's map (arXiv 2203.16527, section 3).
+
+    Patch 8 with strides (4, 8, 16) gives 2, 1, 0.5.
+    """
     patch = get_patch_side(spec)
-    if bad := [stride for stride in strides if patch / stride not in PYRAMID_SCALES]:
+    wrong = [stride for stride in strides if patch / stride not in PYRAMID_SCALES]
+    if wrong:
         reachable = [int(patch / scale) for scale in PYRAMID_SCALES if patch % scale == 0]
         raise UserError(
-            f"pyramid strides {bad} over a map of stride {patch}", expected=f"strides among {reachable} for this backbone",
-            fix=f"set pyramid_strides to some of {reachable}, with one anchor size a level",
-        )  # fmt: skip
+            f"pyramid strides {wrong} over a map of stride {patch}",
+            expected=f"strides among {reachable} for this backbone",
+            fix=f"set pyramid_strides to some of {reachable}, with one anchor size per level",
+        )
     return [patch / stride for stride in strides]
 
 
 def build_lr_scale(spec: BackboneSpec, layer_decay: float) -> Callable[[str], float]:
-    """lr over the base lr by a detector's parameter name: layer_decay ** (depth + 1 - layer) inside the ViT, 1 outside."""
+    """Return the function parameter name -> lr / base lr of a detector; outside the ViT it is 1."""
 
-    def scale(name: str) -> float:
-        _, inside, vit_name = name.partition(VIT_PREFIX)
-        return layer_decay ** (spec.depth + 1 - get_layer_id(vit_name, spec.depth)) if inside else 1.0
+    def lr_scale(name: str) -> float:
+        prefix, inside, _ = name.partition(VIT_PREFIX)
+        return get_lr_scale(name, prefix + inside, spec.depth, layer_decay) if inside else 1.0
 
-    return scale
+    return lr_scale

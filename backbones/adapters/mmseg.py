@@ -1,4 +1,4 @@
-"""The mmsegmentation backbone around a timm ViT, and what its config needs: preprocessor, neck, layer-wise decay, bfloat16."""
+"""Wrap a timm ViT as an mmsegmentation backbone, with preprocessor, neck, lr decay and bfloat16."""
 
 import io
 import warnings
@@ -9,17 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from backbones.adapters.features import FeatureMaps, get_layer_id
+from backbones.adapters.features import FeatureMaps, get_lr_scale
 from backbones.load import load_backbone
 from mae_bench.engine.optim import build_param_groups, finetune_no_decay
 from mae_bench.errors import NotInstalled, UserError
 from mae_bench.spec import BackboneSpec
 
 try:
-    with (
-        redirect_stdout(io.StringIO()),
-        warnings.catch_warnings(action="ignore"),
-    ):  # they greet with what they lack, unused here
+    # Both packages print notices about optional parts that are not used here.
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
         import mmseg.datasets
         import mmseg.models  # noqa: F401
         from mmengine.model import is_model_wrapper
@@ -27,20 +25,27 @@ try:
         from mmseg.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 except ModuleNotFoundError as error:
     raise NotInstalled(
-        f"the module {error.name!r} is not installed", expected="mmsegmentation (onedl-mmsegmentation) for the ADE20K tasks",
+        f"the module {error.name!r} is not installed",
+        expected="mmsegmentation (onedl-mmsegmentation) for the ADE20K tasks",
         fix='run `make setup` in a source checkout, or `pip install "mae_bench[ade20k]"`',
-    ) from error  # fmt: skip
+    ) from error
 
+# Shapes: N batch, C channels, H W image, h w grid, D width.
 VIT_PREFIX = "backbone.features.vit."  # of the ViT's parameters inside a segmentor
 
 
 @MODELS.register_module()
 class MAEBenchViT(nn.Module):
-    """The ViT of a checkpoint as a backbone of mmsegmentation: `custom_imports=dict(imports=["backbones.adapters.mmseg"])`,
-    then `backbone=dict(type="MAEBenchViT", source=...)`.
+    """The ViT of a checkpoint as an mmsegmentation backbone.
 
-    source: what `backbones.load.load_backbone` reads. out_indices: 0-based blocks, by default the last of each quarter.
-    It has no `init_weights`, and hides timm's, so that mmengine's initialisation leaves the loaded weights alone.
+    Use `custom_imports=dict(imports=["backbones.adapters.mmseg"])` and `backbone=dict(type="MAEBenchViT",
+    source=...)`. It has no `init_weights`, and hides timm's, so that mmengine does not overwrite the loaded
+    weights.
+
+    Args:
+        source: what `backbones.load.load_backbone` reads.
+        out_indices: 0-based blocks; by default the last of each quarter.
+        drop_path_rate: stochastic depth rate of the last block.
     """
 
     def __init__(self, source: str, out_indices: Sequence[int] | None = None, drop_path_rate: float = 0.0):
@@ -51,43 +56,55 @@ class MAEBenchViT(nn.Module):
         self.features = FeatureMaps(vit, self.spec, out_indices)
 
     def forward(self, imgs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """imgs (N, C, H, W), H and W multiples of the patch -> one (N, D, H / patch, W / patch) an index."""
+        """Map imgs (N, C, H, W), H and W multiples of the patch, to one map (N, D, h, w) per index."""
         return tuple(self.features(imgs))
 
 
 def get_patch_side(spec: BackboneSpec) -> int:
-    """The side of the patch in pixels; UserError where the backbone cannot stand under mmsegmentation's pyramid."""
-    side, across = spec.patch_size
-    if side != across or spec.in_chans != 3:
-        raise UserError(f"a backbone with patch_size {spec.patch_size} and in_chans {spec.in_chans}",
-                        expected="square patches and RGB images for mmsegmentation")  # fmt: skip
-    return side
+    """Return the patch side in pixels; UserError for other than square patches of RGB images."""
+    height, width = spec.patch_size
+    if height != width or spec.in_chans != 3:
+        raise UserError(
+            f"a backbone with patch_size {spec.patch_size} and in_chans {spec.in_chans}",
+            expected="square patches and RGB images for mmsegmentation",
+        )
+    return height
 
 
 def build_preprocessor(spec: BackboneSpec, crop_size: int) -> dict[str, Any]:
-    """SegDataPreProcessor's config: the spec's mean and std for pixels of 0 to 255, mmcv's BGR turned to RGB.
+    """Return the config of a SegDataPreProcessor: pixels of 0 to 255, mmcv's BGR converted to RGB.
 
-    Images are padded to the crop in training and to a multiple of the patch in test, with pixels that no loss or metric sees.
+    Images are padded to the crop in training and to a multiple of the patch in testing; no loss or metric
+    sees the padding.
     """
     return {
-        "type": "SegDataPreProcessor", "mean": [255 * value for value in spec.mean], "std": [255 * value for value in spec.std],
-        "bgr_to_rgb": True, "pad_val": 0, "seg_pad_val": 255, "size": (crop_size, crop_size),
+        "type": "SegDataPreProcessor",
+        "mean": [255 * value for value in spec.mean],
+        "std": [255 * value for value in spec.std],
+        "bgr_to_rgb": True,
+        "pad_val": 0,
+        "seg_pad_val": 255,
+        "size": (crop_size, crop_size),
         "test_cfg": {"size_divisor": get_patch_side(spec)},
-    }  # fmt: skip
+    }
 
 
 def build_neck(spec: BackboneSpec, norm: dict[str, Any]) -> dict[str, Any]:
-    """Feature2Pyramid's config: strides 4, 8, 16, 32 from patches of 16 or 8; other patches come as near as its scales allow."""
+    """Return the config of a Feature2Pyramid: strides 4, 8, 16, 32 for patches of 8 or 16.
+
+    For other patches the strides are as close to these as the neck's scales allow.
+    """
     rescales = [4, 2, 1, 0.5] if get_patch_side(spec) > 8 else [2, 1, 0.5, 0.25]
     return {"type": "Feature2Pyramid", "embed_dim": spec.embed_dim, "rescales": rescales, "norm_cfg": norm}
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class MAEBenchLayerDecay:
-    """Optimizer with a learning rate a layer: `paramwise_cfg=dict(layer_decay=0.65)`; neck and heads run at the full rate.
+    """Build an optimizer with layer-wise lr decay: `paramwise_cfg=dict(layer_decay=0.65)`.
 
-    Layer i of a backbone of depth d has lr x layer_decay ** (d + 1 - i) (facebookresearch/mae util/lr_decay.py); 1-D parameters,
-    position table and prefix tokens have no weight decay. mmsegmentation's own constructor knows only its own ViTs' names.
+    Layer i of a backbone of depth d has lr x layer_decay ** (d + 1 - i) (facebookresearch/mae
+    util/lr_decay.py); neck and heads have the full lr. 1-D parameters, position table and prefix tokens have
+    no weight decay. mmsegmentation's own constructor only knows the parameter names of its own ViTs.
     """
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None):
@@ -98,11 +115,7 @@ class MAEBenchLayerDecay:
         depth, decay = segmentor.backbone.spec.depth, self.paramwise.get("layer_decay", 1.0)
 
         def lr_scale(name: str) -> float:
-            return (
-                decay ** (depth + 1 - get_layer_id(name.removeprefix(VIT_PREFIX), depth))
-                if name.startswith(VIT_PREFIX)
-                else 1.0
-            )
+            return get_lr_scale(name, VIT_PREFIX, depth, decay)
 
         wrapper = {"type": "OptimWrapper", **self.wrapper}
         optimizer = dict(wrapper.pop("optimizer"))
@@ -111,14 +124,13 @@ class MAEBenchLayerDecay:
         )
         for group in groups:
             group["lr"] = optimizer["lr"] * group["lr_scale"]
-        return OPTIM_WRAPPERS.build(
-            {**wrapper, "optimizer": OPTIMIZERS.build({**optimizer, "params": groups})}
-        )
+        built = OPTIMIZERS.build({**optimizer, "params": groups})
+        return OPTIM_WRAPPERS.build({**wrapper, "optimizer": built})
 
 
 @OPTIM_WRAPPERS.register_module()
-class BFloat16OptimWrapper(OptimWrapper):
-    """bfloat16 autocast on any device, which needs no loss scaling; mmengine's AmpOptimWrapper asks for a GPU."""
+class BFloat16OptimWrapper(OptimWrapper):  # type: ignore[misc]
+    """bfloat16 autocast on any device, without loss scaling; mmengine's AmpOptimWrapper requires a GPU."""
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
