@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import product
 
 from mae_bench.record import Metric
 
@@ -19,7 +20,8 @@ def translate(results: Mapping[str, Mapping[str, float]], num_detections: int) -
     exist.
     """
     if not num_detections:
-        return {f"{name}_{suffix}": Metric(0.0) for suffix in SUFFIXES.values() for name in NAMES[:3]}
+        names = product(SUFFIXES.values(), NAMES[:3])
+        return {f"{name}_{suffix}": Metric(0.0) for suffix, name in names}
     metrics = {}
     for task, suffix in SUFFIXES.items():
         for name in NAMES:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from statistics import fmean
 from typing import Any
 
@@ -74,7 +75,7 @@ def score_draws(
     The draws are shared out over the ranks.
     """
     config, context = task.context.config, task.context
-    plan = [(name, draw) for name in amounts for draw in range(config.draws)]
+    plan = list(product(amounts, range(config.draws)))
     context.progress.stage("few labels", len(plan))
     mine, scored = {}, None
     for done, (name, draw) in enumerate(plan[world().rank :: world().size], 1):

@@ -38,7 +38,7 @@ class Lars(torch.optim.Optimizer):
             norm, update_norm = parameter.norm(), update.norm()
             trust = torch.where((norm > 0) & (update_norm > 0), TRUST * norm / update_norm, 1.0)
             momentum.mul_(group["momentum"]).addcmul_(update, trust)
-            # a diverged matrix stands still
+            # do not update a diverged matrix
             finite = (norm < MAX_NORM) & update_norm.isfinite()
             momentum.copy_(torch.where(finite, momentum, 0.0))
         parameter.add_(momentum, alpha=-group["lr"])

@@ -1,4 +1,4 @@
-"""The scores, against sums done by hand."""
+"""The scores, against sums computed by hand."""
 
 import json
 
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.framework
 
 LABEL = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 255], [255, 0, 0, 0]])
 PRED = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 1], [2, 0, 0, 2]])
-# class 0: 4 hit of 6 labelled, 5 predicted, union 7; class 1: 3 of 4 labelled, 4 predicted, union 5; class 2: never labelled,
-# predicted once where it counts, union 1; class 3: nowhere.
+# class 0: 4 hits of 6 labelled, 5 predicted, union 7; class 1: 3 hits of 4 labelled, 4 predicted, union 5;
+# class 2: not labelled, predicted once where it counts, union 1; class 3: nowhere.
 IOU, ACC = (4 / 7, 3 / 5, 0.0), (4 / 6, 3 / 4)
 
 

@@ -1,4 +1,4 @@
-"""UperNet end to end on a tiny data set with the real mmsegmentation: outcome, resume, faults."""
+"""UperNet end to end on a tiny data set with mmsegmentation: outcome, resume, faults."""
 
 import json
 import sys
@@ -25,14 +25,26 @@ from tasks.ade20k.upernet import run
 pytestmark = [pytest.mark.framework, pytest.mark.slow]
 
 SETTINGS = {
-    "kind": "upernet", "protocol": "upernet-test", "crop_size": 32, "img_scale": (64, 40), "iterations": 4,
-    "global_batch_size": 2, "lr": 1e-3, "warmup_iterations": 2, "amp_dtype": "float32", "head_channels": 8, "pool_scales": (1, 2),
-    "aux_channels": 4, "test_mode": "whole", "checkpoint_seconds": 0, "max_bad_images": 0,
-}  # fmt: skip
+    "kind": "upernet",
+    "protocol": "upernet-test",
+    "crop_size": 32,
+    "img_scale": (64, 40),
+    "iterations": 4,
+    "global_batch_size": 2,
+    "lr": 1e-3,
+    "warmup_iterations": 2,
+    "amp_dtype": "float32",
+    "head_channels": 8,
+    "pool_scales": (1, 2),
+    "aux_channels": 4,
+    "test_mode": "whole",
+    "checkpoint_seconds": 0,
+    "max_bad_images": 0,
+}
 
 
 class StopAfter(Progress):
-    """Asks for a stop once that many training steps are done or a stage is to begin, and keeps what it was told."""
+    """Ask for a stop after that many training steps or when a stage begins; keep all reports."""
 
     def __init__(self, steps: int | None = None, before: str = ""):
         super().__init__()
@@ -72,7 +84,7 @@ def work(ade20k, backbone, tmp_path):
 
 @pytest.fixture
 def train_only(work, tmp_path):
-    """Trains to the end and stops before the evaluation; gives the weights."""
+    """A function that trains to the end, stops before the evaluation and returns the weights."""
 
     def start(folder="job", progress=None, **changes):
         with pytest.raises(Interrupted):
@@ -107,7 +119,7 @@ def test_outcome(work, tmp_path, capfd):
     assert [values["lr"] for stage, _, values in progress.seen if stage == "train"] == pytest.approx(
         [1e-9, 1e-3, 1e-3, 0]
     )
-    assert "".join(capfd.readouterr()) == ""  # all that the frameworks say is in the log
+    assert "".join(capfd.readouterr()) == ""  # the frameworks write only to the log
     job = tmp_path / "job"
     assert "per class results" in (job / "mmseg.log").read_text()
     assert Config.fromfile(job / "mmseg_config.py").model.decode_head.num_classes == 3
@@ -122,10 +134,10 @@ def test_outcome(work, tmp_path, capfd):
             saved["areas"][:, 3].sum() == 3 * 36 * 40
         )  # every labelled pixel at the images' own size, none of label 0
     assert all((job / path).is_file() for path in outcome.artefacts.values())
-    assert not list(job.rglob("*.pth"))  # an outcome is there: nobody goes on from here
+    assert not list(job.rglob("*.pth"))  # a finished job does not resume
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(work, train_only, tmp_path):
+def test_a_stopped_run_resumes_to_the_same_weights(work, train_only, tmp_path):
     with pytest.raises(Interrupted):
         work("stopped", StopAfter(2), drop_path=0.5, checkpoint_seconds=1000)
     assert torch.load(tmp_path / "stopped" / "checkpoint.pth", weights_only=True)["meta"]["iter"] == 2
@@ -174,7 +186,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(work
 
 
 def tear(image):
-    """Cuts off the last part: the header still tells the size."""
+    """Cut off the end of a file; its header still states the size."""
     image.write_bytes(image.read_bytes()[: image.stat().st_size * 4 // 5])
 
 
@@ -207,7 +219,7 @@ def test_too_many_images_that_do_not_decode(work, ade20k, split):
         work()
 
 
-def test_images_that_mmsegmentation_would_pass_over_are_an_error(work, ade20k):
+def test_images_that_mmsegmentation_would_skip_are_an_error(work, ade20k):
     image = ade20k / "images" / "training" / "0.jpg"
     image.rename(image.with_suffix(".jpeg"))
     with pytest.raises(UserError, match="are not .jpg: 0.jpeg"):
@@ -234,7 +246,7 @@ def test_slide_and_bfloat16_on_images_that_the_patch_does_not_divide(work, ade20
 
 
 def test_label_0_takes_no_part_in_the_loss(work, ade20k, tmp_path):
-    """Where nothing is labelled there is nothing to learn."""
+    """The loss is 0 if nothing is labelled."""
     for path in (ade20k / "annotations" / "training").iterdir():
         Image.fromarray(np.zeros((40, 44), np.uint8)).save(path)
     progress = StopAfter()
@@ -255,8 +267,16 @@ def test_crop_must_fit_the_patch(work):
         work(crop_size=36)
 
 
-@pytest.mark.parametrize("wrong", [{"warmup_iterations": 4}, {"ratio_range": (2, 1)}, {"test_mode": "slide", "test_stride": 33},
-                                   {"global_batch_size": 1}, {"img_scale": (0, 1)}])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"warmup_iterations": 4},
+        {"ratio_range": (2, 1)},
+        {"test_mode": "slide", "test_stride": 33},
+        {"global_batch_size": 1},
+        {"img_scale": (0, 1)},
+    ],
+)
 def test_contradictions_in_the_config_are_refused(wrong):
     with pytest.raises(UserError, match=next(reversed(wrong))):
         build(UPerNetConfig, {**SETTINGS, "data": "x", **wrong}, "test")

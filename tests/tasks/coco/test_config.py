@@ -1,4 +1,4 @@
-"""The config of Mask R-CNN: what contradicts itself is refused, and the packaged recipes are whole."""
+"""The config of Mask R-CNN: contradictions are refused, and the packaged recipes are complete."""
 
 from collections.abc import Callable
 from typing import Any
@@ -40,7 +40,7 @@ def test_packaged_recipes_need_nothing_but_data(path: str) -> None:
 
 
 def test_the_vitdet_recipe_is_the_published_one() -> None:
-    """arXiv 2203.16527 Table 11 and detectron2: 184,375 iterations of 64 images, lr / 10 at 163,889 and 177,546."""
+    """arXiv 2203.16527, Table 11: 184,375 iterations of 64 images, lr / 10 at 163,889 and 177,546."""
     config = build(
         MaskRCNNConfig, load_yaml("tasks/coco/maskrcnn_vitdet_100ep.yaml", ["data=somewhere"]), "recipe"
     )

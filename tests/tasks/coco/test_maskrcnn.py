@@ -1,4 +1,4 @@
-"""Mask R-CNN end to end at toy size with the real detectron2: outcome, exact resume, bad images, diverging losses."""
+"""Mask R-CNN end to end at toy size with detectron2: outcome, exact resume, bad images, diverging losses."""
 
 import json
 import math
@@ -30,7 +30,7 @@ MakeConfig = Callable[..., MaskRCNNConfig]
 
 
 class StopAfter(Progress):
-    """Asks to stop once `iteration` training iterations are done, or when the stage `before` is to begin."""
+    """Ask to stop after `iteration` training iterations, or when the stage `before` begins."""
 
     def __init__(self, iteration: int = -1, before: str = ""):
         super().__init__()
@@ -52,7 +52,7 @@ def job(folder: Path, backbone: str) -> Job:
 
 
 def train_only(config: MaskRCNNConfig, folder: Path, backbone: str) -> dict[str, torch.Tensor]:
-    """The weights that a training ends with, from the state that the evaluation would start from."""
+    """Return the weights at the end of training, from the state that the evaluation would start from."""
     with pytest.raises(Interrupted):
         maskrcnn.run(config, job(folder, backbone), StopAfter(before="evaluate"))
     return torch.load(folder / "checkpoints" / "model_final.pth", weights_only=True)["model"]
@@ -92,7 +92,7 @@ def test_the_dumped_setup_builds_the_same_model(
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_weights(
+def test_an_interrupted_run_resumes_and_ends_with_the_same_weights(
     make_config: MakeConfig, backbone: str, tmp_path: Path, num_workers: int
 ) -> None:
     whole = train_only(make_config(), tmp_path / "whole", backbone)
@@ -114,7 +114,7 @@ def test_a_finished_training_is_only_scored(make_config: MakeConfig, backbone: s
     outcome = maskrcnn.run(make_config(), job(tmp_path / "job", backbone), progress)
     assert progress.seen == [1, 2]  # the two batches of val2017
     assert outcome.cost["seconds_train"] > 0
-    assert not list((tmp_path / "job").rglob("*.pth"))  # an outcome is there: nobody goes on from here
+    assert not list((tmp_path / "job").rglob("*.pth"))  # a finished job does not resume
 
 
 def test_the_last_two_states_are_kept(make_config: MakeConfig, backbone: str, tmp_path: Path) -> None:
@@ -169,7 +169,9 @@ def test_parameter_groups(make_config: MakeConfig, backbone: str) -> None:
     model, optimizer, _ = build(
         build_lazy_config(make_config(layer_decay=0.5), load_vit_backbone(backbone).spec, backbone, 2), "cpu"
     )
-    groups = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    groups: dict[int, tuple[float, float]] = {}
+    for group in optimizer.param_groups:
+        groups |= {id(p): (group["lr"], group["weight_decay"]) for p in group["params"]}
     found = {name: groups[id(p)] for name, p in model.named_parameters()}
     vit = "backbone.net.features.vit."
     assert found[vit + "patch_embed.proj.weight"] == (1e-3 * 0.5**3, 0.1)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.framework
 
 
 def score(coco: Path, shift: float) -> dict[str, float]:
-    """Metrics of detections that are the ground truth, moved right by `shift` pixels."""
+    """Return the metrics of detections that are the ground truth, moved right by `shift` pixels."""
     names = register(coco, f"shift {shift}")
     evaluator = COCOEvaluator(names.val, tasks=("bbox", "segm"), distributed=False, use_fast_impl=False)
     evaluator.reset()
@@ -46,10 +47,9 @@ def score(coco: Path, shift: float) -> dict[str, float]:
 
 
 def test_perfect_detections_have_an_ap_of_100(coco: Path) -> None:
-    names = [f"{ap}_{kind}" for kind in ("box", "mask") for ap in ("AP", "AP50", "AP75", "APs")]
-    assert score(coco, 0.0) == pytest.approx(
-        dict.fromkeys(names, 100.0)
-    )  # no object is medium or large: absent, not 0
+    # no object is medium or large: these APs are absent, not 0
+    names = [f"{ap}_{kind}" for ap, kind in product(("AP", "AP50", "AP75", "APs"), ("box", "mask"))]
+    assert score(coco, 0.0) == pytest.approx(dict.fromkeys(names, 100.0))
 
 
 def test_an_overlap_of_three_fifths_counts_at_three_of_ten_thresholds(coco: Path) -> None:
@@ -63,5 +63,10 @@ def test_no_detection_is_an_ap_of_0_and_nothing_by_area() -> None:
     nan = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), float("nan"))
     metrics = translate({"bbox": nan, "segm": nan}, 0)
     assert {name: metric.value for name, metric in metrics.items()} == {
-        "AP_box": 0, "AP50_box": 0, "AP75_box": 0, "AP_mask": 0, "AP50_mask": 0, "AP75_mask": 0,
-    }  # fmt: skip
+        "AP_box": 0,
+        "AP50_box": 0,
+        "AP75_box": 0,
+        "AP_mask": 0,
+        "AP50_mask": 0,
+        "AP75_mask": 0,
+    }

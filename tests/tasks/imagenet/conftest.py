@@ -1,4 +1,4 @@
-"""The toy set and backbone, made once a module; the cache of features is the test's own."""
+"""The toy set and backbone, built once per module; each test has its own feature cache."""
 
 from pathlib import Path
 
@@ -20,17 +20,15 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory, backbone: str) -> dict[str, str]:
-    """What each of PROTOCOLS starts from."""
+    """The source that each of PROTOCOLS starts from."""
     classifier = write_classifier(tmp_path_factory.mktemp("classifier"))
-    return {
-        name: classifier if name == "eval_only" else "" if name == "supervised" else backbone
-        for name in PROTOCOLS
-    }
+    sources = dict.fromkeys(PROTOCOLS, backbone)
+    return sources | {"eval_only": classifier, "supervised": ""}
 
 
 @pytest.fixture(scope="module")
 def faint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """26 training and 11 validation images whose classes can hardly be told apart: scores between chance and 100."""
+    """26 training and 11 validation images of hard classes, for scores between chance and 100."""
     return write_images(tmp_path_factory.mktemp("faint"), 26, 11, signal=12)
 
 

@@ -1,4 +1,4 @@
-"""Protocols of the toy set in several processes; run as a script, it is one of them."""
+"""Run protocols of the toy set in several processes; as a script, this file is one of them."""
 
 import json
 import os
@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[3]
 Results = dict[str, list[dict[str, Any]]]
 
 
-def together(folder: Path, size: int, runs: dict[str, dict[str, Any]]) -> Results:
-    """The outcomes of runs (arguments of run_protocol by name) on every one of `size` processes, one after the other."""
+def run_together(folder: Path, size: int, runs: dict[str, dict[str, Any]]) -> Results:
+    """Return, per run (arguments of run_protocol by name), the outcomes on each of `size` processes."""
     path = folder / f"runs-{size}.json"
     path.write_text(json.dumps(runs, default=str))
     port = free_port()
@@ -45,8 +45,8 @@ def together(folder: Path, size: int, runs: dict[str, dict[str, Any]]) -> Result
     return results
 
 
-def outcome_of(run: dict[str, Any]) -> dict[str, Any]:
-    """What came of a run on this process."""
+def run_one(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the outcome of a run on this process, or its error."""
     name, data, folder, backbone = (run.pop(key) for key in ("name", "data", "folder", "backbone"))
     try:
         return asdict(run_protocol(name, Path(data), Path(folder), backbone, **run))
@@ -60,7 +60,7 @@ def main() -> None:
     results = {}
     with process_group("cpu"):
         for name, run in json.loads(path.read_text()).items():
-            results[name] = gather_over_ranks(outcome_of(run))
+            results[name] = gather_over_ranks(run_one(run))
         if world().is_main:
             path.with_suffix(".results").write_text(json.dumps(results))
 

@@ -1,4 +1,4 @@
-"""The data of a protocol: whether it is the set that the config expects, nearly that, or one whose splits share images."""
+"""The data of a protocol: the expected set, a set that is nearly ImageNet-1k, splits that share images."""
 
 import shutil
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_what_is_not_imagenet_is_refused_with_the_difference(
         assert word in str(caught.value)
 
 
-def test_imagenet_passes_without_a_doubt() -> None:
+def test_imagenet_passes_without_a_note() -> None:
     require_imagenet(report(KNOWN))
     require_set("imagenet-1k", report(KNOWN, {"val": 50_000}), ("val",))
     assert (
@@ -81,7 +81,7 @@ def test_imagenet_passes_without_a_doubt() -> None:
 
 
 @pytest.mark.parametrize("name", TRANSFER_SETS)
-def test_transfer_sets_are_told_by_their_counts(name: str) -> None:
+def test_transfer_sets_are_recognised_by_their_counts(name: str) -> None:
     num_classes, splits = TRANSFER_SETS[name]
     classes = [f"class {i}" for i in range(num_classes)]
     require_set(name, report(classes, splits))
@@ -108,12 +108,12 @@ def test_transfer_sets_are_told_by_their_counts(name: str) -> None:
         ),
     ],
 )
-def test_what_is_nearly_imagenet_is_told(
+def test_what_is_nearly_imagenet_is_noted(
     classes: tuple[str, ...], splits: dict[str, int] | None, words: list[str]
 ) -> None:
-    told = describe_near_imagenet(report(classes, splits))
+    note = describe_near_imagenet(report(classes, splits))
     for word in words:
-        assert word in told
+        assert word in note
 
 
 @pytest.mark.parametrize(
@@ -127,13 +127,13 @@ def test_what_is_nearly_imagenet_is_told(
     ],
     ids=["a hundred", "padded numbers", "numbers in order", "species", "ImageNet-21k"],
 )
-def test_another_set_is_no_nearly_imagenet(classes: list[str]) -> None:
+def test_another_set_is_not_nearly_imagenet(classes: list[str]) -> None:
     assert describe_near_imagenet(report(classes, {"train": 10, "val": 10})) == ""
 
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    """24 training and 9 validation images, of which one is a training image under another name."""
+    """24 training and 9 validation images, one of which is also a training image under another name."""
     root = write_images(tmp_path / "shared")
     shutil.copy(root / "train" / "class0" / "3.png", root / "val" / "class0" / "0.png")
     return root
@@ -142,13 +142,13 @@ def shared(tmp_path: Path) -> Path:
 NOTE = "1 of 9 images of val are also in train, byte for byte: class0/0.png is class0/3.png"
 
 
-def test_shared_images_stand_in_the_record(shared: Path, tmp_path: Path, backbone: str) -> None:
+def test_shared_images_are_noted_in_the_record(shared: Path, tmp_path: Path, backbone: str) -> None:
     outcome = knn.run(config(shared), job(tmp_path / "cell", backbone), Progress())
     assert NOTE in outcome.notes
 
 
 def test_a_set_as_its_publisher_lists_it_is_scored_under_its_name(tmp_path: Path, backbone: str) -> None:
-    """Places365's files, with the toy's images and three classes in another order than the alphabet's."""
+    """Places365's files with the toy's images and three classes, not in alphabetical order."""
     root, classes = write_images(tmp_path / "set"), ["class2", "class0", "class1"]
     (root / "categories_places365.txt").write_text(
         "".join(f"/c/{name} {i}\n" for i, name in enumerate(classes))
@@ -169,12 +169,12 @@ def test_a_set_as_its_publisher_lists_it_is_scored_under_its_name(tmp_path: Path
     assert outcome.data_digest == check_layout("imagenet", root).digest
 
 
-def test_disjoint_splits_are_not_spoken_of(data: Path) -> None:
+def test_disjoint_splits_give_no_note(data: Path) -> None:
     assert open_data(config(data)).notes == []
     assert open_data(config(data, overlap="refuse")).notes == []
 
 
-def test_shared_images_are_refused_where_the_config_says_so(shared: Path) -> None:
+def test_shared_images_are_refused_if_the_config_says_so(shared: Path) -> None:
     assert open_data(config(shared)).notes == [NOTE]
     with pytest.raises(UserError, match=f"(?s){NOTE}.*overlap=note"):
         open_data(config(shared, overlap="refuse"))
@@ -193,7 +193,7 @@ def test_changed_images_are_searched_again(shared: Path) -> None:
     assert open_data(config(shared)).notes == []
 
 
-def test_notes_of_the_layout_stand_in_the_record_too(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notes_of_the_layout_are_in_the_record_too(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.imagenet.data.ABOUT_A_THOUSAND", (3, 3))
     for split in ("train", "val"):
         for number in range(3):

@@ -1,4 +1,4 @@
-"""Evaluations while training: they change nothing, the best is told beside the score, and none is another run's."""
+"""Evaluations during training: they change nothing, and the best one is reported next to the score."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tests.tasks.imagenet.toy import job, predictions_of, run_protocol, state_of
 def outcomes(
     faint: Path, sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, Outcome]]:
-    """finetune and probe, evaluated while training, or not."""
+    """Run finetune and probe with and without evaluations during training."""
     folder, found = tmp_path_factory.mktemp("epochs"), {}
     for name in ("finetune", "probe"):
         for often, period in (("watched", 0.8), ("plain", None)):
@@ -37,7 +37,9 @@ def test_evaluating_changes_no_weight(outcomes: dict[str, tuple[Path, Outcome]],
 
 
 @pytest.mark.parametrize("name", ["finetune", "probe"])
-def test_last_and_best_are_told_apart(outcomes: dict[str, tuple[Path, Outcome]], name: str) -> None:
+def test_the_last_and_the_best_epoch_are_both_reported(
+    outcomes: dict[str, tuple[Path, Outcome]], name: str
+) -> None:
     folder, outcome = outcomes[f"{name} watched"]
     epochs: list[dict[str, Any]] = json.loads((folder / "epochs.json").read_text())
     assert [entry["step"] for entry in epochs] == [3, 5, 8, 10, 12], "0.8, 1.6 ... epochs of 3 steps"
@@ -64,7 +66,7 @@ def test_last_and_best_are_told_apart(outcomes: dict[str, tuple[Path, Outcome]],
     ids=["last", "first of equals", "earlier"],
 )
 def test_the_last_epoch_may_be_the_best(tmp_path: Path, last: float, best: float, of: float) -> None:
-    """Though none of the evaluations while training fell on it."""
+    """Although no evaluation during training fell on it."""
     (tmp_path / "epochs.json").write_text(
         json.dumps([{"epoch": 1.0, "top1": 60.0}, {"epoch": 2.5, "top1": 60.0}])
     )
@@ -73,7 +75,7 @@ def test_the_last_epoch_may_be_the_best(tmp_path: Path, last: float, best: float
     assert f"epoch {of:g}" in notes[0]
 
 
-def test_what_another_run_left_is_not_told(faint: Path, sources: dict[str, str], tmp_path: Path) -> None:
+def test_entries_of_an_earlier_run_are_dropped(faint: Path, sources: dict[str, str], tmp_path: Path) -> None:
     stale = [
         {"step": step, "epoch": step / 3, "top1": 100.0, "top5": 100.0, "loss": 0.0} for step in (1, 4, 99)
     ]
@@ -93,7 +95,7 @@ def test_what_another_run_left_is_not_told(faint: Path, sources: dict[str, str],
 def test_predictions_of_two_models_are_compared_image_by_image(
     outcomes: dict[str, tuple[Path, Outcome]],
 ) -> None:
-    """McNemar's counts, from the files alone, agree with the difference of the scores."""
+    """McNemar's counts, from the files only, agree with the difference of the scores."""
     one, other = (predictions_of(outcomes[f"{name} plain"][0]) for name in ("finetune", "probe"))
     assert (one["indices"] == other["indices"]).all()
     assert (one["targets"] == other["targets"]).all()

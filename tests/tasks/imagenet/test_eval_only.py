@@ -1,6 +1,7 @@
-"""Classifiers as they are: anyone's head, ReaL and ImageNet-C on hand-made predictions, subsets of ImageNet's classes."""
+"""Evaluation without training: heads of any origin, ReaL, ImageNet-C and subsets of ImageNet's classes."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ COMMON: dict[str, Any] = {"protocol": "toy", "crop_pct": 1.0}
 
 
 def row(folder: Path, source: Path, **options: Any) -> str:
-    """A checkpoint brought into a suite, as the row of a table."""
+    """Convert a checkpoint as a row of a suite does."""
     config = build(CheckpointConfig, {"kind": "checkpoint", "source": str(source), **options}, "test")
     bring(config, job(folder), Progress())
     return str(folder)
@@ -61,7 +62,7 @@ def test_a_fine_tuned_model_scores_the_same_when_it_comes_back(data, tmp_path, b
 
 
 def reference_file(folder: Path, pool: str) -> tuple[Path, torch.nn.Module]:
-    """A fine-tuned classifier as facebookresearch/mae saves it, and the timm model that it is."""
+    """Return a fine-tuned classifier as facebookresearch/mae saves it, and its timm model."""
     torch.manual_seed(0)
     model: Any = build_vit(SPEC, num_classes=3, global_pool=pool)
     torch.nn.init.normal_(model.head.weight)
@@ -70,7 +71,7 @@ def reference_file(folder: Path, pool: str) -> tuple[Path, torch.nn.Module]:
 
 
 def logits_of(model: torch.nn.Module, data: Path) -> dict[str, int]:
-    """The class that a model gives to each validation image, by a plain loop."""
+    """Return the class that a model predicts for each validation image, by a plain loop."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (SPEC.mean, SPEC.std))
     found = {}
     for path in sorted((data / "val").rglob("*.png")):
@@ -80,7 +81,7 @@ def logits_of(model: torch.nn.Module, data: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("pool", ["avg", "token"])
-def test_a_reference_format_classifier_is_evaluated_with_no_training(data, tmp_path, pool):
+def test_a_reference_format_classifier_is_evaluated_without_training(data, tmp_path, pool):
     path, model = reference_file(tmp_path, pool)
     options = {"spec": {"num_heads": 2}} | ({"format": "official_mae"} if pool == "token" else {})
     outcome = as_it_is(data, tmp_path / "cell", row(tmp_path / "row", path, **options))
@@ -157,18 +158,17 @@ class TestReal:
 
 class TestCorruptions:
     def all_at(self, value: float) -> dict[str, float]:
-        return {f"{name}/{severity}": value for name in robustness.ALEXNET_ERROR for severity in range(1, 6)}
+        names = product(robustness.ALEXNET_ERROR, range(1, 6))
+        return {f"{name}/{severity}": value for name, severity in names}
 
     def test_alexnet_itself_has_100(self):
-        top1 = {
-            f"{name}/{severity}": 100 * (1 - error)
-            for name, error in robustness.ALEXNET_ERROR.items()
-            for severity in range(1, 6)
-        }
+        top1: dict[str, float] = {}
+        for name, error in robustness.ALEXNET_ERROR.items():
+            top1 |= {f"{name}/{severity}": 100 * (1 - error) for severity in range(1, 6)}
         assert robustness.compute_corruption_metrics(top1)["mCE"].value == pytest.approx(100)
 
     def test_a_case_by_hand(self):
-        """All corruptions at 50 % but fog, whose severities differ: only their mean counts."""
+        """All corruptions are at 50 %; fog has different severities, of which only the mean counts."""
         top1 = self.all_at(50.0) | {f"fog/{severity}": 10.0 * severity for severity in range(1, 6)}
         ratios = [(0.7 if name == "fog" else 0.5) / error for name, error in robustness.ALEXNET_ERROR.items()]
         found = robustness.compute_corruption_metrics(top1)
@@ -176,7 +176,7 @@ class TestCorruptions:
         assert found["mCE"].direction == "lower"
         assert found["top1"].value == pytest.approx((14 * 50 + 30) / 15)
 
-    def test_one_severity_absent_is_refused(self):
+    def test_a_missing_severity_is_refused(self):
         top1 = self.all_at(50.0)
         del top1["snow/3"]
         with pytest.raises(UserError, match="all severities of snow"):
@@ -198,8 +198,16 @@ class TestSubsets:
 
     def test_another_set_is_refused(self):
         a, r = (sorted(robustness.load_subset_classes(name)) for name in ("imagenet-a", "imagenet-r"))
-        for name, folders in (("imagenet-a", r), ("imagenet-r", a), ("imagenet-a", a[:-1]), ("imagenet-r", ["cat"] * 200),
-                              ("imagenet-sketch", a), ("imagenet-a", [str(i) for i in range(200)])):  # fmt: skip
+        numbers = [str(i) for i in range(200)]
+        wrong = [
+            ("imagenet-a", r),
+            ("imagenet-r", a),
+            ("imagenet-a", a[:-1]),
+            ("imagenet-r", ["cat"] * 200),
+            ("imagenet-sketch", a),
+            ("imagenet-a", numbers),
+        ]
+        for name, folders in wrong:
             with pytest.raises(UserError, match=name):
                 robustness.match_classes(name, folders)
 

@@ -1,4 +1,4 @@
-"""What goes wrong while a protocol runs is told with what mends it, and never leaves a record."""
+"""Faults while a protocol runs are reported with their fix and never leave a record."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from tests.tasks.imagenet.toy import PROTOCOLS, run_protocol
 
 
 def work_on(name: str, data: Path, folder: Path, backbone: str, **changes: Any) -> dict[str, Any]:
-    """Runs the protocol as the runner's worker does; the failure or the record that it leaves."""
+    """Run the protocol as the runner's worker does; return the failure or the record that it writes."""
     config = {**PROTOCOLS[name], **changes, "data": str(data)}
     (folder / "upstream").mkdir(parents=True, exist_ok=True)
     if not (folder / "upstream/export").exists():
@@ -43,7 +43,7 @@ def work_on(name: str, data: Path, folder: Path, backbone: str, **changes: Any) 
 
 @pytest.fixture
 def no_room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """no_room(owner, name, when): lets a function run out of memory where `when(self or first argument)` says so."""
+    """Return no_room(owner, name, when): the function runs out of memory if `when(first argument)`."""
 
     def patch(owner: Any, name: str, when: Callable[[Any], bool] = lambda _: True) -> None:
         real = getattr(owner, name)
@@ -65,7 +65,9 @@ def test_no_memory_in_training(data, tmp_path, backbone, no_room):
     assert "device_batch_size=4" in failure["fix"]
 
 
-def test_no_memory_in_evaluation_and_on_again_with_less(data, tmp_path, backbone, monkeypatch, no_room):
+def test_no_memory_in_evaluation_and_resumed_with_a_smaller_batch(
+    data, tmp_path, backbone, monkeypatch, no_room
+):
     with monkeypatch.context() as patch:
         real = Classifier.forward_features
 
@@ -91,7 +93,7 @@ def test_no_memory_in_evaluation_and_on_again_with_less(data, tmp_path, backbone
         ("few_shot", few_shot, "fit_classifiers", "largest of shares"),
     ],
 )
-def test_no_memory_in_what_works_on_features(data, tmp_path, backbone, no_room, name, owner, function, fix):
+def test_no_memory_in_protocols_on_features(data, tmp_path, backbone, no_room, name, owner, function, fix):
     no_room(owner, function)
     failure = work_on(name, data, tmp_path, backbone)
     assert "memory does not hold" in failure["reason"]
@@ -99,7 +101,7 @@ def test_no_memory_in_what_works_on_features(data, tmp_path, backbone, no_room, 
 
 
 def test_no_memory_anywhere_else(data, tmp_path, backbone, no_room):
-    """As where another process fills the device before the model is there."""
+    """For example if another process fills the device before the model is loaded."""
     no_room(linear_probe, "load_at_size")
     failure = work_on("probe", data, tmp_path, backbone)
     assert failure["reason"].startswith("the device's memory is full: CUDA out of memory")
@@ -118,7 +120,7 @@ def test_training_that_ends_early_leaves_no_record(data, tmp_path, backbone, mon
     assert "the batches ended at step 3 of" in failure["reason"]
 
 
-def test_a_loss_that_is_not_finite_is_told(data, tmp_path, backbone):
+def test_a_loss_that_is_not_finite_is_reported(data, tmp_path, backbone):
     failure = work_on("finetune", data, tmp_path, backbone, base_lr=1e30, warmup_epochs=0)
     assert (
         "not finite" in failure["reason"]
@@ -136,20 +138,20 @@ def test_logits_that_are_not_finite_give_no_score():
 
 
 class TestHeadsThatDiverge:
-    def test_they_are_told_and_not_chosen(self, data, tmp_path, backbone):
+    def test_they_are_reported_and_not_chosen(self, data, tmp_path, backbone):
         outcome = run_protocol(
             "grid", data, tmp_path, backbone, lrs=[100.0, 1e12], pools=[], layers=[1], epochs=30
         )
-        told = {
+        diverged = {
             head["head"]: head["diverged"]
             for head in json.loads((tmp_path / "heads.json").read_text())["heads"]
         }
-        assert told == {"avg-1, base_lr 100": False, "avg-1, base_lr 1e+12": True}
+        assert diverged == {"avg-1, base_lr 100": False, "avg-1, base_lr 1e+12": True}
         assert "1 of 2 heads diverged and were not chosen from: avg-1, base_lr 1e+12" in outcome.notes
         assert outcome.notes[0].startswith("avg-1, base_lr 100: the best of 2 heads")
 
     @pytest.mark.parametrize("changes", [{"base_lr": 1e12}, {"lrs": [1e12, 1e13], "holdout": 0.25}])
-    def test_where_all_do_there_is_no_score(self, data, tmp_path, backbone, changes):
+    def test_no_score_if_all_diverge(self, data, tmp_path, backbone, changes):
         failure = work_on("probe", data, tmp_path, backbone, eval_epochs=None, epochs=30, **changes)
         assert failure["reason"].startswith("every head diverged")
         assert failure["fix"] == "lower base_lr, or lrs"
@@ -162,8 +164,8 @@ def test_one_image_has_no_variance(data, tmp_path, backbone):
         run_protocol("probe", data, tmp_path / "b", backbone, global_batch_size=5, device_batch_size=2)
 
 
-def test_a_cache_that_machines_do_not_share_is_told(data, tmp_path, backbone, monkeypatch):
-    """A rank of another machine, which does not see what the first has made."""
+def test_a_cache_that_machines_do_not_share_is_reported(data, tmp_path, backbone, monkeypatch):
+    """A rank on another machine does not see the files of the first rank."""
     monkeypatch.setattr(features, "world", lambda: World(1, 2))
     with pytest.raises(UserError, match="is not on this machine"):
         run_protocol("knn", data, tmp_path, backbone)

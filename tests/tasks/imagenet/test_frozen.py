@@ -1,4 +1,4 @@
-"""Cached features and what is made of them: nearest neighbours and few labels, against brute force and known answers."""
+"""Cached features, nearest neighbours and few-shot classifiers, against brute force and known answers."""
 
 import json
 from dataclasses import replace
@@ -49,7 +49,7 @@ def run_few_shot(data: Path, folder: Path, backbone: str, seed: int = 0, **chang
 class TestCache:
     @pytest.fixture
     def passes(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-        """How many images went through the backbone, a number a batch."""
+        """Return a list that collects the number of images per forward pass of the backbone."""
         seen: list[int] = []
         real = features.FrozenFeatures.forward
 
@@ -112,7 +112,7 @@ class TestCache:
         run_knn(data, tmp_path / "b", str(tmp_path / "other"))
         assert sum(passes) == 66
 
-    def test_features_that_are_no_numbers_give_no_score(self, data, tmp_path, backbone):
+    def test_features_that_are_not_finite_give_no_score(self, data, tmp_path, backbone):
         vit, spec, _ = load_backbone(backbone)
         large = {
             name: tensor * (3e38 if name == "norm.weight" else 1) for name, tensor in vit.state_dict().items()
@@ -121,7 +121,7 @@ class TestCache:
         with pytest.raises(UserError, match="features of .* images are not finite"):
             run_knn(data, tmp_path / "a", str(tmp_path / "large"))
 
-    def test_an_interrupted_pass_goes_on(self, data, tmp_path, backbone, passes, monkeypatch):
+    def test_an_interrupted_pass_resumes(self, data, tmp_path, backbone, passes, monkeypatch):
         real = features.Feed.run
 
         def fail(self, model, imgs):
@@ -137,7 +137,7 @@ class TestCache:
         assert sum(passes) == 33
         assert outcome.metrics == run_knn(data, tmp_path / "b", backbone, crop_pct=0.999).metrics
 
-    def test_an_image_that_does_not_decode_is_left_out_and_told(self, tmp_path, backbone):
+    def test_an_image_that_does_not_decode_is_left_out_and_noted(self, tmp_path, backbone):
         root = write_images(tmp_path / "images", 24, 12)
         (root / "val/class0/0.png").write_bytes(b"no image")
         for _ in range(2):  # made, then read from the cache
@@ -225,7 +225,7 @@ class TestFewShot:
         assert runs[0] == runs[1] != runs[2]
 
     def test_the_solver_finds_the_minimum(self):
-        """At the minimum the gradient of mean cross-entropy + decay / 2 |W|^2 is zero, and the weights shrink with the decay."""
+        """The gradient of mean cross-entropy + decay / 2 |W|^2 is zero, and weights shrink with the decay."""
         x, y = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
         norms = []
         for decay, weight in zip(
@@ -238,7 +238,7 @@ class TestFewShot:
             norms.append(weight[:, :-1].norm().item())
         assert norms == sorted(norms)
 
-    def test_classes_with_too_few_images_are_told(self, tmp_path, backbone):
+    def test_classes_with_too_few_images_are_noted(self, tmp_path, backbone):
         root = write_images(tmp_path / "images", 24, 9)
         for path in sorted((root / "train/class0").iterdir())[3:]:
             path.unlink()
@@ -288,7 +288,7 @@ def test_a_backbone_without_class_token(data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "fix"), [({"depth": 3}, "[1,3]"), ({"arch": "sam", "num_prefix_tokens": 0}, "[1]")]
 )
-def test_layers_that_cannot_be_joined_are_refused(change, fix):
+def test_layers_that_cannot_be_concatenated_are_refused(change, fix):
     spec = replace(SPEC, depth=5, global_pool="avg")
     with pytest.raises(UserError) as caught:
         features.FrozenFeatures(
@@ -298,8 +298,8 @@ def test_layers_that_cannot_be_joined_are_refused(change, fix):
 
 
 @pytest.mark.parametrize("registers", [0, 2])
-def test_a_grid_asks_for_no_class_token_that_is_not_there(registers):
-    """A register is none."""
+def test_a_grid_needs_the_class_token_it_asks_for(registers):
+    """A register is not a class token."""
     spec = replace(
         SPEC,
         num_prefix_tokens=registers,
@@ -312,13 +312,20 @@ def test_a_grid_asks_for_no_class_token_that_is_not_there(registers):
         features.FrozenFeatures(vit, spec, [features.FeatureSet("avg"), features.FeatureSet("token")])
 
 
-@pytest.mark.parametrize("change", [
-    {},
-    {"arch": "beit", "pos_embed": "relative", "options": {"use_rel_pos_bias": True, "use_abs_pos_emb": False}},
-    {"arch": "eva", "pos_embed": "rope", "options": {"use_rot_pos_emb": True, "swiglu_mlp": True}},
-])  # fmt: skip
+BEIT = {"use_rel_pos_bias": True, "use_abs_pos_emb": False}
+EVA = {"use_rot_pos_emb": True, "swiglu_mlp": True}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"arch": "beit", "pos_embed": "relative", "options": BEIT},
+        {"arch": "eva", "pos_embed": "rope", "options": EVA},
+    ],
+)
 def test_several_layers_of_any_architecture(change):
-    """The last of several is the last alone, and the one before is what a backbone without the last block gives."""
+    """Of two layers, the last equals a single one; the other, that of a backbone without its last block."""
     spec = replace(SPEC, **change)
     torch.manual_seed(0)
     vit, imgs = build_vit(spec).double(), torch.randn(2, 3, 16, 16).double()

@@ -1,4 +1,4 @@
-"""The linear probe: LARS by hand, a frozen backbone, a grid of heads that equals each head alone, the choice of a head."""
+"""The linear probe: LARS, the frozen backbone, a grid that equals its heads, the choice of a head."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_separable_features_reach_100(data, tmp_path, backbone, global_pool, fea
 
 
 @pytest.mark.parametrize("features", ["augmented", "cached"])
-def test_a_grid_equals_each_head_alone(data, tmp_path, backbone, monkeypatch, features):
+def test_a_grid_equals_its_heads_one_by_one(data, tmp_path, backbone, monkeypatch, features):
     trained: dict[str, list[torch.Tensor]] = {}
     real = linear_probe.choose_head
 
@@ -71,12 +71,12 @@ def test_a_grid_equals_each_head_alone(data, tmp_path, backbone, monkeypatch, fe
 
 def test_the_head_is_chosen_on_images_held_out_of_train(data, tmp_path, backbone):
     outcome = probe(data, tmp_path / "run", backbone, **{**GRID, "lrs": [1e-6, 200.0]})
-    told = json.loads((tmp_path / "run/heads.json").read_text())
-    assert told["held_out_images"] == 6
-    best = max(told["heads"], key=lambda entry: (entry["top1"], -entry["loss"]))
-    assert told["chosen"] == best["head"]
-    assert "base_lr 200" in told["chosen"], "a head that hardly learns is not chosen"
-    assert any(told["chosen"] in note and "6 images held out of train" in note for note in outcome.notes)
+    saved = json.loads((tmp_path / "run/heads.json").read_text())
+    assert saved["held_out_images"] == 6
+    best = max(saved["heads"], key=lambda entry: (entry["top1"], -entry["loss"]))
+    assert saved["chosen"] == best["head"]
+    assert "base_lr 200" in saved["chosen"], "a head that hardly learns is not chosen"
+    assert any(saved["chosen"] in note and "6 images held out of train" in note for note in outcome.notes)
     assert outcome.artefacts["heads"] == "heads.json"
 
 
@@ -118,7 +118,7 @@ def test_the_backbone_stays_as_it_was(backbone):
 
 
 def test_features_of_the_last_layers(backbone):
-    """The last block's tokens behind the final norm, and the one's before it, joined; all from plain calls of the model."""
+    """They equal the normed tokens of the last two blocks, concatenated, from plain calls of the model."""
     vit, spec, _ = load_backbone(backbone)
     vit, imgs = vit.double(), torch.randn(2, 3, 16, 16).double()
     sets = [FeatureSet("token"), FeatureSet("avg"), FeatureSet("avg", 2)]
@@ -148,7 +148,7 @@ def steps_of(optimizer: torch.optim.Optimizer, model: torch.nn.Linear, count: in
 
 
 def test_lars_equals_the_reference_rule():
-    """Two steps of facebookresearch/mae util/lars.py by hand: trust 0.001 and momentum 0.9, biases without trust."""
+    """Two steps of facebookresearch/mae's util/lars.py: trust 0.001, momentum 0.9, biases without trust."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3).double()
     weight, bias = (p.detach().clone() for p in (model.weight, model.bias))

@@ -1,7 +1,8 @@
-"""Partial fine-tuning: what is trained for each number of blocks, the curve, and a run that goes on."""
+"""Partial fine-tuning: what is trained per number of blocks, the curve, and a resumed run."""
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,7 @@ def test_frozen_parts_drop_no_paths_and_stay(backbone):
     }
     assert {name for name in changed if name.startswith("vit.")} == {
         f"vit.blocks.1.{part}.{kind}"
-        for part in ("norm2", "mlp.fc1", "mlp.fc2")
-        for kind in ("weight", "bias")
+        for part, kind in product(("norm2", "mlp.fc1", "mlp.fc2"), ("weight", "bias"))
     }
 
 
@@ -138,19 +138,19 @@ def test_what_is_finished_is_not_trained_again(data, tmp_path, backbone, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"blocks": [1.5]}, "0.5"),
         ({"score": 3}, "not one of blocks"),
         ({"linear": {"momentun": 1}}, "momentun"),
     ],
 )
-def test_what_cannot_be_tuned_is_refused(change, told):
-    with pytest.raises(UserError, match=told):
+def test_what_cannot_be_tuned_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
         build(PartialFinetuneConfig, {**VALUES, **BLOCKS, "data": "", **change}, "test")
 
 
-def test_no_blocks_are_pooled_as_the_others_unless_told():
+def test_a_probe_of_0_blocks_pools_like_the_others_by_default():
     values = {**VALUES, **BLOCKS, "data": "", "global_pool": "token", "linear": {}}
     assert build(PartialFinetuneConfig, values, "test").build_probe_config().global_pool == "token"
     assert (

@@ -1,4 +1,4 @@
-"""bfloat16 and torch.compile: every protocol runs, heads are evaluated in float32, frozen backbones are compiled too."""
+"""bfloat16 and torch.compile: every protocol runs, and heads are evaluated in float32."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def probe_of(backbone: str, **changes: Any) -> Probe:
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_every_protocol_in_bfloat16(faint: Path, tmp_path: Path, sources: dict[str, str], name: str) -> None:
-    """It runs, says of every image what it says, and what that did cost."""
+    """Each runs and reports predictions for every image, and its cost."""
     outcome = run_protocol(name, faint, tmp_path / "cell", sources[name], amp_dtype="bfloat16")
     trains = "epochs" in PROTOCOLS[name]
     assert outcome.cost.keys() >= COSTS | ({"seconds_train"} if trains else set())
@@ -49,7 +49,7 @@ def test_every_protocol_in_bfloat16(faint: Path, tmp_path: Path, sources: dict[s
 
 
 def test_predictions_are_those_of_the_score(faint: Path, tmp_path: Path, sources: dict[str, str]) -> None:
-    """Of nearest neighbours with config.k, of few labels in the first draw of config.score."""
+    """For knn those of config.k, for few_shot those of the first draw of config.score."""
     knn = run_protocol("knn", faint, tmp_path / "knn", sources["knn"], ks=[1, 9], k=9)
     found = predictions_of(tmp_path / "knn")
     assert 100 * np.mean(found["top5"][:, 0] == found["targets"]) == pytest.approx(
@@ -80,7 +80,7 @@ def test_heads_are_evaluated_in_float32(backbone: str, name: str) -> None:
 
 @pytest.mark.parametrize("layers", [[1], [1, 2]])
 def test_the_frozen_backbone_is_compiled_with_its_heads(backbone: str, layers: list[int]) -> None:
-    """It stands in a list, so that it has no state and no gradients, and is nearly all of the cost."""
+    """It is hidden in a list, so that it has no state and no gradients, but is nearly all of the cost."""
     graphs = []
 
     def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -91,8 +91,8 @@ def test_the_frozen_backbone_is_compiled_with_its_heads(backbone: str, layers: l
     expected = probe(imgs)
     # the graph is run as it is
     assert_within_rounding(torch.compile(probe, backend=keep)(imgs), expected, roundings=MEAN)
-    calls = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     assert len(graphs) == 1, "nothing breaks the graph"
+    calls = [str(node.target) for node in graphs[0].graph.nodes]
     assert sum("scaled_dot_product_attention" in call for call in calls) == SPEC.depth
 
 
@@ -100,7 +100,7 @@ def test_the_frozen_backbone_is_compiled_with_its_heads(backbone: str, layers: l
 def test_compiled_training_gives_the_same(
     faint: Path, tmp_path: Path, sources: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the backend that runs a graph as it is: inductor is slow, and what is compiled is the test's."""
+    """The backend runs the graph as it is: inductor is slow, and the test is about what is compiled."""
     plain = run_protocol(name, faint, tmp_path / "plain", sources[name], compile=False)
     calls = []
     real = torch.compile

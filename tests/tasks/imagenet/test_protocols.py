@@ -146,8 +146,10 @@ def test_mixed_loss_without_mixing_is_smoothed_cross_entropy(backbone: str) -> N
 
 
 def test_fine_tuning_layout_replaces_the_final_norm(backbone: str) -> None:
-    """global_pool=avg: mean of the patch tokens without the backbone's norm, then fc_norm (facebookresearch/mae
-    models_vit.py)."""
+    """global_pool=avg: mean of the patch tokens without the backbone's norm, then fc_norm.
+
+    Source: facebookresearch/mae, models_vit.py.
+    """
     loaded, spec, _ = load_backbone(backbone)
     vit: Any = loaded.double()
     imgs = torch.randn(2, 3, 16, 16).double()

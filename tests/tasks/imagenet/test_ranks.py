@@ -1,4 +1,4 @@
-"""Several processes: each image is evaluated once and by the same sums, heads train as in one, features are cached together."""
+"""Several processes evaluate each image once, train heads as one process does and share the feature cache."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import pytest
 
 from mae_bench.job import Outcome
 from tests.parity import MEAN, assert_within_rounding
-from tests.tasks.imagenet.ranks import Results, together
+from tests.tasks.imagenet.ranks import Results, run_together
 from tests.tasks.imagenet.toy import predictions_of, run_protocol, state_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -35,7 +35,7 @@ COPIES: dict[str, dict[str, Any]] = {  # what is trained by both, by one in the 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of all runs here. Those of one process and those of several each have a cache of features."""
+    """Return the folder of all runs; one process and several processes use separate feature caches."""
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MAE_BENCH_CACHE", str(folder / "cache 1"))
@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def alone(place: Path, faint: Path, sources: dict[str, str]) -> dict[str, Outcome]:
-    """Everything in one process."""
+    """Run everything in one process."""
     runs = {name: (name, place / "alone" / name, RUNS[name]) for name in RUNS}
     runs |= {f"copied {name}": (name.split()[0], place / "copied" / name, COPIES[name]) for name in COPIES}
     runs["one by one"] = ("eval_only", place / "alone" / "one by one", {"eval_batch_size": 1})
@@ -56,7 +56,7 @@ def alone(place: Path, faint: Path, sources: dict[str, str]) -> dict[str, Outcom
 
 @pytest.fixture(scope="module")
 def three(place: Path, faint: Path, sources: dict[str, str], alone: dict[str, Outcome]) -> Results:
-    """The same in three processes. What one process trained is evaluated, and from the beginning they train themselves."""
+    """Run the same in three processes: evaluate what one process trained, and train from the start."""
     runs = {name: {"name": name, "folder": place / "three" / name, **RUNS[name]} for name in RUNS}
     for name in ("finetune", "grid", "cached"):
         shutil.copytree(place / "alone" / name / "checkpoints", place / "three" / name / "checkpoints")
@@ -71,7 +71,7 @@ def three(place: Path, faint: Path, sources: dict[str, str], alone: dict[str, Ou
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MAE_BENCH_CACHE", str(place / "cache 3"))
-        return together(
+        return run_together(
             place,
             3,
             {key: run | {"data": faint, "backbone": sources[run["name"]]} for key, run in runs.items()},
@@ -82,8 +82,10 @@ def three(place: Path, faint: Path, sources: dict[str, str], alone: dict[str, Ou
 def test_three_processes_evaluate_what_one_does(
     name: str, alone: dict[str, Outcome], three: Results, place: Path
 ) -> None:
-    """11 images in batches of 2 are 4, 4 and 3 a process. How many images stand together moves the last bit of a logit; where
-    they are evaluated one by one, everything is the same bit for bit."""
+    """11 images in batches of 2 are 4, 4 and 3 images per process.
+
+    The batch size changes the last bit of a logit; evaluated one by one, everything is bit-identical.
+    """
     assert len({json.dumps(each["metrics"]) for each in three[name]}) == 1, "every process knows the sums"
     found = {metric: each["value"] for metric, each in three[name][0]["metrics"].items()}
     expected = {
@@ -119,10 +121,11 @@ def test_features_of_three_processes_are_those_of_one(
 def test_three_processes_train_what_one_trains(
     name: str, alone: dict[str, Outcome], three: Results, place: Path
 ) -> None:
-    """One process takes the images of three as micro-batches: each BatchNorm sees the same images, each gradient is their mean.
+    """One process takes the images of three as micro-batches: BatchNorm and gradients see the same images.
 
-    Not compared are statistics, which are the first process's as the reference's, and biases of attention's keys: their gradient
-    is zero, and AdamW makes steps of its rounding."""
+    BatchNorm statistics are not compared: as in the reference, they are the first process's. Neither are the
+    biases of the attention's keys: their gradient is zero, and AdamW turns its rounding into steps.
+    """
     one, several = state_of(place / "copied" / name), state_of(place / "copies" / name)
     assert one.keys() == several.keys()
     compared = [

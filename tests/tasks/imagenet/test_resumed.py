@@ -1,4 +1,4 @@
-"""Every protocol, stopped or killed again and again, ends as the run that was not: weights, metrics, predictions, epochs."""
+"""Every protocol gives the same weights, metrics and predictions after being stopped or killed repeatedly."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +17,11 @@ TRAINS = [name for name, values in PROTOCOLS.items() if "epochs" in values]
 
 
 class Killed(Exception):
-    """What ends a run without a word."""
+    """End a run without any clean-up."""
 
 
 class Stopping(Progress):
-    """Asks for a stop, or kills, at the `limit`-th step of whatever is done."""
+    """Ask for a stop, or kill the run, at the `limit`-th step of any stage."""
 
     def __init__(self, limit: int, kills: bool):
         super().__init__()
@@ -39,7 +39,7 @@ class Stopping(Progress):
 
 
 def in_pieces(name: str, data: Path, folder: Path, source: str, kills: bool) -> tuple[Outcome, int]:
-    """Runs the protocol, each time for a little longer until it is through; how often it was stopped."""
+    """Run the protocol, each time a little longer, until it ends; return how often it was stopped."""
     for stops in range(40):
         try:
             progress = Stopping(4 + 5 * stops, kills)

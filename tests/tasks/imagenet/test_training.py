@@ -1,4 +1,4 @@
-"""What fine-tuning does to images, targets, learning rates and weights, against timm or a case by hand."""
+"""Images, targets, learning rates and weights in fine-tuning, against timm or computed by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ TARGETS = torch.tensor([0, 1, 2, 2])
 
 
 class Seen(torch.nn.Module):
-    """Keeps what it is given and answers with LOGITS."""
+    """Keep the input and return LOGITS."""
 
     def forward(self, imgs: torch.Tensor) -> torch.Tensor:
         self.imgs = imgs
@@ -37,7 +37,7 @@ class Seen(torch.nn.Module):
 
 
 def loss_of(imgs: torch.Tensor, seed: int = 3, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of a training batch, and what the model saw of it."""
+    """Return the loss of a training batch, and the input that the model saw."""
     config = build(FinetuneConfig, {"kind": "finetune", "data": "", **TRAIN, **PLAIN, **changes}, "test")
     seed_everything(seed)
     model = Seen()
@@ -53,7 +53,7 @@ def noise(size: int = 16) -> torch.Tensor:
 
 
 def mixed_loss(lam: float, smoothing: float) -> torch.Tensor:
-    """Cross-entropy with lam x the smoothed target + (1 - lam) x that of the batch read backwards."""
+    """Return the cross-entropy with lam x the smoothed targets + (1 - lam) x those of the reversed batch."""
     hard = F.one_hot(TARGETS, 3) * (1 - smoothing) + smoothing / 3
     soft = lam * hard + (1 - lam) * hard.flip(0)
     return -(soft * LOGITS.log_softmax(dim=1)).sum(dim=1).mean()
@@ -63,7 +63,7 @@ def mixed_loss(lam: float, smoothing: float) -> torch.Tensor:
 def built(
     data: Path, tmp_path: Path, backbone: str, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Classifier, torch.optim.Optimizer]:
-    """The model and the optimizer that fine-tuning makes."""
+    """Return the model and the optimizer that fine-tuning builds."""
     made: list[Any] = []
 
     def keep(context, data, model, make_optimizer):
@@ -78,21 +78,23 @@ def built(
 
 
 def test_layer_decay_equals_timms(built: tuple[Classifier, torch.optim.Optimizer]) -> None:
-    """But for the final norm, which timm counts to the last block and the authors' code (util/lr_decay.py) to the head."""
+    """Except for the final norm: timm counts it to the last block, MAE's util/lr_decay.py to the head."""
     model, optimizer = built
     theirs = build_vit(SPEC, num_classes=3)
     groups = param_groups_layer_decay(
         theirs, weight_decay=0.05, no_weight_decay_list=theirs.no_weight_decay(), layer_decay=0.65
     )
     names = {id(parameter): name for name, parameter in theirs.named_parameters()}
-    expected = {
-        names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]
-    }
+    expected: dict[str, tuple[float, float]] = {}
+    for group in groups:
+        values = group["lr_scale"], group["weight_decay"]
+        expected |= {names[id(parameter)]: values for parameter in group["params"]}
     expected = {name: values for name, values in expected.items() if not name.startswith("norm.")}
     ours = {id(parameter): name.removeprefix("vit.") for name, parameter in model.named_parameters()}
-    found = {
-        ours[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]
-    }
+    found: dict[str, tuple[float, float]] = {}
+    for group in optimizer.param_groups:
+        values = group["lr_scale"], group["weight_decay"]
+        found |= {ours[id(parameter)]: values for parameter in group["params"]}
     assert found.keys() == set(ours.values()), "every weight is trained"
     assert (found.pop("fc_norm.weight"), found.pop("fc_norm.bias")) == ((1.0, 0.0), (1.0, 0.0))
     assert found.keys() == expected.keys()
@@ -149,7 +151,7 @@ def test_cutmix_mixes_targets_by_area() -> None:
 
 
 def test_random_erasing_puts_noise_into_normalised_images() -> None:
-    """Black images: what is erased is normal noise around 0, and black, after normalisation, is not 0."""
+    """Erased pixels are normal noise around 0; black is not 0 after normalisation."""
     imgs = torch.zeros(4, 3, 64, 64, dtype=torch.uint8)
     _, seen = loss_of(imgs, random_erasing=1.0)
     plain = normalize(imgs, SPEC.mean, SPEC.std)
@@ -161,7 +163,7 @@ def test_random_erasing_puts_noise_into_normalised_images() -> None:
 
 
 def test_the_average_of_weights_by_hand(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first step's weights, then half of the average and half of each step's; what is exported and scored is the average."""
+    """The average starts at the first step's weights, with decay 0.5; it is what is exported and scored."""
     name, seen = "vit.blocks.0.attn.qkv.weight", []
     real = Ema.update
 
@@ -180,7 +182,7 @@ def test_the_average_of_weights_by_hand(data: Path, tmp_path: Path, monkeypatch:
     assert not torch.equal(exported, seen[-1])
 
 
-def test_the_class_token_is_read_behind_the_backbones_norm(backbone: str) -> None:
+def test_the_class_token_is_read_after_the_backbones_norm(backbone: str) -> None:
     loaded, spec, _ = load_backbone(backbone)
     vit: Any = loaded.double()
     imgs = torch.randn(2, 3, 16, 16).double()

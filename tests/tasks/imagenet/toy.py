@@ -1,4 +1,4 @@
-"""A toy ImageNet and backbone that the tests of the protocols share: three classes that a colour tells apart."""
+"""A toy ImageNet and backbone for the tests of the protocols; the three classes differ in colour."""
 
 import warnings
 from pathlib import Path
@@ -39,9 +39,8 @@ TUNED = TRAINED | {"mixup": 0.8, "random_erasing": 0.25, "drop_path": 0.2, "ema_
 GRID = {"lrs": [1.0, 100.0], "pools": ["token", "avg"], "layers": [1, 2], "holdout": 0.25}
 LABELS = {"shots": [1, 3], "shares": [0.5], "score": "3shot", "draws": 2, "weight_decays": [0.01, 1.0]}
 LINEAR = {"base_lr": 100.0, "epochs": 2}
-PROTOCOLS: dict[
-    str, dict[str, Any]
-] = {  # each with everything that could depend on processes, on batches or on a stop
+# each with everything that could depend on the number of processes, on batches or on a stop
+PROTOCOLS: dict[str, dict[str, Any]] = {
     "finetune": TUNED | {"kind": "finetune"},
     "supervised": TUNED | {"kind": "supervised", "model": MODEL},
     "probe": TRAINED | LINEAR | {"kind": "linear_probe", "eval_epochs": 0.7},
@@ -58,7 +57,7 @@ PROTOCOLS: dict[
 def run_protocol(
     name: str, data: Path, folder: Path, backbone: str, progress: Progress | None = None, **changes: Any
 ) -> Outcome:
-    """Runs one of PROTOCOLS in `folder`, as the worker does."""
+    """Run one of PROTOCOLS in `folder`, as the worker does."""
     values = {**PROTOCOLS[name], **changes, "data": str(data)}
     table = kind(values["kind"])
     outcome: Outcome = load_object(table.run)(
@@ -68,12 +67,12 @@ def run_protocol(
 
 
 def predictions_of(folder: Path) -> dict[str, np.ndarray]:
-    """The arrays of the folder's predictions."""
+    """Return the arrays of the folder's predictions."""
     return dict(np.load(folder / "predictions.npz"))
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of the last training state below the folder."""
+    """Return the tensors of the last training state below the folder."""
     place = sorted(folder.glob("checkpoints/step-*"))[-1]
     saved = DataReader(place).read_metadata().state_dict_metadata
     tensors = {
@@ -88,7 +87,7 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def write_images(root: Path, num_train: int = 24, num_val: int = 9, signal: int = 150) -> Path:
-    """train/ and val/ with the classes in turn; `signal` of 255 is what a class adds to its colour."""
+    """Write train/ and val/ with alternating classes; a class adds `signal` of 255 to its colour."""
     generator = np.random.default_rng(0)
     for split, count in (("train", num_train), ("val", num_val)):
         for number in range(count):
@@ -108,7 +107,7 @@ def write_backbone(folder: Path, spec: BackboneSpec = SPEC) -> str:
 
 
 def write_classifier(folder: Path) -> str:
-    """A classifier of the three classes as facebookresearch/mae saves it, brought into a suite as the row of a table."""
+    """Write a classifier as facebookresearch/mae saves it, and convert it as a suite does."""
     torch.manual_seed(0)
     model: Any = build_vit(SPEC, num_classes=3, global_pool="avg")
     torch.nn.init.normal_(model.head.weight)
