@@ -86,7 +86,10 @@ class EvalConfig(TrainConfig, PooledConfig):
 
 
 class ClassifyConfig(EvalConfig):
-    """Fields of the protocols that train the backbone (arXiv 2111.06377, Tables 9 and 11)."""
+    """Fields of the protocols that train the backbone.
+
+    The defaults are those of arXiv 2111.06377, Tables 9 (fine-tuning) and 11 (from scratch).
+    """
 
     global_pool: Pool = Field("avg", description="token: class token; avg: mean of the patch tokens")
     auto_augment: str | None = Field(
@@ -99,7 +102,7 @@ class ClassifyConfig(EvalConfig):
         0.0, ge=0, le=1, description="probability per image (0.25 in facebookresearch/mae)"
     )
     drop_path: float = Field(
-        0.1, ge=0, lt=1, description="rate of the last block; rises linearly from 0 (ViT-H: 0.2)"
+        0.1, ge=0, lt=1, description="rate of the last block; rises linearly from 0 (0.2 for ViT-H)"
     )
     ema_decay: float | None = Field(
         None,
