@@ -1,4 +1,4 @@
-"""The longest test files run first, so that two processes share the rest; caches are this run's own."""
+"""The longest test files run first, ids contain no data, and caches belong to the run."""
 
 import os
 import tempfile
@@ -6,18 +6,33 @@ from collections.abc import Iterator
 
 import pytest
 
-LONGEST = ("test_demo_claim.py", "test_end_to_end.py")
+# From the longest on; .ci/pytest hands a file to a worker as one piece, in this order.
+LONGEST = (
+    "test_demo_claim.py",
+    "test_end_to_end.py",
+    "test_runner.py",
+    "test_together.py",
+    "test_ranks.py",
+    "test_maskrcnn.py",
+    "test_upernet.py",
+    "test_resumed.py",
+    "test_processes.py",
+    "test_launcher.py",
+    "test_cli.py",
+    "test_torchrun.py",
+)
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Name data after its parameter (pytest numbers them): an id says which case it is, and is the same in every process."""
+    """Name data after its parameter (pytest numbers them), so that an id is the same in every process."""
     if isinstance(val, bytes) or (isinstance(val, str) and not val.isprintable()):
         return argname
     return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)  # stable: all else keeps its order
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))  # stable, for all others
 
 
 @pytest.fixture(scope="session", autouse=True)
