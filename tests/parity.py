@@ -1,8 +1,9 @@
 """Compare a computation with its reference, in float64 by default.
 
-Parity is a property of the code, not of a processor. In float32 two correct implementations of a small ViT differ by
-about 1e-5, by how much depends on the vector instructions of the machine, and a tolerance that covers all machines also
-covers some defects. In float64 they differ by about 1e-14, and any real defect is above 1e-9.
+Parity is a property of the code, not of a processor. In float32 two correct implementations of a small ViT
+differ by about 1e-5, by how much depends on the vector instructions of the machine, and a tolerance that
+covers all machines also covers some defects. In float64 they differ by about 1e-14, and any real defect is
+above 1e-9.
 """
 
 import copy
@@ -15,20 +16,22 @@ from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# The tolerance where one side keeps a table in float32 (rotations, sums or resamplings of position rows) and all else is
-# float64: one rounding of an entry reaches the tokens of a toy of two blocks about once, and eight are allowed.
+# The tolerance where one side keeps a table in float32 (rotations, sums or resamplings of position rows) and
+# all else is float64: one rounding of an entry reaches the tokens of a toy of two blocks about once, and
+# eight are allowed.
 FLOAT32_TABLES = 8 * torch.finfo(torch.float32).eps
 
-# Rounding errors of a mean over a batch: torch sums in blocks, whose error grows with the logarithm of the number of
-# terms.
+# Rounding errors of a mean over a batch: torch sums in blocks, whose error grows with the logarithm of the
+# number of terms.
 MEAN = 64
 
 
 def assert_parity(ours: Any, reference: Any, *, rtol: float = 1e-9, msg: str = "") -> None:
     """Assert that `ours` equals `reference` up to `rtol` times the largest magnitude of the reference.
 
-    Both sides are float64 tensors, arrays or numbers. Raise TypeError for another type of number: give both sides the
-    same float64 model, weights and inputs. Where a side exists in float32 only, use `assert_within_rounding`.
+    Both sides are float64 tensors, arrays or numbers. Raise TypeError for another type of number: give both
+    sides the same float64 model, weights and inputs. Where a side exists in float32 only, use
+    `assert_within_rounding`.
     """
     ours, reference = _as_tensor(ours), _as_tensor(reference)
     for side, tensor in (("ours", ours), ("reference", reference)):
@@ -40,8 +43,9 @@ def assert_parity(ours: Any, reference: Any, *, rtol: float = 1e-9, msg: str = "
 def assert_within_rounding(ours: Any, reference: Any, *, roundings: float, msg: str = "") -> None:
     """Assert that two results differ by no more than `roundings` rounding errors of their numbers.
 
-    One rounding error is the machine epsilon of the less precise side, times the largest magnitude of the reference.
-    State where the number of roundings comes from: n for a sum of n terms in any order, k for k operations in a row.
+    One rounding error is the machine epsilon of the less precise side, times the largest magnitude of the
+    reference. State where the number of roundings comes from: n for a sum of n terms in any order, k for k
+    operations in a row.
     """
     ours, reference = _as_tensor(ours), _as_tensor(reference)
     eps = max(torch.finfo(ours.dtype).eps, torch.finfo(reference.dtype).eps)
