@@ -1,4 +1,4 @@
-"""Typed, closed configs: YAML files, `base:` inheritance, `key=value` overrides, and errors that name the nearest known key."""
+"""Typed, closed configs: YAML files, `base:` inheritance, `key=value` overrides, helpful errors."""
 
 import difflib
 import os
@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, complete (each field has a type), closed (an unknown key is an error), finite."""
+    """Base of every config: frozen, typed, closed (an unknown key is an error), without NaN or infinities."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -39,26 +39,24 @@ def not_identity(cls: type[BaseModel]) -> set[str]:
 
 
 def identity(cls: type[BaseModel], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what identifies the results of a `cls` config: all values but those of its NotIdentity fields."""
+    """Return the part of a `cls` config that identifies its results: all but its NotIdentity fields."""
     left_out = not_identity(cls)
     return {key: value for key, value in config.items() if key not in left_out}
 
 
 class JobConfig(Config):
-    """What every job says of itself; each kind adds its own fields. `kind` is a key of `mae_bench.registry.KINDS`."""
+    """Fields of every job; each kind adds its own. `kind` is a key of `mae_bench.registry.KINDS`."""
 
     kind: str
-    protocol: str = Field(description="the name in the record; only records of one protocol are compared")
-    data: NotIdentity[str] = Field(
-        description="root folder of the data set, in the layout that the kind reads"
-    )
+    protocol: str = Field(description="name in the record; only records of the same protocol are compared")
+    data: NotIdentity[str] = Field(description="root folder of the data set, in the layout of the kind")
     max_bad_images: NotIdentity[float] = Field(
-        0.001, ge=0, le=1, description="share of images that may fail to decode before the job stops"
+        0.001, ge=0, le=1, description="fraction of images that may fail to decode"
     )
 
 
 class TrainConfig(JobConfig):
-    """The fields that every training job of ours shares. lr = base_lr x global_batch_size / 256 (paper A.1)."""
+    """Fields of every training job. lr = base_lr x global_batch_size / 256 (paper A.1)."""
 
     epochs: float = Field(gt=0)
     warmup_epochs: float = Field(0, ge=0)
@@ -70,33 +68,34 @@ class TrainConfig(JobConfig):
     device_batch_size: NotIdentity[int | None] = Field(
         None,
         gt=0,
-        description="the most images a device takes at once; the accumulation follows from it and the devices at hand",
+        description="largest batch per device; with the number of devices it decides the accumulation",
     )
     clip_grad: float | None = Field(None, gt=0)
     amp_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     parallel: NotIdentity[Literal["ddp", "fsdp"]] = Field(
-        "ddp", description="what several processes share: copies of the model, or its shards"
+        "ddp", description="how processes share the model: as copies, or as shards"
     )
-    compile: NotIdentity[bool | None] = Field(None, description="torch.compile; null compiles on CUDA alone")
+    compile: NotIdentity[bool | None] = Field(None, description="torch.compile; null compiles on CUDA only")
     deterministic: NotIdentity[bool] = Field(
-        False, description="algorithms that repeat bit for bit on a GPU too, and are slower"
+        False, description="bit-reproducible algorithms on the GPU too; slower"
     )
     checkpoint_seconds: NotIdentity[float] = Field(
         30, ge=0, description="seconds between two saved training states"
     )
-    keep_checkpoints: NotIdentity[int] = Field(2, ge=1, description="the last training states that are kept")
+    keep_checkpoints: NotIdentity[int] = Field(2, ge=1, description="number of training states to keep")
     trackers: NotIdentity[list[Literal["wandb", "mlflow"]]] = Field(
-        [], description="where curves are sent besides TensorBoard's files"
+        [], description="trackers that receive curves in addition to TensorBoard files"
     )
     num_workers: NotIdentity[int] = Field(
-        0, ge=0, description="loader processes; 0 loads in the training process"
+        0, ge=0, description="data loader processes; 0 loads in the training process"
     )
 
     @model_validator(mode="after")
     def _warms_up_in_time(self) -> "TrainConfig":
         if self.warmup_epochs > self.epochs:
             raise ValueError(
-                f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs:g}: the lr would never be reached"
+                f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs:g}: "
+                "the lr would never be reached"
             )
         return self
 
@@ -105,12 +104,14 @@ C = TypeVar("C", bound=BaseModel)
 
 
 def expand_variables(path: str) -> str:
-    """`path` with $NAME replaced from the environment, for where it is read: in configs and records it stays as it was given."""
-    if unset := [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]:
+    """Return a path with $NAME and ~ expanded, for reading; configs and records keep it as given."""
+    unset = [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]
+    if unset:
         raise UserError(
             f"{path} names environment variables that are not set: {', '.join(unset)}",
-            expected="a value for each", fix=f"export {unset[0]}=PATH",
-        )  # fmt: skip
+            expected="a value for each",
+            fix=f"export {unset[0]}=PATH",
+        )
     return os.path.expanduser(os.path.expandvars(path))
 
 
@@ -147,7 +148,7 @@ def list_configs(folder: str = "") -> list[str]:
 
 
 def task_file(name: str) -> str:
-    """The file of a task, for `resolve_path`: a YAML file as it is, a name below configs/tasks, or a bare one of any family's."""
+    """Return the file of a task: a YAML file, a name below configs/tasks, or a bare name of any family."""
     if name.endswith((".yaml", ".yml")):
         return name
     own = f"tasks/{name}.yaml"
@@ -163,12 +164,12 @@ def task_file(name: str) -> str:
 
 
 def load_yaml(name: str | Path, overrides: Sequence[str] = (), beside: Path | None = None) -> dict[str, Any]:
-    """Reads a config: `base: FILE` (at any depth) is loaded first and the rest merged over it, then `key=value` overrides.
+    """Read a config: each `base: FILE` is loaded first, the rest is merged into it, then the overrides.
 
-    `base` is looked for beside the file that names it, then in the packaged configs. `${a.b}` refers to
-    another key of the whole. Returns plain dicts and lists with every reference resolved. A key left at `???`
-    stays the string "???" for `build` to report. Raises UserError for a file that is missing or not YAML, and
-    for an override that is not key=value.
+    `base` is searched for next to the file that names it, then in the packaged configs. `${a.b}` refers to
+    another key. Return plain dicts and lists with all references resolved. A key left at `???` stays the
+    string "???", which `build` reports. Raise UserError for a file that is missing or not YAML, and for an
+    override that is not key=value.
     """
     return resolve(*_read(resolve_path(name, beside)), overrides)
 
@@ -183,7 +184,7 @@ def read_config(name: str | Path) -> dict[str, Any]:
 def resolve(
     value: dict[str, Any], folder: Path, overrides: Sequence[str] = (), defaults: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Merge a config as `merge` does, then resolve its references: `load_yaml` for a config that is already read."""
+    """Merge a config and resolve its references: `load_yaml` for a config that is already read."""
     return resolve_references(merge(value, folder, overrides, defaults))
 
 
@@ -192,8 +193,7 @@ def merge(
 ) -> dict[str, Any]:
     """Return a config with its bases and overrides merged and its references unresolved.
 
-    `base:` files are searched for in `folder` first. `defaults` are values of top-level keys that the config
-    leaves out.
+    `base:` files are searched for in `folder` first. `defaults` are top-level keys for a config without them.
     """
     merged: Any = OmegaConf.create({**(defaults or {}), **_expand((value, folder))})
     for item in overrides:
@@ -212,7 +212,7 @@ def merge(
 
 
 def resolve_references(value: dict[str, Any]) -> dict[str, Any]:
-    """Replace every `${a.b}` by the value it refers to. Raise UserError for one that is unknown or not given."""
+    """Replace every `${a.b}` by the value it refers to. Raise UserError if it is unknown or not given."""
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(value), resolve=True)
     except InterpolationToMissingValueError as error:
@@ -224,7 +224,7 @@ def resolve_references(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[Any, Path]:
-    """Return the content of a config, a variant of a grid included, and the folder that its `base:` is relative to."""
+    """Return the content of a config or of a variant of a grid, and the folder its `base:` is relative to."""
     if not path.is_file():
         return find_variant(path), path.parent
     variants = list(find_variants(path))
@@ -269,7 +269,7 @@ def find_variants(file: Path) -> dict[str, dict[str, Any]]:
 
 @lru_cache(maxsize=1024)
 def _find_variants(file: Path, mtime_ns: int, size: int) -> dict[str, dict[str, Any]]:
-    """Cache the grids: a suite of 28 ablations reads each file some hundred times. The result is never changed."""
+    """Cache the grids: a suite of 28 ablations reads each file about 100 times. Do not modify the result."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -362,8 +362,9 @@ def _expand(source: tuple[Any, Path], chain: tuple[Path, ...] = ()) -> Any:
 
 
 def build(cls: type[C], value: dict[str, Any], source: str) -> C:
-    """Validates `value` as `cls`; UserError lists every wrong key with its place, what was given and the nearest known name."""
-    if missing := _missing_keys(value):
+    """Validate `value` as `cls`. Raise UserError with every wrong key, its value and the nearest name."""
+    missing = _missing_keys(value)
+    if missing:
         raise _must_be_given(missing, f"{source}: ")
     try:
         return cls.model_validate(value)
@@ -393,7 +394,7 @@ def _missing_keys(value: Any, path: str = "") -> list[str]:
 
 def _explain(cls: type[BaseModel], problem: Any) -> str:
     place = ".".join(str(part) for part in problem["loc"])
-    if not place:  # several keys together; to print them all would hide the message
+    if not place:  # a check of several keys
         return str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] != "extra_forbidden":
         return f"{place}: {problem['msg']}" + (
@@ -409,5 +410,5 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
 
 
 def _model_of(annotation: Any) -> Any:
-    """The model that a field holds: its type, or the one model of an optional field's types."""
+    """Return the model of a field: its type, or the model among the types of an optional field."""
     return next(part for part in (annotation, *get_args(annotation)) if hasattr(part, "model_fields"))

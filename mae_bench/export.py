@@ -1,4 +1,4 @@
-"""The exported checkpoint: safetensors weights, BackboneSpec and provenance in one folder, known by the weights' SHA-256."""
+"""Write the exported checkpoint: safetensors weights, BackboneSpec and provenance in one folder."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ SPEC_FILE = "backbone.json"
 def write_export(
     folder: str | Path, weights: dict[str, torch.Tensor], spec: BackboneSpec, provenance: dict[str, Any]
 ) -> str:
-    """Writes the weights, then `backbone.json` (spec, provenance, digest); returns the digest. An export with a JSON is whole."""
+    """Write the weights, then `backbone.json` (spec, provenance, digest); return the digest of the weights.
+
+    The JSON is written last: an export that has it is complete.
+    """
     folder = Path(folder)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     write_atomic(folder / WEIGHTS_FILE, lambda file: file.write(save(contiguous, metadata={"format": "pt"})))

@@ -1,4 +1,4 @@
-"""Write files atomically and compute the SHA-256 digests that records and cells are known by."""
+"""Write files atomically and compute the SHA-256 digests that identify records and cells."""
 
 import errno
 import hashlib
@@ -11,14 +11,14 @@ from typing import Any, BinaryIO
 
 
 def is_full(error: OSError) -> bool:
-    """Whether the disk, or the user's share of it, has no room left."""
+    """Whether the disk, or the user's quota, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Calls `write(file)` on a temporary file beside `path`, flushes it to the disk and renames it onto `path`.
+    """Call `write(file)` on a temporary file next to `path`, flush it to disk and rename it to `path`.
 
-    A crash or a full disk leaves whatever stood at `path` before, and no temporary file after an exception.
+    A crash or a full disk leaves the previous file at `path`; after an exception no temporary file remains.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,22 +36,25 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes text as UTF-8, atomically."""
+    """Write text as UTF-8, atomically."""
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a JSON value, indented, atomically; NaN and infinities are refused (ValueError)."""
+    """Write a JSON value, indented, atomically. Raise ValueError for NaN and infinities."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, 64 hex digits."""
+    """Return the SHA-256 of a file's bytes as 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value written canonically (sorted keys, no spaces); NaN and infinities are refused (ValueError)."""
+    """Return the SHA-256 of a JSON value in canonical form: sorted keys, no spaces.
+
+    Raise ValueError for NaN and infinities.
+    """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

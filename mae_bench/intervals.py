@@ -1,4 +1,4 @@
-"""Means, sample deviations and Student's 95 % intervals of differences, for a handful of seeds."""
+"""Sample deviations and Student's 95 % intervals of differences, for a small number of seeds."""
 
 import math
 from collections.abc import Sequence
@@ -6,28 +6,28 @@ from functools import cache
 from statistics import fmean, variance
 
 CONFIDENCE = 0.95
-STEPS = 400  # of Simpson's rule: eight digits for the degrees of freedom that seeds give
+STEPS = 400  # of Simpson's rule: eight correct digits for the degrees of freedom of a few seeds
 
 
 def sample_std(values: Sequence[float]) -> float | None:
-    """Standard deviation with n - 1 in the denominator; None for a single value, which has no spread."""
+    """Return the standard deviation with n - 1 in the denominator; None for a single value."""
     return math.sqrt(variance(values)) if len(values) > 1 else None
 
 
 def mean_margin(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of the values' mean (at least two)."""
+    """Return half the width of the 95 % interval of the mean of at least two values."""
     return student_quantile(len(values) - 1) * math.sqrt(variance(values) / len(values))
 
 
 def paired_interval(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of `values - others`, taken pair by pair (at least two pairs)."""
+    """Return the 95 % interval of the mean of `values - others`, for at least two pairs."""
     differences = [value - other for value, other in zip(values, others, strict=True)]
     error = math.sqrt(variance(differences) / len(differences))
     return _around(fmean(differences), error, len(differences) - 1)
 
 
 def welch_interval(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the difference of two means whose values are not paired (at least two each; Welch 1947)."""
+    """Return the 95 % interval of the difference of two means, at least two values each (Welch 1947)."""
     parts = [variance(sample) / len(sample) for sample in (values, others)]
     total = sum(parts)
     weights = sum(part**2 / (len(sample) - 1) for part, sample in zip(parts, (values, others), strict=True))
@@ -41,7 +41,10 @@ def _around(center: float, error: float, freedom: float) -> tuple[float, float]:
 
 @cache
 def student_quantile(freedom: float) -> float:
-    """The t that holds 95 % of Student's distribution between -t and t; `freedom` is at least 1 and need not be whole."""
+    """Return the t for which 95 % of Student's distribution is between -t and t.
+
+    `freedom`, the degrees of freedom, is at least 1 and need not be an integer.
+    """
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2
@@ -50,9 +53,12 @@ def student_quantile(freedom: float) -> float:
 
 
 def _central_probability(angle: float, freedom: float) -> float:
-    """P(|t| < sqrt(freedom) tan(angle)): with that substitution the density is cos(angle) ** (freedom - 1) up to a constant."""
+    """Return P(|t| < sqrt(freedom) tan(angle)) by Simpson's rule.
+
+    With that substitution the density is cos(angle) ** (freedom - 1) up to a constant.
+    """
     step = angle / STEPS
-    weights = (1 if i in (0, STEPS) else 4 if i % 2 else 2 for i in range(STEPS + 1))
+    weights = [1, *[4, 2] * (STEPS // 2 - 1), 4, 1]
     area = sum(weight * math.cos(i * step) ** (freedom - 1) for i, weight in enumerate(weights)) * step / 3
     constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
     return 2 * constant * area

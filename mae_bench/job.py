@@ -1,4 +1,4 @@
-"""The contract between the suite and everything that runs in it: a Job goes in, an Outcome comes out."""
+"""The interface between the suite and its jobs: a Job goes in, an Outcome comes out."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,16 +6,22 @@ from typing import Any
 
 from mae_bench.record import Outcome as Outcome
 
-EXPORT = "export"  # the folder, inside a job's, that holds the backbone that it made
-STATES = "checkpoints"  # the folder, inside a job's, of the training states that it goes on from; its worker removes it
+EXPORT = "export"  # subfolder of a job with the backbone it made
+STATES = "checkpoints"  # subfolder of a job with its training states; the worker removes it after success
 
 
 @dataclass(frozen=True)
 class Job:
-    """One cell to run. Everything it writes goes into `dir`; a second run of the same job in the same `dir` goes on from there.
+    """One cell to run. It writes to `dir` only; a second run of the same job in the same `dir` resumes.
 
-    backbone: the SOURCE that `backbones.load.load_backbone` reads ("" for jobs that make one).
-    device: "cpu" or "cuda"; the runner has set the number of threads and the visible device.
+    Attributes:
+        name: for people, in messages and curves.
+        kind: a key of `mae_bench.registry.KINDS`.
+        config: the complete config.
+        dir: its folder.
+        seed: seed for weight initialisation and data order.
+        backbone: the SOURCE for `backbones.load.load_backbone`; "" for a job that makes a backbone.
+        device: "cpu" or "cuda"; the runner has already set the number of threads and the visible GPU.
     """
 
     name: str

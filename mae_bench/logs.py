@@ -1,4 +1,4 @@
-"""A framework's log, warnings and prints in a file of the job instead of on the terminal."""
+"""Send the log, warnings and prints of a framework to a file of the job instead of the terminal."""
 
 import logging
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def log_to(path: Path, *names: str) -> Iterator[None]:
-    """Appends to `path` what is printed, all warnings, our own log and those of the named loggers; then all is as before."""
+    """Append prints, warnings, our own log and the named loggers to `path` inside the `with` block."""
     with open(path, "a", encoding="utf-8", buffering=1) as file, redirect_stdout(file):
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))

@@ -1,4 +1,4 @@
-"""Progress of a job as a line of JSON an event, which a live view, a log or another machine can follow."""
+"""Report the progress of a job as one line of JSON per event, for a live view, a log or another machine."""
 
 import json
 import os
@@ -13,31 +13,27 @@ from typing import Any, NoReturn
 from mae_bench.errors import Interrupted
 
 EVENTS_FILE = "events.jsonl"
-STOP_SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-)  # the last is what Slurm sends before a time limit
-MIN_SECONDS = 0.2  # between two events of one stage: a live view needs no more
+# Slurm can send SIGUSR1 before a time limit.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+MIN_SECONDS = 0.2  # between two events of a stage; a live view needs no more
 
 
 class Progress:
-    """Writes events to `path` (None: nowhere) and tells the job when it has to stop.
+    """Write events to `path` (None: discard them) and signal when the job has to stop.
 
-    A job calls `stage` when a part of its work begins and `step` after each unit of it; `step` raises Interrupted after a signal
-    to stop (see `stop_on_signals`) or once the parent process is gone. Jobs with state to save test `should_stop` themselves,
-    save, and then call `check`.
+    A job calls `stage` when a part of its work begins and `step` after each unit of work. `step` raises
+    Interrupted after a stop signal (see `stop_on_signals`) or when the parent process is gone. A job with
+    state to save tests `should_stop` itself, saves, and then calls `check`.
     """
 
     def __init__(self, path: str | Path | None = None):
-        self._file = open(path, "a", encoding="utf-8") if path else None  # noqa: SIM115 - kept open for the job's life
+        self._file = open(path, "a", encoding="utf-8") if path else None  # noqa: SIM115 - open until the job ends
         self._stage, self._total, self._last = "", 0.0, 0.0
         self._parent = os.getppid()
         self._stop = self._deferred = False
 
     def stop_on_signals(self) -> None:
-        """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a stop at the next step instead of ending the process."""
+        """Let SIGTERM, SIGINT, SIGHUP and SIGUSR1 request a stop at the next step, not end the process."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
@@ -46,20 +42,21 @@ class Progress:
 
     @property
     def should_stop(self) -> bool:
+        """Whether a stop was requested or the parent process is gone."""
         return self._stop or os.getppid() != self._parent
 
     def check(self) -> None:
-        """Raises Interrupted if the job has to stop."""
+        """Raise Interrupted if the job has to stop."""
         if self.should_stop and not self._deferred:
             self.interrupt()
 
     def interrupt(self) -> NoReturn:
-        """Raises Interrupted, whoever asked for it."""
-        raise Interrupted("asked to stop; run the same command again to go on")
+        """Raise Interrupted."""
+        raise Interrupted("asked to stop; re-run the same command to resume")
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, nothing here raises Interrupted: who works with other processes agrees with them on the step to stop after."""
+        """Raise no Interrupted in the `with` block: ranks first agree on the step after which they stop."""
         self._deferred = True
         try:
             yield
@@ -67,26 +64,28 @@ class Progress:
             self._deferred = False
 
     def stage(self, name: str, total: float = 0) -> None:
-        """A part of the work begins: its name ("train", "evaluate", ...) and how many steps it has (0: unknown)."""
+        """Begin a stage ("train", "evaluate", ...) of `total` steps (0: unknown)."""
         self.check()
         self._stage, self._total, self._last = name, total, 0.0
         self._write({"done": 0})
 
     def step(self, done: float, **values: float | str) -> None:
-        """`done` of the stage's steps are finished; values (loss, lr, ...) are shown beside the bar."""
+        """Report `done` finished steps of the stage, with values (loss, lr, ...) to show next to the bar."""
         self.check()
         now = time.monotonic()
         if now - self._last >= MIN_SECONDS or done >= self._total > 0:
             self._last = now
-            self._write({"done": done, **({"values": values} if values else {})})
+            event: dict[str, Any] = {"done": done}
+            if values:
+                event["values"] = values
+            self._write(event)
 
     def note(self, message: str) -> None:
-        """Something that a person should read, now and in the log."""
+        """Report a message to the user, shown now and kept in the log."""
         self._write({"note": message})
 
     def _write(self, event: dict[str, Any]) -> None:
         if self._file:
-            self._file.write(
-                json.dumps({"time": time.time(), "stage": self._stage, "total": self._total, **event}) + "\n"
-            )
+            line = {"time": time.time(), "stage": self._stage, "total": self._total, **event}
+            self._file.write(json.dumps(line) + "\n")
             self._file.flush()

@@ -1,4 +1,4 @@
-"""ResultRecord: everything that is known of one finished cell, in one JSON file (standard library only)."""
+"""ResultRecord, everything known about one finished cell, in one JSON file (standard library only)."""
 
 import json
 import math
@@ -39,13 +39,17 @@ NOT_IDENTITY = frozenset(
 
 
 class RecordError(UserError):
-    """A record that cannot be read or that contradicts itself."""
+    """A record that cannot be read or is inconsistent."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured number: `unit` is "%" for every accuracy, AP and IoU, "nats" for losses, "s", "img/s", ...;
-    `direction` says which way is better."""
+    """One measured number.
+
+    Attributes:
+        unit: "%" for accuracies, AP and IoU, "nats" for losses, "s", "img/s", ...
+        direction: which way is better.
+    """
 
     value: float
     unit: str = "%"
@@ -56,7 +60,7 @@ class Metric:
 class Outcome:
     """What a job measured. Every field is also a field of the ResultRecord.
 
-    A score that was not measured is absent from `metrics`, never 0 or NaN.
+    A score that was not measured is missing from `metrics`, never 0 or NaN.
 
     Attributes:
         task: "pretrain", "imagenet", "coco" or "ade20k".
@@ -65,10 +69,10 @@ class Outcome:
         main_metric: the name of the metric that the protocol is judged by.
         data_digest: SHA-256 of the data set.
         backbone_spec: `BackboneSpec.to_dict()`.
-        backbone_digest: SHA-256 of the backbone's weight file.
+        backbone_digest: SHA-256 of the weights of the backbone.
         conversion_report: what was done to the keys of a checkpoint.
         cost: seconds_train, seconds_eval, images_per_second, gmacs, params, peak_memory_mib, ...
-        notes: remarks for the reader of a score.
+        notes: remarks for the reader of the score.
         artefacts: name -> path of a file, relative to the folder of the record.
     """
 
@@ -89,15 +93,19 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultRecord(Outcome):
-    """One cell: a backbone, transferred by one protocol, measured on one split; the Outcome and how it came about.
+    """One cell: the Outcome of a backbone under one protocol, and how it was computed.
 
     Times are ISO 8601 in UTC, durations are in seconds, digests are SHA-256.
 
-    Attributes: backbone: the name of the backbone in its suite. protocol: "finetune-100ep", "linear-90ep",
-    "maskrcnn-li2021-100ep", ...: only records of one protocol are compared. seed: the seed of the job.
-    config, config_digest: the complete config, and the digest of the part that identifies the result.
-    versions, git_hash, hardware, command: what the result was computed with. started, finished: when.
-    schema_version: the version of this layout.
+    Attributes:
+        backbone: the name of the backbone in its suite.
+        protocol: "finetune-100ep", "maskrcnn-li2021-100ep", ...; only records of the same protocol are
+            compared.
+        seed: the seed of the job.
+        config, config_digest: the complete config, and the digest of the part that identifies the result.
+        versions, git_hash, hardware, command: what the result was computed with.
+        started, finished: when.
+        schema_version: the version of this layout.
     """
 
     backbone: str
@@ -117,11 +125,11 @@ class ResultRecord(Outcome):
         if self.main_metric not in self.metrics:
             raise RecordError(
                 f"main metric {self.main_metric!r} is not among the record's metrics {sorted(self.metrics)}",
-                expected="the metric that the protocol is judged by, measured",
+                expected="a value for the metric that the protocol is judged by",
             )
         if bad := sorted(name for name, metric in self.metrics.items() if not math.isfinite(metric.value)):
             raise RecordError(
-                f"metrics that are not finite: {bad}", expected="an absent metric where nothing was measured"
+                f"metrics that are not finite: {bad}", expected="no metric where nothing was measured"
             )
         if self.num_samples < 1:
             raise RecordError(
@@ -134,11 +142,15 @@ class ResultRecord(Outcome):
         return self.metrics[self.main_metric]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "ResultRecord":
-        """Reads `to_dict`'s result; another schema version, unknown, missing or wrongly typed fields raise RecordError."""
+        """Read the result of `to_dict`.
+
+        Raise RecordError for another schema version and for unknown, missing or malformed fields.
+        """
         if (version := value.get("schema_version")) != SCHEMA_VERSION:
             raise RecordError(
                 f"record of schema version {version!r}",
@@ -158,7 +170,7 @@ class ResultRecord(Outcome):
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell without a score: it stands in the place of its record and says why."""
+    """A cell without a score: written instead of its record, with the reason."""
 
     backbone: str
     task: str
@@ -171,12 +183,12 @@ class Failure:
 
 
 def write_failure(failure: Failure, path: str | Path) -> None:
-    """Writes the failure atomically."""
+    """Write a failure atomically."""
     write_json(path, asdict(failure))
 
 
 def read_failure(path: str | Path) -> Failure:
-    """Reads one failure file; RecordError names the file and what is wrong with it."""
+    """Read a failure. Raise RecordError with the path and the problem if it is malformed."""
     try:
         return Failure(**json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
@@ -184,12 +196,12 @@ def read_failure(path: str | Path) -> Failure:
 
 
 def write_record(record: ResultRecord, path: str | Path) -> None:
-    """Writes the record atomically: a record file that exists is complete."""
+    """Write a record atomically: a record file that exists is complete."""
     write_json(path, record.to_dict())
 
 
 def read_record(path: str | Path) -> ResultRecord:
-    """Reads one record file; RecordError names the file and what is wrong with it."""
+    """Read a record. Raise RecordError with the path and the problem if it is malformed."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

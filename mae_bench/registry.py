@@ -1,4 +1,4 @@
-"""The visible table of job kinds: where each one's config and its run function live, imported only when chosen."""
+"""The table of job kinds: where the config and the run function of each are, imported only when used."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,14 +13,18 @@ PACKAGES = ("backbones", "tasks", "leaderboard")  # installed together with mae_
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of job. `config` and `run` are "module:object"; modules of configs import no framework.
+    """One kind of job.
 
-    layout: the layout of the data that it reads ("imagenet", "images" without labels, "coco", "ade20k"; ""
-    reads none). emits_backbone: the job ends with `export/` in its folder, which other jobs load as a
-    backbone. extra: the optional set of packages that it needs ("" for the core), a key of EXTRAS.
-    distributed: several processes can run it together, each on its GPU. of: what its records say under
-    `task`, where that is not the layout. version: raised when a change of its code changes its results: cells
-    that an older version finished are then run again.
+    Attributes:
+        config, run: "module:object"; the modules of configs import no framework.
+        layout: the layout of the data that it reads: "imagenet", "images" (without labels), "coco", "ade20k",
+            ...; "" if it reads none.
+        emits_backbone: whether the job writes `export/`, which other jobs load as a backbone.
+        extra: the optional packages that it needs, a key of EXTRAS; "" for the core.
+        version: incremented when a change of the code changes results; cells finished by an older version run
+            again.
+        distributed: whether several processes, one per GPU, can run it together.
+        of: the `task` of its records, where it differs from the layout.
     """
 
     config: str
@@ -34,7 +38,7 @@ class Kind:
 
     @property
     def task(self) -> str:
-        """What its records and failures say under `task`."""
+        """The `task` of its records and failures."""
         return "pretrain" if self.emits_backbone else self.of or self.layout
 
 
@@ -100,9 +104,13 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional set of packages: the modules that must be there, what they serve, and the command that installs them.
+    """A set of optional packages.
 
-    compiled: modules of it that need libraries of the system, which only an import shows.
+    Attributes:
+        modules: the modules that must be installed.
+        serves: what they are for.
+        command: the command that installs them.
+        compiled: those of the modules that need system libraries, which only an import can check.
     """
 
     modules: tuple[str, ...]
@@ -111,7 +119,7 @@ class Extra:
     compiled: tuple[str, ...] = ()
 
     def missing(self) -> list[str]:
-        """The modules that are not there; none of them is imported."""
+        """Return the modules that are not installed, without importing any."""
         return [name for name in self.modules if find_spec(name) is None]
 
 
@@ -130,10 +138,10 @@ EXTRAS: dict[str, Extra] = {
 
 
 def kind(name: str) -> Kind:
-    """The kind of that name; UserError lists the known ones."""
+    """Return the kind of that name. Raise UserError with the known names for an unknown one."""
     try:
         return KINDS[name]
-    except (KeyError, TypeError):  # TypeError: a list or a mapping in the place of a name
+    except (KeyError, TypeError):  # TypeError: a list or a mapping instead of a name
         raise UserError(f"unknown job kind {name!r}", expected=f"one of {', '.join(KINDS)}") from None
 
 

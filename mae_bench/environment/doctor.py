@@ -1,4 +1,4 @@
-"""What `mae-bench doctor` says: versions, devices, which optional parts are there, and the command for what is not."""
+"""Examine the installation for `mae-bench doctor`: versions, devices, optional packages."""
 
 import os
 import shutil
@@ -26,20 +26,21 @@ from mae_bench.environment.provenance import (
 from mae_bench.registry import EXTRAS, PACKAGES
 
 PYTHONS = ((3, 11), (3, 12))
+# Compiled, or built on compiled packages: only an import shows whether they work.
 IMPORTED = (
     "torch",
     "torchvision",
     "timm",
-)  # compiled or built on what is: only an import shows that they work
-ONE_DETECTRON2 = (
-    "python -m pip uninstall sal-detectron2   (then install the other again: both write to one folder)"
 )
-LIBRARY = "install the system's library that is named (Debian, Ubuntu: apt-get install libgl1 libglib2.0-0)"
+ONE_DETECTRON2 = (
+    "python -m pip uninstall sal-detectron2   (then reinstall the other: both write to the same folder)"
+)
+LIBRARY = "install the system library that it names (Debian, Ubuntu: apt-get install libgl1 libglib2.0-0)"
 SETUP = "make setup   (in a source checkout; elsewhere: python -m pip install mae_bench)"
 
 
 def examine() -> dict[str, Any]:
-    """Everything, JSON-ready. `problems` names what is wrong with the core (empty: it works) and what mends it."""
+    """Return the findings; `problems` lists what is wrong with the core, `fix` how to repair it."""
     core, rivals = core_problems(), rival_distributions()
     return {
         "versions": versions(),
@@ -54,7 +55,7 @@ def examine() -> dict[str, Any]:
 
 
 def core_problems() -> list[str]:
-    """What is missing from the core or does not import."""
+    """Return what is missing from the core or does not import."""
     found = [f"{name} is not installed" for name in CORE if not version_of(name)]
     found += [
         f"the package {name} of mae_bench is not installed" for name in PACKAGES if find_spec(name) is None
@@ -66,13 +67,13 @@ def core_problems() -> list[str]:
     for name in IMPORTED:
         try:
             import_module(name)
-        except (ImportError, OSError, RuntimeError) as error:  # a wrong binary shows itself in any of these
+        except (ImportError, OSError, RuntimeError) as error:  # a wrong binary can raise any of these
             found.append(f"{name} does not import: {error}")
     return found
 
 
 def memory_available_gib() -> float | None:
-    """Memory that could be used now; None where the system does not say."""
+    """Return the memory available now; None if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -97,20 +98,20 @@ def _extra(name: str) -> dict[str, Any]:
 
 
 def import_error(module: str) -> str:
-    """Why a module cannot be imported, "" where it can; another process tries it, so that a crash is an answer too."""
+    """Return why a module cannot be imported, "" if it can. Another process tries it and may crash."""
     done = subprocess.run([sys.executable, "-P", "-c", f"import {module}"], capture_output=True, text=True)
     last = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
     return f"{module}: {last}" if done.returncode else ""
 
 
 def rival_distributions() -> list[str]:
-    """Both distributions of detectron2 at once: the files of one lie over those of the other."""
+    """Report both distributions of detectron2 at once: they overwrite each other's files."""
     found = [f"{name} {version_of(name)}" for name in DETECTRON2 if version_of(name)]
     return [f"two distributions own the module detectron2: {' and '.join(found)}"] if len(found) > 1 else []
 
 
 def detectron2() -> dict[str, Any]:
-    """Which detectron2 an import would find: the wheel that needs no compiler, or a build of the upstream repository."""
+    """Describe the installed detectron2: the wheel that needs no compiler, or a build from source."""
     spec = find_spec("detectron2")
     if spec is None or not spec.submodule_search_locations:
         return {"installed": False}
@@ -129,13 +130,13 @@ def detectron2() -> dict[str, Any]:
         "route": routes[name],
         "extension": loadable,
         "note": "detectron2._C is "
-        + ("there; " if loadable else "not there for this Python; ")
-        + "nothing of mae_bench needs it",
+        + ("available; " if loadable else "not available for this Python; ")
+        + "mae_bench does not need it",
     }
 
 
 def render(found: dict[str, Any]) -> RenderableType:
-    """What `examine` found, for a terminal."""
+    """Render the findings of `examine` for a terminal."""
     table = Table.grid(padding=(0, 2))
     for name, text in _rows(found):
         table.add_row(Text(name, style="bold"), Text(text))

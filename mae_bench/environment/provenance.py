@@ -1,4 +1,4 @@
-"""What a result was made with: package versions, git commit, hardware and command line."""
+"""Describe what a result was computed with: package versions, git commit, hardware and command line."""
 
 import os
 import platform
@@ -10,29 +10,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-CORE = ("mae_bench", "torch", "torchvision", "timm", "numpy", "pillow", "pandas", "safetensors", "fvcore", "omegaconf",
-        "pydantic", "rich", "typer", "tensorboard", "simplejpeg")  # fmt: skip
-DETECTRON2 = (
-    "sal-detectron2",
-    "detectron2",
-)  # the wheel that needs no compiler; a build of the upstream repository
-OPTIONAL = (*DETECTRON2, "pycocotools", "shapely", "onedl-mmsegmentation", "onedl-mmengine", "onedl-mmcv",
-            "opencv-python-headless", "pyarrow")  # fmt: skip
-OPTIONAL_ORIGINALS = (
-    "mmsegmentation",
-    "mmengine",
-    "mmcv",
-    "mmcv-lite",
-)  # what the onedl distributions stand in for
-GPU_NODES = (
-    "/dev/nvidiactl",
-    "/dev/dxg",
-    "/dev/kfd",
-)  # where a driver for NVIDIA, Windows (WSL) or AMD shows itself
+CORE = (
+    *("mae_bench", "torch", "torchvision", "timm", "numpy", "pillow", "pandas", "safetensors", "fvcore"),
+    *("omegaconf", "pydantic", "rich", "typer", "tensorboard", "simplejpeg"),
+)
+DETECTRON2 = ("sal-detectron2", "detectron2")  # the wheel that needs no compiler; a build from source
+OPTIONAL = (
+    *DETECTRON2,
+    *("pycocotools", "shapely", "onedl-mmsegmentation", "onedl-mmengine", "onedl-mmcv"),
+    *("opencv-python-headless", "pyarrow"),
+)
+OPTIONAL_ORIGINALS = ("mmsegmentation", "mmengine", "mmcv", "mmcv-lite")  # which the onedl packages replace
+GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of drivers for NVIDIA, Windows (WSL) and AMD
 
 
 def version_of(distribution: str) -> str:
-    """The installed version of a distribution, "" where it is not installed; nothing is imported."""
+    """Return the installed version of a distribution without importing it; "" if it is not installed."""
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -43,13 +36,13 @@ VERSION = version_of("mae_bench")
 
 
 def versions() -> dict[str, str]:
-    """Python's version and that of every distribution that has a part in a result and is installed."""
+    """Return the versions of Python and of every installed distribution that can influence a result."""
     found = {name: version_of(name) for name in (*CORE, *OPTIONAL, *OPTIONAL_ORIGINALS)}
     return {"python": platform.python_version()} | {name: number for name, number in found.items() if number}
 
 
 def git_hash(file: str | Path = __file__) -> str:
-    """The commit of the checkout that tracks `file`, with "-dirty" if tracked files differ from it; "" outside a checkout."""
+    """Return the commit of the checkout of `file`, with "-dirty" if tracked files differ; "" outside one."""
     file = Path(file).resolve()
     if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
         return ""
@@ -58,7 +51,7 @@ def git_hash(file: str | Path = __file__) -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints; None where git is missing or refuses."""
+    """Return the output of git; None if git is missing or fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30, check=True
@@ -69,7 +62,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU model, cores that this process may use, memory, and the GPUs that torch sees (if torch is imported)."""
+    """Return CPU model, usable cores, memory, and the GPUs that torch sees (if torch is imported)."""
     gpus = gpu_names()
     return {
         "cpu": cpu_model(),
@@ -81,12 +74,12 @@ def hardware() -> dict[str, Any]:
 
 
 def num_cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_model() -> str:
-    """The processor's name as the system gives it."""
+    """Return the name of the processor as reported by the system."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -96,7 +89,7 @@ def cpu_model() -> str:
 
 
 def gpu_names() -> list[str]:
-    """The GPUs that torch sees; none if torch is not imported."""
+    """Return the names of the GPUs that torch sees; none if torch is not imported."""
     torch: Any = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return []
@@ -104,17 +97,20 @@ def gpu_names() -> list[str]:
 
 
 def command_line() -> str:
-    """The command as it was given, quoted for a shell; where the program lies is left out."""
+    """Return the command quoted for a shell, without the path of the program."""
     return shlex.join(["mae-bench", *sys.argv[1:]])
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
+    """Return the time in UTC as ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def visible_gpus() -> list[str]:
-    """The names, for CUDA_VISIBLE_DEVICES, of the GPUs that torch can use; another process asks torch: this one stays light."""
+    """Return the GPUs that torch can use, as names for CUDA_VISIBLE_DEVICES.
+
+    Another process asks torch, so that this one need not import it.
+    """
     if not any(Path(node).exists() for node in GPU_NODES):
         return []
     code = "import torch; print(torch.cuda.device_count())"

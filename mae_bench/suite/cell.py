@@ -1,4 +1,4 @@
-"""One cell of a suite: what it runs, the folder that it owns, and what has become of it."""
+"""One cell of a suite: what it runs, its folder, and its result."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -15,8 +15,8 @@ from mae_bench.record import (
     read_record,
 )
 
-CELL_FILE = "cell.json"  # what the runner asks of the worker
-LOG_FILE = "log.txt"  # what the worker printed
+CELL_FILE = "cell.json"  # the order of the runner to the worker
+LOG_FILE = "log.txt"  # output of the worker
 BACKBONE = "backbone"  # the row of cells that make a backbone
 FILE_NAMES = {"row": "task", "task": "family"}  # attribute -> its name in cell.json
 
@@ -50,7 +50,7 @@ class Cell:
     upstream: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the cell as it is written to `cell.json`, where `row` is called "task" and `task` "family"."""
+        """Return the cell as written to `cell.json`, where `row` is named "task" and `task` "family"."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         paths = {"dir": str(self.dir), "upstream": str(self.upstream) if self.upstream else None}
         return {FILE_NAMES.get(name, name): value for name, value in (values | paths).items()}
@@ -66,13 +66,14 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As a person reads it."""
+        """The name shown to people."""
         return f"{self.backbone} · {self.kind if self.row == BACKBONE else self.row} · seed {self.seed}"
 
     def result(self) -> ResultRecord | Failure | None:
-        """The record of a finished cell, the failure of one that was tried, None for one that is left to do.
+        """Return the record of a finished cell, the failure of one that was tried, or None.
 
-        A broken file counts as none, and so does the record of another backbone than is upstream now: the cell is run again.
+        A malformed file counts as missing, as does the record of another backbone than the current one: the
+        cell runs again.
         """
         record = _read(read_record, self.dir / RECORD_FILE)
         maker = _read(read_record, self.upstream / RECORD_FILE) if self.upstream else record
@@ -81,7 +82,7 @@ class Cell:
         return _read(read_failure, self.dir / FAILURE_FILE)
 
     def failure(self, reason: str, fix: str = "", *, not_installed: bool = False) -> Failure:
-        """What stands in the place of the record if the cell ends without a score."""
+        """Return the failure to write instead of a record."""
         status: Any = "not installed" if not_installed else "failed"
         protocol = self.config.get("protocol", self.kind)
         return Failure(self.backbone, self.task, protocol, self.seed, status, reason, fix)

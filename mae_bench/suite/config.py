@@ -1,4 +1,4 @@
-"""The suite: a typed YAML of backbones, tasks and seeds, expanded to the graph of cells that it stands for."""
+"""Load a suite, a typed YAML of backbones, tasks and seeds, and expand it to its graph of cells."""
 
 import difflib
 import json
@@ -17,10 +17,12 @@ from mae_bench.job import EXPORT
 from mae_bench.registry import KINDS, kind, load_object
 from mae_bench.suite.cell import BACKBONE, Cell
 
-CELLS = "cells"  # the folder of a suite's cells
-SUITE_FILE = "suite.json"  # beside it: the suite that was last run there
-Place = tuple[Layout, str]  # a layout and the folder that holds data in it
-DATA_KEYS: dict[str, tuple[str, ...]] = {  # what names a layout's folder, if not itself
+CELLS = "cells"  # subfolder of a suite's output with its cells
+SUITE_FILE = "suite.json"  # next to it: the suite last run there
+Place = tuple[Layout, str]  # a layout, and a folder with data in that layout
+DATA_KEYS: dict[
+    str, tuple[str, ...]
+] = {  # the keys of `data` that name the folder of a layout, where it is not the layout
     "images": ("pretrain", "imagenet"),
     "imagenet_val": ("imagenet",),
     "image_sets": ("imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2", "imagenet-c"),
@@ -28,21 +30,26 @@ DATA_KEYS: dict[str, tuple[str, ...]] = {  # what names a layout's folder, if no
 
 
 class SuiteConfig(Config):
-    """Backbones x tasks x seeds. A job's `data` that its config does not give is the suite's folder of the layout that it reads.
+    """Backbones x tasks x seeds.
 
-    out: where everything is written (`--out`). data: `root` and a folder for each layout, by default
-    root/LAYOUT; `pretrain` is what is pretrained on, by default imagenet. $NAME in them is read from the
-    environment where the data is read, and stays as it is in the records. demo_data: data that is made below
-    data.root before anything else. jobs: worker processes at a time; "auto" is one a GPU, or one a CPU core
-    and at most 4. processes: of each cell of a kind that several can run together (pretrain), one a GPU;
-    "auto" is all GPUs for a run of one cell, else 1. threads: of each process on the CPU; scores can depend
-    on it in the last digits.
+    A job without `data` in its config reads the suite's folder of its layout. $NAME in a folder is expanded
+    from the environment when the data is read, and kept as it is in records.
+
+    Attributes:
+        out: the output folder (`--out`).
+        data: `root` and a folder per layout, root/LAYOUT by default; `pretrain`, imagenet by default, is for
+            pretraining.
+        demo_data: data to generate in data.root before anything else.
+        jobs: number of concurrent worker processes; "auto" is one per GPU, or one per CPU core and at most 4.
+        processes: number of processes per cell of a distributed kind, one per GPU; "auto" is all GPUs if the
+            suite is one cell, else 1.
+        threads: number of CPU threads per process; the last digits of a score can depend on it.
     """
 
     name: str
     out: str
-    baseline: str = Field("", description="the backbone that others are compared with; by default the first")
-    seeds: list[int] = Field([0], min_length=1, description="of the transfers")
+    baseline: str = Field("", description="the backbone to compare with; by default the first")
+    seeds: list[int] = Field([0], min_length=1, description="seeds of the transfers")
     backbone_seed: int = 0
     data: dict[str, str | None] = {}
     demo_data: DemoConfig | None = None
@@ -68,9 +75,9 @@ class SuiteConfig(Config):
 def load_suite(
     source: str | Path | dict[str, Any], overrides: Sequence[str] = (), out: str | Path | None = None
 ) -> SuiteConfig:
-    """Reads a suite (a file, or its content) and validates it with every job in it; the jobs' configs come back complete.
+    """Read a suite (a file, or its content), validate it, and complete the configs of its jobs.
 
-    The default `out` is runs/NAME. UserError names the key, what was given and the nearest known name.
+    The default of `out` is runs/NAME. Raise UserError with the key, the value and the nearest known name.
     """
     if not isinstance(source, dict) and is_job(source):
         raise UserError(
@@ -95,7 +102,7 @@ def load_suite(
     suite = build(SuiteConfig, raw, name)
     if suite.baseline and suite.baseline not in suite.backbones:
         raise UserError(
-            f"baseline {suite.baseline!r} is none of the backbones",
+            f"baseline {suite.baseline!r} is not one of the backbones",
             expected=f"one of {', '.join(suite.backbones)}",
         )
     jobs = {place: complete_job(place, job) for place, job in _jobs(suite.model_dump())}
@@ -115,7 +122,7 @@ def is_job(source: str | Path) -> bool:
 
 
 def suite_of_job(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the suite that runs one job, which makes a backbone; the suite and the backbone are named after the file."""
+    """Return the suite that runs one job that makes a backbone; both are named after the file."""
     name = Path(source).stem
     return {"name": name, "backbones": {name: complete_job(source, load_yaml(source, overrides))}}
 
@@ -129,9 +136,9 @@ def _leave_out_null_jobs(raw: dict[str, Any]) -> None:
 
 
 def _forget_absent_root(raw: dict[str, Any]) -> None:
-    """Mark the folders below a data.root that is not given as not given, so that naming the other folders is enough.
+    """Mark folders in a missing data.root as missing, so that naming the other folders is enough.
 
-    Where no folder is given at all, data.root is what has to be given.
+    If no folder is given at all, data.root is reported as missing.
     """
     data = raw.get("data")
     if not isinstance(data, dict) or data.get("root") != "???":
@@ -142,7 +149,7 @@ def _forget_absent_root(raw: dict[str, Any]) -> None:
 
 
 def baseline_of(folder: Path) -> str:
-    """The baseline of the suite that was last run in a folder; "" where none was."""
+    """Return the baseline of the suite last run in a folder; "" if there was none."""
     try:
         value = json.loads((folder / SUITE_FILE).read_text(encoding="utf-8"))
         return str(value["baseline"] or next(iter(value["backbones"])))
@@ -151,7 +158,7 @@ def baseline_of(folder: Path) -> str:
 
 
 def _jobs(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every job with its place in the YAML, for example "tasks.finetune"."""
+    """Yield every job with its place in the YAML, for example "tasks.finetune"."""
     for group in ("backbones", "tasks"):
         members = raw.get(group)
         for name, job in (members if isinstance(members, dict) else {}).items():
@@ -164,30 +171,35 @@ def _check_data_keys(data: Any) -> None:
         *sorted({key for kind in KINDS.values() if kind.layout for key in _data_keys(kind.layout)}),
     ]
     if not isinstance(data, dict):
-        raise UserError(
-            f"data={data}", expected=f"keys below data: {', '.join(known)}", fix=f"data.root={data}"
-        )
-    if unknown := [key for key in data if key not in known]:
+        raise UserError(f"data={data}", expected=f"keys of data: {', '.join(known)}", fix=f"data.root={data}")
+    unknown = [key for key in data if key not in known]
+    if unknown:
         near = difflib.get_close_matches(str(unknown[0]), known, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown key 'data.{unknown[0]}'; the nearest known key is 'data.{near}'")
 
 
 def _fill_data(job: Any, data: dict[str, Any]) -> None:
+    """Set the `data` of a job that has none to the suite's folder for its layout."""
     name = job.get("kind") if isinstance(job, dict) else None
     layout = KINDS[name].layout if isinstance(name, str) and name in KINDS else ""
-    if layout and job.get("data", "???") == "???":
-        root, keys = (
-            data.get("root"),
-            (job["set"],) if job.get("set") in _data_keys(layout) else _data_keys(layout),
+    if not layout or job.get("data", "???") != "???":
+        return
+    keys = _data_keys(layout)
+    if job.get("set") in keys:
+        keys = (job["set"],)
+    root = data.get("root")
+    named = [data[key] for key in keys if data.get(key)]
+    if root and root != "???":
+        named.append(f"{root}/{keys[-1]}")
+    folder = named[0] if named else "???"
+    if folder == "???":
+        raise UserError(
+            f"data.{keys[0]} must be given",
+            expected=f"a folder in the layout {layout!r}",
+            fix=f"add data.root=PATH (the folder that contains {keys[-1]}/) "
+            f"or data.{keys[0]}=PATH to the command",
         )
-        named = [data[key] for key in keys if data.get(key)]
-        folder = named[0] if named else f"{root}/{keys[-1]}" if root and root != "???" else None
-        if folder in (None, "???"):
-            raise UserError(
-                f"data.{keys[0]} must be given", expected=f"a folder in the layout {layout!r}",
-                fix=f"add data.root=PATH (the folder that holds {keys[-1]}/) or data.{keys[0]}=PATH to the command",
-            )  # fmt: skip
-        job["data"] = folder
+    job["data"] = folder
 
 
 def _data_keys(layout: str) -> tuple[str, ...]:
@@ -195,12 +207,12 @@ def _data_keys(layout: str) -> tuple[str, ...]:
 
 
 def complete_job(place: str, job: dict[str, Any]) -> dict[str, Any]:
-    """The job's config with every default filled in, as JSON; UserError names what is wrong with it, and its place."""
+    """Return the config of a job with all defaults, as JSON types. Raise UserError if it is invalid."""
     if "kind" not in job:
         raise UserError(
             f"{place} has no kind",
             expected=f"one of {', '.join(KINDS)}",
-            fix="if an override was meant, look at its spelling",
+            fix="if this is an override, check its spelling",
         )
     chosen = kind(job["kind"])
     value = {"data": "???"} | job if chosen.layout else job
@@ -218,7 +230,7 @@ def _check_group(place: str, job: dict[str, Any]) -> None:
 
 
 def places(suite: SuiteConfig) -> list[Place]:
-    """The data that the suite reads, each once."""
+    """Return the data sets that the suite reads, each once."""
     found: list[Any] = [
         (kind(job["kind"]).layout, job["data"])
         for _, job in _jobs(suite.model_dump())
@@ -228,7 +240,10 @@ def places(suite: SuiteConfig) -> list[Place]:
 
 
 def expand(suite: SuiteConfig, digests: Mapping[Place, str]) -> list[Cell]:
-    """One cell a backbone, then one a backbone, task and seed. Cells of data without a digest get keys that change with it."""
+    """Return one cell per backbone, then one per task, seed and backbone.
+
+    Without a digest of its data a cell has a provisional key.
+    """
     makers = {
         name: _cell(suite, digests, name, BACKBONE, job, suite.backbone_seed, None)
         for name, job in suite.backbones.items()
@@ -267,7 +282,7 @@ def _cell(
 
 
 def source_path(source: str) -> Path | None:
-    """Where the bytes of a checkpoint's SOURCE lie; None for one that is not on this machine's disk (timm:NAME)."""
+    """Return the path of a checkpoint's SOURCE; None if it is not on this machine's disk (timm:NAME)."""
     scheme, colon, rest = source.partition(":")
     if not colon or Path(source).exists():
         return Path(source)
@@ -275,23 +290,24 @@ def source_path(source: str) -> Path | None:
 
 
 def check_sources(suite: SuiteConfig) -> None:
-    """UserError for checkpoints whose files are not there."""
+    """Raise UserError for checkpoints whose files are missing."""
     sources = {name: job["source"] for name, job in suite.backbones.items() if "source" in job}
     paths = {name: source_path(source) for name, source in sources.items()}
     missing = {name: path for name, path in paths.items() if path and not path.exists()}
     if missing:
         raise UserError(
             "\n".join(f"backbones.{name}: {path} is missing" for name, path in missing.items()),
-            expected="a weight file, or the folder that holds one",
+            expected="a weight file, or a folder with one",
             fix="; ".join(filter(None, map(near_path, missing.values()))),
         )
 
 
 def _content(key: str, value: Any) -> Any:
-    """Weights count by their files' bytes: the same path with others is another cell."""
+    """Replace a path of weights by the digests of its files: other weights at a path make another cell."""
     if key not in ("source", "tokenizer") or not value:
         return value
-    if (path := source_path(value)) is None:
+    path = source_path(value)
+    if path is None:
         return value
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return [file_digest(file) for file in files if file.is_file()] or value

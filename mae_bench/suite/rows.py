@@ -1,4 +1,4 @@
-"""Checkpoints as rows of a comparison: one, those that a pattern of paths matches, or the rows of a YAML list."""
+"""Turn checkpoints into backbones of a suite: a source, the matches of a pattern, or a YAML list."""
 
 from collections.abc import Iterator, Mapping
 from glob import glob, has_magic
@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from mae_bench.errors import UserError
 
+# Names of files and folders that do not identify a checkpoint.
 GENERAL = (
     "",
     "export",
@@ -21,17 +22,18 @@ GENERAL = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
     "checkpoint.pth",
-)  # no names
+)
 LISTS = (".yaml", ".yml")
-PATHS = ("file", "run")  # schemes that a path follows
-ROW = "source, and as far as needed name, format, weights, sha256, spec, trust"
+PATHS = ("file", "run")  # schemes followed by a path
+ROW = "source and, where needed, name, format, weights, sha256, spec, trust"
 
 
 def rows_of(checkpoints: list[str], options: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
-    """Name -> config of the job `checkpoint`, for sources, patterns and YAML lists in the order in which they are given.
+    """Return name -> config of a `checkpoint` job, for sources, patterns and YAML lists in the given order.
 
-    options: format, weights, trust for what is no list. A row without a name gets that of its file, or of the nearest folder
-    that has one of its own. UserError for a pattern that matches nothing, a list that is none, and two rows of one name.
+    `options` (format, weights, trust) apply to all but the rows of lists. A row without a name is named after
+    its file, or after the nearest folder whose name identifies it. Raise UserError for a pattern without a
+    match, a malformed list and two rows of one name.
     """
     given = [row for checkpoint in checkpoints for row in _rows(checkpoint, dict(options or {}))]
     named = [row["name"] for row in given if "name" in row]
@@ -57,11 +59,11 @@ def _rows(checkpoint: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if not isinstance(described.get("name", ""), str) or "/" in described.get("name", ""):
             raise UserError(
                 f"{checkpoint}: row {place} is called {described['name']!r}",
-                expected="a name that a folder can have",
+                expected="a name that is valid for a folder",
             )
         sources = _sources(described["source"])
         if len(sources) > 1:
-            described.pop("name", None)  # of a pattern, each file has its own
+            described.pop("name", None)  # each match of a pattern has its own name
         yield from (described | {"source": source} for source in sources)
 
 
@@ -70,7 +72,7 @@ def _list_in(path: Path) -> list[Any]:
         rows = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing", expected=f"a YAML list of checkpoints: {ROW}") from error
-    except Exception as error:  # the YAML reader has many error types; each is the file's author's mistake
+    except Exception as error:  # the YAML reader has many error types, all of them errors in the file
         raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(rows, list) or not rows:
         raise UserError(
@@ -81,7 +83,7 @@ def _list_in(path: Path) -> list[Any]:
 
 
 def _sources(given: str) -> list[str]:
-    """What a pattern matches, sorted; anything else as it is."""
+    """Return the sorted matches of a pattern; anything else unchanged."""
     scheme, colon, rest = given.partition(":")
     prefix, pattern = (f"{scheme}:", rest) if colon and scheme in PATHS else ("", given)
     if not has_magic(pattern) or Path(pattern).exists():

@@ -148,7 +148,7 @@ def test_a_job_may_have_data_of_its_own(suite: dict[str, Any]) -> None:
         ("tasks.prob.score=1", "tasks.prob has no kind"),
         ("tasks.probe.score=high", "tasks.probe: score: Input should be a valid number"),
         ("data.imagnet=x", "unknown key 'data.imagnet'; the nearest known key is 'data.imagenet'"),
-        ("baseline=goood", "baseline 'goood' is none of the backbones"),
+        ("baseline=goood", "baseline 'goood' is not one of the backbones"),
         ("tasks.probe.kind=finetuning", "unknown job kind 'finetuning'"),
         ("tasks.probe.kind=fake_maker", "tasks.probe is of kind 'fake_maker', which makes a backbone"),
         ("jobs=0", "jobs"),
