@@ -1,88 +1,137 @@
-"""docs/checkpoints.md says what works: its list is read, its Python runs on toy weights; all pages' commands are understood."""
+"""README and docs state what the code and the committed results are: links, tables, the list of modules, sizes.
 
+`python tests/test_docs.py` writes the generated parts: README's table of results and docs/modules.md.
+"""
+
+import ast
+import json
 import re
-import shlex
+import statistics
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import typer
-from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 
-from backbones.config import CheckpointConfig
-from mae_bench.cli.app import app
-from mae_bench.config import CONFIGS
+from backbones.translating.detect import FORMATS, WRITABLE
 from mae_bench.suite.rows import rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
-IMAGENET = (ROOT / "docs" / "imagenet.md").read_text(encoding="utf-8")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, MODULES = ROOT / "README.md", ROOT / "docs" / "modules.md"
+PACKAGES = ("mae_bench", "backbones", "tasks", "leaderboard")
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "benchmarks").rglob("*.md"),
+]
+RESULTS = "benchmarks/results"
+COLUMNS = (  # heading, committed run, name of the cell, metric
+    ("fine-tuning", "2026-11-21-protocols", "finetune", "top1"),
+    ("linear probe", "2026-11-21-protocols", "linear", "top1"),
+    ("kNN", "2026-11-21-protocols", "knn", "top1"),
+    ("5 labels per class", "2026-11-21-protocols", "few_shot", "top1_5shot"),
+    ("COCO", "2026-11-21-small", "maskrcnn", "AP_box"),
+    ("segmentation", "2026-11-21-small", "upernet", "mIoU"),
+)
 
 
-def blocks(language: str, page: str = PAGE) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
-
-
-def commands() -> list[list[str]]:
-    """Every `mae-bench` command of the pages and of the README's blocks, in words."""
-    text = "\n".join([*blocks("sh"), *blocks("sh", IMAGENET), *blocks("bash", README)]).replace("\\\n", " ")
-    found = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("mae-bench ")]
-    assert len(found) > 15
-    return found
-
-
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_commands_are_understood(words: list[str]) -> None:
-    """Subcommand and options exist; nothing is run."""
-    command, rest = typer.main.get_command(app), words[1:]
-    while hasattr(command, "commands"):
-        command, rest = command.commands[rest[0]], rest[1:]
-    with command.make_context(words[1], rest) as context:
-        chosen = context.params
-    for task in (chosen.get("tasks") or "").split(","):
-        assert not task or (CONFIGS / f"tasks/{task}.yaml").is_file(), task
-
-
-def test_the_list_is_read(tmp_path: Path) -> None:
-    (listed,) = blocks("yaml")
-    (tmp_path / "list.yaml").write_text(listed)
-    rows = rows_of([str(tmp_path / "list.yaml")])
-    assert list(rows) == ["mae_vit_base", "dino-ours", "vit", "old_training_file"]
-    assert [CheckpointConfig.model_validate(row).trust for row in rows.values()] == [
-        False,
-        False,
-        False,
-        True,
+def render_results() -> str:
+    """Return the table of the committed scores: mean and sample deviation over transfer seeds, each linked to a record."""
+    heads = [f"[{name}]({RESULTS}/{run})<br>{metric}" for name, run, _, metric in COLUMNS]
+    lines = [f"| backbone | {' | '.join(heads)} |", f"|---|{'---:|' * len(COLUMNS)}"]
+    for backbone in ("supervised", "mae", "random"):
+        cells = []
+        for _, run, task, metric in COLUMNS:
+            paths = sorted((ROOT / RESULTS / run / "cells" / backbone).glob(f"{task}-s*/record.json"))
+            records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+            scores = [record["metrics"][metric]["value"] for record in records]
+            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+            link = paths[0].relative_to(ROOT).as_posix()
+            cells.append(f"[{statistics.mean(scores):.1f}{spread}]({link})")
+        lines.append(f"| {backbone} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Mean ± sample deviation over 3 transfer seeds; no deviation: one seed. Links lead to a record each.",
     ]
+    return "\n".join(lines)
 
 
-def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0)
-    save_file(model.state_dict(), "weights.safetensors")
-    (code,) = [block for block in blocks("python") if "load_backbone" in block]
-    exec(code, {"imgs": torch.zeros(2, 3, 48, 48)})
-    assert (tmp_path / "ours" / "backbone.safetensors").is_file()
+def render_modules() -> str:
+    """Return each module's path and the first sentence of its docstring."""
+    lines = []
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if path.name != "__init__.py":
+                docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+                sentence = " ".join(docstring.split("\n\n")[0].split())
+                name = path.relative_to(ROOT).as_posix()
+                lines.append(f"- [`{name}`](../{name}): {sentence}")
+    return "\n".join(lines)
 
 
-def test_the_unmasked_model_of_the_page_is_one(tmp_path: Path) -> None:
-    from transformers import ViTMAEConfig, ViTMAEModel
+GENERATED = {("results", README): render_results, ("tree", MODULES): render_modules}
 
-    shape: dict[str, Any] = {
-        "hidden_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "intermediate_size": 96,
-    }
-    ViTMAEModel(ViTMAEConfig(**shape, image_size=32, patch_size=8)).save_pretrained(tmp_path)
-    (code,) = [block for block in blocks("python") if "Unmasked" in block]
-    there: dict[str, Any] = {}
-    exec(code, there)
-    assert there["Unmasked"](tmp_path).eval()(torch.zeros(2, 3, 32, 32)).last_hidden_state.shape == (
-        2,
-        17,
-        48,
+
+@pytest.mark.parametrize(("name", "page"), GENERATED, ids=lambda value: getattr(value, "name", value))
+def test_generated_parts_are_current(name: str, page: Path) -> None:
+    found = re.search(
+        rf"<!-- {name}:begin -->\n(.*?)\n?<!-- {name}:end -->", page.read_text("utf-8"), re.DOTALL
     )
+    assert found
+    assert found[1].strip() == GENERATED[name, page](), "run: python tests/test_docs.py"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which is missing"
+
+
+def test_the_readme_fits_on_two_screens() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.encode()) <= 12_000
+    assert len(re.findall(r"!\[[^\]]+\]\([^)]+\)", text)) >= 3
+    assert "make demo" in text
+    assert "make test" in text
+    prose = re.sub(r"<!-- results:begin -->.*<!-- results:end -->", "", text, flags=re.DOTALL)
+    long = [line for line in prose.splitlines() if len(line) > 110 and not line.startswith(("![", "|"))]
+    assert not long
+
+
+def test_every_page_is_reached_from_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in index, page.name
+
+
+def test_the_table_of_formats_is_the_codes() -> None:
+    """Exactly the formats that are read, written as `convert` writes them, each with a test that names it."""
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.+) \| (folder|file|-) \| (.+): \[.+\]\((.+)\) \|$", text, re.MULTILINE
+    )
+    assert sorted(name for name, *_ in rows) == sorted(FORMATS)
+    as_written = {name: "file" if suffixes else "folder" for name, suffixes in WRITABLE.items()}
+    assert {name: written for name, _, written, *_ in rows} == {
+        name: as_written.get(name, "-") for name in FORMATS
+    }
+    for name, _, _, _, proof in rows:
+        path = ROOT / "docs" / proof
+        assert f'"{name}"' in path.read_text(encoding="utf-8") or path.stem == f"test_{name}", (name, proof)
+
+
+def test_the_list_of_checkpoints_on_its_page_is_read(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"```yaml run\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "list.yaml").write_text(listed)
+    assert list(rows_of([str(tmp_path / "list.yaml")]))[:2] == ["mae_vit_base", "dino-ours"]
+
+
+def write() -> None:
+    for (name, page), render in GENERATED.items():
+        text = page.read_text(encoding="utf-8")
+        begin, end = (text.index(f"<!-- {name}:{mark} -->") for mark in ("begin", "end"))
+        page.write_text(f"{text[:begin]}<!-- {name}:begin -->\n{render()}\n{text[end:]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
