@@ -28,7 +28,7 @@ from mae_bench.data.demo.demo import DemoConfig, DemoSet, make_demo_data
 from mae_bench.models.pos_embed import sincos_2d
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TAG = re.compile(r"(bash|python|yaml) (run|plan|needs: .+)")
 LAUNCHER = re.compile(r"^(?:torchrun|srun)\b.*?-m mae_bench ")
