@@ -34,7 +34,7 @@ def toys() -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="session")
 def files(toys, tmp_path_factory) -> dict[str, tuple[Path, str]]:
-    """Name -> (path, format) of toy files that say by themselves what they are: the reference's, timm's, transformers'."""
+    """Name -> (path, format) of toy files with a detected format: the reference's, timm's, transformers'."""
     folder = tmp_path_factory.mktemp("checkpoints")
     written = toys_official_mae.write(folder)
     official = {name: (path, "official_mae") for name, (path, options) in written.items() if not options}

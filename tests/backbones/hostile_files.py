@@ -1,4 +1,4 @@
-"""Builds hostile weight files byte by byte; run as a program, reads them and tells how much memory each took."""
+"""Build hostile weight files byte by byte; as a program, read them and print the memory each took."""
 
 import gc
 import io
@@ -67,8 +67,9 @@ def storage(count: int = 4, kind: str = "torch.FloatStorage", key: str = "0", lo
 
 def tensor(size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0, stored: bytes = b"") -> bytes:
     inside = (b"(" + b"".join(map(number, values)) + b"t" for values in (size, stride))
-    return name("torch._utils._rebuild_tensor_v2") + b"(" + (stored or storage()) + number(offset) + b"".join(inside) \
-        + b"\x89" + name("collections.OrderedDict") + b")R" + b"tR"  # fmt: skip
+    args = (stored or storage()) + number(offset) + b"".join(inside)
+    hooks = b"\x89" + name("collections.OrderedDict") + b")R"
+    return name("torch._utils._rebuild_tensor_v2") + b"(" + args + hooks + b"tR"
 
 
 def in_dictionary(value: bytes) -> bytes:
@@ -320,7 +321,7 @@ def old(value: bytes) -> bytes:
 
 
 def honest() -> dict[str, bytes]:
-    """The same bricks in good order: else what is refused above could be refused for a slip of the builders."""
+    """Valid files from the same builders: the others must not be refused for a bug in these."""
     values = tensor((2, 2), (2, 1)), tensor((1, 3), (0, 1), 1), tensor((0,), (1,)), tensor((), ())
     files = {
         f"{i} in a zip archive": archive(in_dictionary(value), {"data/0": bytes(16)})
@@ -339,7 +340,7 @@ def peak() -> int:
 
 
 def end_of(path: Path) -> str:
-    """How reading the file ends: "read", the reason why it is refused, or !! and an exception that no user should see."""
+    """Return how reading a file ends: "read", why it is refused, or !! and an unexpected exception."""
     from backbones.reading.source import open_source
     from mae_bench.errors import UserError
 

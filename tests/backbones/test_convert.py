@@ -1,4 +1,4 @@
-"""convert: round trips between all written formats are identity to the bit, and the libraries load what is written for them."""
+"""convert: round trips between all formats are bit-identical, and the libraries load what is written."""
 
 from importlib import import_module
 from pathlib import Path
@@ -91,7 +91,7 @@ def check_same(path: Path, to: str, stored: dict[str, torch.Tensor], spec: Backb
 
 @pytest.mark.parametrize("through", sorted(PLAIN))
 def test_every_pair_of_formats_is_identity(tmp_path, files, encoder, through):
-    """From the reference's file through one format to each other one: by pairs every longer way is identity as well."""
+    """From the reference's file through one format to each other; identity of pairs implies longer chains."""
     convert(files["full"][0], place(tmp_path, through), through)
     spec = load_backbone(files["full"][0])[1]
     for to in sorted(PLAIN):
@@ -132,9 +132,14 @@ def test_one_source_gives_one_digest(tmp_path, files, to):
 
 def test_wrong_targets_are_refused_before_anything_is_read(tmp_path, files):
     (tmp_path / "there.pth").write_text("mine")
-    wrong = [("there.pth", "official_mae", "exists"), ("x.bin", "timm", "safetensors"), ("x.pkl", "detectron2", r"\.pth"),
-             ("x", "onnx", "unknown format"), ("x", "dectron2", "did you mean detectron2"),
-             ("x.pth", "mmpretrain", "'mmpretrain' can only be read")]  # fmt: skip
+    wrong = [
+        ("there.pth", "official_mae", "exists"),
+        ("x.bin", "timm", "safetensors"),
+        ("x.pkl", "detectron2", r"\.pth"),
+        ("x", "onnx", "unknown format"),
+        ("x", "dectron2", "did you mean detectron2"),
+        ("x.pth", "mmpretrain", "'mmpretrain' can only be read"),
+    ]
     for out, to, told in wrong:
         with pytest.raises(UserError, match=told):
             convert(files["full"][0], tmp_path / out, to)
@@ -176,13 +181,22 @@ class TestTransformers:
     @pytest.fixture
     def config(self, transformers):
         return transformers.ViTMAEConfig(
-            hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, image_size=32, patch_size=8,
-            decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=32,
-            mask_ratio=0.0, layer_norm_eps=1e-5,
-        )  # fmt: skip
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=96,
+            image_size=32,
+            patch_size=8,
+            decoder_hidden_size=16,
+            decoder_num_hidden_layers=1,
+            decoder_num_attention_heads=2,
+            decoder_intermediate_size=32,
+            mask_ratio=0.0,
+            layer_norm_eps=1e-5,
+        )
 
     def features(self, model, imgs):
-        """Tokens in the images' order: with ascending noise nothing is shuffled, with mask_ratio 0 nothing removed."""
+        """Tokens in image order: ascending noise shuffles nothing, mask_ratio 0 removes nothing."""
         noise = torch.arange(16.0).repeat(len(imgs), 1)
         with torch.no_grad():
             return in_float64(model)(imgs, noise=noise).last_hidden_state
@@ -219,7 +233,7 @@ class TestTransformers:
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module) -> None:
-    """Draws every weight but the position tables, so that no bias or scale stays at the value that hides it."""
+    """Randomise every weight but the position tables, so that no bias or scale keeps a neutral value."""
     for name, parameter in model.named_parameters():
         if "pos" not in name:
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -1,4 +1,4 @@
-"""Hostile files, built byte by byte: each is refused in one sentence, by a process that lives on and needs little memory."""
+"""Hostile files, built byte by byte: each is refused in one sentence, with little memory and no crash."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The checkpoint job: a foreign file becomes an export that transfers load, and its record says where it came from."""
+"""The checkpoint job: a foreign file becomes an export that transfers load, with its origin in the record."""
 
 import pytest
 import torch

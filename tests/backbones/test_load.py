@@ -1,4 +1,4 @@
-"""load_backbone: every toy file arrives whole, gives the published features, and whatever is unexplained is refused."""
+"""load_backbone: every toy file gives the published features, and anything unexplained is refused."""
 
 import json
 from typing import Any

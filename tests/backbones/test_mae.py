@@ -1,4 +1,4 @@
-"""load_mae: whole autoencoders from our file, the reference's and transformers', with the same loss, prediction and mask."""
+"""load_mae: our file, the reference's and transformers' give the same loss, prediction and mask."""
 
 import argparse
 import json
@@ -44,10 +44,19 @@ def drawn(spec_size, num_patches, n=2):
 @pytest.fixture(scope="module")
 def theirs():
     config = ViTMAEConfig(
-        hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192, image_size=32, patch_size=8,
-        decoder_hidden_size=32, decoder_num_hidden_layers=2, decoder_num_attention_heads=2, decoder_intermediate_size=128,
-        norm_pix_loss=True, mask_ratio=0.75,
-    )  # fmt: skip
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=192,
+        image_size=32,
+        patch_size=8,
+        decoder_hidden_size=32,
+        decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=128,
+        norm_pix_loss=True,
+        mask_ratio=0.75,
+    )
     torch.manual_seed(0)
     return randomise(ViTMAEForPreTraining(config)).eval()
 
@@ -96,7 +105,7 @@ def test_a_folder_in_shards(tmp_path, theirs):
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_a_state_dict_of_transformers_memory(tmp_path, theirs, prefix):
-    """Version 5 names its layers otherwise in memory than in files; without a config nothing tells heads, eps and loss."""
+    """Version 5 has other names in memory than in files; without config, heads, eps and loss are unknown."""
     theirs.save_pretrained(tmp_path / "folder")
     torch.save(
         {prefix + name: tensor for name, tensor in theirs.state_dict().items()}, tmp_path / "memory.pth"
@@ -124,7 +133,7 @@ def test_a_training_state_with_an_average_of_the_weights_asks_for_one(tmp_path, 
 
 
 def reference_forward(w, imgs, noise, mask_ratio, heads, decoder_heads, norm_pix_loss):
-    """facebookresearch/mae in tensor algebra, in the order of its code: square patches, channel last, unshuffle, mask."""
+    """facebookresearch/mae in tensor algebra, in the order of its code."""
     w = weights_in_float64(w)
     n, p = len(imgs), w["patch_embed.proj.weight"].shape[-1]
 
@@ -177,7 +186,7 @@ def reference_forward(w, imgs, noise, mask_ratio, heads, decoder_heads, norm_pix
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 @pytest.mark.parametrize("file", ["checkpoint-7.pth", "full.pth"])
 def test_equals_the_reference(tmp_path, toys, file, norm_pix_loss):
-    """A training state says its arguments; a bare file takes the reference's defaults: pixels as they are, 16 heads."""
+    """A training state has its arguments, a bare file gets the reference's defaults: raw pixels, 16 heads."""
     content = {"model": toys["full"]}
     if file == "checkpoint-7.pth":
         content |= {"args": argparse.Namespace(norm_pix_loss=norm_pix_loss), "epoch": 7}

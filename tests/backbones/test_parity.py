@@ -1,4 +1,4 @@
-"""Parity: equal models are equal, a changed weight shows from its block on, and what cannot be compared says why."""
+"""Parity: equal models, changed weights that show from their block on, and models that cannot be compared."""
 
 import json
 import sys
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 class Other(nn.Module):
-    """Another implementation: a ModuleList under another name, decoys before it, and an output of its own form."""
+    """Another implementation: its blocks have another name, decoys before them, and another output form."""
 
     def __init__(self, vit, form=lambda tokens: tokens, output=lambda tokens: tokens):
         super().__init__()
@@ -194,11 +194,16 @@ def test_what_cannot_be_compared_says_why(imgs, theirs, told):
 
 
 def test_transformers_is_the_other_side(tmp_path):
-    """ViTMAEModel, whose masking has to be switched off: noise in rising order keeps the patches in theirs."""
+    """ViTMAEModel without masking: ascending noise keeps the order of the patches."""
     config = transformers.ViTMAEConfig(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192, image_size=32, patch_size=8,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=192,
+        image_size=32,
+        patch_size=8,
         mask_ratio=0.0,
-    )  # fmt: skip
+    )
     model: Any = randomise(transformers.ViTMAEModel(config))
     model.save_pretrained(tmp_path / "mae")
     (tmp_path / "theirs_mae.py").write_text(

@@ -1,4 +1,4 @@
-"""Suggested preprocessing: it finds the known answer of a synthetic backbone, says when images cannot decide, and applies nothing."""
+"""Suggested preprocessing: the known answer of a synthetic backbone is found, ties are reported."""
 
 import json
 
@@ -31,7 +31,7 @@ LEVELS = (77, 102, 128)  # red of the three classes, 0.3 to 0.5: not negative in
 
 
 class Synthetic(nn.Module):
-    """Sees the class (red) only in positive inputs and in one kind of token; green, which says nothing of the class, it sees anywhere.
+    """Show the class (red) only for positive inputs and in one kind of token; green, without meaning, in all.
 
     shows: the kind of token that has the class. N images, tokens (N, 1 + 4, 4).
     """

@@ -1,4 +1,4 @@
-"""official:, hf: and split files, from a server on the loopback: brought once, checked, and refused with a reason."""
+"""official:, hf: and split files from a local server: downloaded once, checked, refused with a reason."""
 
 import hashlib
 import http.server

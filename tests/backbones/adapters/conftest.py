@@ -1,4 +1,4 @@
-"""Toys of every kind of ViT as exports, which the adapters of detection and segmentation load; what a layer's rate is by name."""
+"""Exports of every kind of ViT at toy size for the adapters, and the expected lr scale per parameter name."""
 
 from importlib import import_module
 from pathlib import Path
@@ -9,10 +9,16 @@ from backbones.load import load_backbone
 from mae_bench.export import write_export
 from mae_bench.spec import BackboneSpec
 
-KINDS = {  # format -> toy: bias tables, rotations, windows, registers, a norm before the blocks, no class token
-    "beit": "pretrained", "eva02": "fine", "sam": "sam.pth", "detectron2": "windows", "dinov3": "own", "dinov2": "registers",
-    "clip": "openai", "ijepa": "target",
-}  # fmt: skip
+KINDS = {  # format -> toy: bias tables, rotations, windows, registers, a first norm, no class token
+    "beit": "pretrained",
+    "eva02": "fine",
+    "sam": "sam.pth",
+    "detectron2": "windows",
+    "dinov3": "own",
+    "dinov2": "registers",
+    "clip": "openai",
+    "ijepa": "target",
+}
 DECAY = 0.5
 UNUSED = ("norm.", "fc_norm.", "neck.")  # behind the last block: maps are taken before
 

@@ -1,4 +1,4 @@
-"""The detectron2 backbone: its promises against its maps, its place in a stock config, lr scales, and the missing framework."""
+"""The detectron2 backbone: declared against actual maps, a stock config, lr scales, the missing framework."""
 
 import importlib
 import sys
@@ -138,7 +138,7 @@ def test_strides_and_patches_out_of_reach_are_refused() -> None:
 
 
 def test_in_a_stock_vitdet_config(export: Path) -> None:
-    """detectron2's own mask_rcnn_vitdet, with nothing changed but the backbone, its tap and the sizes, trains and detects."""
+    """detectron2's own mask_rcnn_vitdet trains and detects with only backbone, tap and sizes changed."""
     stock = (
         Path(detectron2.__file__).parent
         / "model_zoo"

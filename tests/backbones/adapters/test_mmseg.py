@@ -51,15 +51,25 @@ def segmentor(source: str, spec: BackboneSpec, **backbone) -> nn.Module:
     """A stock EncoderDecoder config in which the backbone alone is ours."""
     init_default_scope("mmseg")  # as a stock config says
     norm = {"type": "BN", "requires_grad": True}
-    return MODELS.build({
-        "type": "EncoderDecoder", "data_preprocessor": build_preprocessor(spec, 32), "neck": build_neck(spec, norm),
-        "backbone": {"type": "MAEBenchViT", "source": source, **backbone},
-        "decode_head": {
-            "type": "UPerHead", "in_channels": [spec.embed_dim] * 4, "in_index": [0, 1, 2, 3], "pool_scales": (1, 2),
-            "channels": 8, "num_classes": 3, "norm_cfg": norm, "loss_decode": {"type": "CrossEntropyLoss"},
-        },
-        "test_cfg": {"mode": "whole"},
-    })  # fmt: skip
+    return MODELS.build(
+        {
+            "type": "EncoderDecoder",
+            "data_preprocessor": build_preprocessor(spec, 32),
+            "neck": build_neck(spec, norm),
+            "backbone": {"type": "MAEBenchViT", "source": source, **backbone},
+            "decode_head": {
+                "type": "UPerHead",
+                "in_channels": [spec.embed_dim] * 4,
+                "in_index": [0, 1, 2, 3],
+                "pool_scales": (1, 2),
+                "channels": 8,
+                "num_classes": 3,
+                "norm_cfg": norm,
+                "loss_decode": {"type": "CrossEntropyLoss"},
+            },
+            "test_cfg": {"mode": "whole"},
+        }
+    )
 
 
 @pytest.mark.parametrize("patch", [8, 16])
@@ -109,10 +119,13 @@ def test_preprocessor_normalises_rgb_by_the_spec_and_pads(source):
 def test_layer_decay_groups(source):
     spec = spec_of()
     model = segmentor(source(spec), spec)
-    wrapper = OPTIM_WRAPPER_CONSTRUCTORS.build({
-        "type": "MAEBenchLayerDecay", "paramwise_cfg": {"layer_decay": 0.5},
-        "optim_wrapper_cfg": {"optimizer": {"type": "AdamW", "lr": 0.1, "weight_decay": 0.05}},
-    })(model)  # fmt: skip
+    wrapper = OPTIM_WRAPPER_CONSTRUCTORS.build(
+        {
+            "type": "MAEBenchLayerDecay",
+            "paramwise_cfg": {"layer_decay": 0.5},
+            "optim_wrapper_cfg": {"optimizer": {"type": "AdamW", "lr": 0.1, "weight_decay": 0.05}},
+        }
+    )(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {
         names[id(p)]: (g["lr"], g["weight_decay"])
@@ -145,10 +158,13 @@ def test_every_kind_of_vit_gives_maps_gradients_and_layers(exported):
     assert torch.equal(maps[0], maps[2])
     assert not torch.equal(maps[0], maps[1])
     maps[0].square().sum().backward()
-    wrapper = OPTIM_WRAPPER_CONSTRUCTORS.build({
-        "type": "MAEBenchLayerDecay", "paramwise_cfg": {"layer_decay": DECAY},
-        "optim_wrapper_cfg": {"optimizer": {"type": "AdamW", "lr": 1.0, "weight_decay": 0.05}},
-    })(model)  # fmt: skip
+    wrapper = OPTIM_WRAPPER_CONSTRUCTORS.build(
+        {
+            "type": "MAEBenchLayerDecay",
+            "paramwise_cfg": {"layer_decay": DECAY},
+            "optim_wrapper_cfg": {"optimizer": {"type": "AdamW", "lr": 1.0, "weight_decay": 0.05}},
+        }
+    )(model)
     lrs = {
         id(parameter): group["lr"]
         for group in wrapper.optimizer.param_groups

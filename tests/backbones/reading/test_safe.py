@@ -1,4 +1,4 @@
-"""A corpus of hostile and damaged files: none runs code, none crashes, each ends in a UserError that says what it is."""
+"""Hostile and damaged files: none runs code or crashes, each ends in a UserError that says what it is."""
 
 import argparse
 import importlib

@@ -29,18 +29,35 @@ ONE_SET: dict[str, tuple[Any, str, str]] = {  # what a file holds, wrapper, pref
     "DistributedDataParallel": ({"model": under("module.")}, "model", "module."),
     "DINO's teacher alone": ({"teacher": under("backbone.") | HEAD}, "teacher", "backbone."),
     "MoCo's": ({"state_dict": under("module.base_encoder.")}, "state_dict", "module.base_encoder."),
-    "Lightning": ({"state_dict": under("model.backbone.") | HEAD, "callbacks": {}}, "state_dict", "model.backbone."),
-    "mmengine": ({"meta": {"epoch": 1}, "state_dict": under("backbone."), "message_hub": {}}, "state_dict", "backbone."),
+    "Lightning": (
+        {"state_dict": under("model.backbone.") | HEAD, "callbacks": {}},
+        "state_dict",
+        "model.backbone.",
+    ),
+    "mmengine": (
+        {"meta": {"epoch": 1}, "state_dict": under("backbone."), "message_hub": {}},
+        "state_dict",
+        "backbone.",
+    ),
     "an encoder": (under("encoder.") | {"decoder.0.weight": torch.zeros(1)}, "", "encoder."),
     "torch.compile": (under("_orig_mod."), "", ""),
     "compiled and distributed": ({"model": under("module._orig_mod.")}, "model", "module."),
     "FSDP": (
-        {"_fsdp_wrapped_module." + k.replace("blocks.0.", "blocks.0._fsdp_wrapped_module."): t for k, t in VIT.items()}, "", "",
+        {
+            "_fsdp_wrapped_module." + k.replace("blocks.0.", "blocks.0._fsdp_wrapped_module."): t
+            for k, t in VIT.items()
+        },
+        "",
+        "",
     ),
-    "checkpointed blocks": ({k.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."): t for k, t in VIT.items()}, "", ""),
+    "checkpointed blocks": (
+        {k.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."): t for k, t in VIT.items()},
+        "",
+        "",
+    ),
     "three deep": ({"a": {"b": {"c": VIT}}}, "a.b.c", ""),
     "one dictionary by two names": ({"model": VIT, "state_dict": VIT}, "model", ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ONE_SET)
