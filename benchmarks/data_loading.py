@@ -37,7 +37,7 @@ PROCESSES = (1, 2)  # worker processes of the loader
 ROUTES = (
     "Ratio of medians [95 % interval over rounds] to the first row; above 1 is faster. From a file to a "
     "batch: normalised floats in the first row, uint8 in ours, which the device normalises. Packed: short "
-    "side 256, JPEG 4:2:0; raw: the same pixels, uncompressed. Loader processes pass batches in shared memory."
+    "side 256, JPEG 4:2:0; raw: the same pixels, uncompressed. Loader processes use shared memory."
 )
 ERRORS = (
     "Against torchvision on Pillow's images from the files. Centre crops of the raw set are the same pixels, "

@@ -28,7 +28,7 @@ from mae_bench.engine.trainer import BatchesExhausted, Trainer
 from mae_bench.job import Job
 from mae_bench.models.cost import training_flops
 from mae_bench.pretrain.config import PretrainConfig
-from mae_bench.pretrain.job import PretrainLoss, build_mae, transform_of
+from mae_bench.pretrain.job import PretrainLoss, build_mae, build_transform
 from mae_bench.progress import Progress
 
 BATCHES = {"toy": 4, "base": 1024, "large": 512, "huge": 256}
@@ -142,7 +142,7 @@ def measure_ours(
         images = open_images(data, "train")
         order = TrainingOrder(len(images), batch_size, 0, 0, 1)
         feed = partial(
-            load_training_batches, images, transform_of(config, spec), order, num_workers=num_workers
+            load_training_batches, images, build_transform(config, spec), order, num_workers=num_workers
         )
     stop = bench.warmup + bench.steps
     with suppress(BatchesExhausted):  # the watch stops long before the training would end

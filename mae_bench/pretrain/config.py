@@ -1,4 +1,4 @@
-"""Configs of the jobs that make a backbone without labels: MAE pretraining and the random floor."""
+"""Configs of jobs that create a backbone without labels: MAE pretraining and random initialisation."""
 
 from dataclasses import fields, replace
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from mae_bench.spec import BackboneSpec
 
 
 class ModelConfig(Config):
-    """The shape of a plain ViT; sizes are (height, width), or one number for both."""
+    """Shape of a plain ViT; sizes are (height, width), or one number for both."""
 
     img_size: tuple[PositiveInt, PositiveInt] = (224, 224)
     patch_size: tuple[PositiveInt, PositiveInt] = (16, 16)
@@ -40,7 +40,7 @@ class ModelConfig(Config):
     def spec(
         self, *, pretrain_method: str, pretrain_data: str, global_pool: Literal["token", "avg"] = "token"
     ) -> BackboneSpec:
-        """The BackboneSpec of a ViT of this shape with a sine-cosine table."""
+        """Return the BackboneSpec of a ViT of this shape with a sine-cosine position table."""
         return BackboneSpec(
             arch="vit",
             **self.model_dump(),
@@ -52,7 +52,7 @@ class ModelConfig(Config):
 
 
 class PretrainConfig(TrainConfig):
-    """MAE pretraining (arXiv 2111.06377, Table 8) and every axis of its ablations (Table 1, Figure 5)."""
+    """MAE pretraining (arXiv 2111.06377, Table 8) with all axes of its ablations (Table 1, Figure 5)."""
 
     kind: Literal["pretrain"]
     model: ModelConfig
@@ -65,23 +65,23 @@ class PretrainConfig(TrainConfig):
         MAEOptions.encoder_mask_tokens, description="let the encoder see mask tokens too (Table 1c)"
     )
     target: TargetName = MAEOptions.target
-    norm_pix_loss: bool = Field(True, description="pixels, normalised a patch; for the target 'pixels'")
+    norm_pix_loss: bool = Field(
+        True, description="normalise the pixels of each patch; for the target 'pixels'"
+    )
     num_pca: PositiveInt = Field(
         MAEOptions.num_pca, description="number of coefficients of the target 'pca' (Table 1d)"
     )
-    tokenizer: str | None = Field(
-        None, description="checkpoint of the discrete tokenizer, for the target 'tokens'"
-    )
+    tokenizer: str | None = Field(None, description="checkpoint of the tokenizer, for the target 'tokens'")
     loss_on: LossOn = MAEOptions.loss_on
     augment: Literal["none", "crop", "resized_crop"] = Field(
-        "resized_crop", description="Table 1e; none is a centre crop, no flip"
+        "resized_crop", description="Table 1e; none is a centre crop without flip"
     )
     color_jitter: float = Field(
         0.0, ge=0, description="strength of brightness, contrast, saturation and hue (Table 1e)"
     )
     crop_scale: tuple[float, float] = (0.2, 1.0)
     decode: Literal["fast", "exact"] = Field(
-        "fast", description="exact is Pillow's pixels bit for bit; fast is within 0.05 of 255"
+        "fast", description="exact gives Pillow's pixels bit for bit; fast is within 0.05 of 255"
     )
     crop_on: NotIdentity[Literal["cpu", "device"]] = Field(
         "cpu", description="where crops are resampled and flipped"
@@ -94,9 +94,9 @@ class PretrainConfig(TrainConfig):
         MAEOptions.activation_checkpointing,
         description="recompute each block in the backward pass: less memory, more time",
     )
-    num_reconstructions: NotIdentity[int] = Field(8, ge=1, description="validation images drawn")
+    num_reconstructions: NotIdentity[int] = Field(8, ge=1, description="number of validation images to draw")
     reconstruct_epochs: NotIdentity[float | None] = Field(
-        None, gt=0, description="draw them every so many epochs too, not at the end alone"
+        None, gt=0, description="also draw them every so many epochs, not only at the end"
     )
 
     def mae_options(self) -> MAEOptions:
@@ -116,21 +116,20 @@ class PretrainConfig(TrainConfig):
     @model_validator(mode="after")
     def _goes_together(self) -> "PretrainConfig":
         if (self.target == "tokens") != (self.tokenizer is not None):
-            raise ValueError("the target 'tokens' needs tokenizer=PATH, and no other target has one")
+            raise ValueError("the target 'tokens' needs tokenizer=PATH, and no other target does")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            scale = list(self.crop_scale)
             raise ValueError(
-                f"crop_scale {list(self.crop_scale)}: the least and the largest share of the area, such as [0.2, 1.0]"
+                f"crop_scale {scale}: smallest and largest share of the area, such as [0.2, 1.0]"
             )
-        if (
-            self.target == "pca"
-            and self.num_pca > self.model.patch_size[0] * self.model.patch_size[1] * self.model.in_chans
-        ):
-            raise ValueError(f"num_pca {self.num_pca} is more than the values of a patch")
+        patch_values = self.model.patch_size[0] * self.model.patch_size[1] * self.model.in_chans
+        if self.target == "pca" and self.num_pca > patch_values:
+            raise ValueError(f"num_pca {self.num_pca} is more than the {patch_values} values of a patch")
         return self
 
 
 class RandomConfig(Config):
-    """A backbone at its random initialisation: the floor of every comparison."""
+    """A randomly initialised backbone: the lower bound of every comparison."""
 
     kind: Literal["random"]
     protocol: str = "random-init"

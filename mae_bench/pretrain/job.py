@@ -1,4 +1,7 @@
-"""The pretraining job: images in; an exported backbone, the full autoencoder and a picture of its reconstructions out."""
+"""The pretraining job: trains an MAE on images and exports backbone, autoencoder and reconstructions.
+
+Legend: N batch, L patches, C channels.
+"""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,8 +40,8 @@ from mae_bench.pretrain.reconstruct import (
     EVAL_BATCH,
     MAE_FILE,
     draw_reconstructions,
-    evaluation_loss,
-    first_readable,
+    evaluate_loss,
+    read_spread,
     save_mae,
 )
 from mae_bench.progress import Progress
@@ -46,12 +49,12 @@ from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
 
 RECONSTRUCTION = "reconstruction.png"
-NUM_PCA_IMAGES = 512  # training images, each in one crop, whose patches the PCA is fitted to
+NUM_PCA_IMAGES = 512  # training images, one crop each, to whose patches the PCA is fitted
 
 
 @dataclass
 class Data:
-    """The images to learn from and those held out, if there are any, with the account of those that do not decode."""
+    """Training and validation images, if there are any, and counters of undecodable ones."""
 
     report: LayoutReport
     train: ImageSource
@@ -61,21 +64,21 @@ class Data:
 
     @property
     def held_out(self) -> ImageSource:
-        """The images that are drawn."""
+        """Images used for reconstructions."""
         return self.val or self.train
 
 
 def run(config: PretrainConfig, job: Job, progress: Progress) -> Outcome:
-    """Pretrains, exports `export/` (backbone), `mae.safetensors` (with the decoder) and `reconstruction.png`.
+    """Pretrain an MAE and export it.
 
-    Metrics: the loss over the validation images, each seen once with a fixed mask (a number to compare runs of one config by);
-    without validation images the training loss alone. Every process of a distributed run returns the same.
+    Writes `export/` (backbone), `mae.safetensors` (with the decoder) and `reconstruction.png`. The metric
+    is the loss over the validation images, each seen once with a fixed mask (to compare runs of one
+    config), or the training loss without validation images. Every process of a distributed run returns the
+    same outcome.
     """
     data = open_data(config)
     spec = config.model.spec(pretrain_method="mae", pretrain_data=data.report.name)
-    count_kept(
-        spec.num_patches, config.mask_ratio
-    )  # a ratio that keeps nothing is told before anything is loaded
+    count_kept(spec.num_patches, config.mask_ratio)  # fail early for an impossible mask_ratio
     loss = PretrainLoss(config, spec, job)
     trainer = train(config, job, spec, data, loss, progress)
 
@@ -105,7 +108,7 @@ def run(config: PretrainConfig, job: Job, progress: Progress) -> Outcome:
 
 
 def open_data(config: PretrainConfig) -> Data:
-    """The images below config.data, in whatever form they lie there."""
+    """Open the images of config.data, in any supported form."""
     report = check_layout("images", config.data)  # a string: it may be a pattern or a URL
     train = open_images(config.data, "train")
     val = open_images(config.data, "val") if "val" in report.splits else None
@@ -116,10 +119,10 @@ def open_data(config: PretrainConfig) -> Data:
 def train(
     config: PretrainConfig, job: Job, spec: BackboneSpec, data: Data, loss: "PretrainLoss", progress: Progress
 ) -> Trainer:
-    """Runs what is left of the pretraining; the trainer that it returns holds the weights, the times and the meters."""
+    """Run the remaining steps; return the trainer, which holds weights, times and meters."""
     device = torch.device(job.device)
     order = TrainingOrder(len(data.train), config.global_batch_size, job.seed, world().rank, world().size)
-    transform = transform_of(config, spec)
+    transform = build_transform(config, spec)
     seed_everything(derive_seed(job.seed, 0, -3))
     model = build_mae(config, spec, loss.tokenizer)
     if isinstance(model.target, PCA):
@@ -148,13 +151,13 @@ def train(
 
 
 def build_mae(config: PretrainConfig, spec: BackboneSpec, tokenizer: Tokenizer | None = None) -> MAE:
-    """Build the autoencoder of a pretraining config with fresh weights; the tokenizer sets its vocabulary size."""
+    """Build the autoencoder of a config with fresh weights; the tokenizer sets the vocabulary size."""
     options = config.mae_options()
     return MAE(spec, replace(options, num_tokens=tokenizer.num_tokens) if tokenizer else options)
 
 
-def transform_of(config: PretrainConfig, spec: BackboneSpec) -> PretrainTransform:
-    """The augmentation of a pretraining config."""
+def build_transform(config: PretrainConfig, spec: BackboneSpec) -> PretrainTransform:
+    """Build the augmentation of a pretraining config."""
     return PretrainTransform(
         spec.img_size,
         config.augment,
@@ -170,32 +173,29 @@ def transform_of(config: PretrainConfig, spec: BackboneSpec) -> PretrainTransfor
 def fit_targets(
     model: MAE, target: PCA, images: ImageSource, transform: PretrainTransform, seed: int
 ) -> None:
-    """Fits the PCA to patches of training images as the model will see them: the same on every process and at every resume."""
+    """Fit the PCA to patches of training images, the same on every process and after every resume."""
     chosen = draw_epoch_order(len(images), seed, 0)[:NUM_PCA_IMAGES].tolist()
-    batch = Images(images, transform, seed, replace_bad=True).__getitems__(
-        [(0, index, 0) for index in chosen]
-    )
+    dataset = Images(images, transform, seed, replace_bad=True)
+    batch = dataset.__getitems__([(0, index, 0) for index in chosen])
     if isinstance(batch, UserError):
         raise batch
-    target.fit(
-        model.patchify(
-            normalize(_cropped(batch, model.spec, torch.device("cpu")), model.spec.mean, model.spec.std)
-        ).flatten(0, 1)
-    )
+    imgs = _crop(batch, model.spec, torch.device("cpu"))
+    patches = model.patchify(normalize(imgs, model.spec.mean, model.spec.std))  # (N, L, p p C)
+    target.fit(patches.flatten(0, 1))
 
 
-def _cropped(batch: Batch, spec: BackboneSpec, device: torch.device) -> torch.Tensor:
-    """The batch's images on the device, (N, C, *img_size), not normalised."""
+def _crop(batch: Batch, spec: BackboneSpec, device: torch.device) -> torch.Tensor:
+    """Return the images (N, C, *img_size) of a batch on the device, cropped but not normalised."""
     imgs = batch.imgs.to(device, non_blocking=True)
-    return (
-        imgs if batch.crops is None else resample_batch(imgs, batch.crops, spec.img_size, spec.interpolation)
-    )
+    if batch.crops is None:
+        return imgs
+    return resample_batch(imgs, batch.crops, spec.img_size, spec.interpolation)
 
 
 class PretrainLoss:
-    """The loss of a micro-batch: crops and normalises it on the device, draws its masks, has its tokens made.
+    """Loss of a micro-batch: crop and normalise it on the device, draw its masks and tokenize it if needed.
 
-    Masks are drawn for the whole global batch of a step, so they depend on neither the processes nor the accumulation.
+    Masks are drawn for the global batch of a step, so they do not depend on processes or accumulation.
     """
 
     def __init__(self, config: PretrainConfig, spec: BackboneSpec, job: Job):
@@ -204,57 +204,53 @@ class PretrainLoss:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """What makes the targets; None for targets that are made of the pixels."""
+        """Tokenizer for the target "tokens", else None."""
         return load_tokenizer(self.config.tokenizer).to(self.device) if self.config.tokenizer else None
 
     def __call__(self, model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
-        """() the mean loss of the batch."""
-        imgs = _cropped(batch, self.spec, self.device)
+        """Return the mean loss () of the batch."""
+        imgs = _crop(batch, self.spec, self.device)
         targets = self.tokenizer(imgs, self.spec.grid_size) if self.tokenizer else None
-        noise = self._noise_of(step)[batch.start : batch.start + len(imgs)].to(self.device, non_blocking=True)
+        noise = self._draw_noise(step)[batch.start : batch.start + len(imgs)].to(
+            self.device, non_blocking=True
+        )
         inputs = normalize(imgs, self.spec.mean, self.spec.std)
         loss: torch.Tensor = model(inputs, self.config.mask_ratio, noise, targets, scored_only=True)[0]
         return loss
 
-    def _noise_of(self, step: int) -> torch.Tensor:
-        """(global_batch_size, L); drawn once for all micro-batches of a step."""
+    def _draw_noise(self, step: int) -> torch.Tensor:
+        """Return noise (global_batch_size, L), drawn once for all micro-batches of a step."""
         if self._noise[0] != step:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, step))
-            c = self.config
+            config, grid_size = self.config, self.spec.grid_size
             noise = sample_noise(
-                c.mask_sampling, c.global_batch_size, self.spec.grid_size, c.mask_ratio, generator
+                config.mask_sampling, config.global_batch_size, grid_size, config.mask_ratio, generator
             )
-            pinned = (
-                self.device.type == "cuda"
-            )  # else the copy to the GPU would wait for all that it still has to do
-            self._noise = step, noise.pin_memory() if pinned else noise
+            # Without pinned memory, the copy to the GPU would wait for its queued work
+            self._noise = step, noise.pin_memory() if self.device.type == "cuda" else noise
         return self._noise[1]
 
 
 class Reconstructions:
-    """Draws the same images with the same masks each time that it is called, into `reconstructions/`."""
+    """Hook that draws the same images with the same masks at each call, to `reconstructions/`."""
 
     def __init__(self, config: PretrainConfig, job: Job, images: ImageSource):
         self.config, self.folder, self.images = config, job.dir / "reconstructions", images
 
     def __call__(self, model: nn.Module, step: int) -> None:
-        """The hook of `Trainer.every_epochs`."""
+        """Draw the reconstructions after `step`, as a hook of `Trainer.every_epochs`."""
         assert isinstance(model, MAE)
         self.folder.mkdir(exist_ok=True)
         self.draw(model, self.folder / f"step-{step:08d}.png")
 
     def draw(self, model: MAE, out: Path) -> None:
-        """One picture of as many images as the config says."""
-        draw_reconstructions(
-            model,
-            first_readable(self.images, self.config.num_reconstructions, model.spec),
-            self.config.mask_ratio,
-            out,
-        )
+        """Write one picture with `num_reconstructions` images."""
+        imgs = read_spread(self.images, self.config.num_reconstructions, model.spec)
+        draw_reconstructions(model, imgs, self.config.mask_ratio, out)
 
 
 def _export(config: PretrainConfig, job: Job, data: Data, model: MAE) -> str:
-    """Writes backbone, autoencoder and picture on the main process; returns the backbone's digest, for all of them."""
+    """Write backbone, autoencoder and picture on the main process; return the backbone's digest on all."""
     provenance = {"config": job.config, "seed": job.seed, "data_digest": data.report.digest}
     folder = job.dir / EXPORT
     digest = ""
@@ -274,12 +270,12 @@ def _evaluate(
     tokenizer: Tokenizer | None,
     progress: Progress,
 ) -> tuple[dict[str, Metric], int]:
-    """The losses, and how many images are behind the first of them."""
+    """Return the losses, and the number of images of the first."""
     unit = "nats" if config.target == "tokens" else "mse"
     metrics = {"train_loss": Metric(trainer.final_loss, unit, "lower")}
     if not data.val:
         return metrics, len(data.train)
-    loss, num_samples = evaluation_loss(
+    loss, num_samples = evaluate_loss(
         model,
         data.val,
         data.bad_val,
@@ -294,7 +290,7 @@ def _evaluate(
 
 
 def _cost(trainer: Trainer, model: MAE, spec: BackboneSpec) -> dict[str, float]:
-    """What the pretraining took; mfu only where the device's peak is known."""
+    """Return the cost of the pretraining; mfu only if the device's peak is known."""
     mfu = {} if trainer.meters.mfu is None else {"mfu": trainer.meters.mfu}
     return {
         "seconds_train": trainer.seconds,
@@ -308,7 +304,7 @@ def _cost(trainer: Trainer, model: MAE, spec: BackboneSpec) -> dict[str, float]:
 
 
 def run_random(config: RandomConfig, job: Job, progress: Progress) -> Outcome:
-    """Exports the ViT as it is initialised. It has learned nothing: its record's only metric is its size."""
+    """Export a randomly initialised ViT; the only metric of its record is its number of parameters."""
     progress.stage("export")
     seed_everything(derive_seed(job.seed, 0, -3))
     spec = config.model.spec(pretrain_method="none", pretrain_data="none", global_pool=config.global_pool)
