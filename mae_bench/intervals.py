@@ -59,6 +59,8 @@ def _central_probability(angle: float, freedom: float) -> float:
     """
     step = angle / STEPS
     weights = [1, *[4, 2] * (STEPS // 2 - 1), 4, 1]
-    area = sum(weight * math.cos(i * step) ** (freedom - 1) for i, weight in enumerate(weights)) * step / 3
+    area: float = (
+        sum(weight * math.cos(i * step) ** (freedom - 1) for i, weight in enumerate(weights)) * step / 3
+    )
     constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
     return 2 * constant * area

@@ -1,4 +1,4 @@
-"""The process that makes a suite's own data, so that the runner can show its progress and stop it."""
+"""Generate the demo data of a suite in a process whose progress can be shown and which can be stopped."""
 
 import json
 import sys
@@ -16,17 +16,17 @@ FOLDER, ORDER_FILE = "demo_data", "order.json"
 
 
 def ask_for_data(suite: SuiteConfig) -> Path:
-    """Writes what has to be made; returns the folder to start `python -m mae_bench.runner.demo_worker` with."""
+    """Write the order for the data; return the argument of `python -m mae_bench.runner.demo_worker`."""
     root = suite.data.get("root")
     if not root or not suite.demo_data:
-        raise UserError("demo_data without data.root", expected="data.root: the folder to make the data in")
+        raise UserError("demo_data without data.root", expected="data.root: the folder for the data")
     folder = Path(suite.out) / FOLDER
     write_json(folder / ORDER_FILE, {"root": root, "config": suite.demo_data.model_dump(mode="json")})
     return folder
 
 
 def main() -> int:
-    """Makes the data; exit code 0 done, 1 failed (the reason is printed), 75 asked to stop."""
+    """Generate the data; exit code 0 done, 1 failed (the reason is printed), 75 stopped."""
     folder = Path(sys.argv[1])
     order = json.loads((folder / ORDER_FILE).read_text(encoding="utf-8"))
     progress = Progress(folder / EVENTS_FILE)

@@ -1,4 +1,4 @@
-"""The view of a run: bars that follow every worker on a terminal, plain lines anywhere else."""
+"""The view of a run: a progress bar per worker on a terminal, plain lines elsewhere."""
 
 import json
 import time
@@ -26,7 +26,7 @@ STYLES = {"failed": "bold red", "not installed": "yellow"}
 
 @dataclass
 class WorkerStatus:
-    """What a worker's `events.jsonl` says since the view began to follow it."""
+    """The state of a worker, from the events in its `events.jsonl` since the view began to follow it."""
 
     name: str
     path: Path
@@ -37,23 +37,23 @@ class WorkerStatus:
     done: float = 0.0
     total: float = 0.0
     values: dict[str, Any] = field(default_factory=dict)
-    first: tuple[float, float] = (
-        0.0,
-        0.0,
-    )  # time and steps done at the stage's first step: a resumed stage does not begin at 0
+    # Time and finished steps at the first event of the stage: a resumed stage does not begin at 0.
+    first: tuple[float, float] = (0.0, 0.0)
 
     def poll(self) -> list[str]:
-        """Reads the new events; returns the notes among them."""
+        """Read the new events; return the notes among them."""
         if not self.path.is_file():
             return []
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             new = file.read()
-        whole = new[: new.rfind(b"\n") + 1]  # a line that is being written is read the next time
+        whole = new[: new.rfind(b"\n") + 1]  # an incomplete line is read next time
         self.offset += len(whole)
-        return [note for line in whole.splitlines() if (note := self._take(json.loads(line)))]
+        notes = [self._update(json.loads(line)) for line in whole.splitlines()]
+        return [note for note in notes if note]
 
-    def _take(self, event: dict[str, Any]) -> str:
+    def _update(self, event: dict[str, Any]) -> str:
+        """Update the state by an event; return its note, "" if it has none."""
         if event["stage"] != self.stage:
             self.stage, self.values, self.first = event["stage"], {}, (0.0, 0.0)
         if "done" in event:
@@ -65,24 +65,25 @@ class WorkerStatus:
 
     @property
     def pace(self) -> float:
-        """Steps a second of this stage so far; 0 before two steps are seen."""
+        """Steps per second of this stage so far; 0 before the second event."""
         began, at = self.first
         return (self.done - at) / (time.time() - began) if began and self.done > at else 0.0
 
     @property
     def seconds_left(self) -> float | None:
-        """Of this stage, at the pace so far; None before two steps are seen."""
+        """Estimated seconds left in this stage; None before the second event."""
         return (self.total - self.done) / self.pace if self.pace and self.total else None
 
     @property
     def shown(self) -> dict[str, Any]:
-        """The job's values, and images a second where its steps are those of a training."""
-        trains = self.stage == TRAIN and self.imgs_per_step and self.pace
-        return self.values | ({"img/s": round(self.imgs_per_step * self.pace)} if trains else {})
+        """The values of the job, and images per second in a training stage."""
+        if self.stage == TRAIN and self.imgs_per_step and self.pace:
+            return self.values | {"img/s": round(self.imgs_per_step * self.pace)}
+        return self.values
 
 
 class View:
-    """Plain lines: one when a cell starts, one when it ends, one a note. Nothing for a program to read: that is stdout's."""
+    """Plain lines for people: one when a cell starts, one when it ends, one per note."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -96,17 +97,17 @@ class View:
         pass
 
     def begin(self, total: int, finished: int) -> None:
-        """A run of `total` cells begins, `finished` of which need not be run again."""
+        """Report the start of a run of `total` cells, `finished` of which are done."""
         self._total, self._ended = total, finished
-        done = f", {finished} finished before" if finished else ""
+        done = f", {finished} already finished" if finished else ""
         self._print(f"{total} cells{done}, {total - finished} to run")
 
     def say(self, message: str) -> None:
-        """Something that concerns the whole run."""
+        """Print a message that concerns the whole run."""
         self._print(escape(message))
 
     def start(self, folder: Path, name: str, processes: int = 1, imgs_per_step: int = 0) -> None:
-        """A worker starts in `folder`, or several that work together; imgs_per_step: of a step of its training, 0 if unknown."""
+        """Follow the worker, or the ranks, in `folder`; `imgs_per_step` is 0 if unknown."""
         path = folder / EVENTS_FILE
         name += f" · {processes} processes" if processes > 1 else ""
         self._tails[folder] = WorkerStatus(
@@ -115,7 +116,7 @@ class View:
         self._print(f"[dim]start[/]  {escape(name)}", passing=True)
 
     def end(self, folder: Path, name: str = "", result: ResultRecord | Failure | None = None) -> None:
-        """The worker in `folder` has ended; a cell's result is printed for good."""
+        """Stop following the worker in `folder` and print the result of its cell."""
         self.tick()
         tail = self._tails.pop(folder, None)
         if result:
@@ -125,18 +126,18 @@ class View:
             self._print(f"{outcome(result)}  {escape(name)}{took}{detail(result)}")
 
     def tick(self) -> None:
-        """Looks at what the workers have written."""
+        """Read what the workers have written."""
         for tail in self._tails.values():
             for note in tail.poll():
                 self._print(f"[dim]note[/]   {escape(tail.name)}: {escape(note)}")
 
     def _print(self, markup: str, passing: bool = False) -> None:
-        """`passing`: of no interest once it is over."""
+        """Print a line; a `passing` one is of no interest later."""
         self.console.print(markup, highlight=False, soft_wrap=True)
 
 
 class LiveView(View):
-    """On a terminal: finished cells scroll by, the running ones stand below with bars, values and the time that is left."""
+    """On a terminal: finished cells scroll by, running ones are below with bars, values and the time left."""
 
     def __init__(self, console: Console):
         super().__init__(console)
@@ -152,6 +153,7 @@ class LiveView(View):
         self._live.__exit__(*error)
 
     def tick(self) -> None:
+        """Read what the workers have written, and redraw."""
         super().tick()
         if time.monotonic() - self._drawn >= FRAME_SECONDS:
             self._drawn = time.monotonic()
@@ -173,7 +175,7 @@ class LiveView(View):
 
 
 def row(tail: WorkerStatus) -> list[RenderableType]:
-    """One running worker: name, stage, bar, count, values, elapsed, left."""
+    """Render a running worker: name, stage, bar, count, values, elapsed time, time left."""
     bar = ProgressBar(total=tail.total or None, completed=tail.done, width=20, pulse=not tail.total)
     count = f"{tail.done:g}/{tail.total:g}" if tail.total else ""
     values = " ".join(
@@ -191,41 +193,42 @@ def row(tail: WorkerStatus) -> list[RenderableType]:
 
 
 def outcome(result: ResultRecord | Failure) -> str:
-    """ "done" or why not, as markup."""
+    """Return "done", or the status of a failure, as markup."""
     if isinstance(result, Failure):
         return f"[{STYLES[result.status]}]{result.status}[/]"
     return "[green]done[/]  "
 
 
 def detail(result: ResultRecord | Failure) -> str:
-    """The score, or the reason and what to do next, as markup."""
+    """Return the score, or the reason of a failure and what to do next, as markup."""
     if isinstance(result, Failure):
-        return f"\n       {escape(result.reason)}" + (
-            f"\n       Next: {escape(result.fix)}" if result.fix else ""
-        )
-    unit = "" if result.score.unit == "%" else f" {result.score.unit}"
-    return f"  {escape(result.main_metric)} [bold]{result.score.value:.5g}[/]{' %' if not unit else escape(unit)}"
+        fix = f"\n       Next: {escape(result.fix)}" if result.fix else ""
+        return f"\n       {escape(result.reason)}{fix}"
+    score = result.score
+    return f"  {escape(result.main_metric)} [bold]{score.value:.5g}[/] {escape(score.unit)}"
 
 
 def clock(seconds: float) -> str:
-    """m:ss, or h:mm:ss from an hour on."""
+    """Format a duration as m:ss, or h:mm:ss from one hour."""
     minutes, rest = divmod(int(max(0, seconds)), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+    if minutes < 60:
+        return f"{minutes}:{rest:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 @contextmanager
 def counting(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A function to call with what is done, how much of it, of how much: bars on a terminal, and a line for what is whole."""
+    """Yield a function (name, done, total) that updates bars and prints a line for what is complete."""
     bars = Progress(console=console, transient=True, disable=not console.is_terminal)
     tasks: dict[str, TaskID] = {}
-    whole: set[str] = set()
+    complete: set[str] = set()
 
     def show(name: str, done: int, total: int) -> None:
         if name not in tasks:
             tasks[name] = bars.add_task(escape(name), total=total)
         bars.update(tasks[name], completed=done, total=total)
-        if done >= total and name not in whole:
-            whole.add(name)
+        if done >= total and name not in complete:
+            complete.add(name)
             console.print(f"{escape(name)}: {done}", highlight=False)
 
     with bars:
@@ -233,5 +236,5 @@ def counting(console: Console) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def view_for(console: Console) -> View:
-    """Bars where a person watches, lines where a file or another program does."""
+    """Return a view with bars for a terminal, with plain lines for anything else."""
     return LiveView(console) if console.is_terminal else View(console)

@@ -1,4 +1,4 @@
-"""The plan of a suite: every cell with what is done, what is left, and what would fail and why."""
+"""Plan a suite: every cell with its state, and why it would fail."""
 
 import json
 from collections import Counter
@@ -17,14 +17,17 @@ from mae_bench.runner.runner import check_data, num_processes
 from mae_bench.suite.cell import CELL_FILE, Cell
 from mae_bench.suite.config import Place, SuiteConfig, expand
 
-MOST_CHANGES = 5  # that a plan names of a cell
+MAX_CHANGES = 5  # listed per cell
 STYLES = {"done": "green", "left": "", "failed": "bold red", "would fail": "red", "not installed": "yellow"}
 
 
 def plan_of(suite: SuiteConfig) -> dict[str, Any]:
-    """JSON-ready. A cell's state: done; failed (it was tried and will be again); left; would fail; not installed.
+    """Return the plan as JSON types.
 
-    Data that the suite makes itself is no reason to fail before it is made: the keys of its cells follow when it is there.
+    The state of a cell is done, failed (it will be tried again), left, would fail or not installed.
+
+    Missing demo data is no error, because the run generates it; the keys of its cells are provisional until
+    then.
     """
     digests, problems = check_data(suite)
     if suite.demo_data:
@@ -40,15 +43,15 @@ def plan_of(suite: SuiteConfig) -> dict[str, Any]:
 
 
 def num_gpus(suite: SuiteConfig) -> int:
-    """GPUs that a run here would use for one cell."""
+    """Return the number of GPUs available to a run on this machine."""
     return 0 if suite.device == "cpu" else len(visible_gpus())
 
 
 def _devices(cell: Cell, result: ResultRecord | Failure | None, processes: int) -> dict[str, Any]:
-    """How the processes of a distributed kind's cell make its global batch, or why they cannot."""
+    """Return how the processes of a distributed cell make its global batch, or why they cannot."""
     if not kind(cell.kind).distributed or isinstance(result, ResultRecord):
         return {}
-    if "global_batch_size" not in cell.config:  # it trains nothing
+    if "global_batch_size" not in cell.config:  # no training
         return {"processes": processes}
     from mae_bench.engine.accumulation import plan_accumulation
 
@@ -64,24 +67,23 @@ def _devices(cell: Cell, result: ResultRecord | Failure | None, processes: int) 
 def _prospect(
     cell: Cell, result: ResultRecord | Failure | None, problems: dict[Place, Any]
 ) -> dict[str, Any]:
-    """What stands in the way of a cell that has no record."""
+    """Return what would keep a cell without a record from running."""
     if isinstance(result, ResultRecord):
         return {}
     chosen = kind(cell.kind)
     place: Any = (chosen.layout, cell.config.get("data"))
-    if problem := problems.get(place):
+    problem = problems.get(place)
+    if problem:
         return {"state": "would fail", "reason": problem.given, "fix": problem.fix}
-    if chosen.extra and (missing := EXTRAS[chosen.extra].missing()):
-        return {
-            "state": "not installed",
-            "reason": f"{', '.join(missing)} missing",
-            "fix": EXTRAS[chosen.extra].command,
-        }
+    missing = EXTRAS[chosen.extra].missing() if chosen.extra else []
+    if missing:
+        reason = f"{', '.join(missing)} missing"
+        return {"state": "not installed", "reason": reason, "fix": EXTRAS[chosen.extra].command}
     return {} if result else _finished_otherwise(cell)
 
 
 def _finished_otherwise(cell: Cell) -> dict[str, str]:
-    """What sets a cell that is left apart from the last finished one of the same name; nothing where there is none."""
+    """Return how a cell that is left differs from the last finished one of the same name, if there is one."""
     finished = [
         folder
         for folder in cell.dir.parent.glob(f"{cell.row}-s{cell.seed}-*")
@@ -94,16 +96,17 @@ def _finished_otherwise(cell: Cell) -> dict[str, str]:
     config = json.loads((last / CELL_FILE).read_text(encoding="utf-8"))["cell"]["config"]
     config_class = load_object(kind(cell.kind).config)
     changes = _changes(identity(config_class, config), identity(config_class, cell.config))
-    more = [f"{len(changes) - MOST_CHANGES} more"] if len(changes) > MOST_CHANGES else []
-    why = (
-        ", ".join(changes[:MOST_CHANGES] + more)
-        or ("another backbone" if cell.upstream else "other data") + ", or another version of its code"
-    )
+    listed = changes[:MAX_CHANGES]
+    if len(changes) > MAX_CHANGES:
+        listed.append(f"{len(changes) - MAX_CHANGES} more")
+    if not listed:
+        listed = ["another backbone" if cell.upstream else "other data", "or another version of its code"]
+    why = ", ".join(listed)
     return {"reason": f"{cell.name}: {last} is finished, but with {why}", "fix": ""}
 
 
 def _changes(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys whose values differ, each with both values."""
+    """Return the keys whose values differ, each with both values."""
     found = []
     for key in sorted(there.keys() | here.keys()):
         old, new = there.get(key), here.get(key)
@@ -115,11 +118,16 @@ def _changes(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> l
 
 
 def as_dict(cell: Cell, result: ResultRecord | Failure | None) -> dict[str, Any]:
-    """A cell and what has become of it, JSON-ready."""
+    """Return a cell and its result as JSON types."""
     value: dict[str, Any] = {
-        "backbone": cell.backbone, "task": cell.row, "protocol": cell.config.get("protocol", cell.kind), "seed": cell.seed,
-        "key": cell.key, "dir": str(cell.dir), "state": "left",
-    }  # fmt: skip
+        "backbone": cell.backbone,
+        "task": cell.row,
+        "protocol": cell.config.get("protocol", cell.kind),
+        "seed": cell.seed,
+        "key": cell.key,
+        "dir": str(cell.dir),
+        "state": "left",
+    }
     if isinstance(result, Failure):
         return value | {"state": result.status, "reason": result.reason, "fix": result.fix}
     if result:
@@ -133,7 +141,7 @@ def as_dict(cell: Cell, result: ResultRecord | Failure | None) -> dict[str, Any]
 
 
 def counts(cells: list[dict[str, Any]]) -> str:
-    """For example "15 cells: 12 done, 3 left"."""
+    """Return for example "15 cells: 12 done, 3 left"."""
     counted = Counter(cell["state"] for cell in cells)
     return f"{len(cells)} cells: " + ", ".join(
         f"{counted[state]} {state}" for state in STYLES if counted[state]
@@ -141,7 +149,7 @@ def counts(cells: list[dict[str, Any]]) -> str:
 
 
 def render(plan: dict[str, Any]) -> RenderableType:
-    """The plan for a terminal."""
+    """Render the plan for a terminal."""
     table = Table(box=None, header_style="bold")
     for name in ("backbone", "task", "protocol", "seed", "state", "score"):
         table.add_column(name, no_wrap=True)
@@ -149,10 +157,12 @@ def render(plan: dict[str, Any]) -> RenderableType:
         score = f"{cell['metric']} {cell['score']:.5g} {cell['unit']}" if cell["state"] == "done" else ""
         texts = (cell["backbone"], cell["task"], cell["protocol"], str(cell["seed"]))
         table.add_row(*map(Text, texts), Text(cell["state"], style=STYLES[cell["state"]]), Text(score))
-    reasons = dict.fromkeys(f"{cell['state']}: {cell['reason']}" + (f"\n  Next: {cell['fix']}" if cell["fix"] else "")
-                            for cell in plan["cells"] if "reason" in cell)  # fmt: skip
-    rows: dict[str, dict[str, None]] = {}  # batch -> the backbones that it is of, each once
+    reasons: dict[str, None] = {}  # each once, in order
+    rows: dict[str, dict[str, None]] = {}  # batch -> its backbones, each once
     for cell in plan["cells"]:
+        if "reason" in cell:
+            fix = f"\n  Next: {cell['fix']}" if cell["fix"] else ""
+            reasons[f"{cell['state']}: {cell['reason']}{fix}"] = None
         if "batch" in cell:
             rows.setdefault(cell["batch"], {})[cell["backbone"]] = None
     batches = [f"{', '.join(names)}: {batch}" for batch, names in rows.items()]

@@ -1,4 +1,4 @@
-"""The runner: one worker process a cell, each started when its backbone is there, none started twice, all stopped together."""
+"""Run each cell in its own worker process once its backbone is ready; stop all workers together."""
 
 import fcntl
 import os
@@ -26,15 +26,15 @@ from mae_bench.runner.worker import INTERRUPTED, LOCK_FILE, Order
 from mae_bench.suite.cell import LOG_FILE, Cell
 from mae_bench.suite.config import SUITE_FILE, Place, SuiteConfig, check_sources, expand, places
 
-MOST_JOBS = 4  # on a CPU, unless asked for more: each worker holds a framework and its data in memory
-LOG_LINES = 5  # of a dead worker's log in its failure
+MAX_JOBS = 4  # on a CPU by default: each worker has a framework and its data in memory
+LOG_LINES = 5  # of the log of a dead worker, quoted in its failure
 
 Result = ResultRecord | Failure
 
 
 @dataclass(frozen=True)
 class DeviceSlot:
-    """Capacity for one worker process: its device and what CUDA_VISIBLE_DEVICES shows it ("": no GPU)."""
+    """A place for one worker process: its device and its CUDA_VISIBLE_DEVICES ("": no GPU)."""
 
     device: str
     visible: str = ""
@@ -42,50 +42,54 @@ class DeviceSlot:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a run may use: `slots`, for at most `cells` cells at a time; a cell of a distributed kind takes `processes` slots."""
+    """What a run may use: `slots` for at most `cells` cells at a time, `processes` per distributed cell."""
 
     slots: list[DeviceSlot]
     cells: int
     processes: int = 1
 
     def processes_of(self, cell: Cell) -> int:
-        """How many processes run the cell."""
+        """Return the number of processes that run the cell."""
         return self.processes if kind(cell.kind).distributed else 1
 
 
 def capacity_of(suite: SuiteConfig, launched: int = 1) -> Capacity:
-    """As much as the suite asks for and this machine has; `launched`: the processes that a launcher started, which it must use.
+    """Return the capacity that the suite requests and this machine has.
 
-    GPUs are dealt out in turn; the processes of one cell get one each.
+    `launched` is the number of processes that a launcher started, all of which must be used. GPUs are
+    assigned round-robin; the processes of one cell get one each.
     """
     gpus = [] if suite.device == "cpu" else visible_gpus()
     if suite.device == "cuda" and not gpus:
         raise UserError("device=cuda, but torch sees no GPU here", expected="a GPU", fix="use device=cpu")
-    jobs = suite.jobs if isinstance(suite.jobs, int) else len(gpus) or min(MOST_JOBS, num_cores())
+    jobs = suite.jobs if isinstance(suite.jobs, int) else len(gpus) or min(MAX_JOBS, num_cores())
     processes = launched if launched > 1 else num_processes(suite, len(gpus))
     if launched > 1 and gpus:
         check_gpus()
     if launched > 1 and suite.processes not in ("auto", launched):
         raise UserError(
-            f"processes={suite.processes}, but a launcher started {launched}", fix="leave processes away"
+            f"processes={suite.processes}, but a launcher started {launched}", fix="leave processes out"
         )
     if gpus and launched == 1 and processes > len(gpus):
-        raise UserError(f"processes={processes}, but torch sees {len(gpus)} GPUs here", expected="one GPU a process",
-                        fix=f"processes={len(gpus)}, or start it by torchrun on several machines")  # fmt: skip
+        raise UserError(
+            f"processes={processes}, but torch sees {len(gpus)} GPUs here",
+            expected="one GPU per process",
+            fix=f"processes={len(gpus)}, or start it with torchrun on several machines",
+        )
     count = jobs if launched > 1 else max(jobs, processes)
     slots = [DeviceSlot("cuda", gpus[i % len(gpus)]) if gpus else DeviceSlot("cpu") for i in range(count)]
     return Capacity(slots, jobs, processes)
 
 
 def num_processes(suite: SuiteConfig, num_gpus: int) -> int:
-    """Of each cell of a distributed kind: as given, or all GPUs for a run of one cell, else 1."""
+    """Return the processes per distributed cell: as given, or all GPUs if the suite is one cell, else 1."""
     if suite.processes != "auto":
         return suite.processes
     return max(1, num_gpus) if len(suite.backbones) == 1 and not suite.tasks else 1
 
 
 def check_data(suite: SuiteConfig) -> tuple[dict[Place, str], dict[Place, UserError]]:
-    """The digests of the data that the suite reads, and what is wrong with the rest of it."""
+    """Return the digests of the data sets that the suite reads, and the errors of invalid ones."""
     digests: dict[Place, str] = {}
     errors: dict[Place, UserError] = {}
     for layout, root in places(suite):
@@ -99,11 +103,12 @@ def check_data(suite: SuiteConfig) -> tuple[dict[Place, str], dict[Place, UserEr
 def run_suite(
     suite: SuiteConfig, view: View, command: str, group: LaunchGroup | None = None
 ) -> list[tuple[Cell, Result]]:
-    """Makes the data if it is the suite's own, checks all data, then runs every cell that is not finished.
+    """Generate demo data if the suite has any, check all data, then run every unfinished cell.
 
-    group: the processes that a launcher started, of which this is rank 0; they run the cells of distributed kinds.
-    UserError before any cell runs: bad data, a missing checkpoint, or a folder in which another runner is at work.
-    Interrupted after SIGTERM, SIGINT, SIGHUP or SIGUSR1: the workers have saved their state, and the same call goes on.
+    `group` is the launched processes, of which this is rank 0; they run the cells of distributed kinds. Raise
+    UserError before any cell runs for invalid data, a missing checkpoint or a folder in use by another
+    runner. Raise Interrupted after a stop signal, once the workers have saved their state; the same call
+    resumes.
     """
     out, capacity = Path(suite.out), capacity_of(suite, group.size if group else 1)
     check_sources(suite)
@@ -121,15 +126,15 @@ def run_suite(
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Holds the folder for one runner; the system lets go of it when the process ends, however it ends."""
+    """Lock the folder for one runner; the system releases the lock when the process ends."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = open(out / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as the lock is held
+        file = open(out / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - open while locked
     except OSError as error:
         raise UserError(
             f"{out} cannot be written: {error}",
             expected="a folder to write to",
-            fix="give another: --out DIR",
+            fix="choose another: --out DIR",
         ) from error
     with file:
         try:
@@ -138,8 +143,9 @@ def locked(out: Path) -> Iterator[None]:
             file.seek(0)
             raise UserError(
                 f"{out} is in use: process {file.read().strip() or 'unknown'} runs a suite there",
-                expected="one runner a folder", fix="wait for it, stop it, or name another folder: --out DIR",
-            ) from error  # fmt: skip
+                expected="one runner per folder",
+                fix="wait for it, stop it, or choose another folder: --out DIR",
+            ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -148,7 +154,7 @@ def locked(out: Path) -> Iterator[None]:
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that the signals to stop are noted in instead of ending the process; one that is ignored stays ignored."""
+    """Yield a list that collects stop signals, which do not end the process; ignored signals stay ignored."""
     seen: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -164,7 +170,7 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 def make_data(suite: SuiteConfig, view: View, stop: list[int]) -> None:
-    """Runs the process that makes the suite's own data, which has nothing to do when all is there."""
+    """Generate the demo data of the suite in a worker process; existing data is kept."""
     folder = ask_for_data(suite)
     worker = Worker("mae_bench.runner.demo_worker", folder, suite.threads, "")
     view.start(folder, "demo data")
@@ -179,13 +185,13 @@ def make_data(suite: SuiteConfig, view: View, stop: list[int]) -> None:
         raise Interrupted
     if worker.poll() != 0:
         raise UserError(
-            f"the demo's data cannot be made: {last_lines(folder)}",
-            fix=f"{folder / LOG_FILE} has the whole log",
+            f"the demo data cannot be generated: {last_lines(folder)}",
+            fix=f"see the full log in {folder / LOG_FILE}",
         )
 
 
 def last_lines(folder: Path, count: int = LOG_LINES) -> str:
-    """The end of the folder's log, "" where there is none."""
+    """Return the last lines of the log in a folder, "" if it has none."""
     try:
         lines = (folder / LOG_FILE).read_bytes()[-10_000:].decode(errors="replace").splitlines()
     except OSError:
@@ -194,66 +200,66 @@ def last_lines(folder: Path, count: int = LOG_LINES) -> str:
 
 
 class Runner:
-    """Keeps every slot busy with a cell whose backbone is there until each cell has a result."""
+    """Run cells whose backbone is ready in free slots until every cell has a result."""
 
     def __init__(
-        self, cells: list[Cell], capacity: Capacity, threads: int, command: str, view: View, group: LaunchGroup | None = None
-    ):  # fmt: skip
-        self.cells, self.capacity, self.threads, self.command, self.view = (
-            cells,
-            capacity,
-            threads,
-            command,
-            view,
-        )
+        self,
+        cells: list[Cell],
+        capacity: Capacity,
+        threads: int,
+        command: str,
+        view: View,
+        group: LaunchGroup | None = None,
+    ):
+        self.cells, self.capacity, self.threads = cells, capacity, threads
+        self.command, self.view = command, view
         finished = {cell.dir: cell.result() for cell in cells}
-        self.results: dict[Path, Result] = {
-            folder: r for folder, r in finished.items() if isinstance(r, ResultRecord)
-        }
+        records = {folder: result for folder, result in finished.items() if isinstance(result, ResultRecord)}
+        self.results: dict[Path, Result] = dict(records)
         self._waiting = [cell for cell in cells if cell.dir not in self.results]
         self._running: dict[Process, tuple[Cell, list[DeviceSlot]]] = {}
         self._free = list(capacity.slots)
         self._group = group
 
     def run(self, stop: list[int]) -> None:
-        """Returns when `results` is complete; raises Interrupted when something stands in `stop`."""
+        """Fill `results`. Raise Interrupted once `stop` contains a signal."""
         self.view.begin(len(self.cells), len(self.results))
         try:
             while self._waiting or self._running:
                 if stop or (self._group and self._group.asked_to_stop()):
                     raise Interrupted
-                self._start_ready()
-                self._collect()
+                self._start_ready()  # give free slots to cells whose backbone is ready
+                self._collect()  # take the results of workers that have ended
                 self.view.tick()
                 time.sleep(POLL_SECONDS)
         finally:
             if self._running:
-                self.view.say(f"stopping: {len(self._running)} workers save their state")
+                self.view.say(f"stopping: {len(self._running)} workers are saving their state")
             stop_all(self._running, stop)
             for cell, _ in self._running.values():
-                (cell.dir / FAILURE_FILE).unlink(
-                    missing_ok=True
-                )  # of a rank that the stop of another surprised
+                # A rank may report the stop of another as a failure.
+                (cell.dir / FAILURE_FILE).unlink(missing_ok=True)
 
     def _start_ready(self) -> None:
         for cell in list(self._waiting):
             maker = self.results.get(cell.upstream) if cell.upstream else None
-            if isinstance(maker, Failure):
+            if isinstance(maker, Failure):  # no backbone, no transfer
                 self._waiting.remove(cell)
                 self._settle(cell, inherited(cell, maker))
             elif maker or not cell.upstream:
-                if not (slots := self._take_slots(cell)):
-                    return  # the cells behind it do not overtake one that needs many
+                slots = self._take_slots(cell)
+                if not slots:
+                    return  # later cells do not overtake one that needs many slots
                 self._waiting.remove(cell)
                 self._start(cell, slots)
 
     def _take_slots(self, cell: Cell) -> list[DeviceSlot]:
-        """The slots of the cell's processes, on a GPU each; none if there is no room now."""
+        """Take the slots of a cell, each on its own GPU; return none if there are not enough free now."""
         if len(self._running) >= self.capacity.cells:
             return []
         count, free = self.capacity.processes_of(cell), self._free
         if count > 1 and self._group:
-            count = len(self.capacity.slots)  # the launcher's processes use all of the machine
+            count = len(self.capacity.slots)  # launched processes use the whole machine
         elif count > 1 and self.capacity.slots[0].device == "cuda":
             free = list({slot.visible: slot for slot in free}.values())
         taken = free[:count] if len(free) >= count else []
@@ -279,11 +285,13 @@ class Runner:
 
     def _collect(self) -> None:
         for process, (cell, slots) in list(self._running.items()):
-            if (code := process.poll()) is not None:
-                process.kill()  # its loader processes, if it left any
-                del self._running[process]
-                self._free.extend(slots)
-                self._settle(cell, result_of(cell, code))
+            code = process.poll()
+            if code is None:
+                continue
+            process.kill()  # loader processes that it left
+            del self._running[process]
+            self._free.extend(slots)
+            self._settle(cell, result_of(cell, code))
 
     def _settle(self, cell: Cell, result: Result) -> None:
         if isinstance(result, Failure):
@@ -294,25 +302,25 @@ class Runner:
 
 
 def inherited(cell: Cell, maker: Failure) -> Failure:
-    """The failure of a cell whose backbone was not made."""
+    """Return the failure of a cell whose backbone was not made."""
     reason = f"its backbone {cell.backbone!r} could not be made: {maker.reason}"
     return cell.failure(reason, maker.fix, not_installed=maker.status == "not installed")
 
 
 def result_of(cell: Cell, code: int) -> Result:
-    """What a worker that ended with `code` leaves: a record; its own words; or what its code says.
+    """Return the record or the failure that a worker wrote, or a failure that describes its exit code.
 
-    Where a rank died without a word, the words are those of another that lost it.
+    If a rank died without writing a failure, another rank that lost it has written one.
     """
     result, has_words = cell.result(), code in (0, 1, -signal.SIGABRT)
     return result if isinstance(result, ResultRecord) or (result and has_words) else death_of(cell, code)
 
 
 def death_of(cell: Cell, code: int) -> Failure:
-    """The failure of a worker that ended without a word."""
+    """Return the failure of a worker that died without writing one."""
     if code == INTERRUPTED:
         return cell.failure(
-            "another process asked it to stop", "run the same command again: it goes on from its saved state"
+            "another process stopped it", "re-run the same command to resume from its saved state"
         )
     if code >= 0:
         return cell.failure(
@@ -320,10 +328,8 @@ def death_of(cell: Cell, code: int) -> Failure:
         )
     name = signal.Signals(-code).name
     cause = ", most often because the system ran out of memory" if -code == signal.SIGKILL else ""
-    said = f"; its last words: {last_lines(cell.dir)}" if last_lines(cell.dir) else ""
-    fix = (
-        "use less memory: fewer cells at a time (jobs), fewer num_workers, a smaller device_batch_size"
-        if cause
-        else f"see {cell.dir / LOG_FILE}"
-    )
-    return cell.failure(f"its worker was killed by {name}{cause}{said}", fix)
+    output = f"; its last output: {last_lines(cell.dir)}" if last_lines(cell.dir) else ""
+    fix = f"see {cell.dir / LOG_FILE}"
+    if cause:
+        fix = "use less memory: fewer concurrent cells (jobs), fewer num_workers, a smaller device_batch_size"
+    return cell.failure(f"its worker was killed by {name}{cause}{output}", fix)

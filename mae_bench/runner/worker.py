@@ -1,4 +1,4 @@
-"""The worker process: runs one cell, writes its record last, or the failure that stands in the record's place."""
+"""The worker process: run one cell, then write its record, or its failure instead."""
 
 import fcntl
 import json
@@ -31,15 +31,18 @@ from mae_bench.registry import Kind, load_object
 from mae_bench.suite.cell import CELL_FILE, LOG_FILE, Cell
 
 LOCK_FILE = ".lock"
-LOCK_SECONDS = 0.1  # between two looks at a folder that another worker holds
-RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE",
-         "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
+LOCK_SECONDS = 0.1  # between two attempts to lock a folder
+LAUNCHER_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
 INTERRUPTED = 75  # exit code of a worker that was asked to stop (EX_TEMPFAIL)
 
 
 @dataclass(frozen=True)
 class Order:
-    """What the runner asks of a worker; it travels as `cell.json` in the cell's folder."""
+    """The order of the runner to a worker, written as `cell.json` to the folder of the cell."""
 
     cell: Cell
     kind: Kind
@@ -49,21 +52,22 @@ class Order:
     processes: int = 1
 
     def write(self) -> None:
-        """Writes the order into the cell's folder, atomically."""
+        """Write the order to the folder of the cell, atomically."""
         write_json(self.cell.dir / CELL_FILE, asdict(self) | {"cell": self.cell.to_dict()})
 
     @classmethod
     def read(cls, folder: Path) -> "Order":
-        """Reads what `write` wrote."""
+        """Read an order from the folder of its cell."""
         value = json.loads((folder / CELL_FILE).read_text(encoding="utf-8"))
         cell = Cell.from_dict(value["cell"] | {"dir": folder})
         return cls(**value | {"cell": cell, "kind": Kind(**value["kind"])})
 
 
 def main() -> int:
-    """`python -m mae_bench.runner.worker CELL_DIR`; exit code 0 done, 1 failed (failure.json says why), 75 asked to stop.
+    """Run the cell in the folder given. Exit code: 0 done, 1 failed (see failure.json), 75 stopped.
 
-    With torchrun's variables it is one rank of several: all run the job, rank 0 alone writes progress and record.
+    With the environment variables of torchrun it is one of several ranks: all run the job, and only rank 0
+    writes progress and record.
     """
     order = Order.read(Path(sys.argv[1]))
     progress = Progress(order.cell.dir / EVENTS_FILE if is_main() else None)
@@ -74,78 +78,75 @@ def main() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process alone writes what all ranks share; true of a worker without others."""
+    """Whether this process writes the files that all ranks share: rank 0, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def work_together(order: Order, progress: Progress) -> None:
-    """The work of one rank, in the group of all."""
+    """Run the order as one rank of a process group."""
     from mae_bench.engine.distributed import process_group
 
     with process_group(order.device):
-        if code := run_and_report(order, lambda: work(order, progress)):
+        code = run_and_report(order, lambda: work(order, progress))
+        if code:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(
-                code
-            )  # the others may wait for this one inside a step, and leaving the group would wait for them
+            # Other ranks may wait for this one in a collective, and leaving the group would wait for them.
+            os._exit(code)
 
 
 def run_and_report(order: Order, act: Callable[[], None]) -> int:
-    """The exit code of `act`; how it fails is written in the cell's folder."""
+    """Call `act` and return its exit code; write how it fails to the folder of the cell."""
     try:
         act()
     except Interrupted:
         return INTERRUPTED
     except Exception as error:
-        if mistake := _mistake(error, order.cell.dir):
-            print(mistake, file=sys.stderr)
-            _fail(order.cell, failure_of(order.cell, mistake))
+        user_error = _as_user_error(error, order.cell.dir)
+        if user_error:
+            print(user_error, file=sys.stderr)
+            failure = failure_of(order.cell, user_error)
         else:
             traceback.print_exc()
-            _fail(
-                order.cell,
-                order.cell.failure(_described(error), f"its traceback is in {order.cell.dir / LOG_FILE}"),
-            )
+            failure = order.cell.failure(_describe(error), f"its traceback is in {order.cell.dir / LOG_FILE}")
+        _write_failure(order.cell, failure)
         return 1
     return 0
 
 
-def _mistake(error: Exception, folder: Path) -> UserError | None:
-    """What the user can mend, a full disk or device among it, wherever it was met; None for all else."""
+def _as_user_error(error: Exception, folder: Path) -> UserError | None:
+    """Return an error the user can fix, which includes a full disk or device; None for any other."""
     if isinstance(error, OSError) and is_full(error):
         return UserError(
             f"the disk is full: {error}",
-            expected=f"room in {folder}",
-            fix="free some and run the same command again: it goes on from the last state",
+            expected=f"free space for {folder}",
+            fix="free some space and re-run the same command to resume from the last state",
         )
-    if (
-        type(error).__name__ == "OutOfMemoryError"
-    ):  # torch's, known by name: a failure must not wait for torch
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, by name, because torch may not be imported
         return UserError(
             f"the device's memory is full: {str(error).partition('. ')[0]}",
-            expected="room for the model and a batch",
-            fix="fewer cells at a time (jobs), a smaller device_batch_size or eval_batch_size, or end what else runs there",
+            expected="memory for the model and a batch",
+            fix="run fewer cells at a time (jobs), reduce device_batch_size or eval_batch_size",
         )
     return error if isinstance(error, UserError) else None
 
 
-def _described(error: Exception) -> str:
-    where = (
-        f" (rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']})" if "WORLD_SIZE" in os.environ else ""
-    )
-    return f"{type(error).__name__}: {error}{where}"
+def _describe(error: Exception) -> str:
+    rank = ""
+    if "WORLD_SIZE" in os.environ:
+        rank = f" (rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']})"
+    return f"{type(error).__name__}: {error}{rank}"
 
 
-def _fail(cell: Cell, failure: Failure) -> None:
-    """Of several ranks the first to fail tells why: the others fail because it did."""
+def _write_failure(cell: Cell, failure: Failure) -> None:
+    """Write the failure. Only the first rank to fail writes: the others fail as a consequence."""
     if "WORLD_SIZE" not in os.environ or not (cell.dir / FAILURE_FILE).exists():
-        with suppress(OSError):  # where the disk is full, what was printed has to do
+        with suppress(OSError):  # on a full disk the log has to suffice
             write_failure(failure, cell.dir / FAILURE_FILE)
 
 
 def work(order: Order, progress: Progress) -> None:
-    """Runs the order, unless it is done, and leaves its record in the cell's folder; training states go after that alone."""
+    """Run the order unless it is done, write its record, then remove its training states."""
     with cell_lock(order.cell.dir, progress):
         (finished,) = any_rank(is_main() and isinstance(order.cell.result(), ResultRecord))
         if finished:
@@ -158,7 +159,7 @@ def work(order: Order, progress: Progress) -> None:
 
 @contextmanager
 def cell_lock(folder: Path, progress: Progress) -> Iterator[None]:
-    """The cell's folder for this worker and its ranks: one whose runner was killed may still be saving there."""
+    """Lock the folder of a cell: a worker whose runner was killed may still be saving its state there."""
     with open(folder / LOCK_FILE, "w") as lock:
         while True:
             locked, stop = any_rank(is_main() and _try_lock(lock), progress.should_stop)
@@ -179,7 +180,7 @@ def _try_lock(file: TextIO) -> bool:
 
 
 def any_rank(*facts: bool) -> list[bool]:
-    """For each fact, whether it is true on any rank; without others, the facts."""
+    """Return for each fact whether it is true on any rank."""
     if "WORLD_SIZE" not in os.environ:
         return list(facts)
     from mae_bench.engine.distributed import sum_over_ranks
@@ -188,13 +189,13 @@ def any_rank(*facts: bool) -> list[bool]:
 
 
 def failure_of(cell: Cell, error: UserError) -> Failure:
-    """The failure that a user's mistake amounts to."""
+    """Return the failure for an error the user can fix."""
     reason = f"{error.given} (expected: {error.expected})" if error.expected else error.given
     return cell.failure(reason, error.fix, not_installed=isinstance(error, NotInstalled))
 
 
 def run_order(order: Order, progress: Progress) -> ResultRecord:
-    """Runs the job and puts its outcome together with what is known of cell, code and machine."""
+    """Run the job and return its record: the outcome, and what is known about cell, code and machine."""
     cell, started, code = order.cell, now(), git_hash()
     progress.stage("load")
     here = {"data": expand_variables(cell.config["data"])} if order.kind.layout else {}
@@ -207,9 +208,8 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
     outcome: Outcome = run(config, job, progress)
     measured: dict[str, Any] = {field.name: getattr(outcome, field.name) for field in fields(Outcome)}
     if cell.upstream and outcome.conversion_report:
-        measured["conversion_report"] = outcome.conversion_report | {
-            "source": f"run:{cell.backbone}"
-        }  # no path of this machine
+        source = f"run:{cell.backbone}"  # not a path of this machine
+        measured["conversion_report"] = outcome.conversion_report | {"source": source}
     return ResultRecord(
         **measured,
         backbone=cell.backbone,
@@ -229,12 +229,12 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
 
 
 def environment(threads: int, visible: str | None) -> dict[str, str]:
-    """The environment of a worker: threads, the GPUs that it sees ("": none, None: as here), no launcher's ranks."""
+    """Return a worker's environment: threads, visible GPUs ("": none, None: unchanged), no launcher."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in RANKS and not name.startswith("TORCHELASTIC_")
+        if name not in LAUNCHER_VARIABLES and not name.startswith("TORCHELASTIC_")
     }
     gpus = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     return kept | dict.fromkeys(names, str(threads)) | gpus | {"PYTHONUNBUFFERED": "1"}

@@ -83,7 +83,7 @@ def printed(view_class: type[View], tmp_path: Path, **options: Any) -> str:
 
 def test_lines_are_one_an_event(tmp_path: Path) -> None:
     lines = printed(View, tmp_path).splitlines()
-    assert lines[0] == "3 cells, 1 finished before, 2 to run"
+    assert lines[0] == "3 cells, 1 already finished, 2 to run"
     assert lines[1].split() == ["start", "mae", "·", "linear"]
     assert "an image is [bad]" in lines[2]
     assert "top1 61.543 %" in lines[3]

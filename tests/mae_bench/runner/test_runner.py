@@ -18,7 +18,7 @@ from mae_bench.environment.provenance import num_cores
 from mae_bench.errors import UserError
 from mae_bench.record import FAILURE_FILE, RECORD_FILE, Failure, ResultRecord
 from mae_bench.runner.live import View
-from mae_bench.runner.runner import MOST_JOBS, Capacity, DeviceSlot, Runner, capacity_of, locked, run_suite
+from mae_bench.runner.runner import MAX_JOBS, Capacity, DeviceSlot, Runner, capacity_of, locked, run_suite
 from mae_bench.suite.cell import CELL_FILE, Cell
 from mae_bench.suite.config import expand, load_suite
 
@@ -74,13 +74,13 @@ def test_finished_cells_are_not_run_again(suite: dict[str, Any]) -> None:
         "good/probe-s0": 1,
         "base/probe-s0": 1,
     }
-    assert "4 finished before, 0 to run" in printed
+    assert "4 already finished, 0 to run" in printed
 
 
 def test_a_changed_config_runs_what_depends_on_it_and_nothing_else(suite: dict[str, Any]) -> None:
     run(suite)
     results, printed = run(suite, "backbones.good.score=5")
-    assert "4 cells, 2 finished before, 2 to run" in printed
+    assert "4 cells, 2 already finished, 2 to run" in printed
     assert isinstance(record := results["good", "backbone", 0], ResultRecord)
     assert record.score.value == 5.0
     assert times_run(suite)["base/probe-s0"] == 1
@@ -234,7 +234,7 @@ def slots(suite: dict[str, Any], *overrides: str) -> list[DeviceSlot]:
 
 def test_slots(suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert slots(suite, "jobs=3") == [DeviceSlot("cpu")] * 3
-    assert len(slots(suite, "jobs=auto")) == min(MOST_JOBS, num_cores())
+    assert len(slots(suite, "jobs=auto")) == min(MAX_JOBS, num_cores())
     monkeypatch.setattr("mae_bench.runner.runner.visible_gpus", lambda: ["2", "5"])
     assert slots(suite, "jobs=auto", "device=auto") == [DeviceSlot("cuda", "2"), DeviceSlot("cuda", "5")]
     assert slots(suite, "device=auto", "jobs=3")[2] == DeviceSlot("cuda", "2")
@@ -361,7 +361,7 @@ def test_a_worker_that_others_stop_is_a_failure_and_goes_on(fake_kinds: Path, su
     answer, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     cells = {(cell["backbone"], cell["task"]): cell for cell in json.loads(answer)["cells"]}
-    assert "asked it to stop" in cells["good", "backbone"]["reason"]
+    assert "another process stopped it" in cells["good", "backbone"]["reason"]
     results, _ = run(suite)
     assert isinstance(results["good", "backbone", 0], ResultRecord)
 
