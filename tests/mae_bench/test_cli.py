@@ -26,16 +26,19 @@ COMMANDS = [c.name or c.callback.__name__ for c in app.registered_commands if c.
 
 
 def mae_bench(
-    *arguments: str, script: Path | None = None, cwd: Path | None = None
+    *arguments: str, script: Path | None = None, cwd: Path | None = None, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run `mae-bench` in a process of its own; with `script`, the one that knows the fake kinds."""
+    """Run `mae-bench` in a process of its own; with `script`, the one that knows the fake kinds.
+
+    fresh: start an interpreter, where it matters what the process imports.
+    """
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {"COLUMNS": "200", "PYTHONPATH": path, "NO_COLOR": "1"}
-    if script is None:
+    if script is None and not fresh:
         done = run_in_fork(arguments, cwd, environment)
     else:
         done = subprocess.run(
-            [sys.executable, str(script), *arguments],
+            [sys.executable, *([str(script)] if script else ["-m", "mae_bench"]), *arguments],
             capture_output=True,
             text=True,
             timeout=120,
@@ -313,10 +316,10 @@ def hiding(tmp_path: Path) -> Path:
 def test_modules_in_the_working_folder_are_not_imported(hiding: Path, toy_data: Path) -> None:
     """Neither by the command nor by its workers."""
     out = ("--out", str(hiding / "out"), "--device", "cpu")
-    done = mae_bench("pretrain", "pretrain/random_demo.yaml", *out, cwd=hiding)
+    done = mae_bench("pretrain", "pretrain/random_demo.yaml", *out, cwd=hiding, fresh=True)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "1 cells: 1 done" in done.stdout
-    checked = mae_bench("data", "check", "imagenet", str(toy_data / "imagenet"), cwd=hiding)
+    checked = mae_bench("data", "check", "imagenet", str(toy_data / "imagenet"), cwd=hiding, fresh=True)
     assert checked.returncode == 0, checked.stderr
 
 
