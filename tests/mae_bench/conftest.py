@@ -12,7 +12,7 @@ from mae_bench.registry import KINDS
 
 @pytest.fixture
 def fake_kinds(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Registers the fake kinds, here and in the processes started from here; returns the script that is `mae-bench` with them."""
+    """Register the fake kinds here and in child processes; return the script that is `mae-bench` with them."""
     here = Path(__file__).parent
     monkeypatch.syspath_prepend(str(here))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent.parent)]))

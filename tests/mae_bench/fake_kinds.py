@@ -59,11 +59,18 @@ def run(config: MakerConfig, job: Job, progress: Progress) -> Outcome:
         )
     weights = Path(job.backbone or job.dir / EXPORT, "weights")
     return Outcome(
-        task=FAKES[config.kind].task, dataset="toy", split="val", num_samples=4,
-        metrics={"top1": Metric(config.score + job.seed)}, main_metric="top1", data_digest="", backbone_spec={},
+        task=FAKES[config.kind].task,
+        dataset="toy",
+        split="val",
+        num_samples=4,
+        metrics={"top1": Metric(config.score + job.seed)},
+        main_metric="top1",
+        data_digest="",
+        backbone_spec={},
         backbone_digest=weights.read_text() if weights.exists() else "",
-        conversion_report={"source": job.backbone} if job.backbone else {}, notes=[getattr(config, "data", "")],
-    )  # fmt: skip
+        conversion_report={"source": job.backbone} if job.backbone else {},
+        notes=[getattr(config, "data", "")],
+    )
 
 
 def misbehave(how: str, job: Job, progress: Progress) -> None:
@@ -85,7 +92,7 @@ def misbehave(how: str, job: Job, progress: Progress) -> None:
 
 
 def run_together(config: PretrainingConfig, job: Job, progress: Progress) -> Outcome:
-    """Like a pretraining on several processes: they agree on each step, and on the one to stop after; rank 0 keeps the state."""
+    """Like a pretraining on several ranks: they agree on the step to stop after; rank 0 saves the state."""
     from mae_bench.engine.distributed import sum_over_ranks, world
 
     here, state = world(), job.dir / "state"
@@ -113,10 +120,16 @@ def run_together(config: PretrainingConfig, job: Job, progress: Progress) -> Out
         (job.dir / EXPORT).mkdir(exist_ok=True)
         (job.dir / EXPORT / "weights").write_text(job.name)
     return Outcome(
-        task="pretrain", dataset="toy", split="train", num_samples=4,
-        metrics={"ranks": Metric(trained / step, "", "higher"), "steps": Metric(step, "", "higher")}, main_metric="ranks",
-        data_digest="", backbone_spec={}, backbone_digest=job.name,
-    )  # fmt: skip
+        task="pretrain",
+        dataset="toy",
+        split="train",
+        num_samples=4,
+        metrics={"ranks": Metric(trained / step, "", "higher"), "steps": Metric(step, "", "higher")},
+        main_metric="ranks",
+        data_digest="",
+        backbone_spec={},
+        backbone_digest=job.name,
+    )
 
 
 def wait_to_be_stopped(job: Job, progress: Progress) -> None:

@@ -544,9 +544,15 @@ def test_evaluate_names_the_nearest_files_for_one_that_is_missing(
     tmp_path: Path, vit: VisionTransformer, here
 ) -> None:
     code, _, told = here(
-        "evaluate", "--checkpoint", "vti.safetensors", "--checkpoint", "facebook/vit-mae-base", "--tasks", "imagenet/linear_demo",
+        "evaluate",
+        "--checkpoint",
+        "vti.safetensors",
+        "--checkpoint",
+        "facebook/vit-mae-base",
+        "--tasks",
+        "imagenet/linear_demo",
         "data.root=y",
-    )  # fmt: skip
+    )
     assert (code, "did you mean vit.safetensors" in told, "hf:facebook/vit-mae-base" in told) == (
         2,
         True,
@@ -612,9 +618,11 @@ def test_a_bad_checkpoint_among_many_does_not_stop_the_others(
     assert code == 1, told
     cells = json.loads(out)["cells"]
     assert {(cell["backbone"], cell["task"]): cell["state"] for cell in cells} == {
-        ("a_bad", "backbone"): "failed", ("ema", "backbone"): "done",
-        ("a_bad", "linear_demo"): "failed", ("ema", "linear_demo"): "done",
-    }  # fmt: skip
+        ("a_bad", "backbone"): "failed",
+        ("ema", "backbone"): "done",
+        ("a_bad", "linear_demo"): "failed",
+        ("ema", "linear_demo"): "done",
+    }
     assert "missing: norm.bias" in cells[0]["reason"]
     table = (tmp_path / "out" / "report" / "leaderboard.md").read_text()
     assert "ema" in table

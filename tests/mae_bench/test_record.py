@@ -20,10 +20,23 @@ from mae_bench.record import (
 )
 
 RECORD = ResultRecord(
-    backbone="mae", task="imagenet", protocol="linear-90ep", dataset="toy", split="val", num_samples=10,
-    metrics={"top1": Metric(61.5), "loss": Metric(1.5, "nats", "lower")}, main_metric="top1", seed=0, backbone_spec={"depth": 2},
-    backbone_digest="b", config={"lr": 0.1}, config_digest="c", data_digest="d", cost={"seconds_train": 1.5}, notes=["one"],
-)  # fmt: skip
+    backbone="mae",
+    task="imagenet",
+    protocol="linear-90ep",
+    dataset="toy",
+    split="val",
+    num_samples=10,
+    metrics={"top1": Metric(61.5), "loss": Metric(1.5, "nats", "lower")},
+    main_metric="top1",
+    seed=0,
+    backbone_spec={"depth": 2},
+    backbone_digest="b",
+    config={"lr": 0.1},
+    config_digest="c",
+    data_digest="d",
+    cost={"seconds_train": 1.5},
+    notes=["one"],
+)
 FAILURE = Failure("mae", "coco", "maskrcnn", 1, "not installed", "no detectron2", "make setup")
 
 

@@ -9,8 +9,14 @@ from mae_bench.errors import UserError
 from mae_bench.spec import BackboneSpec
 
 VALUES: dict[str, Any] = {
-    "arch": "vit", "img_size": (32, 48), "patch_size": (8, 16), "in_chans": 3, "embed_dim": 24, "depth": 2, "num_heads": 3,
-}  # fmt: skip
+    "arch": "vit",
+    "img_size": (32, 48),
+    "patch_size": (8, 16),
+    "in_chans": 3,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+}
 
 
 def test_it_survives_json() -> None:

@@ -32,13 +32,23 @@ def torchrun(script: Path, suite: dict[str, Any]) -> subprocess.Popen[str]:
 
 def srun(script: Path, suite: dict[str, Any], job: int) -> list[subprocess.Popen[str]]:
     """Two tasks as Slurm starts them on one machine."""
-    step = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost",
-            "MASTER_PORT": str(free_port())}  # fmt: skip
+    step = {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_NODELIST": "localhost",
+        "MASTER_PORT": str(free_port()),
+    }
     return [
-        subprocess.Popen([sys.executable, *command(script, suite)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                         env=os.environ | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+        subprocess.Popen(
+            [sys.executable, *command(script, suite)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
 
 
 def wait_for_training(suite: dict[str, Any], process: subprocess.Popen[str]) -> Path:
@@ -96,13 +106,22 @@ def test_tasks_of_slurm_stop_at_its_warning_and_go_on(fake_kinds: Path, suite: d
 
 
 def test_a_slurm_step_gets_torchruns_variables() -> None:
-    step = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1",
-            "SLURM_JOB_NODELIST": "gpu[07-08]"}  # fmt: skip
+    step = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "16",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_NODELIST": "gpu[07-08]",
+    }
     given = dict(step)
     adopt_slurm(given)
     assert {name: given[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")} == {
-        "RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07",
-    }  # fmt: skip
+        "RANK": "9",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "gpu07",
+    }
     again = dict(step)
     adopt_slurm(again)
     assert again["MASTER_PORT"] == given["MASTER_PORT"], "every task finds the same"

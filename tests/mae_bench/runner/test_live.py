@@ -14,10 +14,21 @@ from mae_bench.runner.live import LiveView, View, WorkerStatus, clock, counting,
 
 FAILURE = Failure("mae", "coco", "maskrcnn", 0, "not installed", "no [detectron2]", "make setup")
 RECORD = ResultRecord(
-    backbone="mae", task="imagenet", protocol="linear", dataset="toy", split="val", num_samples=10,
-    metrics={"top1": Metric(61.54321)}, main_metric="top1", seed=0, backbone_spec={}, backbone_digest="", config={},
-    config_digest="", data_digest="",
-)  # fmt: skip
+    backbone="mae",
+    task="imagenet",
+    protocol="linear",
+    dataset="toy",
+    split="val",
+    num_samples=10,
+    metrics={"top1": Metric(61.54321)},
+    main_metric="top1",
+    seed=0,
+    backbone_spec={},
+    backbone_digest="",
+    config={},
+    config_digest="",
+    data_digest="",
+)
 
 
 def add(path: Path, time: float = 0.0, **event: Any) -> None:

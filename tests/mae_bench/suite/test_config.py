@@ -24,7 +24,7 @@ STORED_KEYS: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "ce
 
 @pytest.mark.parametrize("name", STORED_KEYS)
 def test_keys_of_packaged_suites_never_change(name: str, tmp_path: Path) -> None:
-    """A changed key would run finished cells again. Data digests are the names of the layouts; keys are cut to 16 digits."""
+    """A changed key would run finished cells again. Digests of data are names of layouts here."""
     suite = load_suite(f"suites/{name}.yaml", ["data.root=/data"], tmp_path)
     cells = expand(suite, {place: place[0] for place in places(suite)})
     found = {f"{cell.backbone}/{cell.row}-s{cell.seed}": cell.key[:16] for cell in cells}
@@ -46,9 +46,13 @@ def changed(before: dict[Any, str], after: dict[Any, str]) -> set[Any]:
 def test_cells_are_backbones_then_transfers_by_seed(suite: dict[str, Any]) -> None:
     cells = expand(load_suite(suite, ["seeds=[0,1]"]), {})
     assert [(cell.backbone, cell.row, cell.seed) for cell in cells] == [
-        ("good", "backbone", 0), ("base", "backbone", 0),
-        ("good", "probe", 0), ("base", "probe", 0), ("good", "probe", 1), ("base", "probe", 1),
-    ]  # fmt: skip
+        ("good", "backbone", 0),
+        ("base", "backbone", 0),
+        ("good", "probe", 0),
+        ("base", "probe", 0),
+        ("good", "probe", 1),
+        ("base", "probe", 1),
+    ]
     assert cells[2].upstream == cells[0].dir
     assert cells[0].upstream is None
     assert cells[4].dir == Path(suite["out"]) / "cells" / "good" / f"probe-s1-{cells[4].key[:8]}"

@@ -32,8 +32,11 @@ def test_checkpoints_are_named_after_their_files() -> None:
         "file:b/mae_vit_base.pth",
     ]
     assert sources(rows_of(given)) == {
-        "mae_vit_base": given[0], "vit_tiny": given[1], "mae": given[2], "mae_vit_base-4": given[3],
-    }  # fmt: skip
+        "mae_vit_base": given[0],
+        "vit_tiny": given[1],
+        "mae": given[2],
+        "mae_vit_base-4": given[3],
+    }
 
 
 @pytest.mark.parametrize(
