@@ -207,7 +207,11 @@ def read_result_rows() -> list[list[str]]:
 
 
 def test_every_folder_of_results_is_listed_once():
-    listed = [re.fullmatch(r"\[(.+)\]\(\1\)", row[0])[1] for row in read_result_rows()]
+    listed = []
+    for row in read_result_rows():
+        link = re.fullmatch(r"\[(.+)\]\(\1\)", row[0])
+        assert link, row[0]
+        listed.append(link[1])
     assert sorted(listed) == sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
 
 

@@ -93,6 +93,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("weights.pth", "ckpts/a.pth", "ckpts/b.pth"):
         torch.save(model.state_dict(), folder / name)
     with torch.no_grad():
+        assert model.pos_embed is not None
         model.pos_embed.copy_(sincos_2d(192, (8, 8)))  # MAE's mark
     torch.save({"model": model.state_dict()}, folder / "mae_pretrain_vit_base.pth")
     Image.effect_mandelbrot((96, 80), (-2, -1, 1, 1), 50).convert("RGB").save(folder / "photo.jpg")
