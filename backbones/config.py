@@ -2,9 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mae_bench.config import Config
+from mae_bench.errors import UserError
 
 
 class CheckpointConfig(Config):
@@ -24,9 +25,19 @@ class CheckpointConfig(Config):
     sha256: str | None = Field(
         None, pattern="^[0-9a-fA-F]{64}$", description="expected digest of the weight file"
     )
-    trust: bool = Field(
-        False, description="unpickle what cannot be read as data, in a subprocess without network"
-    )
+    trust: bool = Field(False, description="removed; kept at false, so that no cell key changes")
     spec: dict[str, Any] = Field(
         {}, description="BackboneSpec fields that cannot be inferred from the file, e.g. num_heads"
     )
+
+    @field_validator("trust")
+    @classmethod
+    def _is_never_run(cls, trust: bool) -> bool:
+        if trust:
+            raise UserError(
+                "trust: true: no file's code is executed any more",
+                expected="a file that can be read as data",
+                fix="remove the key; if `mae-bench inspect` refuses the file, convert it in a container without "
+                "network: docs/checkpoints.md, section Safe reading",
+            )
+        return trust

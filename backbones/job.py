@@ -22,7 +22,7 @@ def run(config: CheckpointConfig, job: Job, progress: Progress) -> Outcome:
     the source.
     """
     progress.stage("load")
-    checkpoint = open_source(config.source, config.sha256, config.weights, trust=config.trust)
+    checkpoint = open_source(config.source, config.sha256, config.weights)
     model, spec, report = load_backbone(checkpoint, format=config.format, overrides=config.spec)
     progress.stage("export")
     provenance = {"config": job.config, "converted": report.to_dict()}

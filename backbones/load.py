@@ -9,7 +9,6 @@ import torch
 
 from backbones.reading.safe import check_values
 from backbones.reading.source import Checkpoint, open_source
-from backbones.reading.trust import TRUSTED
 from backbones.translating.detect import detect, find_formats, get_format
 from backbones.translating.infer import infer_spec
 from backbones.translating.report import ConversionReport
@@ -38,14 +37,12 @@ class ReadOptions(TypedDict, total=False):
     weights: which set of weights to read from a file with several (teacher, model_ema, ...).
     sha256: the expected digest of the weight file.
     overrides: BackboneSpec fields that cannot be inferred from the file (num_heads, mean, ...).
-    trust: unpickle a file that cannot be read as data, in a subprocess without network.
     """
 
     format: str | None
     weights: str | None
     sha256: str | None
     overrides: Mapping[str, Any] | None
-    trust: bool
 
 
 def load_backbone(
@@ -61,7 +58,6 @@ def load_backbone(
     weights: str | None = None,
     sha256: str | None = None,
     overrides: Mapping[str, Any] | None = None,
-    trust: bool = False,
 ) -> tuple[ViT, BackboneSpec, ConversionReport]:
     """Load a checkpoint into a timm ViT without a head, in float32 and in eval mode.
 
@@ -77,14 +73,12 @@ def load_backbone(
         img_size, patch_size: pixels, as (height, width) or one number. Position tables and patch embedding
             are resampled (`backbones.translating.resample`) if the weights were trained at another size.
         patch_resample: "pinv" or "bicubic", how the patch embedding is resampled.
-        format, weights, sha256, overrides, trust: see `ReadOptions`.
+        format, weights, sha256, overrides: see `ReadOptions`.
 
     Raises UserError for anything wrong with the file; a checkpoint is never loaded in part.
     """
     # 1. Open the source: tensors, metadata and digest.
-    checkpoint = (
-        source if isinstance(source, Checkpoint) else open_source(source, sha256, weights, trust=trust)
-    )
+    checkpoint = source if isinstance(source, Checkpoint) else open_source(source, sha256, weights)
 
     # 2. Detect the format, rename every tensor to timm's names and infer the spec.
     name, translation, spec = translate(checkpoint, format, overrides)
@@ -233,10 +227,9 @@ def read_backbone(
     weights: str | None = None,
     sha256: str | None = None,
     overrides: Mapping[str, Any] | None = None,
-    trust: bool = False,
 ) -> tuple[Checkpoint, Translation, BackboneSpec, ConversionReport]:
     """Open and translate a checkpoint, and check that its weights fill the model they describe."""
-    checkpoint = open_source(source, sha256, weights, trust=trust)
+    checkpoint = open_source(source, sha256, weights)
     name, translation, spec = translate(checkpoint, format, overrides)
     with torch.device("meta" if spec.arch in FILLED else "cpu"):
         model = build_vit(spec, global_pool=infer_global_pool(translation.weights))
@@ -276,7 +269,6 @@ def _list(keys: list[str]) -> str:
 
 def make_report(checkpoint: Checkpoint, format: str, translation: Translation) -> ConversionReport:
     """Return the account of a translated checkpoint."""
-    trusted = [TRUSTED] if checkpoint.trusted else []
     return ConversionReport(
         source=checkpoint.source,
         format=format,
@@ -286,5 +278,5 @@ def make_report(checkpoint: Checkpoint, format: str, translation: Translation) -
         dropped=translation.dropped,
         new=translation.new,
         files=checkpoint.files,
-        notes=[*checkpoint.notes, *trusted, *translation.notes],
+        notes=[*checkpoint.notes, *translation.notes],
     )

@@ -6,6 +6,7 @@ import mmap
 import os
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -17,7 +18,6 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from backbones.reading import trust as trusting
 from backbones.reading.no_weights import FETCH, FIRST, describe_archive, describe_content, is_text
 from backbones.reading.pickled import Refused, build_value, scan_pickle
 from backbones.reading.stand_ins import ALLOWED
@@ -27,7 +27,26 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_INFLATION = 4  # bytes of tensors per byte of the file; 1 in files as libraries write them
 MAX_ENTRIES = 20_000  # tensors and other members of a file
 MAX_HEADER = 2 << 20  # bytes of a safetensors header; a ViT-H's has about 100 KiB
+# What torch.save writes to its zip archive besides data/KEY, below one folder.
+RECORDS = {
+    "data.pkl",
+    "version",
+    "byteorder",
+    ".format_version",
+    ".storage_alignment",
+    ".data/serialization_id",
+}
+PROGRAM_RECORDS = ("constants.pkl", "attributes.pkl", "model.json")  # of TorchScript archives
+ENCRYPTED = 0x1 | 0x40 | 0x2000  # flag bits of a zip entry
+END_OF_ZIP = 22  # bytes of the record that ends a zip archive without a comment
+FOREIGN_ZIP = "a zip archive that torch.save did not write"
 MAX_LISTED = 5  # names in an error message
+MAX_CLASSES = 20  # classes and functions in an error message
+# What to do with a file that holds more than data.
+CONVERT = (
+    "ask its author for safetensors, or convert it in a container without network: "
+    "docs/checkpoints.md, section Safe reading"
+)
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in torch files from before the zip format
 LEGACY_PICKLES = 5  # magic number, version, system, content, keys of the storages
 # Parts of torch's own messages that do not help the user.
@@ -41,7 +60,7 @@ class WeightFile:
     """The content of a weight file.
 
     content: a dictionary of tensors for safetensors, any value for a pickle. metadata: of safetensors.
-    digest: SHA-256. size: bytes. trusted: whether its pickle was run (`backbones.reading.trust`).
+    digest: SHA-256. size: bytes.
     states: the state of each file when its digest was taken. Tensors may be memory-mapped: later writes show
     in them.
     """
@@ -50,12 +69,11 @@ class WeightFile:
     metadata: dict[str, str]
     digest: str
     size: int
-    trusted: bool = False
     states: Mapping[Path, State] = field(default_factory=dict)
 
 
-def read_file(path: Path, sha256: str | None = None, trust: bool = False) -> WeightFile:
-    """Read a weight file as data; with `trust`, unpickle what cannot in a subprocess without network.
+def read_file(path: Path, sha256: str | None = None) -> WeightFile:
+    """Read a weight file as data.
 
     The file is opened once, its digest is taken first, and it must not change until it is read. Raises
     UserError if it is missing, truncated, not a checkpoint, pickled code, or does not have the digest
@@ -72,10 +90,10 @@ def read_file(path: Path, sha256: str | None = None, trust: bool = False) -> Wei
                 expected=sha256,
                 fix="download the file again, or pin the digest above if this is the right file",
             )
-        content, metadata, trusted = _read(file, path, trust)
+        content, metadata = _read(file, path)
         if _get_state(file.fileno()) != state:
             raise _changed(path)
-        return WeightFile(content, metadata, digest, state[0], trusted, {path: state})
+        return WeightFile(content, metadata, digest, state[0], {path: state})
 
 
 def _get_state(file: int | Path) -> State:
@@ -96,26 +114,15 @@ def _changed(path: Path) -> UserError:
     )
 
 
-def _read(file: IO[bytes], path: Path, trust: bool) -> tuple[Any, dict[str, str], bool]:
-    """Return content, metadata and whether a pickle was run for them."""
+def _read(file: IO[bytes], path: Path) -> tuple[Any, dict[str, str]]:
+    """Return the content and the metadata of an open file."""
     file.seek(0)
     start = file.read(FIRST)
     if start[8:9] == b"{" and not is_text(start[:8]):
-        return *_read_safetensors(file, path), False
+        return _read_safetensors(file, path)
     if not start.startswith((b"PK\x03\x04", b"\x80")):
         raise _broken(path, *describe_content(start))
-    try:
-        return _read_pickle(file, path, start.startswith(b"PK")), {}, False
-    except NeedsTrust:
-        if not trust:
-            raise
-    with trusting.unpickled(file, path) as made:
-        tensors, metadata = _read_safetensors(made, f"what the pickle of {path} made")
-        return trusting.rebuild(tensors, metadata.get(trusting.CONTENT), path), {}, True
-
-
-class NeedsTrust(UserError):
-    """The file is complete, but holds more than data."""
+    return _read_pickle(file, path, start.startswith(b"PK")), {}
 
 
 def _get_path(file: IO[bytes]) -> str:
@@ -123,7 +130,7 @@ def _get_path(file: IO[bytes]) -> str:
     return f"/dev/fd/{file.fileno()}" if os.path.exists("/dev/fd") else str(file.name)
 
 
-def _read_safetensors(file: IO[bytes], path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read_safetensors(file: IO[bytes], path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         _check_header(file)
         with safe_open(_get_path(file), framework="pt") as opened:
@@ -188,7 +195,7 @@ def _check_zip(file: IO[bytes], path: Path) -> None:
         raise _broken(path, f"a truncated or damaged checkpoint: {error}") from error
     names = [entry.filename for entry in entries]
     lengths = {entry.filename.partition("/")[2]: entry.file_size for entry in entries}
-    if "constants.pkl" in lengths:
+    if any(name in lengths for name in PROGRAM_RECORDS):
         raise _program(path)
     if "data.pkl" not in lengths and len(set(names)) == len(names):
         raise _broken(path, *describe_archive(names))
@@ -198,17 +205,55 @@ def _check_zip(file: IO[bytes], path: Path) -> None:
     spans = sorted((entry.header_offset, entry.header_offset + entry.file_size) for entry in entries)
     starts = [start for start, _ in spans[1:]] + [size]
     overlap = any(end > start for (_, end), start in zip(spans, starts, strict=True))
-    foreign = "a zip archive that torch.save did not write"
     if packed or overlap:
-        raise _broken(path, f"{foreign} (compressed or overlapping entries: {packed[:3]})")
+        raise _broken(path, f"{FOREIGN_ZIP} (compressed or overlapping entries: {packed[:3]})")
     if len(set(names)) < len(names):
-        raise _broken(path, f"{foreign} (two entries with the same name)")
+        raise _broken(path, f"{FOREIGN_ZIP} (two entries with the same name)")
+    _check_entries(file, path, entries)
 
     # 3. Scan the pickle, as torch's own reader finds it.
     prefix = "data/"
     records = {name[len(prefix) :]: length for name, length in lengths.items() if name.startswith(prefix)}
     data = torch._C.PyTorchFileReader(_get_path(file)).get_record("data.pkl")
-    scan_pickle(io.BytesIO(data), size, records)
+    stream = io.BytesIO(data)
+    _, storages = scan_pickle(stream, size, records)
+    _check_end(stream.tell(), len(data), "its pickle")
+    unused = sorted(set(records) - set(storages))
+    if unused:
+        raise _broken(path, f"{FOREIGN_ZIP} (no tensor uses its entry data/{unused[0][:50]})")
+
+
+def _check_entries(file: IO[bytes], path: Path, entries: list[zipfile.ZipInfo]) -> None:
+    """Refuse entries of other names, headers that contradict the directory, and bytes around the archive.
+
+    Scanners were evaded by each of these: readers disagree about what such an archive holds.
+    """
+    folders = {entry.filename.partition("/")[0] for entry in entries}
+    for entry in entries:
+        name = entry.filename.partition("/")[2]
+        if len(folders) > 1 or not (name in RECORDS or re.fullmatch(r"data/[^/]+", name)):
+            raise _broken(path, f"{FOREIGN_ZIP} (it holds {entry.filename[:50]!r})")
+        file.seek(entry.header_offset)
+        header = file.read(30)
+        if not header.startswith(b"PK\x03\x04") or len(header) < 30:
+            raise _broken(path, f"{FOREIGN_ZIP} (no entry at byte {entry.header_offset})")
+        flags, method = struct.unpack_from("<HH", header, 6)
+        (length,) = struct.unpack_from("<H", header, 26)
+        is_same = file.read(length) == entry.orig_filename.encode() and method == entry.compress_type
+        if not is_same or (flags | entry.flag_bits) & ENCRYPTED:
+            raise _broken(path, f"{FOREIGN_ZIP} (the header at byte {entry.header_offset} was changed)")
+    file.seek(-END_OF_ZIP, os.SEEK_END)
+    end = file.read()
+    if not end.startswith(b"PK\x05\x06") or not end.endswith(b"\0\0"):
+        raise _broken(path, f"{FOREIGN_ZIP} (bytes after its end)")
+    if min(entry.header_offset for entry in entries) > 0:
+        raise _broken(path, f"{FOREIGN_ZIP} (bytes before its first entry)")
+
+
+def _check_end(end: int, size: int, what: str) -> None:
+    """Refuse bytes after the end of a pickle: readers that go on would unpickle them too."""
+    if end < size:
+        raise Refused(f"a checkpoint with {size - end} bytes after {what}, which ends at byte {end}")
 
 
 def _count(file: IO[bytes], signature: bytes) -> int:
@@ -225,6 +270,7 @@ def _check_legacy(file: IO[bytes]) -> Any:
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         value, _ = scan_pickle(data, size)  # type: ignore[arg-type]
         if value != LEGACY_MAGIC:
+            _check_end(data.tell(), size, "its pickle")
             return build_value(value)
         stored: dict[str, int] = {}
         for _ in range(LEGACY_PICKLES - 1):
@@ -232,37 +278,37 @@ def _check_legacy(file: IO[bytes]) -> Any:
             stored |= storages
         if sorted(stored) != sorted(value.parts):
             raise Refused("a checkpoint that does not hold the storages of all its tensors")
-        if data.tell() + sum(8 + nbytes for nbytes in stored.values()) > size:
+        end = data.tell() + sum(8 + nbytes for nbytes in stored.values())
+        if end > size:
             raise Refused("truncated: it holds fewer bytes than its tensors need")
+        _check_end(end, size, "its tensors")
     return None
 
 
 def _refusal(path: Path, error: Refused) -> UserError:
     if not error.names:
         return _broken(path, str(error))
-    names = ", ".join(map(repr, error.names[:MAX_LISTED]))
-    more = len(error.names) - MAX_LISTED
+    names = ", ".join(map(repr, error.names[:MAX_CLASSES]))
+    more = len(error.names) - MAX_CLASSES
     if more > 0:
         names += f" and {more} more"
-    return NeedsTrust(
+    return UserError(
         f"{path} wants to build {names} when it is read; none of it was run",
         expected="tensors, containers, numbers, strings and the settings of known training scripts "
         "(backbones/reading/stand_ins.py)",
-        fix="ask its author for safetensors, or save only its state_dict where it comes from; "
-        "--trust runs its code in a subprocess without network",
+        fix=CONVERT,
     )
 
 
 def _program(path: Path) -> UserError:
-    return NeedsTrust(
+    return UserError(
         f"{path} is a TorchScript archive: a program with its weights, as OpenAI's CLIP is published",
         expected="weights without a program",
-        fix="save its state_dict with torch.jit.load in an isolated environment; "
-        "--trust does so in a subprocess without network",
+        fix=CONVERT,
     )
 
 
-def _broken(path: Path | str, what: str, fix: str = FETCH) -> UserError:
+def _broken(path: Path, what: str, fix: str = FETCH) -> UserError:
     return UserError(f"{path} is {what}", expected="a complete safetensors or torch.save file", fix=fix)
 
 

@@ -14,9 +14,7 @@ INDEX_SUFFIX = ".index.json"  # model.safetensors.index.json, pytorch_model.bin.
 MAX_INDEX = 16 << 20  # bytes; an index has one line per tensor
 
 
-def read_shards(
-    index: Path, sha256: str | None = None, trust: bool = False
-) -> tuple[WeightFile, dict[str, str]]:
+def read_shards(index: Path, sha256: str | None = None) -> tuple[WeightFile, dict[str, str]]:
     """Return every tensor of the shards that an index lists, and the SHA-256 of each shard by name.
 
     The digest of the whole is the SHA-256 of what `sha256sum` prints for the shards in name order; `sha256`
@@ -24,7 +22,7 @@ def read_shards(
     index lists.
     """
     shard_of = _read_index(index)
-    shards = {name: read_file(index.parent / name, None, trust) for name in sorted(set(shard_of.values()))}
+    shards = {name: read_file(index.parent / name) for name in sorted(set(shard_of.values()))}
     digests = {name: shard.digest for name, shard in shards.items()}
     printed = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
     digest = hashlib.sha256(printed.encode()).hexdigest()
@@ -41,8 +39,7 @@ def read_shards(
         tensors |= shard.content
     states = {path: state for shard in shards.values() for path, state in shard.states.items()}
     size = sum(shard.size for shard in shards.values())
-    trusted = any(shard.trusted for shard in shards.values())
-    return WeightFile(tensors, {}, digest, size, trusted, states), digests
+    return WeightFile(tensors, {}, digest, size, states), digests
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -54,7 +54,6 @@ class Checkpoint:
     outside: the dictionary's other tensors, by full name. extras: everything else in the file.
     beside: the JSON descriptions in the same folder, by file name. stated_spec: the BackboneSpec in our own
     files.
-    trusted: whether its pickle was run in a subprocess without network (`backbones.reading.trust`).
     files: SHA-256 of every file that was read, by name: weights, then descriptions.
     format: if the source determines it, else None and it is detected. notes: what a reader of the report
     should know.
@@ -71,7 +70,6 @@ class Checkpoint:
     extras: dict[str, Any] = field(default_factory=dict)
     beside: dict[str, dict[str, Any]] = field(default_factory=dict)
     stated_spec: dict[str, Any] = field(default_factory=dict)
-    trusted: bool = False
     files: dict[str, str] = field(default_factory=dict)
     format: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -92,31 +90,27 @@ class Checkpoint:
         check_unchanged(self.states)
 
 
-def open_source(
-    source: str | Path, sha256: str | None = None, weights: str | None = None, *, trust: bool = False
-) -> Checkpoint:
+def open_source(source: str | Path, sha256: str | None = None, weights: str | None = None) -> Checkpoint:
     """Open a SOURCE; raise UserError if it is unknown, missing, damaged or does not have the digest `sha256`.
 
     weights: which set of weights to read from a file with several (teacher, student, model_ema, ...).
-    trust: unpickle a file that cannot be read as data, in a subprocess without network
-    (`backbones.reading.trust`).
     """
     kind, colon, rest = str(source).partition(":")
     if not colon or Path(source).exists():
-        return _open_path(str(source), Path(source), sha256, weights, trust)
+        return _open_path(str(source), Path(source), sha256, weights)
     if kind == "file":
-        return _open_path(str(source), Path(rest), sha256, weights, trust)
+        return _open_path(str(source), Path(rest), sha256, weights)
     if kind == "run":
-        return _open_path(str(source), Path(rest) / EXPORT, sha256, weights, trust)
+        return _open_path(str(source), Path(rest) / EXPORT, sha256, weights)
     if kind == "official":
         path, entry = fetch_official(rest)
-        opened = _open_path(str(source), path, sha256, weights or entry.weights, trust)
+        opened = _open_path(str(source), path, sha256, weights or entry.weights)
         return replace(opened, format=entry.format)
     if kind == "timm":
         return _open_timm(rest, sha256)
     if kind == "hf":
         folder, pinned, notes = fetch_repo(rest)
-        return replace(_open_path(f"hf:{pinned}", folder, sha256, weights, trust), notes=notes)
+        return replace(_open_path(f"hf:{pinned}", folder, sha256, weights), notes=notes)
     if kind in ("http", "https"):
         name = find_name(str(source))
         raise UserError(
@@ -130,7 +124,7 @@ def open_source(
     )
 
 
-def _open_path(source: str, path: Path, sha256: str | None, weights: str | None, trust: bool) -> Checkpoint:
+def _open_path(source: str, path: Path, sha256: str | None, weights: str | None) -> Checkpoint:
     # 1. Find the weight file: in a cell's folder that of its exported backbone.
     if (path / EXPORT).is_dir():
         path = path / EXPORT
@@ -143,7 +137,7 @@ def _open_path(source: str, path: Path, sha256: str | None, weights: str | None,
     file = _find_weights(path) if path.is_dir() else path
 
     # 2. Read it as data and select one set of ViT weights.
-    read, files = _read(file, sha256, trust)
+    read, files = _read(file, sha256)
     part = unwrap(read.content, source, weights)
     check_tensors(part.tensors | part.outside, file, read.size)
 
@@ -163,18 +157,17 @@ def _open_path(source: str, path: Path, sha256: str | None, weights: str | None,
         extras=part.extras,
         beside=beside,
         stated_spec=_parse_spec(read.metadata.get(SPEC_KEY), part.extras.get(SPEC_KEY), file),
-        trusted=read.trusted,
         files=files | {name: file_digest(file.parent / name) for name in beside},
         notes=notes,
         states=read.states,
     )
 
 
-def _read(file: Path, sha256: str | None, trust: bool) -> tuple[WeightFile, dict[str, str]]:
+def _read(file: Path, sha256: str | None) -> tuple[WeightFile, dict[str, str]]:
     """Return the content of one file or of an index's shards, and the SHA-256 of each weight file by name."""
     if file.name.endswith(INDEX_SUFFIX):
-        return read_shards(file, sha256, trust)
-    read = read_file(file, sha256, trust)
+        return read_shards(file, sha256)
+    read = read_file(file, sha256)
     return read, {file.name: read.digest}
 
 

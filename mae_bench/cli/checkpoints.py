@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mae_bench.cli.options import Checkpoint, Fields, Format, Json, Trust, Weights, reading_options
+from mae_bench.cli.options import Checkpoint, Fields, Format, Json, Weights, reading_options
 from mae_bench.cli.output import FAILED, print_answer
 from mae_bench.errors import UserError
 
@@ -32,7 +32,6 @@ def inspect(
     fields: Fields = None,
     format: Format = None,
     weights: Weights = None,
-    trust: Trust = False,
     images: Annotated[
         Path | None,
         typer.Option(
@@ -49,7 +48,7 @@ def inspect(
     """
     from backbones.inspection import inspect_checkpoint, render, render_published
 
-    options = reading_options(format, weights, trust, fields)
+    options = reading_options(format, weights, fields)
     found = inspect_checkpoint(ckpt, **options)
     if images is None:
         print_answer(found, render(found), as_json)
@@ -79,7 +78,6 @@ def convert(
     fields: Fields = None,
     format: Format = None,
     weights: Weights = None,
-    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Write the backbone of a checkpoint in another format; it is read back and must be bit-equal."""
@@ -88,7 +86,7 @@ def convert(
     check_target(out, to)  # before torch is imported
     from backbones.convert import convert as write_as
 
-    report = write_as(ckpt, out, to, **reading_options(format, weights, trust, fields))
+    report = write_as(ckpt, out, to, **reading_options(format, weights, fields))
     counts = (
         f"{len(report.renamed)} keys converted, {len(report.dropped)} dropped with a reason, "
         f"{len(report.new)} new"
@@ -111,7 +109,6 @@ def verify(
     tolerance: Tolerance = 1e-5,
     format: Format = None,
     weights: Weights = None,
-    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Compare a checkpoint with another implementation, layer by layer, on the same images.
@@ -133,7 +130,7 @@ def verify(
         num_images=num_images,
         seed=seed,
         tolerance=tolerance,
-        **reading_options(format, weights, trust, fields),
+        **reading_options(format, weights, fields),
     )
     settings = {
         "source": ckpt,

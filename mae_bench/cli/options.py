@@ -54,20 +54,11 @@ Weights = Annotated[
         "--weights", help="Which set of weights to read, if the file has several; `inspect` lists them."
     ),
 ]
-Trust = Annotated[
-    bool,
-    typer.Option(
-        "--trust",
-        help="Allow a file whose pickle runs code: unpickle it in a separate process without network access.",
-    ),
-]
 
 
-def reading_options(
-    format: str | None, weights: str | None, trust: bool, fields: list[str] | None
-) -> dict[str, Any]:
+def reading_options(format: str | None, weights: str | None, fields: list[str] | None) -> dict[str, Any]:
     """Return the options above as the keywords of every function that reads a checkpoint."""
     from mae_bench.config import resolve
 
     overrides = resolve({}, Path.cwd(), fields or [])
-    return {"format": format, "weights": weights, "trust": trust, "overrides": overrides}
+    return {"format": format, "weights": weights, "overrides": overrides}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mae_bench.cli.options import DryRun, Format, Jobs, Json, Out, Overrides, Trust, Weights
+from mae_bench.cli.options import DryRun, Format, Jobs, Json, Out, Overrides, Weights
 from mae_bench.cli.output import FAILED, print_answer, print_json
 from mae_bench.errors import UserError
 
@@ -103,16 +103,15 @@ def evaluate(
     jobs: Jobs = None,
     format: Format = None,
     weights: Weights = None,
-    trust: Trust = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Transfer given checkpoints to given tasks.
 
-    State where the data is: data.root=PATH, or data.imagenet=PATH and so on. --format, --weights and --trust
+    State where the data is: data.root=PATH, or data.imagenet=PATH and so on. --format and --weights
     apply to every checkpoint except the rows of a YAML list, which have their own.
     """
-    options: dict[str, Any] = {"format": format, "weights": weights, "trust": trust or None}
+    options: dict[str, Any] = {"format": format, "weights": weights}
     given = {key: value for key, value in options.items() if value is not None}
     _run(lambda: _evaluation_suite(checkpoint, tasks, given), overrides, out, jobs, dry_run, as_json)
 

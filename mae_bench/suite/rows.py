@@ -25,13 +25,13 @@ GENERAL = (
 )
 LISTS = (".yaml", ".yml")
 PATHS = ("file", "run")  # schemes followed by a path
-ROW = "source and, where needed, name, format, weights, sha256, spec, trust"
+ROW = "source and, where needed, name, format, weights, sha256, spec"
 
 
 def rows_of(checkpoints: list[str], options: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
     """Return name -> config of a `checkpoint` job, for sources, patterns and YAML lists in the given order.
 
-    `options` (format, weights, trust) apply to all but the rows of lists. A row without a name is named after
+    `options` (format, weights) apply to all but the rows of lists. A row without a name is named after
     its file, or after the nearest folder whose name identifies it. Raise UserError for a pattern without a
     match, a malformed list and two rows of one name.
     """

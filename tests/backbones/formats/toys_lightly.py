@@ -58,7 +58,7 @@ def dino() -> dict[str, torch.Tensor]:
 
 
 def train() -> dict[str, Any]:
-    """lightly-train's DINO without the modules that its files pickle along (`--trust` leaves those out)."""
+    """lightly-train's DINO without the modules that its files pickle along."""
     state = fill({f"{name}_projection_head.last_layer.weight_v": (24, 8) for name in ("teacher", "student")})
     for name, seed in (("teacher", 0), ("student", 1)):
         state |= prefixed(f"{name}_embedding_model.wrapped_model._model.", weights(seed))

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import io
 import json
+import operator
 import os
 import pickle
 import re
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 
 from backbones.config import CheckpointConfig
 from backbones.convert import convert
+from backbones.inspection import inspect_checkpoint
 from backbones.job import run
 from backbones.load import load_backbone, translate
 from backbones.reading import safe
@@ -35,6 +37,8 @@ from mae_bench.errors import UserError
 from mae_bench.files import file_digest
 from mae_bench.job import Job
 from mae_bench.progress import Progress
+
+NAMED = ("add", "sub", "mul", "and_", "or_", "xor", "neg", "pos", "abs")  # functions of operator
 
 
 class Call:
@@ -92,6 +96,24 @@ def test_pickled_calls_do_not_run(tmp_path, wrap, save):
         assert "wants to build" in str(error.value)
         assert repr(name) in str(error.value)
         assert "weights_only" not in str(error.value)  # torch's own message advises to switch the safety off
+
+
+def test_every_class_in_the_way_is_named_with_a_way_out(tmp_path):
+    """Nothing in the program executes it, whatever the user says: the fix is a container."""
+    payloads = [Call(os.system, "true"), Call(os.getpid), *(Call(getattr(operator, n)) for n in NAMED)]
+    torch.save({"model": {"w": torch.zeros(2)}, "other": payloads}, tmp_path / "x.pth")
+    for use in (read_file, load_backbone, inspect_checkpoint):
+        with pytest.raises(UserError) as error:
+            use(tmp_path / "x.pth")
+        assert all(f".{name}'" in error.value.given for name in ("system", "getpid", *NAMED))
+        assert "container without network: docs/checkpoints.md" in error.value.fix
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_program_of_torchscript_is_named(tmp_path):
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(3, 2), torch.zeros(1, 3)), tmp_path / "x.pt")
+    with pytest.raises(UserError, match="TorchScript archive[^$]*container without network"):
+        read_file(tmp_path / "x.pt")
 
 
 def test_the_payload_of_this_corpus_would_run(tmp_path):

@@ -66,9 +66,9 @@ def test_a_pattern_is_all_that_it_matches(folder: Path) -> None:
 
 def test_options_hold_for_what_is_given_on_the_command_line(folder: Path) -> None:
     (folder / "list.yaml").write_text(json.dumps([{"source": "ckpts/b.pth", "weights": "student"}]))
-    rows = rows_of(["ckpts/a.pth", "list.yaml"], {"weights": "teacher", "trust": True})
+    rows = rows_of(["ckpts/a.pth", "list.yaml"], {"weights": "teacher"})
     assert rows == {
-        "a": {"kind": "checkpoint", "source": "ckpts/a.pth", "weights": "teacher", "trust": True},
+        "a": {"kind": "checkpoint", "source": "ckpts/a.pth", "weights": "teacher"},
         "b": {"kind": "checkpoint", "source": "ckpts/b.pth", "weights": "student"},
     }
 
@@ -80,7 +80,6 @@ def test_a_list_has_everything_that_a_row_needs(folder: Path) -> None:
         "format": "dino",
         "sha256": "0" * 64,
         "spec": {"num_heads": 3},
-        "trust": True,
     }
     (folder / "list.yaml").write_text(
         json.dumps([row, "timm:vit_tiny", {"source": "ckpts/*.pth", "format": "timm"}])
