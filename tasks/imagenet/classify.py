@@ -19,7 +19,7 @@ from backbones.load import load_backbone
 from backbones.reading.source import open_source
 from backbones.translating.report import ConversionReport
 from mae_bench.data.batches.loader import Batch, TrainingOrder, load_training_batches
-from mae_bench.data.batches.transforms import build_train_transform, normalize
+from mae_bench.data.batches.transforms import normalize
 from mae_bench.data.sets.source import ImageSource
 from mae_bench.engine.distributed import world
 from mae_bench.engine.trainer import Trainer
@@ -29,6 +29,7 @@ from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
 from tasks.context import TaskContext
 from tasks.imagenet.config import ClassifyConfig, EvalConfig, ImageConfig, PooledConfig
+from tasks.imagenet.crops import build_train_crop
 from tasks.imagenet.data import Data
 from tasks.imagenet.evaluate import Feed, predict_images, watch_epochs
 
@@ -159,9 +160,7 @@ def build_stream(
 ) -> BatchStream:
     """Return a function (start, stop) -> the augmented training batches of those steps."""
     config, spec = context.config, context.spec
-    transform = build_train_transform(
-        config.img_size or spec.img_size, config.crop_scale, spec.interpolation, auto_augment=auto_augment
-    )
+    transform = build_train_crop(config, spec, images, auto_augment)
 
     def stream(start: int, stop: int) -> Iterator[Batch]:
         return load_training_batches(images, transform, order, start, stop, config.num_workers)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mae_bench.data.batches.loader import load_evaluation_batches
-from mae_bench.data.batches.transforms import build_eval_transform, normalize
+from mae_bench.data.batches.transforms import normalize
 from mae_bench.data.sets.source import BadImages, ImageSource
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.engine.precision import autocast
@@ -29,6 +29,7 @@ from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from tasks.context import TaskContext
 from tasks.imagenet.config import EvalConfig, ImageConfig
+from tasks.imagenet.crops import build_eval_crop
 from tasks.imagenet.data import Data
 
 # indices (N,), targets (N,), input of the model (N, ...)
@@ -133,9 +134,7 @@ class Feed:
     def batches(self, images: ImageSource, bad: BadImages) -> Iterator[Inputs]:
         """Yield this rank's share of the set: normalised images (N, C, H, W) on the device."""
         config, spec, rank = self.context.config, self.context.spec, world()
-        transform = build_eval_transform(
-            config.img_size or spec.img_size, config.crop_pct, spec.interpolation
-        )
+        transform = build_eval_crop(config, spec, images)
         batches = load_evaluation_batches(
             images, transform, config.eval_batch_size, config.num_workers, rank.rank, rank.size
         )
@@ -311,7 +310,7 @@ def build_outcome(
     cost = {
         "seconds_eval": seconds_eval,
         "images_per_second": num_samples / seconds_eval,
-        "gmacs": backbone_gmacs(context.spec, context.config.img_size),
+        "gmacs": backbone_gmacs(context.spec, context.spec.img_size if context.config.img_size else None),
     }
     files = {"predictions": PREDICTIONS_FILE, "epochs": EPOCHS_FILE}
     return context.build_outcome(

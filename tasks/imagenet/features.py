@@ -164,13 +164,12 @@ def load_features(
     interrupted computation resumes.
     """
     config, spec = context.config, context.spec
-    size = config.img_size or spec.img_size
     key = json_digest(
         {
             "version": VERSION,
             "weights": digest_weights(model.vit),
             "spec": spec.to_dict(),
-            "feed": [size, config.crop_pct, config.amp_dtype],
+            "feed": [spec.img_size, config.crop_pct, config.amp_dtype],
             "data": data.layout.digest,
         }
     )

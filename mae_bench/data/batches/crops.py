@@ -84,6 +84,19 @@ def sample_fixed_crop(height: int, width: int, img_size: Size, draw: random.Rand
     return Crop(0, 0, height, width, size, offset, draw.random() < 0.5)
 
 
+def compute_center_crop(height: int, width: int, img_size: Size, crop_pct: float) -> Crop:
+    """Return the resize and central crop of evaluation: the short side becomes img_size / crop_pct.
+
+    For an img_size that is not square, both sides are resized, as in `build_eval_transform`.
+    """
+    size = round(img_size[0] / crop_pct), round(img_size[1] / crop_pct)
+    if img_size[0] == img_size[1]:  # torchvision rounds the long side down
+        short = min(height, width)
+        size = int(size[0] * height / short), int(size[1] * width / short)
+    offset = round((size[0] - img_size[0]) / 2), round((size[1] - img_size[1]) / 2)
+    return Crop(0, 0, height, width, size, offset)
+
+
 def take_box(pixels: np.ndarray, crop: Crop) -> torch.Tensor:
     """Copy the crop's box of (H, W, C) to (1, C, height, width), channels last in memory."""
     rows = pixels.reshape(pixels.shape[0], -1)[crop.top : crop.top + crop.height]

@@ -25,8 +25,10 @@ from torchvision.transforms.functional import (
 )
 
 from mae_bench.data.batches.crops import (
+    CROP_PCT,
     RESAMPLING,
     Crop,
+    compute_center_crop,
     encode_crop,
     resample,
     resample_exact,
@@ -49,7 +51,8 @@ def build_train_transform(
 ) -> T.Compose:
     """Build RandomResizedCrop and a horizontal flip, then RandAugment if `auto_augment` names a policy.
 
-    MAE pretrains with scale (0.2, 1) and fine-tunes with scale (0.08, 1) and rand-m9-mstd0.5-inc1.
+    MAE pretrains with scale (0.2, 1) and fine-tunes with scale (0.08, 1) and rand-m9-mstd0.5-inc1. For RGB
+    images; `PretrainTransform` crops arrays and images with another number of channels.
     """
     steps: list[Any] = [RandomResizedCropAndInterpolation(img_size, scale, interpolation=interpolation)]
     if hflip:
@@ -141,6 +144,18 @@ class PretrainTransform:
         resample_image = resample if self.decode == "fast" else resample_exact
         img = resample_image(pixels, crop, self.img_size, self.interpolation)
         return jitter_colors(img, self.color_jitter, draw) if self.color_jitter else img
+
+
+@dataclass(frozen=True)
+class CenterCropTransform(PretrainTransform):
+    """The resize and central crop of `build_eval_transform`, for arrays and any number of channels."""
+
+    augment: Literal["none", "crop", "resized_crop"] = "none"
+    decode: Literal["fast", "exact"] = "exact"
+    crop_pct: float = CROP_PCT
+
+    def _sample_crop(self, shape: tuple[int, ...], draw: random.Random) -> Crop:
+        return compute_center_crop(shape[0], shape[1], self.img_size, self.crop_pct)
 
 
 def _decode_rows(pixels: np.ndarray | Jpeg, crop: Crop) -> np.ndarray:

@@ -61,6 +61,14 @@ def read_pixels(images: ImageSource, i: int, in_chans: int = 3, *, fast: bool = 
     return jpeg or decode_pixels(data, in_chans, fast=fast)
 
 
+def holds_arrays(images: ImageSource) -> bool:
+    """Return whether the set consists of .npy files, judged by the first bytes of its first image."""
+    try:
+        return len(images) > 0 and images.pixels(0) is None and images.stored(0, len(NUMPY)) == NUMPY
+    except OSError:
+        return False
+
+
 def decode_size(data: bytes) -> tuple[int, int]:
     """Decode a file with any number of channels and return its (height, width); raise BadImage."""
     if data.startswith(NUMPY):

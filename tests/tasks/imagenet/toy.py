@@ -86,16 +86,24 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write_images(root: Path, num_train: int = 24, num_val: int = 9, signal: int = 150) -> Path:
-    """Write train/ and val/ with alternating classes; a class adds `signal` of 255 to its colour."""
+def write_images(
+    root: Path, num_train: int = 24, num_val: int = 9, signal: int = 150, num_channels: int = 0
+) -> Path:
+    """Write train/ and val/ with alternating classes; a class adds `signal` of 255 to its colour.
+
+    num_channels: of .npy arrays; 0 for RGB files.
+    """
     generator = np.random.default_rng(0)
     for split, count in (("train", num_train), ("val", num_val)):
         for number in range(count):
             folder = root / split / f"class{number % 3}"
             folder.mkdir(parents=True, exist_ok=True)
-            pixels = generator.integers(0, 60, (16, 16, 3), dtype=np.uint8)
+            pixels = generator.integers(0, 60, (16, 16, num_channels or 3), dtype=np.uint8)
             pixels[..., number % 3] += signal
-            Image.fromarray(pixels).save(folder / f"{number}.png")
+            if num_channels:
+                np.save(folder / f"{number}.npy", pixels)
+            else:
+                Image.fromarray(pixels).save(folder / f"{number}.png")
     return root
 
 
@@ -106,13 +114,19 @@ def write_backbone(folder: Path, spec: BackboneSpec = SPEC) -> str:
     return str(folder)
 
 
-def write_classifier(folder: Path) -> str:
+def write_classifier(folder: Path, spec: BackboneSpec = SPEC) -> str:
     """Write a classifier as facebookresearch/mae saves it, and convert it as a suite does."""
     torch.manual_seed(0)
-    model: Any = build_vit(SPEC, num_classes=3, global_pool="avg")
+    model: Any = build_vit(spec, num_classes=3, global_pool="avg")
     torch.nn.init.normal_(model.head.weight)
     torch.save({"model": model.state_dict()}, folder / "finetuned.pth")
-    values = {"kind": "checkpoint", "source": str(folder / "finetuned.pth"), "spec": {"num_heads": 2}}
+    values: dict[str, Any] = {
+        "kind": "checkpoint",
+        "source": str(folder / "finetuned.pth"),
+        "spec": {"num_heads": spec.num_heads},
+    }
+    if spec.in_chans != 3:
+        values["spec"] |= {"mean": spec.mean, "std": spec.std}
     bring(build(CheckpointConfig, values, "test"), job(folder / "row"), Progress())
     return str(folder / "row")
 
