@@ -1,4 +1,4 @@
-"""The house's rules, held on the source: who may import whom, no cycles, one sentence a module, nothing loaded carelessly."""
+"""The rules of the source: who may import whom, no cycles, one sentence per module, strict loading."""
 
 import ast
 from collections.abc import Iterator
@@ -136,7 +136,7 @@ def sentence(name: str, tree: ast.Module) -> Iterator[str]:
 
 
 def is_lazy_api(tree: ast.Module) -> bool:
-    """Whether the body is imports, one table, `__getattr__` and `__dir__`: everything is loaded on first use."""
+    """Whether the body is imports, one table, `__getattr__` and `__dir__`: all is loaded on first use."""
     kinds = [type(node) for node in tree.body if not isinstance(node, ast.ImportFrom)]
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     return kinds == [ast.Assign, ast.FunctionDef, ast.FunctionDef] and functions == ["__getattr__", "__dir__"]

@@ -1,8 +1,8 @@
-"""Every code block of README and docs says how it is tested, and the blocks tagged `run` and `plan` work as written.
+"""Every code block of README and docs is tagged, and the blocks tagged `run` and `plan` work as written.
 
 The info string of a fence is its language and one tag:
-`run`       the block is executed in a folder that holds toy data at PATH and toy checkpoints (a YAML block is written to
-            the file that its first comment names);
+`run`       the block is executed in a folder with toy data at PATH and toy checkpoints (a YAML block is
+            written to the file that its first comment names);
 `plan`      each mae-bench command is executed with --dry-run, and launchers (torchrun, srun) are left out;
 `needs: X`  the block needs X and is not executed, but its mae-bench commands are parsed.
 A block in the language `text` shows output and has no tag.
@@ -80,7 +80,7 @@ def list_commands(block: Block) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all that the pages name: data at PATH, checkpoints, a photograph and a user's own code."""
+    """Return a folder with what the pages name: data at PATH, checkpoints, a photograph, a user's code."""
     folder = tmp_path_factory.mktemp("toys")
     make_demo_data(folder / "PATH", DemoConfig(imagenet=SMALL, coco=SMALL, ade20k=SMALL))
     for name in ("imagenet_small", "tiny_imagenet100", "inat2018"):
@@ -100,7 +100,8 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my_code.py").write_text(
         "import torch\nfrom timm.models.vision_transformer import VisionTransformer\n\n\n"
         "def build(path):\n"
-        "    model = VisionTransformer(img_size=64, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0)\n"
+        "    sizes = dict(img_size=64, patch_size=8, embed_dim=192, depth=2, num_heads=3)\n"
+        "    model = VisionTransformer(**sizes, num_classes=0)\n"
         "    model.load_state_dict(torch.load(path))\n    return model.eval()\n"
     )
     return folder

@@ -1,4 +1,4 @@
-"""README and docs state what the code and the committed results are: links, tables, the list of modules, sizes.
+"""README and docs match the code and the committed results: links, tables, the list of modules.
 
 `python tests/test_docs.py` writes the generated parts: README's table of results and docs/modules.md.
 """
@@ -35,7 +35,7 @@ COLUMNS = (  # heading, committed run, name of the cell, metric
 
 
 def render_results() -> str:
-    """Return the table of the committed scores: mean and sample deviation over transfer seeds, each linked to a record."""
+    """Return the table of committed scores: mean and sample deviation over seeds, linked to records."""
     heads = [f"[{name}]({RESULTS}/{run})<br>{metric}" for name, run, _, metric in COLUMNS]
     lines = [f"| backbone | {' | '.join(heads)} |", f"|---|{'---:|' * len(COLUMNS)}"]
     for backbone in ("supervised", "mae", "random"):

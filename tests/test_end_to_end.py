@@ -37,7 +37,7 @@ def records(out: Path) -> dict[Path, float]:
 
 @pytest.fixture(scope="module")
 def interrupted_then_finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A smoke suite that was stopped by Ctrl-C as soon as its first cell was done, and then run again to its end."""
+    """A smoke suite that was stopped by Ctrl-C once its first cell was done, then run again to its end."""
     out = tmp_path_factory.mktemp("smoke") / "run"
     process = subprocess.Popen(
         [*COMMAND, "--out", str(out)],

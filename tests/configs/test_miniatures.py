@@ -1,4 +1,4 @@
-"""Every row of the miniature Table 1, and the ends of Figure 5, train otherwise than the default: no axis is without effect."""
+"""Every row of the miniature Table 1 and the ends of Figure 5 train differently from the default."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The packaged configs: each builds, says how it is run, and holds the published recipe that its name promises."""
+"""Each packaged config builds, states its command, and is the published recipe that its name promises."""
 
 import re
 import shlex

@@ -12,7 +12,7 @@ from mae_bench.registry import KINDS
 
 @pytest.fixture
 def fake_kinds(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Register the fake kinds here and in child processes; return the script that is `mae-bench` with them."""
+    """Register the fake kinds here and in child processes; return `mae-bench` with them as a script."""
     here = Path(__file__).parent
     monkeypatch.syspath_prepend(str(here))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent.parent)]))

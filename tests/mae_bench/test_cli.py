@@ -281,7 +281,8 @@ def test_what_needs_no_torch_is_refused_before_it_is_imported(
 def test_a_plan_imports_no_torch(fake_kinds: Path, toy: Path, suite: dict[str, Any]) -> None:
     toy.write_text(json.dumps(suite | {"backbones": {"mae": {"kind": "fake_pretraining"}}}))
     code = (
-        "import sys; import fake_kinds; from mae_bench.registry import KINDS; KINDS.update(fake_kinds.FAKES)\n"
+        "import sys; import fake_kinds\n"
+        "from mae_bench.registry import KINDS; KINDS.update(fake_kinds.FAKES)\n"
         "from mae_bench.cli.app import main; sys.argv = ['mae-bench', *sys.argv[1:]]\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
@@ -566,7 +567,8 @@ def test_verify_is_0_for_equal_models_and_1_for_others(tmp_path: Path, vit: Visi
         "from safetensors.torch import load_file\n"
         "from timm.models.vision_transformer import VisionTransformer\n"
         "def same(path):\n"
-        "    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0)\n"
+        "    sizes = dict(img_size=16, patch_size=8, embed_dim=192, depth=2, num_heads=3)\n"
+        "    model = VisionTransformer(**sizes, num_classes=0)\n"
         "    model.load_state_dict(load_file(path))\n"
         "    return model\n"
         "def other(path):\n"

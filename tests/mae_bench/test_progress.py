@@ -76,7 +76,8 @@ def test_a_job_whose_parent_is_gone_stops(tmp_path: Path) -> None:
     )
     parent = (
         "import subprocess, sys\n"
-        f"c = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE); c.stdout.readline()"
+        f"c = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
+        "c.stdout.readline()"
     )
     subprocess.run([sys.executable, "-c", parent], check=True, timeout=60)
     for _ in range(500):

@@ -43,7 +43,9 @@ def test_a_package_installed_inside_a_strangers_checkout_has_no_commit(
 
 def test_versions_are_read_without_importing() -> None:
     code = (
-        "import sys; from mae_bench.environment.provenance import versions, hardware; found = versions(); hardware()\n"
+        "import sys\n"
+        "from mae_bench.environment.provenance import versions, hardware\n"
+        "found = versions(); hardware()\n"
         "assert found['torch'] and found['timm'] and found['mae_bench'] and found['python'], found\n"
         "print([name for name in ('torch', 'timm', 'numpy') if name in sys.modules])"
     )

@@ -1,4 +1,4 @@
-"""Processes that torchrun or Slurm started: rank 0 runs the suite, all ranks run a cell together, one command line answers."""
+"""Processes started by torchrun or Slurm: rank 0 runs the suite, all ranks run a cell together."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Several processes for one cell: one record, one failure with its cause, a stop that all of them hear, and no orphans."""
+"""Several processes for one cell: one record, one failure with its cause, a common stop, no orphans."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Rows of checkpoints: names from files and folders, patterns of paths, YAML lists, and what is wrong with them."""
+"""Rows of checkpoints: names from files and folders, patterns of paths, YAML lists, and their errors."""
 
 import json
 from pathlib import Path
