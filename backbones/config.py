@@ -37,7 +37,7 @@ class CheckpointConfig(Config):
             raise UserError(
                 "trust: true: no file's code is executed any more",
                 expected="a file that can be read as data",
-                fix="remove the key; if `mae-bench inspect` refuses the file, convert it in a container without "
-                "network: docs/checkpoints.md, section Safe reading",
+                fix="remove the key; if `mae-bench inspect` refuses the file, convert it in a container "
+                "without network: docs/checkpoints.md, section Safe reading",
             )
         return trust

@@ -1,4 +1,4 @@
-"""Each ablation differs from the default in what its name says; the suites have the paper's rows, each once."""
+"""Each ablation differs from the default in what its name says; suites have the paper's rows, each once."""
 
 from collections import Counter
 from functools import cache
