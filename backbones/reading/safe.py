@@ -217,7 +217,7 @@ def _check_zip(file: IO[bytes], path: Path) -> None:
     data = torch._C.PyTorchFileReader(_get_path(file)).get_record("data.pkl")
     stream = io.BytesIO(data)
     _, storages = scan_pickle(stream, size, records)
-    _check_end(stream.tell(), len(data), "its pickle")
+    _check_end(stream.tell(), len(data), "pickle")
     unused = sorted(set(records) - set(storages))
     if unused:
         raise _broken(path, f"{FOREIGN_ZIP} (no tensor uses its entry data/{unused[0][:50]})")
@@ -241,7 +241,10 @@ def _check_entries(file: IO[bytes], path: Path, entries: list[zipfile.ZipInfo]) 
         (length,) = struct.unpack_from("<H", header, 26)
         is_same = file.read(length) == entry.orig_filename.encode() and method == entry.compress_type
         if not is_same or (flags | entry.flag_bits) & ENCRYPTED:
-            raise _broken(path, f"{FOREIGN_ZIP} (the header at byte {entry.header_offset} was changed)")
+            raise _broken(
+                path,
+                f"{FOREIGN_ZIP} (two descriptions of its entry {entry.filename[:50]!r}, or an encrypted one)",
+            )
     file.seek(-END_OF_ZIP, os.SEEK_END)
     end = file.read()
     if not end.startswith(b"PK\x05\x06") or not end.endswith(b"\0\0"):
@@ -253,7 +256,7 @@ def _check_entries(file: IO[bytes], path: Path, entries: list[zipfile.ZipInfo]) 
 def _check_end(end: int, size: int, what: str) -> None:
     """Refuse bytes after the end of a pickle: readers that go on would unpickle them too."""
     if end < size:
-        raise Refused(f"a checkpoint with {size - end} bytes after {what}, which ends at byte {end}")
+        raise Refused(f"a checkpoint with {size - end} bytes after the end of its {what} at byte {end}")
 
 
 def _count(file: IO[bytes], signature: bytes) -> int:
@@ -270,7 +273,7 @@ def _check_legacy(file: IO[bytes]) -> Any:
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         value, _ = scan_pickle(data, size)  # type: ignore[arg-type]
         if value != LEGACY_MAGIC:
-            _check_end(data.tell(), size, "its pickle")
+            _check_end(data.tell(), size, "pickle")
             return build_value(value)
         stored: dict[str, int] = {}
         for _ in range(LEGACY_PICKLES - 1):
@@ -281,7 +284,7 @@ def _check_legacy(file: IO[bytes]) -> Any:
         end = data.tell() + sum(8 + nbytes for nbytes in stored.values())
         if end > size:
             raise Refused("truncated: it holds fewer bytes than its tensors need")
-        _check_end(end, size, "its tensors")
+        _check_end(end, size, "tensors")
     return None
 
 
