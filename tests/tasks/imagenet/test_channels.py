@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from tests.tasks.imagenet.toy import (
     write_images,
 )
 
-STATISTICS = {"mean": (0.5,) * 4, "std": (0.25,) * 4}
+STATISTICS: dict[str, Any] = {"mean": (0.5,) * 4, "std": (0.25,) * 4}
 FOUR = replace(SPEC, in_chans=4, **STATISTICS)
 CHANCE = 100 / 3
 CHANGES = {"supervised": {"model": MODEL | {"in_chans": 4} | STATISTICS}}
@@ -42,7 +43,7 @@ def test_a_protocol_runs_on_arrays_of_four_channels(name: str, tmp_path: Path) -
         "eval_only": lambda: write_classifier(tmp_path, FOUR),
         "supervised": lambda: "",
     }.get(name, lambda: write_backbone(tmp_path / "backbone", FOUR))()
-    changes = CHANGES.get(name, {}) | augment_off(name)
+    changes: dict[str, Any] = CHANGES.get(name, {}) | augment_off(name)
     outcome = run_protocol(name, data, tmp_path / "cell", source, **changes)
     assert outcome.backbone_spec["in_chans"] == 4
     assert not [note for note in outcome.notes if "did not decode" in note]
