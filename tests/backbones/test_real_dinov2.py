@@ -124,9 +124,11 @@ def test_neighbours_of_trained_weights_equal_transformers(folder, tmp_path):
             features["theirs"] += [torch.cat(pooled), labels]
     train, targets, val, truth = features["ours"]
     similarity, found = find_nearest(val, [(train, targets)], K, len(val))
-    predicted = vote(similarity, found, int(truth.max()) + 1, TEMPERATURE)[0][:, 0]
+    top, margin = vote(similarity, found, int(truth.max()) + 1, TEMPERATURE)
+    predicted, settled = top[:, 0], margin > 1e-3  # votes closer than that may hang on the last bits
     expected = classify(*(each.double().numpy() for each in features["theirs"]))
-    assert (predicted.numpy() == expected).all()
+    assert settled.double().mean() > 0.95
+    assert (predicted.numpy() == expected)[settled.numpy()].all()
     assert (predicted == truth).double().mean() > 0.5  # 10 classes
 
 

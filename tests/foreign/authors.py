@@ -312,6 +312,22 @@ def pool_crossmae(model: Any, imgs: torch.Tensor, output: str) -> torch.Tensor:
 # DINO, iBOT, DINOv2
 
 
+def make_square_toy(
+    name: str, module: nn.Module, forward: Forward, options: dict[str, Any], side: int, imgs: Size | None
+) -> Toy:
+    """Return a toy whose table is square, for images of `side` pixels or of another size `imgs`."""
+    return Toy(
+        name,
+        module,
+        forward,
+        imgs or (side, side),
+        options["num_heads"],
+        vit="backbone.",
+        patch=options["patch_size"],
+        img_size=(side, side) if imgs else None,
+    )
+
+
 def dino() -> Iterator[Toy]:
     vits, utils = import_module("vision_transformer"), import_module("utils")
 
@@ -319,21 +335,11 @@ def dino() -> Iterator[Toy]:
         options = {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 4, **kwargs}
         vit = vits.VisionTransformer(img_size=[side], qkv_bias=True, norm_layer=NORM, **options)
         head = vits.DINOHead(options["embed_dim"], 24, **HEAD)
-        size = imgs or (side, side)
 
         def forward(model: Any, imgs: torch.Tensor) -> torch.Tensor:
             return model.backbone.get_intermediate_layers(imgs, 1)[0]
 
-        return Toy(
-            name,
-            utils.MultiCropWrapper(vit, head),
-            forward,
-            size,
-            options["num_heads"],
-            vit="backbone.",
-            patch=options["patch_size"],
-            img_size=None if size == (side, side) else (side, side),
-        )
+        return make_square_toy(name, utils.MultiCropWrapper(vit, head), forward, options, side, imgs)
 
     yield from make_plain_toys(make)
 
@@ -359,35 +365,21 @@ def make_plain_toys(make: Callable[..., Toy]) -> Iterator[Toy]:
 
 
 def ibot() -> Iterator[Toy]:
-    vits, heads, utils = (
-        import_module("models.vision_transformer"),
-        import_module("models.head"),
-        import_module("utils"),
-    )
+    vits, heads = import_module("models.vision_transformer"), import_module("models.head")
+    utils = import_module("utils")
 
     def make(name: str, side: int = 64, imgs: Size | None = None, shared: bool = False, **kwargs: Any) -> Toy:
         options = {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 4, **kwargs}
         vit = vits.VisionTransformer(img_size=[side], qkv_bias=True, return_all_tokens=True, **options)
         head = heads.iBOTHead(options["embed_dim"], 24, patch_out_dim=24, shared_head=shared, **HEAD)
-        size = imgs or (side, side)
 
         def forward(model: Any, imgs: torch.Tensor) -> torch.Tensor:
             grid = (imgs.shape[2] // options["patch_size"], imgs.shape[3] // options["patch_size"])
             mask = torch.zeros((len(imgs), *grid), dtype=torch.bool)
-            return (
-                model.backbone(imgs, mask=mask) if kwargs.get("masked_im_modeling") else model.backbone(imgs)
-            )
+            masks = {"mask": mask} if kwargs.get("masked_im_modeling") else {}
+            return model.backbone(imgs, **masks)
 
-        return Toy(
-            name,
-            utils.MultiCropWrapper(vit, head),
-            forward,
-            size,
-            options["num_heads"],
-            vit="backbone.",
-            patch=options["patch_size"],
-            img_size=None if size == (side, side) else (side, side),
-        )
+        return make_square_toy(name, utils.MultiCropWrapper(vit, head), forward, options, side, imgs)
 
     yield from make_plain_toys(make)
     yield make("student", masked_im_modeling=True)
@@ -418,17 +410,7 @@ def dinov2() -> Iterator[Toy]:
         parts: dict[str, nn.Module] = {"backbone": vit}
         for head in ("dino_head", "ibot_head") if ibot else ("dino_head",):
             parts[head] = heads.DINOHead(options["embed_dim"], 24, **HEAD)
-        size = imgs or (side, side)
-        return Toy(
-            name,
-            nn.ModuleDict(parts),
-            forward,
-            size,
-            options["num_heads"],
-            vit="backbone.",
-            patch=options["patch_size"],
-            img_size=None if size == (side, side) else (side, side),
-        )
+        return make_square_toy(name, nn.ModuleDict(parts), forward, options, side, imgs)
 
     registers: dict[str, Any] = {
         "num_register_tokens": 4,
