@@ -28,10 +28,10 @@ from tests.tasks.imagenet.toy import (
 STATISTICS: dict[str, Any] = {"mean": (0.5,) * 4, "std": (0.25,) * 4}
 FOUR = replace(SPEC, in_chans=4, **STATISTICS)
 CHANCE = 100 / 3
-CHANGES = {"supervised": {"model": MODEL | {"in_chans": 4} | STATISTICS}}
+CHANGES: dict[str, dict[str, Any]] = {"supervised": {"model": MODEL | {"in_chans": 4} | STATISTICS}}
 
 
-def augment_off(name: str) -> dict[str, None]:
+def augment_off(name: str) -> dict[str, Any]:
     """Return the change without which the protocols that train the backbone refuse arrays."""
     return {"auto_augment": None} if name in ("finetune", "supervised", "partial") else {}
 
