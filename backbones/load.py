@@ -11,11 +11,13 @@ from backbones.reading.safe import check_values
 from backbones.reading.source import Checkpoint, open_source
 from backbones.translating.detect import detect, find_formats, get_format
 from backbones.translating.infer import infer_spec
-from backbones.translating.report import ConversionReport
+from backbones.translating.origins import find_assumptions
+from backbones.translating.report import ConversionReport, read_assumptions
 from backbones.translating.resample import resample
 from backbones.translating.structure import infer_global_pool
 from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
+from mae_bench.job import SPEC_FILE
 from mae_bench.models.create import Size, parse_size
 from mae_bench.models.vit import ARCHS, ViT, build_vit
 from mae_bench.spec import BackboneSpec
@@ -139,6 +141,7 @@ def translate(
     translation.notes += _make_notes(checkpoint, translation, format)
     _restore_names(checkpoint, translation)
     spec = infer_spec(translation, checkpoint.source, checkpoint.stated_spec, overrides)
+    translation.assumptions = find_assumptions(name, translation, checkpoint, spec, overrides)
     return name, translation, spec
 
 
@@ -279,4 +282,5 @@ def make_report(checkpoint: Checkpoint, format: str, translation: Translation) -
         new=translation.new,
         files=checkpoint.files,
         notes=[*checkpoint.notes, *translation.notes],
+        assumptions=[*read_assumptions(checkpoint.beside.get(SPEC_FILE, {})), *translation.assumptions],
     )

@@ -8,10 +8,10 @@ from safetensors.torch import save
 
 from mae_bench.files import file_digest, write_atomic, write_json
 from mae_bench.job import EXPORT as EXPORT
+from mae_bench.job import SPEC_FILE as SPEC_FILE
 from mae_bench.spec import BackboneSpec
 
 WEIGHTS_FILE = "backbone.safetensors"
-SPEC_FILE = "backbone.json"
 
 
 def write_export(

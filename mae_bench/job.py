@@ -7,6 +7,7 @@ from typing import Any
 from mae_bench.record import Outcome as Outcome
 
 EXPORT = "export"  # subfolder of a job with the backbone it made
+SPEC_FILE = "backbone.json"  # in that folder: spec, digest and provenance
 STATES = "checkpoints"  # subfolder of a job with its training states; the worker removes it after success
 
 

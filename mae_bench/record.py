@@ -20,6 +20,7 @@ NOT_IDENTITY = frozenset(
     {
         "data",
         "num_workers",
+        "nearest_to",
         "max_bad_images",
         "overlap",
         "checkpoint_seconds",

@@ -25,6 +25,11 @@ class Kind:
             again.
         distributed: whether several processes, one per GPU, can run it together.
         of: the `task` of its records, where it differs from the layout.
+        describe: "module:object" of a function config -> (BackboneSpec or None, assumptions), which describes
+            the backbone that the job will make; "" if nothing is known before.
+        fit: "module:object" of a function (config, BackboneSpec) -> config, which fills in what depends on
+            the backbone or raises UserError; "" if nothing does. Its module imports no framework.
+        in_chans: number of channels of its data; 0 for any.
     """
 
     config: str
@@ -35,12 +40,18 @@ class Kind:
     version: int = 1
     distributed: bool = False
     of: str = ""
+    describe: str = ""
+    fit: str = ""
+    in_chans: int = 0
 
     @property
     def task(self) -> str:
         """The `task` of its records and failures."""
         return "pretrain" if self.emits_backbone else self.of or self.layout
 
+
+DESCRIBE_MODEL = "mae_bench.pretrain.config:describe_model"
+FIT_IMAGENET = "tasks.imagenet.fit:fit"
 
 KINDS: dict[str, Kind] = {
     "pretrain": Kind(
@@ -49,9 +60,14 @@ KINDS: dict[str, Kind] = {
         "images",
         emits_backbone=True,
         distributed=True,
+        describe=DESCRIBE_MODEL,
     ),
     "random": Kind(
-        "mae_bench.pretrain.config:RandomConfig", "mae_bench.pretrain.job:run_random", "", emits_backbone=True
+        "mae_bench.pretrain.config:RandomConfig",
+        "mae_bench.pretrain.job:run_random",
+        "",
+        emits_backbone=True,
+        describe=DESCRIBE_MODEL,
     ),
     "supervised": Kind(
         "tasks.imagenet.config:SupervisedConfig",
@@ -59,16 +75,29 @@ KINDS: dict[str, Kind] = {
         "imagenet",
         emits_backbone=True,
         distributed=True,
+        describe=DESCRIBE_MODEL,
+        fit=FIT_IMAGENET,
     ),
-    "checkpoint": Kind("backbones.config:CheckpointConfig", "backbones.job:run", "", emits_backbone=True),
+    "checkpoint": Kind(
+        "backbones.config:CheckpointConfig",
+        "backbones.job:run",
+        "",
+        emits_backbone=True,
+        describe="backbones.describe:describe",
+    ),
     "finetune": Kind(
-        "tasks.imagenet.config:FinetuneConfig", "tasks.imagenet.finetune:run", "imagenet", distributed=True
+        "tasks.imagenet.config:FinetuneConfig",
+        "tasks.imagenet.finetune:run",
+        "imagenet",
+        distributed=True,
+        fit=FIT_IMAGENET,
     ),
     "partial_finetune": Kind(
         "tasks.imagenet.config:PartialFinetuneConfig",
         "tasks.imagenet.partial_finetune:run",
         "imagenet",
         distributed=True,
+        fit=FIT_IMAGENET,
     ),
     "linear_probe": Kind(
         "tasks.imagenet.config:LinearProbeConfig",
@@ -76,10 +105,21 @@ KINDS: dict[str, Kind] = {
         "imagenet",
         distributed=True,
         version=2,
+        fit=FIT_IMAGENET,
     ),
-    "knn": Kind("tasks.imagenet.config:KnnConfig", "tasks.imagenet.knn:run", "imagenet", distributed=True),
+    "knn": Kind(
+        "tasks.imagenet.config:KnnConfig",
+        "tasks.imagenet.knn:run",
+        "imagenet",
+        distributed=True,
+        fit=FIT_IMAGENET,
+    ),
     "few_shot": Kind(
-        "tasks.imagenet.config:FewShotConfig", "tasks.imagenet.few_shot:run", "imagenet", distributed=True
+        "tasks.imagenet.config:FewShotConfig",
+        "tasks.imagenet.few_shot:run",
+        "imagenet",
+        distributed=True,
+        fit=FIT_IMAGENET,
     ),
     "eval_only": Kind(
         "tasks.imagenet.config:EvalOnlyConfig",
@@ -87,6 +127,7 @@ KINDS: dict[str, Kind] = {
         "imagenet_val",
         distributed=True,
         of="imagenet",
+        fit=FIT_IMAGENET,
     ),
     "robustness": Kind(
         "tasks.imagenet.config:RobustnessConfig",
@@ -94,10 +135,17 @@ KINDS: dict[str, Kind] = {
         "image_sets",
         distributed=True,
         of="imagenet",
+        fit=FIT_IMAGENET,
     ),
-    "maskrcnn": Kind("tasks.coco.config:MaskRCNNConfig", "tasks.coco.maskrcnn:run", "coco", extra="coco"),
+    "maskrcnn": Kind(
+        "tasks.coco.config:MaskRCNNConfig", "tasks.coco.maskrcnn:run", "coco", extra="coco", in_chans=3
+    ),
     "upernet": Kind(
-        "tasks.ade20k.config:UPerNetConfig", "tasks.ade20k.upernet:run", "ade20k", extra="ade20k"
+        "tasks.ade20k.config:UPerNetConfig",
+        "tasks.ade20k.upernet:run",
+        "ade20k",
+        extra="ade20k",
+        in_chans=3,
     ),
 }
 

@@ -43,6 +43,28 @@ def find_origins(
     }
 
 
+def find_assumptions(
+    format: str,
+    translation: Translation,
+    checkpoint: Checkpoint,
+    spec: BackboneSpec,
+    overrides: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Return the fields of the spec that neither the user, the file nor its tensors state, per source.
+
+    For example "num_heads 6, norm_eps 1e-06: assumed for timm".
+    """
+    fields_of: dict[str, list[str]] = {}
+    for name, origin in find_origins(format, translation, checkpoint, spec, overrides).items():
+        if origin not in (GIVEN, FILE, TENSORS):
+            fields_of.setdefault(origin, []).append(f"{name} {_format(getattr(spec, name))}")
+    return [f"{', '.join(names)}: {origin}" for origin, names in fields_of.items()]
+
+
+def _format(value: Any) -> str:
+    return "(" + ", ".join(f"{item:g}" for item in value) + ")" if isinstance(value, tuple) else str(value)
+
+
 def _fields_of_family(name: str, assumed: Mapping[str, Any]) -> dict[str, str]:
     stated = family(name) if name else {}
     return {

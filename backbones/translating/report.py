@@ -1,5 +1,6 @@
 """ConversionReport: the account of what was done with every key of a checkpoint."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,7 +21,10 @@ class ConversionReport:
         dropped: Source key -> reason.
         new: Target key -> reason.
         files: File name -> SHA-256, for every file that was read.
-        notes: Assumptions, and what the user should know about these weights.
+        notes: What the user should know about these weights.
+        assumptions: Spec fields that are assumed, or taken from what the family publishes, with their values
+            and the source of the assumption. Those of an export are those of the checkpoint that it was
+            converted from.
     """
 
     source: str
@@ -32,7 +36,13 @@ class ConversionReport:
     new: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
         return asdict(self)
+
+
+def read_assumptions(export: Mapping[str, Any]) -> list[str]:
+    """Return the assumptions about the checkpoint that an export was converted from, from its description."""
+    return list(export.get("provenance", {}).get("converted", {}).get("assumptions", []))

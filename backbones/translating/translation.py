@@ -45,6 +45,7 @@ class Translation:
         needed: Options or BackboneSpec fields that cannot be inferred from the file and that the user, or the
             spec in the file, must state.
         hint: What to answer when a needed field is missing.
+        assumptions: The spec fields that are assumed or the family's (`origins.find_assumptions`).
     """
 
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class Translation:
     assumed: dict[str, Any] = field(default_factory=dict)
     needed: tuple[str, ...] = ()
     hint: str = ""
+    assumptions: list[str] = field(default_factory=list)
 
 
 class Format(Protocol):

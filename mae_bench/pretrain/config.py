@@ -135,3 +135,8 @@ class RandomConfig(Config):
     protocol: str = "random-init"
     model: ModelConfig
     global_pool: Literal["token", "avg"] = "token"
+
+
+def describe_model(config: Any) -> tuple[BackboneSpec, list[str]]:
+    """Return the spec of the ViT that a job with a `model` will make, about which nothing is assumed."""
+    return config.model.spec(pretrain_method="unknown", pretrain_data="unknown"), []

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +89,7 @@ class View:
         self.console = console
         self._tails: dict[Path, WorkerStatus] = {}
         self._began, self._total, self._ended, self._failed = time.monotonic(), 0, 0, 0
+        self._assumed: set[tuple[str, str]] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -105,6 +106,13 @@ class View:
     def say(self, message: str) -> None:
         """Print a message that concerns the whole run."""
         self._print(escape(message))
+
+    def say_assumptions(self, backbone: str, assumptions: Iterable[str]) -> None:
+        """Print what is assumed about a checkpoint, each assumption once."""
+        for assumption in assumptions:
+            if (backbone, assumption) not in self._assumed:
+                self._assumed.add((backbone, assumption))
+                self.say(f"{backbone}: {assumption}")
 
     def start(self, folder: Path, name: str, processes: int = 1, imgs_per_step: int = 0) -> None:
         """Follow the worker, or the ranks, in `folder`; `imgs_per_step` is 0 if unknown."""

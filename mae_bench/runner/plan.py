@@ -13,6 +13,7 @@ from mae_bench.environment.provenance import visible_gpus
 from mae_bench.errors import UserError
 from mae_bench.record import RECORD_FILE, Failure, ResultRecord
 from mae_bench.registry import EXTRAS, kind, load_object
+from mae_bench.runner.fitting import find_misfits, preview_backbones
 from mae_bench.runner.runner import check_data, num_processes
 from mae_bench.suite.cell import CELL_FILE, Cell
 from mae_bench.suite.config import Place, SuiteConfig, expand
@@ -33,11 +34,18 @@ def plan_of(suite: SuiteConfig) -> dict[str, Any]:
     if suite.demo_data:
         problems = {}
     cells, processes = expand(suite, digests), num_processes(suite, num_gpus(suite))
+    previews = preview_backbones(cells)
+    misfits = find_misfits(cells, previews, digests)
     planned = []
     for cell in cells:
         result = cell.result()
+        error = misfits.get(cell.dir)
+        if error is None and result is None and cell.dir in previews:
+            error = previews[cell.dir].error  # a checkpoint that was tried has its failure
         planned.append(
-            as_dict(cell, result) | _prospect(cell, result, problems) | _devices(cell, result, processes)
+            as_dict(cell, result)
+            | _prospect(cell, result, problems, error)
+            | _devices(cell, result, processes)
         )
     return {"suite": suite.name, "out": suite.out, "cells": planned}
 
@@ -65,14 +73,14 @@ def _devices(cell: Cell, result: ResultRecord | Failure | None, processes: int) 
 
 
 def _prospect(
-    cell: Cell, result: ResultRecord | Failure | None, problems: dict[Place, Any]
+    cell: Cell, result: ResultRecord | Failure | None, problems: dict[Place, Any], error: UserError | None
 ) -> dict[str, Any]:
     """Return what would keep a cell without a record from running."""
     if isinstance(result, ResultRecord):
         return {}
     chosen = kind(cell.kind)
     place: Any = (chosen.layout, cell.config.get("data"))
-    problem = problems.get(place)
+    problem = problems.get(place) or error
     if problem:
         return {"state": "would fail", "reason": problem.given, "fix": problem.fix}
     missing = EXTRAS[chosen.extra].missing() if chosen.extra else []

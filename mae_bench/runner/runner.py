@@ -19,6 +19,7 @@ from mae_bench.progress import STOP_SIGNALS
 from mae_bench.record import FAILURE_FILE, Failure, ResultRecord, write_failure
 from mae_bench.registry import kind
 from mae_bench.runner.demo_worker import ask_for_data
+from mae_bench.runner.fitting import Preview, assumptions_of, find_misfits, preview_backbones
 from mae_bench.runner.launcher import LaunchGroup, check_gpus
 from mae_bench.runner.live import View
 from mae_bench.runner.processes import POLL_SECONDS, Process, Worker, start_ranks, stop_all
@@ -106,9 +107,9 @@ def run_suite(
     """Generate demo data if the suite has any, check all data, then run every unfinished cell.
 
     `group` is the launched processes, of which this is rank 0; they run the cells of distributed kinds. Raise
-    UserError before any cell runs for invalid data, a missing checkpoint or a folder in use by another
-    runner. Raise Interrupted after a stop signal, once the workers have saved their state; the same call
-    resumes.
+    UserError before any cell runs for invalid data, a missing checkpoint, a folder in use by another runner,
+    or a backbone that does not fit a task or its data. Raise Interrupted after a stop signal, once the
+    workers have saved their state; the same call resumes.
     """
     out, capacity = Path(suite.out), capacity_of(suite, group.size if group else 1)
     check_sources(suite)
@@ -119,7 +120,14 @@ def run_suite(
         digests, errors = check_data(suite)
         if errors:
             raise UserError("\n".join(str(error) for error in errors.values()))
-        runner = Runner(expand(suite, digests), capacity, suite.threads, command, view, group)
+        cells = expand(suite, digests)
+        previews = preview_backbones(cells)
+        misfits = {str(error): None for error in find_misfits(cells, previews, digests).values()}
+        if misfits:
+            raise UserError("\n".join(misfits))
+        for cell in cells:
+            view.say_assumptions(cell.backbone, previews.get(cell.dir, Preview()).assumptions)
+        runner = Runner(cells, capacity, suite.threads, command, view, group)
         runner.run(stop)
     return [(cell, runner.results[cell.dir]) for cell in runner.cells]
 
@@ -298,6 +306,8 @@ class Runner:
             cell.dir.mkdir(parents=True, exist_ok=True)
             write_failure(result, cell.dir / FAILURE_FILE)
         self.results[cell.dir] = result
+        if cell.upstream is None and isinstance(result, ResultRecord):  # known only now for weights on a hub
+            self.view.say_assumptions(cell.backbone, assumptions_of(result))
         self.view.end(cell.dir, cell.name, result)
 
 

@@ -28,6 +28,7 @@ from mae_bench.record import (
     write_record,
 )
 from mae_bench.registry import Kind, load_object
+from mae_bench.runner.fitting import fit_to_backbone, read_exported_spec
 from mae_bench.suite.cell import CELL_FILE, LOG_FILE, Cell
 
 LOCK_FILE = ".lock"
@@ -200,13 +201,16 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
     progress.stage("load")
     here = {"data": expand_variables(cell.config["data"])} if order.kind.layout else {}
     config = build(load_object(order.kind.config), cell.config | here, cell.name)
+    fitted = _fit(order, config)
+    used, notes = cell.config | _changes(config, fitted), _describe_fit(config, fitted)
     run = load_object(order.kind.run)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(order.threads)
     source = str(cell.upstream / EXPORT) if cell.upstream else ""
-    job = Job(cell.name, cell.kind, cell.config, cell.dir, cell.seed, source, order.device)
-    outcome: Outcome = run(config, job, progress)
+    job = Job(cell.name, cell.kind, used, cell.dir, cell.seed, source, order.device)
+    outcome: Outcome = run(fitted, job, progress)
     measured: dict[str, Any] = {field.name: getattr(outcome, field.name) for field in fields(Outcome)}
+    measured["notes"] = [*notes, *outcome.notes]
     if cell.upstream and outcome.conversion_report:
         source = f"run:{cell.backbone}"  # not a path of this machine
         measured["conversion_report"] = outcome.conversion_report | {"source": source}
@@ -215,8 +219,8 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
         backbone=cell.backbone,
         protocol=cell.config.get("protocol", cell.kind),
         seed=cell.seed,
-        config=cell.config,
-        config_digest=json_digest(identity(type(config), cell.config)),
+        config=used,
+        config_digest=json_digest(identity(type(config), used)),
         versions=versions(),
         git_hash=code,
         hardware=hardware()
@@ -226,6 +230,28 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
         started=started,
         finished=now(),
     )
+
+
+def _fit(order: Order, config: Any) -> Any:
+    """Return the config with the values that depend on the backbone of a transfer."""
+    spec = read_exported_spec(order.cell.upstream) if order.cell.upstream else None
+    return fit_to_backbone(order.kind, config, spec) if spec else config
+
+
+def _changes(config: Any, fitted: Any) -> dict[str, Any]:
+    """Return the values of `fitted` that are not those of `config`, as JSON types."""
+    if fitted is config:
+        return {}
+    before = config.model_dump(mode="json")
+    return {key: value for key, value in fitted.model_dump(mode="json").items() if value != before[key]}
+
+
+def _describe_fit(config: Any, fitted: Any) -> list[str]:
+    """Return a note for each value that depends on the backbone."""
+    return [
+        f"{key}={getattr(config, key)} is {value} for this backbone"
+        for key, value in _changes(config, fitted).items()
+    ]
 
 
 def environment(threads: int, visible: str | None) -> dict[str, str]:

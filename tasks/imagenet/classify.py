@@ -32,6 +32,7 @@ from tasks.imagenet.config import ClassifyConfig, EvalConfig, ImageConfig, Poole
 from tasks.imagenet.crops import build_train_crop
 from tasks.imagenet.data import Data
 from tasks.imagenet.evaluate import Feed, predict_images, watch_epochs
+from tasks.imagenet.fit import resolve_img_size
 
 # The MLP half of timm's blocks; gamma_2 is a parameter of BEiT's and EVA's.
 MLP_HALF = ("norm2", "mlp", "ls2", "gamma_2", "drop_path2")
@@ -107,17 +108,6 @@ def forward_head(
         return head(features)
     with torch.autocast(features.device.type, enabled=False):
         return head(features.float())
-
-
-def resolve_img_size(config: ImageConfig, spec: BackboneSpec) -> tuple[int, int]:
-    """Return the image size of the protocol; raise UserError if it is not a multiple of the patch size."""
-    size = config.img_size or spec.img_size
-    if any(side % patch for side, patch in zip(size, spec.patch_size, strict=True)):
-        raise UserError(
-            f"img_size {size} with patch_size {spec.patch_size}",
-            expected="sides that are multiples of the patch's",
-        )
-    return size
 
 
 P = TypeVar("P", bound=PooledConfig)

@@ -2,12 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from mae_bench.config import JobConfig, NotIdentity, TrainConfig
 from mae_bench.pretrain.config import ModelConfig
 
 Pool = Literal["token", "avg"]
+# A size that follows from the backbone's patch: nearest-HEIGHTxWIDTH.
+NEAREST = r"nearest-([1-9]\d*)x([1-9]\d*)"
 DataSet = Literal["imagenet-1k", "inat-2017", "inat-2018", "inat-2019", "places205", "places365"]
 
 # Fields of partial_finetune that its linear probe (0 blocks) takes over.
@@ -17,6 +19,7 @@ SHARED_WITH_PROBE = (
     "max_bad_images",
     "global_pool",
     "img_size",
+    "nearest_to",
     "crop_pct",
     "eval_batch_size",
     "amp_dtype",
@@ -40,8 +43,14 @@ SHARED_WITH_PROBE = (
 class ImageConfig(JobConfig):
     """Fields of every protocol on the ImageNet layout."""
 
-    img_size: tuple[int, int] | None = Field(
-        None, description="(height, width) of the input in pixels; null: the size the backbone was trained at"
+    img_size: tuple[int, int] | Annotated[str, Field(pattern=f"^{NEAREST}$")] | None = Field(
+        None,
+        description="(height, width) of the input in pixels; null: the size the backbone was trained at; "
+        "nearest: the multiples of the backbone's patch that are nearest to nearest_to, or to HxW by "
+        "nearest-HxW",
+    )
+    nearest_to: NotIdentity[tuple[PositiveInt, PositiveInt]] = Field(
+        (224, 224), description="what img_size=nearest stands for; img_size then becomes nearest-HxW"
     )
     crop_pct: float = Field(
         0.875,
@@ -63,6 +72,15 @@ class ImageConfig(JobConfig):
         "note",
         description="what to do if both splits contain byte-identical images: note it or refuse to run",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_nearest(cls, value: Any) -> Any:
+        """Write the size that `nearest` stands for into img_size, which identifies the protocol."""
+        if not isinstance(value, dict) or value.get("img_size") != "nearest":
+            return value
+        height, width = value.get("nearest_to", cls.model_fields["nearest_to"].default)
+        return {**value, "img_size": f"nearest-{height}x{width}"}
 
 
 class PooledConfig(ImageConfig):

@@ -9,9 +9,9 @@ from mae_bench.data.batches.transforms import (
 )
 from mae_bench.data.sets.decode import holds_arrays
 from mae_bench.data.sets.source import ImageSource
-from mae_bench.errors import UserError
 from mae_bench.spec import BackboneSpec
 from tasks.imagenet.config import EvalConfig, ImageConfig
+from tasks.imagenet.fit import require_no_augment
 
 
 def build_train_crop(
@@ -51,13 +51,3 @@ def build_eval_crop(config: ImageConfig, spec: BackboneSpec, images: ImageSource
 def is_rgb(spec: BackboneSpec, images: ImageSource) -> bool:
     """Return whether Pillow reads the images, as RGB, and timm's and torchvision's transforms apply."""
     return spec.in_chans == 3 and not holds_arrays(images)
-
-
-def require_no_augment(auto_augment: str | None, spec: BackboneSpec) -> None:
-    """Raise UserError if RandAugment is asked for."""
-    if auto_augment:
-        raise UserError(
-            f"auto_augment={auto_augment} with arrays, or images of {spec.in_chans} channels",
-            expected="RGB images of 8 bits, for which RandAugment is defined",
-            fix="set tasks.NAME.auto_augment=null",
-        )

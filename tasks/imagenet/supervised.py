@@ -12,10 +12,11 @@ from mae_bench.job import Job, Outcome
 from mae_bench.models.vit import build_vit
 from mae_bench.progress import Progress
 from tasks.context import TaskContext
-from tasks.imagenet.classify import Classifier, require_pool, resolve_img_size, train_classifier
+from tasks.imagenet.classify import Classifier, require_pool, train_classifier
 from tasks.imagenet.config import SupervisedConfig
 from tasks.imagenet.data import open_data
 from tasks.imagenet.evaluate import score
+from tasks.imagenet.fit import resolve_img_size
 
 
 def run(config: SupervisedConfig, job: Job, progress: Progress) -> Outcome:

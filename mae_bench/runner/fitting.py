@@ -1,0 +1,139 @@
+"""Fit the config of a transfer to its backbone, and find what does not fit before any cell runs."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mae_bench.config import build, expand_variables
+from mae_bench.data.checks.channels import LAYOUTS, check_channels
+from mae_bench.errors import UserError
+from mae_bench.job import EXPORT, SPEC_FILE
+from mae_bench.record import ResultRecord
+from mae_bench.registry import Kind, kind, load_object
+from mae_bench.spec import BackboneSpec
+from mae_bench.suite.cell import Cell
+from mae_bench.suite.config import Place
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What is known of a backbone before the transfers run.
+
+    Attributes:
+        spec: None if it is not known yet, for example of weights that are not downloaded.
+        assumptions: what was assumed about a checkpoint, one sentence per source of an assumption.
+        error: why the checkpoint cannot be read.
+    """
+
+    spec: BackboneSpec | None = None
+    assumptions: tuple[str, ...] = ()
+    error: UserError | None = None
+
+
+def preview_backbones(cells: list[Cell]) -> dict[Path, Preview]:
+    """Return the preview of each backbone that an unfinished cell makes or uses, by the folder of its cell.
+
+    A finished cell has it in its record. Otherwise its config or its checkpoint is read; checkpoints import
+    torch, unless they are exports of ours or were read before.
+    """
+    used = {cell.upstream or cell.dir for cell in cells if not isinstance(cell.result(), ResultRecord)}
+    return {cell.dir: _preview(cell) for cell in cells if cell.upstream is None and cell.dir in used}
+
+
+def _preview(cell: Cell) -> Preview:
+    record, chosen = cell.result(), kind(cell.kind)
+    try:
+        if isinstance(record, ResultRecord):
+            spec = BackboneSpec.from_dict(record.backbone_spec) if record.backbone_spec else None
+            return Preview(spec, assumptions_of(record))
+        if not chosen.describe:
+            return Preview()
+        spec, assumptions = load_object(chosen.describe)(_build(chosen, cell))
+    except UserError as error:
+        return Preview(error=error)
+    return Preview(spec, tuple(assumptions))
+
+
+def assumptions_of(record: ResultRecord) -> tuple[str, ...]:
+    """Return what was assumed about the checkpoint of a record's backbone."""
+    return tuple(record.conversion_report.get("assumptions", ()))
+
+
+def find_misfits(
+    cells: list[Cell], previews: Mapping[Path, Preview], digests: Mapping[Place, str]
+) -> dict[Path, UserError]:
+    """Return why unfinished cells cannot run on their backbone or their data, by the folder of the cell.
+
+    Data without a digest is missing or not generated yet, and is not read.
+    """
+    found: dict[Path, UserError] = {}
+    known: dict[Any, UserError | None] = {}
+    for cell in cells:
+        preview = previews.get(cell.upstream or cell.dir, Preview())
+        if preview.spec is None or isinstance(cell.result(), ResultRecord):
+            continue
+        key = cell.row, cell.upstream or cell.dir
+        if key not in known:
+            known[key] = _find_misfit(cell, preview.spec, digests, known)
+        problem = known[key]
+        if problem:
+            found[cell.dir] = problem
+    return found
+
+
+def _find_misfit(
+    cell: Cell, spec: BackboneSpec, digests: Mapping[Place, str], known: dict[Any, UserError | None]
+) -> UserError | None:
+    chosen = kind(cell.kind)
+    place: Any = (chosen.layout, cell.config.get("data"))
+    problem = None
+    try:
+        fit_to_backbone(chosen, _build(chosen, cell), spec)
+    except UserError as error:
+        problem = error
+    if problem is None and chosen.layout in LAYOUTS and place in digests:
+        images = *place, spec.in_chans
+        if images not in known:
+            known[images] = _check_channels(*images)
+        problem = known[images]
+    if problem is None:
+        return None
+    names = {"tasks.NAME": f"tasks.{cell.row}", "backbones.NAME": f"backbones.{cell.backbone}"}
+    fix = problem.fix
+    for name, own in names.items():
+        fix = fix.replace(name, own)
+    what = cell.backbone if cell.upstream is None else f"{cell.backbone} · {cell.row}"
+    return UserError(f"{what}: {problem.given}", expected=problem.expected, fix=fix)
+
+
+def _check_channels(layout: str, data: str, in_chans: int) -> UserError | None:
+    try:
+        check_channels(layout, expand_variables(data), in_chans)
+    except UserError as error:
+        return error
+    return None
+
+
+def _build(chosen: Kind, cell: Cell) -> Any:
+    return build(load_object(chosen.config), cell.config, cell.name)
+
+
+def fit_to_backbone(chosen: Kind, config: Any, spec: BackboneSpec) -> Any:
+    """Return the config with the values that depend on the backbone; raise UserError if it cannot run."""
+    if chosen.in_chans not in (0, spec.in_chans):
+        raise UserError(
+            f"a backbone of {spec.in_chans} channels (in_chans)",
+            expected=f"{chosen.in_chans}: the images of {chosen.layout} are RGB",
+            fix="leave the task or the backbone out: tasks.NAME=null or backbones.NAME=null",
+        )
+    return load_object(chosen.fit)(config, spec) if chosen.fit else config
+
+
+def read_exported_spec(folder: Path) -> BackboneSpec | None:
+    """Return the spec of the backbone that the cell in `folder` made; None if it exported none."""
+    path = folder / EXPORT / SPEC_FILE
+    if not path.is_file():
+        return None
+    return BackboneSpec.from_dict(json.loads(path.read_text(encoding="utf-8"))["spec"])
