@@ -67,6 +67,8 @@ def inspect_checkpoint(source: str | Path, **options: Unpack[ReadOptions]) -> di
         "format": report.format,
         "architecture": describe_architecture(spec),
         "weights": checkpoint.label,
+        "licence": checkpoint.licence,
+        "published_score": checkpoint.score,
         "sha256": checkpoint.digest,
         "files": checkpoint.files,
         "bytes": checkpoint.size,
@@ -148,6 +150,8 @@ def render(inspection: Mapping[str, Any]) -> RenderableType:
     facts = {
         "format": inspection["format"],
         "architecture": inspection["architecture"],
+        "licence": inspection["licence"] or "unknown: see where the weights were published",
+        **({"published score": inspection["published_score"]} if inspection["published_score"] else {}),
         "size": f"{size}, {', '.join(inspection['dtypes'])}",
         **{f"{part} parameters": f"{count:,}" for part, count in inspection["parameters"].items()},
         **{f"also in the file: {key}": value for key, value in inspection["extras"].items()},

@@ -283,4 +283,5 @@ def make_report(checkpoint: Checkpoint, format: str, translation: Translation) -
         files=checkpoint.files,
         notes=[*checkpoint.notes, *translation.notes],
         assumptions=[*read_assumptions(checkpoint.beside.get(SPEC_FILE, {})), *translation.assumptions],
+        licence=checkpoint.licence,
     )

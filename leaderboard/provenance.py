@@ -47,6 +47,7 @@ def _collect_facts(runs: Runs, run: Run) -> dict[str, str]:
         "seed": str(record.seed),
         "metrics": "\n".join(metrics),
         "backbone digest": record.backbone_digest,
+        "licence of the weights": str(record.conversion_report.get("licence") or "unknown"),
         "config digest": record.config_digest,
         "training, features, evaluation": ", ".join(format_duration(record.cost.get(name)) for name in TIMES),
         "hardware": _join_pairs(record.hardware),

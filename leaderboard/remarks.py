@@ -1,8 +1,10 @@
 """Sections that are lists of sentences: problems, missing scores, verdicts and notes."""
 
+from leaderboard.columns import PRETRAIN
 from leaderboard.gallery import find_problems
 from leaderboard.sections import Bullets, Results, Section
 from leaderboard.wording import describe_failure
+from mae_bench.record import NO_BACKBONE
 
 
 def build_problems(results: Results) -> Section | None:
@@ -12,8 +14,16 @@ def build_problems(results: Results) -> Section | None:
 
 
 def build_failures(results: Results) -> Section | None:
-    """Return every cell that failed or could not run, with its reason."""
-    return _build_list("Missing scores", [describe_failure(lost) for lost in results.comparison.failures])
+    """Return every cell that failed or could not run, with its reason.
+
+    A backbone that could not be made is reported once, not once more for each of its transfers.
+    """
+    failures = results.comparison.failures
+    failed = {failure.backbone for failure in failures if failure.task == PRETRAIN}
+    own = [
+        lost for lost in failures if lost.backbone not in failed or not lost.reason.startswith(NO_BACKBONE)
+    ]
+    return _build_list("Missing scores", [describe_failure(lost) for lost in own])
 
 
 def build_verdicts(results: Results) -> Section | None:

@@ -12,6 +12,7 @@ from mae_bench.files import write_json
 SCHEMA_VERSION = 1
 RECORD_FILE = "record.json"
 FAILURE_FILE = "failure.json"
+NO_BACKBONE = "its backbone could not be made"  # the reason of a transfer whose backbone failed
 
 # Names of the config fields marked NotIdentity (see `mae_bench.config`): they may differ between comparable
 # records. Listed here as well because records of any version are compared without their config classes; a

@@ -10,7 +10,7 @@ from huggingface_hub.utils.logging import get_logger
 
 from mae_bench.errors import UserError
 
-DESCRIPTIONS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+DESCRIPTIONS = ("config.json", "preprocessor_config.json", "open_clip_config.json", "README.md")
 # In order of preference: safetensors before pickles, the repository's own format before another library's.
 WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),

@@ -19,7 +19,8 @@ class Official:
 
     format: a name in `backbones.translating.detect.FORMATS`. source: where the address is published. weights:
     which set of weights in the file. checksum: "md5:" or "sha256:" and at least the first digits; "" if none
-    is published.
+    is published. licence: of the weights, "" if unknown. score: published for this file. head: what a file
+    without a backbone is, "" for any other.
     """
 
     url: str
@@ -27,6 +28,9 @@ class Official:
     source: str
     weights: str | None = None
     checksum: str = ""
+    licence: str = ""
+    score: str = ""
+    head: str = ""
 
 
 @cache
@@ -43,6 +47,9 @@ def load_table() -> dict[str, Official]:
                 source=group["source"],
                 weights=group.get("weights"),
                 checksum=entry.get("checksum", ""),
+                licence=group.get("licence", ""),
+                score=entry.get("score", ""),
+                head=entry.get("head", ""),
             )
     return table
 
@@ -61,10 +68,16 @@ def fetch_official(name: str) -> tuple[Path, Official]:
     if name not in table:
         raise UserError(
             f"no official weights {name!r}",
-            expected=f"one of {', '.join(table)}",
+            expected=f"one of {', '.join(name for name in table if not table[name].head)}",
             fix=did_you_mean(name, table) or "weights on a hub are hf:REPO@REVISION or timm:NAME",
         )
     entry = table[name]
+    if entry.head:
+        raise UserError(
+            f"official:{name} is {entry.head.partition(' for ')[0]}, without a backbone",
+            expected="weights of a vision transformer",
+            fix=f"give {entry.head.partition(' for ')[2]}, the backbone it was trained on",
+        )
     path = _fetch(entry)
     _check_checksum(path, entry)
     return path, entry

@@ -17,6 +17,7 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 
 from backbones.reading.description import read_json
 from backbones.reading.hub import fetch_repo, log_once
+from backbones.reading.licence import find_licence
 from backbones.reading.official import fetch_official, find_name
 from backbones.reading.safe import State, WeightFile, check_tensors, check_unchanged, read_file
 from backbones.reading.shards import INDEX_SUFFIX, read_shards
@@ -57,6 +58,7 @@ class Checkpoint:
     files: SHA-256 of every file that was read, by name: weights, then descriptions.
     format: if the source determines it, else None and it is detected. notes: what a reader of the report
     should know.
+    licence: of the weights, as their publisher states it; "" if unknown. score: published for this file.
     states: size and times of each weight file when its digest was taken.
     """
 
@@ -73,6 +75,8 @@ class Checkpoint:
     files: dict[str, str] = field(default_factory=dict)
     format: str | None = None
     notes: list[str] = field(default_factory=list)
+    licence: str = ""
+    score: str = ""
     states: Mapping[Path, State] = field(default_factory=dict)
 
     @property
@@ -105,7 +109,7 @@ def open_source(source: str | Path, sha256: str | None = None, weights: str | No
     if kind == "official":
         path, entry = fetch_official(rest)
         opened = _open_path(str(source), path, sha256, weights or entry.weights)
-        return replace(opened, format=entry.format)
+        return replace(opened, format=entry.format, licence=entry.licence, score=entry.score)
     if kind == "timm":
         return _open_timm(rest, sha256)
     if kind == "hf":
@@ -159,6 +163,7 @@ def _open_path(source: str, path: Path, sha256: str | None, weights: str | None)
         stated_spec=_parse_spec(read.metadata.get(SPEC_KEY), part.extras.get(SPEC_KEY), file),
         files=files | {name: file_digest(file.parent / name) for name in beside},
         notes=notes,
+        licence=find_licence(file.parent, beside) if path.is_dir() else "",
         states=read.states,
     )
 
@@ -234,4 +239,12 @@ def _open_timm(name: str, sha256: str | None) -> Checkpoint:
     pretrained_cfg: Any = model.pretrained_cfg
     config = {"architecture": name.split(".")[0], "pretrained_cfg": dict(pretrained_cfg)}
     files = {f"{name}.safetensors": digest}
-    return Checkpoint(f"timm:{name}", digest, tensors, len(data), beside={CONFIG_FILE: config}, files=files)
+    return Checkpoint(
+        f"timm:{name}",
+        digest,
+        tensors,
+        len(data),
+        beside={CONFIG_FILE: config},
+        files=files,
+        licence=str(dict(pretrained_cfg).get("license") or ""),
+    )

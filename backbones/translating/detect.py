@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
+from backbones.translating.other_models import check_is_vit
 from mae_bench.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # the tables are used before torch is imported
@@ -85,6 +86,7 @@ def find_formats(checkpoint: "Checkpoint") -> list[str]:
 def detect(checkpoint: "Checkpoint") -> str:
     """Return the format of the checkpoint; raise UserError unless exactly one format fits."""
     formats = find_formats(checkpoint)
+    check_is_vit(checkpoint, formats)
     if len(formats) == 1:
         return formats[0]
     keys = list(checkpoint.tensors)
@@ -97,7 +99,6 @@ def detect(checkpoint: "Checkpoint") -> str:
         fit, fix = f"fits {' and '.join(formats)}", "choose one with --format NAME"
     else:
         fit = "fits no known format"
-        fix = "if it is one of these formats with other names, rename its keys first"
-    raise UserError(
-        f"{checkpoint.source} {fit}: {found}", expected=f"one of {', '.join(formats or FORMATS)}", fix=fix
-    )
+        fix = "`mae-bench list formats` lists them; if it is one with other names, rename its keys first"
+    expected = f"one of {', '.join(formats)}" if formats else f"one of {len(FORMATS)} formats"
+    raise UserError(f"{checkpoint.source} {fit}: {found}", expected=expected, fix=fix)

@@ -25,6 +25,7 @@ class ConversionReport:
         assumptions: Spec fields that are assumed, or taken from what the family publishes, with their values
             and the source of the assumption. Those of an export are those of the checkpoint that it was
             converted from.
+        licence: Licence of the weights as their publisher states it; "" if unknown.
     """
 
     source: str
@@ -37,6 +38,7 @@ class ConversionReport:
     files: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     assumptions: list[str] = field(default_factory=list)
+    licence: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""

@@ -16,7 +16,7 @@ from mae_bench.environment.provenance import num_cores, visible_gpus
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.files import write_json
 from mae_bench.progress import STOP_SIGNALS
-from mae_bench.record import FAILURE_FILE, Failure, ResultRecord, write_failure
+from mae_bench.record import FAILURE_FILE, NO_BACKBONE, Failure, ResultRecord, write_failure
 from mae_bench.registry import kind
 from mae_bench.runner.demo_worker import ask_for_data
 from mae_bench.runner.fitting import Preview, assumptions_of, find_misfits, preview_backbones
@@ -313,8 +313,8 @@ class Runner:
 
 def inherited(cell: Cell, maker: Failure) -> Failure:
     """Return the failure of a cell whose backbone was not made."""
-    reason = f"its backbone {cell.backbone!r} could not be made: {maker.reason}"
-    return cell.failure(reason, maker.fix, not_installed=maker.status == "not installed")
+    reason = f"{NO_BACKBONE} ({cell.backbone!r}): see the reason given for it"
+    return cell.failure(reason, not_installed=maker.status == "not installed")
 
 
 def result_of(cell: Cell, code: int) -> Result:

@@ -20,9 +20,11 @@ from rich.console import Console
 
 from leaderboard.compare import compare
 from leaderboard.index import load_runs
+from leaderboard.remarks import build_failures
 from leaderboard.render.terminal import print_report
 from leaderboard.report import build_report, load_results, write_report
-from mae_bench.record import RecordError
+from leaderboard.sections import Bullets
+from mae_bench.record import NO_BACKBONE, RecordError
 
 if TYPE_CHECKING:
     from tests.leaderboard.conftest import Folder
@@ -260,3 +262,18 @@ def test_a_browser_shows_the_rows_and_makes_them_sortable(texts: dict[str, str],
         "random",
     ]
     assert 'aria-sort="none"><button type="button">' in done.stdout
+
+
+def test_a_backbone_that_failed_is_reported_once(folder: Folder, tmp_path: Path) -> None:
+    folder.add("mae", 60.0)
+    folder.fail("resnet50", "resnet50.pth is a ResNet", task="pretrain", protocol="checkpoint")
+    for protocol in ("linear-90ep", "knn"):
+        folder.fail("resnet50", f"{NO_BACKBONE} ('resnet50'): see the reason given for it", protocol=protocol)
+    section = build_failures(load_results(folder.root, "mae"))
+    assert section is not None
+    (bullets,) = section.blocks
+    assert isinstance(bullets, Bullets)
+    (line,) = bullets.items
+    assert (
+        line == "resnet50, pretrain checkpoint, seed 0: failed: resnet50.pth is a ResNet (next: make setup)"
+    )
