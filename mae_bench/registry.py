@@ -138,7 +138,12 @@ KINDS: dict[str, Kind] = {
         fit=FIT_IMAGENET,
     ),
     "maskrcnn": Kind(
-        "tasks.coco.config:MaskRCNNConfig", "tasks.coco.maskrcnn:run", "coco", extra="coco", in_chans=3
+        "tasks.coco.config:MaskRCNNConfig",
+        "tasks.coco.maskrcnn:run",
+        "coco",
+        extra="coco",
+        fit="tasks.coco.fit:fit",
+        in_chans=3,
     ),
     "upernet": Kind(
         "tasks.ade20k.config:UPerNetConfig",

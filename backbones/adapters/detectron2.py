@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from backbones.adapters.features import FeatureMaps, get_lr_scale
+from backbones.adapters.pyramid import get_patch_side
 from backbones.load import load_backbone
 from backbones.translating.report import ConversionReport
-from mae_bench.errors import NotInstalled, UserError
+from mae_bench.errors import NotInstalled
 from mae_bench.models.vit import ViT
 from mae_bench.spec import BackboneSpec
 
@@ -26,7 +27,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 # Shapes: N batch, C channels, H W image, h w grid, D width.
-PYRAMID_SCALES = (4.0, 2.0, 1.0, 0.5)  # supported by detectron2's SimpleFeaturePyramid
 VIT_PREFIX = "features.vit."  # of the ViT's parameters inside a ViTBackbone
 
 
@@ -74,35 +74,6 @@ def load_vit_backbone(
     """Load a checkpoint as a ViTBackbone for images of any size; `.spec` and `.report` describe it."""
     vit, spec, report = load_backbone(source, drop_path_rate=drop_path_rate, dynamic_img_size=True)
     return ViTBackbone(vit, spec, report, out_indices)
-
-
-def get_patch_side(spec: BackboneSpec) -> int:
-    """Return the patch side, the stride of every map; detectron2 has one stride for both directions."""
-    height, width = spec.patch_size
-    if height != width:
-        raise UserError(
-            f"patches of {height} x {width} pixels",
-            expected="square patches for detectron2",
-            fix="leave this backbone out of the COCO tasks",
-        )
-    return height
-
-
-def get_pyramid_scales(spec: BackboneSpec, strides: Sequence[int]) -> list[float]:
-    """Return the scale of each pyramid level relative to the ViT's map (arXiv 2203.16527, section 3).
-
-    Patch 8 with strides (4, 8, 16) gives 2, 1, 0.5.
-    """
-    patch = get_patch_side(spec)
-    wrong = [stride for stride in strides if patch / stride not in PYRAMID_SCALES]
-    if wrong:
-        reachable = [int(patch / scale) for scale in PYRAMID_SCALES if patch % scale == 0]
-        raise UserError(
-            f"pyramid strides {wrong} over a map of stride {patch}",
-            expected=f"strides among {reachable} for this backbone",
-            fix=f"set pyramid_strides to some of {reachable}, with one anchor size per level",
-        )
-    return [patch / stride for stride in strides]
 
 
 def build_lr_scale(spec: BackboneSpec, layer_decay: float) -> Callable[[str], float]:

@@ -28,9 +28,9 @@ from omegaconf import DictConfig, OmegaConf
 from backbones.adapters.detectron2 import (
     TopLevelMaxPool,
     build_lr_scale,
-    get_pyramid_scales,
     load_vit_backbone,
 )
+from backbones.adapters.pyramid import get_pyramid_scales
 from mae_bench.spec import BackboneSpec
 from tasks.coco.config import MaskRCNNConfig
 

@@ -19,9 +19,9 @@ from backbones.adapters.detectron2 import (  # noqa: E402
     TopLevelMaxPool,
     ViTBackbone,
     build_lr_scale,
-    get_pyramid_scales,
     load_vit_backbone,
 )
+from backbones.adapters.pyramid import get_pyramid_scales  # noqa: E402
 from backbones.translating.report import ConversionReport  # noqa: E402
 from mae_bench.errors import NotInstalled, UserError  # noqa: E402
 from mae_bench.export import write_export  # noqa: E402

@@ -153,6 +153,11 @@ def test_a_model_that_is_trained_in_the_suite_is_checked_too(data: Path, tmp_pat
             "auto_augment": None,
         }
     }
+    pretrain = {"kind": "pretrain", "protocol": "toy", "model": MODEL | FOUR, "epochs": 1, "base_lr": 1.0}
+    sizes = {"decoder_num_heads": 2, "decoder_embed_dim": 8, "decoder_depth": 1, "global_batch_size": 2}
+    suite["backbones"]["mae"] = pretrain | sizes
+    assert "the model takes 4" in plan_of(load_suite(suite))["cells"][1]["reason"]
+    del suite["backbones"]["mae"]
     maker, transfer = plan_of(load_suite(suite))["cells"]
     assert (maker["state"], transfer["state"]) == ("would fail", "would fail")
     suite["backbones"]["toy"]["auto_augment"] = "rand-m9-mstd0.5-inc1"
@@ -176,6 +181,13 @@ def test_dense_tasks_take_rgb_backbones_only(
     with pytest.raises(UserError, match="4 channels") as error:
         fit_to_backbone(kind(name), None, replace(SPEC, **FOUR))
     assert layout in error.value.expected
+
+
+def test_a_pyramid_that_the_patch_cannot_make_is_refused_by_the_plan(tmp_path: Path) -> None:
+    config = {"kind": "maskrcnn", "protocol": "toy", "iterations": 10000, "data": ""}
+    chosen = kind("maskrcnn")
+    with pytest.raises(UserError, match=r"pyramid strides \[4, 8, 16, 32\] over a map of stride 14"):
+        fit_to_backbone(chosen, build(load_object(chosen.config), config, "test"), FOURTEEN)
 
 
 class TestDescription:
