@@ -1,5 +1,6 @@
 """The command line `mae-bench`: the list of its commands, its exit codes and its error output."""
 
+import inspect
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -92,3 +93,16 @@ for command in (
     app.command()(command)
 app.command("list")(lists.list_)
 app.add_typer(data.app, name="data")
+
+
+def _join_paragraphs(typer_app: typer.Typer) -> None:
+    """Let the terminal wrap the help of every command: typer keeps the line breaks of docstrings."""
+    for registered in typer_app.registered_commands:
+        paragraphs = (inspect.getdoc(registered.callback) or "").split("\n\n")
+        registered.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    for group in typer_app.registered_groups:
+        if group.typer_instance is not None:
+            _join_paragraphs(group.typer_instance)
+
+
+_join_paragraphs(app)
