@@ -10,6 +10,7 @@ import torch
 from backbones.reading.safe import check_values
 from backbones.reading.source import Checkpoint, open_source
 from backbones.translating.detect import detect, find_formats, get_format
+from backbones.translating.heads import add_num_heads
 from backbones.translating.infer import infer_spec
 from backbones.translating.origins import find_assumptions
 from backbones.translating.report import ConversionReport, read_assumptions
@@ -140,6 +141,7 @@ def translate(
     check_values(translation.weights, checkpoint.source)
     translation.notes += _make_notes(checkpoint, translation, format)
     _restore_names(checkpoint, translation)
+    add_num_heads(name, checkpoint, translation)
     spec = infer_spec(translation, checkpoint.source, checkpoint.stated_spec, overrides)
     translation.assumptions = find_assumptions(name, translation, checkpoint, spec, overrides)
     return name, translation, spec

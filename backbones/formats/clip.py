@@ -42,8 +42,7 @@ TOWER = {
 }
 OPENAI_MARKS = {"input_resolution", "context_length", "vocab_size"}  # buffers of its released archives
 TEXT = "text tower, or the logits' scale"
-# Width -> channels per head, from OpenCLIP's src/open_clip/model_configs; 64 in OpenAI's clip/model.py.
-HEAD_WIDTHS = {384: 64, 512: 64, 768: 64, 896: 64, 1024: 64, 1280: 80, 1408: 88, 1664: 104, 1792: 112}
+HEAD_WIDTH = 64  # channels per head in every tower of OpenAI's clip/model.py, default of OpenCLIP's config
 
 
 def fits(checkpoint: Checkpoint) -> bool:
@@ -120,9 +119,11 @@ def _infer_options(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) 
 def _read_facts(
     checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], vision: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the facts of OpenCLIP's config; where it states no heads, those of the width."""
+    """Return the facts of OpenCLIP's config, and the heads of OpenAI's towers."""
     embed_dim, source = weights["patch_embed.proj.weight"].shape[0], checkpoint.source
-    head_width, size = vision.get("head_width", HEAD_WIDTHS.get(embed_dim)), vision.get("image_size")
+    described = vision or OPENAI_MARKS & {*checkpoint.outside, *checkpoint.extras}
+    head_width = vision.get("head_width", HEAD_WIDTH if described else None)
+    size = vision.get("image_size")
     if not isinstance(head_width, int | None):
         raise UserError(f"{source}: head_width is {head_width!r}", expected="a number")
     facts: dict[str, Any] = {}

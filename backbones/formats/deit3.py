@@ -9,7 +9,6 @@ from backbones.translating.structure import has_timm_description
 from backbones.translating.translation import HEAD, Translation, is_plain_vit, read_timm_vit
 
 DROP = {r"head\.": HEAD}
-HEADS = {512: 8, 1408: 16, 1664: 16}  # deit_medium, deit_giant and deit_Giant; the other sizes are standard
 
 
 def fits(checkpoint: Checkpoint) -> bool:
@@ -24,7 +23,7 @@ def fits(checkpoint: Checkpoint) -> bool:
 
 def read(checkpoint: Checkpoint) -> Translation:
     """Translate a DeiT III, whose class token is prepended after the positions are added to the patches."""
-    result = read_timm_vit(checkpoint, "deit3", DROP, heads=HEADS)
+    result = read_timm_vit(checkpoint, "deit3", DROP)
     result.facts["options"] = {"no_embed_class": True, **result.facts.get("options", {})}
     table = checkpoint.tensors.get("pos_embed")
     side = 0 if table is None else _grid_side(table)

@@ -9,10 +9,9 @@ from backbones.families import family
 from backbones.reading.source import Checkpoint
 from backbones.translating.naming import Naming
 from backbones.translating.structure import is_gated
-from backbones.translating.translation import Translation, drop_empty_registers, explain, get_embed_dim
+from backbones.translating.translation import Translation, drop_empty_registers, explain
 from mae_bench.errors import UserError
 
-HEAD_DIM = 64  # channels per head, in every size of the family (dinov2/models/vision_transformer.py)
 INIT_VALUES = 1e-5  # of the layer scale in the training's default config; only shows in a new model
 SWIGLU = {"mlp_layer": "swiglu_packed", "act_layer": "silu"}  # timm's block passes its act_layer to the MLP
 MASK_TOKEN = "mask token, replaces masked patches in pretraining: not part of the backbone"
@@ -81,7 +80,7 @@ def describe(result: Translation, source: str) -> None:
         options |= SWIGLU
     if "blocks.0.attn.qkv.bias" not in weights:
         options["qkv_bias"] = False
-    result.assumed = family("dinov2") | {"num_heads": get_embed_dim(weights) // HEAD_DIM}
+    result.assumed = family("dinov2")
     if "reg_token" in weights:
         _add_class_row(result, source)
         options["no_embed_class"] = True

@@ -12,8 +12,6 @@ from backbones.translating.naming import Naming
 from backbones.translating.translation import Translation, drop_empty_registers, explain, get_embed_dim
 from mae_bench.errors import UserError
 
-HEADS_OF_7B = {4096: 32}  # heads of the other sizes have 64 channels (dinov3/models/vision_transformer.py)
-HEAD_DIM = 64
 INIT_VALUES = 1e-5  # of the layer scale, in dinov3/hub/backbones.py
 BASE = 100.0  # of the rotary periods
 PERIODS = "rope_embed.periods"
@@ -68,7 +66,7 @@ def read(checkpoint: Checkpoint) -> Translation:
     _apply_bias_masks(result, keys, source)
     result.outside = explain(checkpoint.outside, OUTSIDE)
     result.facts = {"arch": "eva", "pos_embed": "rope", "options": infer_options(result.weights)}
-    result.assumed = family("dinov3") | {"num_heads": get_num_heads(result.weights)}
+    result.assumed = family("dinov3")
     result.notes.append(SAT493M)
     if PERIODS in keys:
         periods = keys[PERIODS]
@@ -97,12 +95,6 @@ def infer_options(
     if "blocks.0.mlp.fc1_g.weight" in weights:
         options |= {"swiglu_mlp": True, "swiglu_align_to": 1}
     return options
-
-
-def get_num_heads(weights: Mapping[str, torch.Tensor]) -> int:
-    """Return the number of heads of the family's model of this width."""
-    embed_dim = get_embed_dim(weights)
-    return HEADS_OF_7B.get(embed_dim, embed_dim // HEAD_DIM)
 
 
 def _apply_bias_masks(result: Translation, tensors: Mapping[str, torch.Tensor], source: str) -> None:

@@ -9,7 +9,7 @@ from backbones.families import family
 from backbones.reading.source import Checkpoint
 from backbones.translating.naming import Naming
 from backbones.translating.structure import infer_eva_options
-from backbones.translating.translation import HEAD, MASK_TOKEN, Translation
+from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, get_embed_dim
 from mae_bench.errors import UserError
 
 SEQ_LEN = 16  # side of the grid in which rotations count, for any image size (pt_hw_seq_len: 224 / 14)
@@ -52,6 +52,9 @@ def read(checkpoint: Checkpoint) -> Translation:
     rotary = {"use_rot_pos_emb": True, "ref_feat_shape": [_infer_seq_len(tensors, source)] * 2}
     options = infer_eva_options(result.weights) | rotary
     result.facts = {"arch": "eva", "options": options, "pos_embed": "rope"}
+    width = get_embed_dim(result.weights)
+    if FREQS[0] in tensors and tensors[FREQS[0]].ndim == 2:
+        result.facts["num_heads"] = width // tensors[FREQS[0]].shape[1]
     result.assumed = family("eva02") | {"norm_eps": 1e-6}
     if "fc_norm.weight" in result.weights:
         result.assumed["pretrain_method"] += ", fine-tuned"

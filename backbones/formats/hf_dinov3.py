@@ -7,7 +7,7 @@ import torch
 
 from backbones.families import family
 from backbones.formats.dinov2 import MASK_TOKEN
-from backbones.formats.dinov3 import BASE, INIT_VALUES, SAT493M, get_num_heads, infer_options
+from backbones.formats.dinov3 import BASE, INIT_VALUES, SAT493M, infer_options
 from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
 from backbones.translating.hugging_face import (
     build_config,
@@ -67,7 +67,7 @@ def read(checkpoint: Checkpoint) -> Translation:
     key_bias = any(name.endswith("k_proj.bias") for name in keys)
     result = _build_naming(gated, key_bias).read(keys, checkpoint.source)
     drop_empty_registers(result)
-    result.assumed = family("dinov3") | {"num_heads": get_num_heads(result.weights)}
+    result.assumed = family("dinov3")
     result.facts = _read_facts(checkpoint, result.weights, gated)
     if PREPROCESSOR_FILE not in checkpoint.beside:
         result.notes.append(SAT493M)

@@ -54,6 +54,7 @@ def read(checkpoint: Checkpoint) -> Translation:
     result.outside = explain(checkpoint.outside, OUTSIDE)
     name = "deit" if DISTILLATION in checkpoint.tensors else "hf_vit"
     result.assumed = {"norm_eps": DEFAULT_EPS} | family(name)
+    result.family = "hf_vit, distilled" if name == "deit" else ""
     result.facts = read_facts(checkpoint, DEFAULT_EPS)
     result.notes = note_missing_files(checkpoint, "ViT", DEFAULT_EPS)
     return result

@@ -4,7 +4,6 @@ from backbones.reading.source import Checkpoint
 from backbones.translating.translation import Translation, is_plain_vit, read_timm_vit
 
 ENCODERS = ("encoder", "target_encoder")
-HEADS = {1408: 16}  # vit_giant
 
 
 def fits(checkpoint: Checkpoint) -> bool:
@@ -19,4 +18,4 @@ def fits(checkpoint: Checkpoint) -> bool:
 
 def read(checkpoint: Checkpoint) -> Translation:
     """Translate the encoder, which has timm's names and only patch tokens; their average is evaluated."""
-    return read_timm_vit(checkpoint, "ijepa", {}, heads=HEADS)
+    return read_timm_vit(checkpoint, "ijepa", {})

@@ -1,18 +1,16 @@
 """mmpretrain: ViT, MAE, MoCo v3, MaskFeat, DeiT III and BEiT of mmpretrain, mmselfsup, mmclassification."""
 
-from backbones.families import family
 from backbones.reading.source import Checkpoint
-from backbones.translating.open_mmlab import is_mmlab_vit, is_mmseg, parse_config, read_mmlab_vit
-from backbones.translating.translation import Translation, get_embed_dim, has_moco_pos_embed
+from backbones.translating.open_mmlab import is_mmlab_vit, is_mmseg, read_mmlab_vit
+from backbones.translating.translation import Translation, has_moco_pos_embed
 
 METHODS = {  # prefix of keys outside the backbone -> pretraining method
     "neck.decoder_blocks.0.attn.qkv.": "mae",  # MILAN's decoder has other attention
     "target_generator.weight_x": "maskfeat",  # HOG's filters
     "head.predictor.": "moco_v3",
 }
-SMALL = (
-    384  # width at which MoCo v3's ViT has 12 heads and others 6; MAE and MoCo v3 share a fixed table here
-)
+# Entries of `SIZES`: MAE and MoCo v3 share a fixed table here, and disagree on the heads of 384 channels.
+MOCO_V3, FIXED = "mmpretrain, MoCo v3", "mmpretrain, fixed positions"
 
 
 def fits(checkpoint: Checkpoint) -> bool:
@@ -32,11 +30,10 @@ def read(checkpoint: Checkpoint) -> Translation:
     for start, method in METHODS.items():
         if any(name.startswith(start) for name in checkpoint.outside):
             result.assumed["pretrain_method"] = method
-    if get_embed_dim(result.weights) == SMALL and not parse_config(checkpoint.extras):
-        if result.assumed["pretrain_method"] == "moco_v3":
-            result.assumed["num_heads"] = family("moco_v3")["num_heads"]
-        elif has_moco_pos_embed(result.weights):
-            result.needed = (*result.needed, "num_heads")
+    if result.assumed["pretrain_method"] == "moco_v3":
+        result.family = MOCO_V3
+    elif has_moco_pos_embed(result.weights):
+        result.family = FIXED
     if "blocks.0.ls1.gamma" in result.weights and result.facts["options"].get("no_embed_class"):
         result.assumed["pretrain_method"] = "supervised"
         result.notes.append(

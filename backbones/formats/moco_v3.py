@@ -13,8 +13,6 @@ from backbones.translating.translation import (
 ENCODERS = ("base_encoder", "momentum_encoder")
 DROP = {r"head\.\d": PROJECTOR, r"head\.": HEAD}
 OUTSIDE = {r"(?:module\.)?predictor\.": "pretraining predictor: not part of the backbone"}
-# Heads of L and H, which the paper trains (arXiv 2104.02057) and vits.py does not build.
-HEADS = {1024: 16, 1280: 16}
 
 
 def fits(checkpoint: Checkpoint) -> bool:
@@ -31,8 +29,5 @@ def fits(checkpoint: Checkpoint) -> bool:
 
 
 def read(checkpoint: Checkpoint) -> Translation:
-    """Translate the encoder, which has timm's names.
-
-    Its ViTs of 384 and of 768 channels both have 12 heads (vits.py; families.yaml).
-    """
-    return read_timm_vit(checkpoint, "moco_v3", DROP, outside=OUTSIDE, heads=HEADS)
+    """Translate the encoder, which has timm's names."""
+    return read_timm_vit(checkpoint, "moco_v3", DROP, outside=OUTSIDE)

@@ -18,7 +18,7 @@ OUTSIDE = {
     r"(?:momentum_)?(?:projector|head)\.": PROJECTOR,
     r"decoder\.|predictor\.": "pretraining decoder or predictor: not part of the backbone",
 }
-HEADS = {192: 12, 384: 12}  # of its ViTs for MAE and MoCo v3 (solo/backbones/vit/vit_mae.py, vit_mocov3.py)
+FIXED = "solo_learn, fixed positions"  # its own ViTs for MAE and MoCo v3, others are timm's
 
 
 def fits(checkpoint: Checkpoint) -> bool:
@@ -34,8 +34,8 @@ def fits(checkpoint: Checkpoint) -> bool:
 def read(checkpoint: Checkpoint) -> Translation:
     """Translate the backbone, which has timm's names."""
     method = _infer_method(checkpoint)
-    heads = HEADS if method in ("mae", "moco_v3") else {}
-    result = read_timm_vit(checkpoint, "solo_learn", {r"head\.": HEAD}, outside=OUTSIDE, heads=heads)
+    result = read_timm_vit(checkpoint, "solo_learn", {r"head\.": HEAD}, outside=OUTSIDE)
+    result.family = FIXED if method in ("mae", "moco_v3") else ""
     if method:
         result.assumed["pretrain_method"] = method
     return result

@@ -10,14 +10,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from backbones.translating.heads import list_divisors
 from backbones.translating.translation import Translation, is_sincos
 from mae_bench.errors import UserError
 from mae_bench.models.create import parse_size
 from mae_bench.models.vit import ARCHS, LAYERS
 from mae_bench.spec import BackboneSpec
 
-# Width -> heads of standard ViTs, which no shape shows: Ti, S (arXiv 2012.12877), B, L, H (arXiv 2010.11929).
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 GIVE = "give {0} to inspect or convert, backbones.NAME.spec.{0} to evaluate or run"
 HIDDEN = ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight")  # first layer of a plain and of a gated MLP
 MAX_IMG_SIZE = 4096  # pixels, for an image size that only a description states
@@ -69,10 +68,7 @@ def _infer(
     merged = {"arch": "vit", **given, **shapes}
     merged.setdefault("pos_embed", infer_pos_embed(translation.weights, merged))
     if "num_heads" not in merged:
-        merged["num_heads"] = _assume_num_heads(merged["embed_dim"], source)
-        translation.notes.append(
-            f"{merged['num_heads']} heads, the standard for its width: the file does not state the number"
-        )
+        raise MissingHeads(source, merged)
     return BackboneSpec(**merged)
 
 
@@ -145,14 +141,21 @@ def _to_tuples(spec: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _assume_num_heads(embed_dim: int, source: str) -> int:
-    if embed_dim not in HEADS:
-        raise UserError(
-            f"{source}: num_heads cannot be inferred from the file (width {embed_dim})",
-            expected=f"a standard width ({', '.join(map(str, HEADS))}) or a file that states it",
-            fix=GIVE.format("num_heads=N"),
+class MissingHeads(UserError):
+    """The question for the number of heads, where there is no evidence for it.
+
+    Attributes:
+        divisors: numbers of heads that divide the width.
+    """
+
+    def __init__(self, source: str, spec: Mapping[str, Any]) -> None:
+        width = spec["embed_dim"]
+        self.divisors = list_divisors(width)
+        super().__init__(
+            f"{source}: num_heads cannot be inferred from the file (width {width}, depth {spec['depth']})",
+            expected=f"one of {', '.join(map(str, self.divisors))}",
+            fix=f"{GIVE.format('num_heads=N')}; measure it by mae-bench inspect CHECKPOINT --images FOLDER",
         )
-    return HEADS[embed_dim]
 
 
 def infer_shape_facts(

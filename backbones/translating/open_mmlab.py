@@ -10,7 +10,7 @@ from backbones.families import family
 from backbones.reading.source import Checkpoint
 from backbones.translating.naming import Naming
 from backbones.translating.structure import INDEX, INDEX_REASON, TABLE, infer_beit_facts, infer_vit_options
-from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, explain, get_embed_dim
+from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, explain
 from mae_bench.errors import UserError
 
 ANCHOR = "layers.0.ffn.layers.0.0.weight"
@@ -50,12 +50,9 @@ OUTSIDE = {
     r"(ema_|momentum_)": "a moving average of the weights that are read",
     r"data_preprocessor\.": "mean and std of the images",
 }
-# Width -> heads of its own sizes: arch_zoo of mmpretrain's vision_transformer.py, beit.py and deit3.py.
-HEADS = {512: 8, 1408: 16, 1536: 24}
 ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "mmpretrain.QuickGELU": "quick_gelu"}
 NAMED_HEADS = {"mocov3-s": 12, "mocov3-small": 12}  # arch -> heads, not the standard ones (selfsup/mocov3.py)
 MAX_CONFIG = 1 << 20  # characters
-SMALL = (768, 8, 8)  # width, depth and heads of its arch "small", which differs from the usual ViT-S
 
 
 def is_mmlab_vit(tensors: Mapping[str, torch.Tensor]) -> bool:
@@ -87,7 +84,6 @@ def read_mmlab_vit(checkpoint: Checkpoint, library: str) -> Translation:
     else:
         if library == "mmseg":
             _add_patch_bias(result)
-        result.assumed |= _assume_num_heads(result.weights)
         result.facts = {"arch": "vit", "options": infer_vit_options(result.weights)}
     if "fc_norm.weight" in result.weights:
         result.assumed["global_pool"] = "avg"
@@ -112,14 +108,6 @@ def _add_patch_bias(result: Translation) -> None:
     if proj is not None and proj.ndim:
         result.weights["patch_embed.proj.bias"] = proj.new_zeros(len(proj))
         result.new["patch_embed.proj.bias"] = "zeros: the file's patch embedding has no bias"
-
-
-def _assume_num_heads(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    embed_dim = get_embed_dim(weights)
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    if (embed_dim, depth) == SMALL[:2]:
-        return {"num_heads": SMALL[2]}
-    return {"num_heads": HEADS[embed_dim]} if embed_dim in HEADS else {}
 
 
 def _infer_beit(result: Translation, source: str) -> dict[str, Any]:

@@ -28,13 +28,13 @@ def find_origins(
     described = FILE if checkpoint.beside or checkpoint.stated_spec else TENSORS
     known = (
         dict.fromkeys(overrides or {}, GIVEN),
+        translation.sources,
         dict.fromkeys(infer_shape_facts(translation.weights, checkpoint.source, vars(spec)), TENSORS),
         dict.fromkeys(translation.facts, described),
         dict.fromkeys(checkpoint.stated_spec, FILE),
         _fields_of_family(name, translation.assumed),
         dict.fromkeys(("arch", "options", "pos_embed"), TENSORS),
         dict.fromkeys(translation.assumed, f"assumed for {format}"),
-        {"num_heads": f"standard for a width of {spec.embed_dim}"},
         {key: f"family {name}: {published_in(name)}" for key in PREPROCESSING if name},
     )
     return {

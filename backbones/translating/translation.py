@@ -46,6 +46,8 @@ class Translation:
             spec in the file, must state.
         hint: What to answer when a needed field is missing.
         assumptions: The spec fields that are assumed or the family's (`origins.find_assumptions`).
+        family: Entry of `backbones.translating.heads.SIZES`, where it is not the format's name.
+        sources: BackboneSpec field -> its origin in words, where it is not that of all facts or assumptions.
     """
 
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -61,6 +63,8 @@ class Translation:
     needed: tuple[str, ...] = ()
     hint: str = ""
     assumptions: list[str] = field(default_factory=list)
+    family: str = ""
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 class Format(Protocol):
@@ -138,7 +142,6 @@ def read_timm_vit(
     *,
     rename: Mapping[str, str] | None = None,
     outside: Mapping[str, str] | None = None,
-    heads: Mapping[int, int] | None = None,
 ) -> Translation:
     """Translate a file whose ViT has timm's names, except for `rename` and layer scales (gamma_1).
 
@@ -148,15 +151,11 @@ def read_timm_vit(
         drop: Pattern -> reason for keys of the ViT.
         rename: Pattern -> timm's name.
         outside: Pattern -> reason for keys outside the ViT.
-        heads: Width -> number of heads of the family's own sizes.
     """
     layer_scales = {r"(blocks\.\d+)\.gamma_([12])$": r"\1.ls\2.gamma"}
     result = keep_names(checkpoint.tensors, drop, layer_scales | dict(rename or {}))
     result.outside = explain(checkpoint.outside, outside or {})
     result.assumed = family(name)
-    num_heads = (heads or {}).get(get_embed_dim(checkpoint.tensors))
-    if num_heads:
-        result.assumed["num_heads"] = num_heads
     if "blocks.0.ls1.gamma" in result.weights:
         result.facts["options"] = {"init_values": 1.0}  # builds the layer scales; the file fills them
     return result

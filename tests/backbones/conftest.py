@@ -1,17 +1,35 @@
 """Toy checkpoints in the exact layout of each format, made without the code under test."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from backbones.translating.heads import SIZES
 from tests.backbones.formats import toys_official_mae
 from tests.backbones.formats.plain_vit import DEPTH, SIZE, WIDTH, encoder_shapes
 from tests.backbones.formats.toys_official_mae import DECODER, decoder_shapes
 
-HEADS = 3  # of 192 channels, a standard width
+TOY_HIDDEN = (4 * WIDTH, 2 * WIDTH, 488, 512)  # MLP widths of the toys
+HEADS = 3  # of the toys, whose files do not state it
+
+
+@pytest.fixture(scope="module")
+def toy_heads() -> Iterator[None]:
+    """State the number of heads of the toys' sizes, as each family's code states that of its own sizes.
+
+    Without this fixture, the toys of depth 2 are no size of any family, and every reader asks.
+    """
+    stated = {}
+    for family, sizes in SIZES.items():
+        num_heads = 12 if family in ("moco_v3", "solo_learn, fixed positions") else HEADS
+        stated[family] = sizes | {(WIDTH, DEPTH, hidden): num_heads for hidden in TOY_HIDDEN}
+    with mock.patch.dict(SIZES, stated):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ from mae_bench.errors import UserError
 from mae_bench.spec import BackboneSpec
 from tests.parity import assert_parity, in_float64
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 PLAIN = {
     "mae_bench",
     "official_mae",

@@ -19,6 +19,8 @@ from mae_bench.errors import UserError
 from mae_bench.files import file_digest
 from mae_bench.spec import BackboneSpec
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 
 def spec_of(embed_dim: int, depth: int, patch: int, num_heads: int, arch: str = "vit") -> BackboneSpec:
     return BackboneSpec(arch, (224, 224), (patch, patch), 3, embed_dim, depth, num_heads)
@@ -110,7 +112,9 @@ def test_each_field_has_its_origin(files, tmp_path, encoder):
     told = inspect_checkpoint(path, overrides={"interpolation": "bilinear"})["origins"]
     assert told["interpolation"] == "given"
     assert told["embed_dim"] == told["depth"] == told["img_size"] == "inferred from the tensors"
-    assert told["num_heads"] == "standard for a width of 192"
+    assert told["num_heads"] == (
+        "the only number that official_mae builds for width 192, depth 2, MLP width 768"
+    )
     assert told["mean"] == told["pretrain_method"] == f"family official_mae: {published_in('official_mae')}"
     of_hf = inspect_checkpoint(files["hf"][0])["origins"]
     assert of_hf["num_heads"] == of_hf["norm_eps"] == "stated by the file"

@@ -15,6 +15,8 @@ from mae_bench.job import Job
 from mae_bench.progress import Progress
 from tests.backbones.formats import toys_deit
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 
 def job_of(tmp_path, **config) -> tuple[CheckpointConfig, Job]:
     value = {"kind": "checkpoint", **config}

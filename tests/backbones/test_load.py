@@ -20,6 +20,8 @@ from mae_bench.spec import BackboneSpec
 from tests.backbones.formats.plain_vit import published_vit
 from tests.parity import assert_parity, in_float64
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 NAMES = ["encoder", "full", "fine", "probe", "checkpoint-7", "timm.safetensors", "timm.bin", "timm.pth", "hf"]
 
 
@@ -298,14 +300,6 @@ def test_heads_are_never_guessed(tmp_path, layouts):
         load_backbone(tmp_path / "x.safetensors", overrides={"depht": 4})
     with pytest.raises(UserError, match="where the shapes say"):
         load_backbone(tmp_path / "x.safetensors", overrides={"num_heads": 4, "depth": 7})
-
-
-def test_heads_by_the_width_alone_are_told(tmp_path, encoder):
-    """MAE-Lite's ViT-Ti has 12 heads, and its file looks like one with 3."""
-    save_file(encoder, tmp_path / "x.safetensors")
-    assert any(note.startswith("3 heads") for note in load_backbone(tmp_path / "x.safetensors")[2].notes)
-    given = load_backbone(tmp_path / "x.safetensors", overrides={"num_heads": 12})[2]
-    assert not any("heads" in note for note in given.notes)
 
 
 @pytest.mark.parametrize(

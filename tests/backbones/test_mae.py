@@ -21,6 +21,8 @@ from mae_bench.pretrain.reconstruct import reconstruct, save_mae
 from mae_bench.spec import BackboneSpec
 from tests.parity import MEAN, assert_parity, assert_within_rounding, in_float64, weights_in_float64
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 SPEC = BackboneSpec(
     "vit", (32, 16), (8, 8), 3, 48, 2, 4, mean=(0.4,) * 3, pos_embed="sincos", pretrain_method="mae"
 )

@@ -10,7 +10,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
-from backbones.load import load_backbone
+from backbones.load import ReadOptions, load_backbone
 from backbones.preprocessing import (
     KNN,
     MIN_IMAGES,
@@ -25,6 +25,8 @@ from mae_bench.errors import UserError
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
 from tests.backbones.formats.reference import randomise
+
+pytestmark = pytest.mark.usefixtures("toy_heads")
 
 SPEC = BackboneSpec("vit", (16, 16), (8, 8), 3, 4, 1, 1)
 LEVELS = (77, 102, 128)  # red of the three classes, 0.3 to 0.5: not negative in [0, 1] alone
@@ -142,12 +144,13 @@ def test_without_classes_crops_find_each_other(textures):
 def test_a_checkpoint_is_probed_and_stays_as_it_is(tmp_path, classes):
     spec = BackboneSpec("vit", (16, 16), (8, 8), 3, 192, 1, 3)
     save_file(randomise(build_vit(spec)).state_dict(), tmp_path / "x.safetensors")
-    found = suggest_preprocessing(tmp_path / "x.safetensors", classes, max_images=24, format="timm")
+    options: ReadOptions = {"format": "timm", "overrides": {"num_heads": 3}}
+    found = suggest_preprocessing(tmp_path / "x.safetensors", classes, max_images=24, **options)
     assert found.images == 24
     assert len(found.candidates) == 4 * 2 * 2
     expected = found.to_dict()
     assert json.loads(json.dumps(expected, allow_nan=False))["applied"] is False
-    assert load_backbone(tmp_path / "x.safetensors", format="timm")[1].mean == (0.485, 0.456, 0.406)
+    assert load_backbone(tmp_path / "x.safetensors", **options)[1].mean == (0.485, 0.456, 0.406)
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(render(found))
     text = console.export_text()
@@ -183,6 +186,6 @@ def test_what_cannot_be_probed_says_why(tmp_path, channels, count, expected):
     (tmp_path / "images").mkdir()
     for number in range(count):
         Image.new("RGB", (16, 16)).save(tmp_path / "images" / f"{number}.png")
-    given = {"mean": spec.mean, "std": spec.std}
+    given = {"mean": spec.mean, "std": spec.std, "num_heads": 3}
     with pytest.raises(UserError, match=expected):
         suggest_preprocessing(tmp_path / "x.safetensors", tmp_path / "images", format="timm", overrides=given)

@@ -24,6 +24,8 @@ from backbones.translating.detect import FORMATS
 from mae_bench.data.sets import fetch as fetching
 from mae_bench.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

@@ -23,8 +23,8 @@ DECAY = 0.5
 UNUSED = ("norm.", "fc_norm.", "neck.")  # behind the last block: maps are taken before
 
 
-@pytest.fixture(scope="session", params=KINDS)
-def exported(request, tmp_path_factory) -> tuple[Path, BackboneSpec]:
+@pytest.fixture(scope="module", params=KINDS)
+def exported(request, toy_heads, tmp_path_factory) -> tuple[Path, BackboneSpec]:
     """A toy's export and its spec."""
     toys = import_module(f"tests.backbones.formats.toys_{request.param}")
     folder = tmp_path_factory.mktemp(request.param)

@@ -75,12 +75,17 @@ def apply_norm(
 
 
 def check_real_size(
-    format: str, content: Any, beside: dict[str, dict[str, Any]] | None = None, *, said: bool = False
+    format: str,
+    content: Any,
+    beside: dict[str, dict[str, Any]] | None = None,
+    *,
+    said: bool = False,
+    overrides: Mapping[str, Any] | None = None,
 ) -> BackboneSpec:
     """Read a checkpoint's content like `load_backbone`, fit it to a meta-device model, return the spec.
 
     content: nested dicts with shapes or hollow tensors as leaves. said: whether the user names the format,
-    for layouts that several families share.
+    for layouts that several families share. overrides: fields that the user states.
     """
     part = unwrap(hollow(content), "real size")
     checkpoint = Checkpoint(
@@ -95,7 +100,7 @@ def check_real_size(
         beside or {},
     )
     with mock.patch("backbones.load.check_values"):  # checking a billion zeros takes the longest
-        name, translation, spec = translate(checkpoint, format if said else None)
+        name, translation, spec = translate(checkpoint, format if said else None, overrides)
     assert name == format
     with torch.device("meta"):
         model = build_vit(spec, global_pool=infer_global_pool(translation.weights))

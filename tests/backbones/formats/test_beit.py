@@ -19,6 +19,8 @@ from tests.backbones.formats.beit_layout import TABLE, encoder_shapes, published
 from tests.backbones.formats.reference import check_real_size, pair
 from tests.parity import assert_parity, in_float64
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 TOYS: dict[str, Any] = {
     "beit": toys_beit,
     "beitv2": toys_beitv2,

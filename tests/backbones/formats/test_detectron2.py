@@ -21,7 +21,7 @@ from detectron2.modeling.backbone.vit import SimpleFeaturePyramid, ViT  # noqa: 
 
 from tests.parity import FLOAT32_TABLES, assert_parity, in_float64
 
-pytestmark = pytest.mark.framework
+pytestmark = [pytest.mark.framework, pytest.mark.usefixtures("toy_heads")]
 
 TIMM: dict[str, Any] = {
     "img_size": 32,

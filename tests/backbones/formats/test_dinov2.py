@@ -18,6 +18,8 @@ from tests.backbones.formats.reference import check_real_size, fill, prefixed
 from tests.backbones.formats.toys_dinov2 import backbones, number, shapes
 from tests.parity import FLOAT32_TABLES, assert_parity, in_float64
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 TEACHERS = {"teacher": "base", "training": "base"}  # files with the backbone of another
 HUB = {
     "cls_token": "embeddings.cls_token",

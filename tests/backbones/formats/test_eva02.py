@@ -17,6 +17,8 @@ from tests.backbones.formats.reference import apply_linear, apply_norm, check_re
 from tests.backbones.formats.toys_eva02 import FILES, TUNED, angles, encoder_shapes, rotations
 from tests.parity import FLOAT32_TABLES, assert_parity, weights_in_float64
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 
 def turned(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     """Rotate pairs of channels of the patches, not of the class token; x (N, heads, 1 + L, d)."""

@@ -13,6 +13,8 @@ from backbones.reading.source import open_source
 from backbones.translating.detect import FORMATS, detect, get_format
 from mae_bench.export import write_export
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 HERE = Path(__file__).parent
 # A module toys_FORMAT.py has `write(folder) -> {name: (path, keywords of load_backbone that it needs)}`.
 TOYS = sorted(path.stem.removeprefix("toys_") for path in HERE.glob("toys_*.py"))

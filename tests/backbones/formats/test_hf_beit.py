@@ -15,6 +15,8 @@ from tests.backbones.formats.reference import check_real_size, randomise
 from tests.backbones.formats.toys_hf_beit import MODELS, build
 from tests.parity import assert_parity, in_float64
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):

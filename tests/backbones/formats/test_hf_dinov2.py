@@ -20,6 +20,8 @@ from tests.backbones.formats.test_dinov2 import auto_model
 from tests.backbones.formats.toys_hf_dinov2 import models
 from tests.parity import FLOAT32_TABLES, assert_parity, in_float64
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 NAMES = sorted(models())
 
 

@@ -22,6 +22,8 @@ from tests.backbones.formats.toys_dinov3 import toys
 from tests.backbones.formats.toys_hf_dinov3 import KINDS, models
 from tests.parity import FLOAT32_TABLES, assert_parity, in_float64
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
@@ -153,8 +155,8 @@ def test_whatever_does_not_fit_is_refused(files, tmp_path, change, told):
         (384, 12, 1536, 6, True),
         (768, 12, 3072, 12, False),
         (1024, 24, 4096, 16, False),  # S+, B, L
-        (1280, 2, 5120, 20, True),
-        (4096, 1, 8192, 32, True),  # H+ and 7B, of which some of the equal blocks
+        (1280, 32, 5120, 20, True),
+        (4096, 40, 8192, 32, True),  # H+ and 7B
     ],
 )
 @pytest.mark.parametrize("described", [True, False])

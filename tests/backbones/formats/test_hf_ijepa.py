@@ -9,6 +9,8 @@ from tests.backbones.formats import toys_hf_ijepa
 from tests.backbones.formats.reference import check_real_size
 from tests.parity import assert_parity, in_float64
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):

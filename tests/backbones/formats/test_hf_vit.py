@@ -14,6 +14,8 @@ from tests.backbones.formats import toys_hf_vit
 from tests.backbones.formats.reference import check_real_size
 from tests.parity import assert_parity, in_float64
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 NAMES = ["vit", "bare", "classifier", "masked", "deit", "teacher"]
 
 

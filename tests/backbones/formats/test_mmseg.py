@@ -10,7 +10,7 @@ from tests.backbones.formats import toys_mmpretrain, toys_mmseg
 from tests.backbones.formats.reference import check_real_size
 from tests.parity import assert_parity, in_float64
 
-pytestmark = pytest.mark.framework
+pytestmark = [pytest.mark.framework, pytest.mark.usefixtures("toy_heads")]
 
 backbones = pytest.importorskip("mmseg.models.backbones", reason="mmsegmentation is optional: make setup")
 

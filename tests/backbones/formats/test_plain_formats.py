@@ -31,6 +31,8 @@ from tests.backbones.formats.plain_vit import REAL, encoder_shapes, linear, publ
 from tests.backbones.formats.reference import Shapes, check_real_size, fill, prefixed
 from tests.parity import assert_parity, assert_within_rounding, weights_in_float64
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 Weights = dict[str, torch.Tensor]
 FAMILIES = (
     "dino",

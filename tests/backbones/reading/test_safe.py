@@ -38,6 +38,7 @@ from mae_bench.files import file_digest
 from mae_bench.job import Job
 from mae_bench.progress import Progress
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
 NAMED = ("add", "sub", "mul", "and_", "or_", "xor", "neg", "pos", "abs")  # functions of operator
 
 

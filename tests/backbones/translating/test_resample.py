@@ -284,6 +284,7 @@ def test_windows_keep_their_distances():
     assert set(translation.reshaped) == {"pos_embed", "blocks.1.attn.rel_pos_h", "blocks.1.attn.rel_pos_w"}
 
 
+@pytest.mark.usefixtures("toy_heads")
 class TestLoading:
     def test_a_sincos_table_becomes_a_learned_one(self, files):
         model, spec, report = load_backbone(files["encoder"][0], img_size=(48, 64))
