@@ -91,18 +91,20 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = VisionTransformer(img_size=64, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0)
     (folder / "ckpts").mkdir()
     for name in ("weights.pth", "ckpts/a.pth", "ckpts/b.pth"):
-        torch.save(model.state_dict(), folder / name)
+        torch.save(
+            {"state_dict": model.state_dict(), "args": {"model_kwargs": {"num_heads": 3}}}, folder / name
+        )
     with torch.no_grad():
         assert model.pos_embed is not None
         model.pos_embed.copy_(sincos_2d(192, (8, 8)))  # MAE's mark
-    torch.save({"model": model.state_dict()}, folder / "mae_pretrain_vit_base.pth")
+    torch.save({"model": model.state_dict(), "args": {"num_heads": 3}}, folder / "mae_pretrain_vit_base.pth")
     Image.effect_mandelbrot((96, 80), (-2, -1, 1, 1), 50).convert("RGB").save(folder / "photo.jpg")
     (folder / "my_code.py").write_text(
         "import torch\nfrom timm.models.vision_transformer import VisionTransformer\n\n\n"
         "def build(path):\n"
         "    sizes = dict(img_size=64, patch_size=8, embed_dim=192, depth=2, num_heads=3)\n"
         "    model = VisionTransformer(**sizes, num_classes=0)\n"
-        "    model.load_state_dict(torch.load(path))\n    return model.eval()\n"
+        "    model.load_state_dict(torch.load(path)['state_dict'])\n    return model.eval()\n"
     )
     return folder
 

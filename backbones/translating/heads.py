@@ -1,9 +1,9 @@
 """Number of attention heads: what the file states, and what a family's own code builds for a size.
 
 No tensor of a plain ViT shows the number of heads, and several code bases build one width with different
-numbers: 192 channels have 3 heads in DeiT and 12 in MAE-Lite, 384 have 6 in DINO and 12 in MoCo v3. A width is
-therefore never evidence; a size (width, depth, MLP width) is, within a family whose code builds it with exactly
-one number of heads.
+numbers: 192 channels have 3 heads in DeiT and 12 in MAE-Lite, 384 have 6 in DINO and 12 in MoCo v3. A width
+is therefore never evidence; a size (width, depth, MLP width) is, within a family whose code builds it with
+exactly one number of heads.
 """
 
 from argparse import Namespace
@@ -38,7 +38,7 @@ CLIP = {
     GIGANTIC: 16,
     (1792, 56, 15360): 16,
 }
-# Format -> size -> heads, for the sizes that the code after each line builds with exactly one number of heads.
+# Format -> size -> heads: the sizes that the code named in each line builds with exactly one number of heads.
 SIZES: dict[str, dict[Size, int]] = {
     "official_mae": BASE_AND_LARGER,  # facebookresearch/mae models_mae.py, models_vit.py
     "dino": {TI: 3, S: 6, B: 12},  # facebookresearch/dino vision_transformer.py
@@ -178,7 +178,7 @@ def _heads_of_name(format: str, extras: Mapping[str, Any], size: Size) -> int | 
 
 
 def _heads_in_timm(name: str, size: Size, kwargs: Mapping[str, Any]) -> int | None:
-    """Return the heads of a ViT of the installed timm, if the width or the arguments for it fit the file's."""
+    """Return the heads of a ViT of the installed timm, if its width and depth are the file's."""
     import timm  # imports every model: only for a file that names one
     from timm.models import get_pretrained_cfg
 
