@@ -1,4 +1,4 @@
-"""Load whole autoencoders: `load_mae(PATH)` returns an MAE with its decoder from any known file."""
+"""Load whole autoencoders: `load_mae(PATH)` returns an MAE with its decoder, its spec and a report."""
 
 import json
 import re
@@ -12,9 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from backbones.formats import hf_vitmae
-from backbones.load import check_fit, translate
+from backbones.load import check_fit, make_report, translate
 from backbones.reading.safe import check_tensors, check_values, read_file
 from backbones.reading.source import CONFIG_FILE, Checkpoint, open_source
+from backbones.translating.heads import get_size
+from backbones.translating.infer import MissingHeads
+from backbones.translating.report import ConversionReport
 from mae_bench.errors import UserError
 from mae_bench.models.mae import MAE
 from mae_bench.models.options import MAEOptions
@@ -23,9 +26,13 @@ from mae_bench.pretrain.reconstruct import MAE_FILE
 from mae_bench.spec import BackboneSpec
 
 DECODER = re.compile(r"decoder_|mask_token$|target\.")
-REFERENCE_HEADS = 16  # decoder heads of every size in facebookresearch/mae; its files do not state them
+# (width, depth, MLP width) of a decoder -> heads, from facebookresearch/mae models_mae.py. Others have other
+# numbers: MAE-Lite's decoders of 96 and 192 channels have 3 and 6.
+REFERENCE_HEADS = {(512, 8, 2048): 16}
+HF_DEFAULT_HEADS = 16  # of transformers' ViTMAEConfig
 # Names of the decoder's layers in transformers before version 5, and as version 5 writes them.
 HF_LAYER = re.compile(r"decoder\.(?:decoder_layers|decoder_encoder\.layer)\.")
+GIVE_DECODER = "give decoder_num_heads=N to load_mae, --decoder-num-heads N to reconstruct"
 Weights = dict[str, torch.Tensor]
 
 
@@ -37,8 +44,10 @@ def load_mae(
     decoder_num_heads: int | None = None,
     weights: str | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> MAE:
+) -> tuple[MAE, BackboneSpec, ConversionReport]:
     """Load a masked autoencoder with its decoder, in float32 and in eval mode.
+
+    Return the model, the spec of its encoder, and the account of every key of the file.
 
     Args:
         path: `mae.safetensors` or the folder of the pretraining that wrote it (also as run:DIR), a .pth file
@@ -47,19 +56,22 @@ def load_mae(
             transformers' config), else False as in the reference's constructor; its *_full.pth files were
             trained with True.
         img_size: another size than the file's, in pixels. Both position tables are resampled (bicubic).
-        decoder_num_heads: by default what the file states, else the reference's 16.
+        decoder_num_heads: by default what the file states, else 16 for the reference's decoder.
         weights: which set of weights to read from a file with several (model_ema, ...).
-        overrides: BackboneSpec fields that cannot be inferred from the file.
+        overrides: BackboneSpec fields that cannot be inferred from the file (num_heads, ...).
 
-    Raises UserError for a file without a decoder and for anything that does not fit; nothing is loaded in
-    part.
+    Raises UserError for a file without a decoder, for a number of heads that cannot be inferred, and for
+    anything that does not fit; nothing is loaded in part.
     """
     # 1. Read the encoder's spec, the decoder's options and all weights.
-    spec, options, tensors = _read(_find_file(path), weights, overrides or {})
+    spec, options, tensors, report = _read(_find_file(path), weights, overrides or {})
     if norm_pix_loss is not None:
         options["norm_pix_loss"] = norm_pix_loss
     if decoder_num_heads is not None:
         options["decoder_num_heads"] = decoder_num_heads
+    elif "decoder_num_heads" not in options:
+        options["decoder_num_heads"] = _get_reference_heads(tensors, path)
+        report.notes.append(f"{options['decoder_num_heads']} decoder heads, the reference's for its size")
 
     # 2. Resample the position tables to another image size.
     if img_size is not None:
@@ -73,7 +85,16 @@ def load_mae(
         named[name if DECODER.match(name) else f"encoder.{name}"] = tensor.float()
     check_fit(model, named, str(path), "a masked autoencoder")
     model.load_state_dict({name: tensor.clone() for name, tensor in named.items()}, assign=True)
-    return model.eval()
+    return model.eval(), spec, report
+
+
+def _get_reference_heads(weights: Weights, path: str | Path) -> int:
+    """Return the heads of a decoder of the reference's size; raise MissingHeads for another one."""
+    blocks = {name.removeprefix("decoder_"): t for name, t in weights.items() if name.startswith("decoder_b")}
+    width, (_, depth, hidden) = weights["decoder_embed.weight"].shape[0], get_size(blocks)
+    if (width, depth, hidden) not in REFERENCE_HEADS:
+        raise MissingHeads(str(path), width, depth, "decoder_num_heads", fix=GIVE_DECODER)
+    return REFERENCE_HEADS[width, depth, hidden]
 
 
 def _build_empty(spec: BackboneSpec, options: Mapping[str, Any], path: str | Path) -> MAE:
@@ -98,8 +119,8 @@ def _find_file(path: str | Path) -> Path:
 
 def _read(
     path: Path, weights: str | None, overrides: Mapping[str, Any]
-) -> tuple[BackboneSpec, dict[str, Any], Weights]:
-    """Return spec, fields of MAEOptions and weights; the encoder's have no prefix."""
+) -> tuple[BackboneSpec, dict[str, Any], Weights, ConversionReport]:
+    """Return spec, fields of MAEOptions, weights and report; the encoder's names have no prefix."""
     if _is_ours(path):
         return _read_ours(path)
 
@@ -121,7 +142,18 @@ def _read(
         options, decoder = _read_hf_options(checkpoint), _translate_hf_decoder(checkpoint, decoder)
     else:
         options = _read_reference_options(checkpoint)
-    return spec, options | _infer_sizes(decoder, path), translation.weights | decoder
+    report = make_report(checkpoint, format, translation)
+    _account_for_decoder(report, checkpoint, root)
+    return spec, options | _infer_sizes(decoder, path), translation.weights | decoder, report
+
+
+def _account_for_decoder(report: ConversionReport, checkpoint: Checkpoint, root: str) -> None:
+    """Move the decoder's tensors in the report from the dropped ones to the renamed ones."""
+    for name in checkpoint.stored:
+        own = name.removeprefix(checkpoint.prefix if name.startswith(checkpoint.prefix) else root)
+        if name in report.dropped and (DECODER.match(own) or own.startswith("decoder.")):
+            del report.dropped[name]
+            report.renamed[name] = own
 
 
 def _is_ours(path: Path) -> bool:
@@ -133,14 +165,16 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _read_ours(path: Path) -> tuple[BackboneSpec, dict[str, Any], Weights]:
+def _read_ours(path: Path) -> tuple[BackboneSpec, dict[str, Any], Weights, ConversionReport]:
     read = read_file(path)
     weights, metadata = read.content, read.metadata
     check_tensors(weights, path, read.size)
     check_values(weights, str(path))
     try:
         spec = BackboneSpec.from_dict(json.loads(metadata["spec"]))
-        return spec, dict(json.loads(metadata["decoder"])), weights
+        names = {name: name for name in weights}
+        report = ConversionReport(str(path), "mae_bench", read.digest, names)
+        return spec, dict(json.loads(metadata["decoder"])), weights, report
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(
             f"{path}: its description cannot be read: {error}", expected="a file written by a pretraining"
@@ -168,15 +202,16 @@ def _infer_sizes(decoder: Weights, path: Path) -> dict[str, Any]:
 def _read_reference_options(checkpoint: Checkpoint) -> dict[str, Any]:
     args = checkpoint.extras.get("args")
     stated = vars(args).get("norm_pix_loss", False) if isinstance(args, Namespace) else False
-    return {"norm_pix_loss": bool(stated), "decoder_num_heads": REFERENCE_HEADS}
+    heads = vars(args).get("decoder_num_heads") if isinstance(args, Namespace) else None
+    return {"norm_pix_loss": bool(stated)} | ({"decoder_num_heads": heads} if isinstance(heads, int) else {})
 
 
 def _read_hf_options(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.beside.get(CONFIG_FILE, {})
-    return {
-        "norm_pix_loss": bool(config.get("norm_pix_loss", False)),
-        "decoder_num_heads": config.get("decoder_num_attention_heads", REFERENCE_HEADS),
-    }
+    options: dict[str, Any] = {"norm_pix_loss": bool(config.get("norm_pix_loss", False))}
+    if CONFIG_FILE in checkpoint.beside:
+        options["decoder_num_heads"] = config.get("decoder_num_attention_heads", HF_DEFAULT_HEADS)
+    return options
 
 
 def _translate_hf_decoder(checkpoint: Checkpoint, decoder: Weights) -> Weights:

@@ -68,7 +68,7 @@ def _infer(
     merged = {"arch": "vit", **given, **shapes}
     merged.setdefault("pos_embed", infer_pos_embed(translation.weights, merged))
     if "num_heads" not in merged:
-        raise MissingHeads(source, merged)
+        raise MissingHeads(source, merged["embed_dim"], merged["depth"])
     return BackboneSpec(**merged)
 
 
@@ -148,13 +148,19 @@ class MissingHeads(UserError):
         divisors: numbers of heads that divide the width.
     """
 
-    def __init__(self, source: str, spec: Mapping[str, Any]) -> None:
-        width = spec["embed_dim"]
+    def __init__(
+        self,
+        source: str,
+        width: int,
+        depth: int,
+        field: str = "num_heads",
+        fix: str = GIVE.format("num_heads=N"),
+    ) -> None:
         self.divisors = list_divisors(width)
         super().__init__(
-            f"{source}: num_heads cannot be inferred from the file (width {width}, depth {spec['depth']})",
+            f"{source}: {field} cannot be inferred from the file (width {width}, depth {depth})",
             expected=f"one of {', '.join(map(str, self.divisors))}",
-            fix=f"{GIVE.format('num_heads=N')}; measure it by mae-bench inspect CHECKPOINT --images FOLDER",
+            fix=f"{fix}; measure it by mae-bench inspect CHECKPOINT --images FOLDER",
         )
 
 

@@ -154,10 +154,22 @@ def reconstruct(
         float, typer.Option("--mask-ratio", min=0.01, max=0.99, help="Fraction of patches to remove.")
     ] = 0.75,
     seed: Annotated[int, typer.Option("--seed", help="Seed for the masks.")] = 0,
+    fields: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="A spec field that the file does not state."),
+    ] = None,
+    decoder_num_heads: Annotated[
+        int | None,
+        typer.Option(
+            "--decoder-num-heads", min=1, help="Heads of the decoder, if the file does not state them."
+        ),
+    ] = None,
 ) -> None:
     """Draw what a masked autoencoder reconstructs, one row per image: original, masked, reconstructed."""
     from backbones.mae import load_mae
     from mae_bench.pretrain.reconstruct import reconstruct_files
 
-    reconstruct_files(load_mae(checkpoint), images, out, mask_ratio, seed)
+    overrides = reading_options(None, None, fields)["overrides"]
+    model, _, _ = load_mae(checkpoint, decoder_num_heads=decoder_num_heads, overrides=overrides)
+    reconstruct_files(model, images, out, mask_ratio, seed)
     print(out)

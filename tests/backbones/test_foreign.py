@@ -80,16 +80,6 @@ UNCERTAIN = {
 # What today's code reads wrongly or refuses although it is to be read: the finding of each. Remove an entry
 # with its fix.
 KNOWN_WRONG = {
-    "W1": (
-        "mae/base/checkpoint/no-decoder_num_heads/whole",
-        "mae/decoder-8-heads/checkpoint/no-decoder_num_heads/whole",
-        "mae/decoder-deep/checkpoint/no-decoder_num_heads/whole",
-        "mae_lite/base/checkpoint/no-decoder_num_heads/whole",
-        "mae_lite/decoder-8-heads/checkpoint/no-decoder_num_heads/whole",
-        "mae_lite/decoder-deep/checkpoint/no-decoder_num_heads/whole",
-        "mae_lite/released-tiny/checkpoint/no-decoder_num_heads/whole",
-        "mae_lite/released-small/checkpoint/no-decoder_num_heads/whole",
-    ),
     "W2": (
         "mae/grid-4x9-sine/checkpoint/no-img_size",
         "mae/grid-9x4-sine/checkpoint/no-img_size",
@@ -269,8 +259,7 @@ def reconstruct(
     """Predictions (N, L, p p C) with the golden file's mask."""
     if "decoder_num_heads" not in case.unsaid:
         options["decoder_num_heads"] = record["decoder_heads"]
-    loaded: Any = load_mae(path, **options)
-    model = (loaded[0] if isinstance(loaded, tuple) else loaded).double()
+    model = load_mae(path, **options)[0].double()
     num_patches = imgs.shape[2] * imgs.shape[3] // record["patch"] ** 2
     return model(imgs, 0.75, draw_noise(record["seed"], len(imgs), num_patches))[1]
 

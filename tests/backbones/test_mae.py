@@ -13,12 +13,15 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 import mae_bench
 from backbones.mae import load_mae
+from backbones.translating.infer import MissingHeads
 from mae_bench.errors import UserError
 from mae_bench.export import write_export
 from mae_bench.models.mae import MAE
 from mae_bench.models.options import MAEOptions
 from mae_bench.pretrain.reconstruct import reconstruct, save_mae
 from mae_bench.spec import BackboneSpec
+from tests.backbones.formats.reference import fill
+from tests.backbones.formats.toys_official_mae import decoder_shapes
 from tests.parity import MEAN, assert_parity, assert_within_rounding, in_float64, weights_in_float64
 
 pytestmark = pytest.mark.usefixtures("toy_heads")
@@ -68,7 +71,7 @@ def theirs():
 def test_equals_transformers(tmp_path, theirs, norm_pix_loss, mask_ratio):
     theirs.config.norm_pix_loss, theirs.config.mask_ratio = norm_pix_loss, mask_ratio
     theirs.save_pretrained(tmp_path)
-    ours = mae_bench.load_mae(tmp_path)
+    ours = mae_bench.load_mae(tmp_path)[0]
     assert ours.spec.norm_eps == theirs.config.layer_norm_eps == 1e-12
     assert ours.target.norm is norm_pix_loss
     imgs, noise = drawn((32, 32), 16)
@@ -93,7 +96,7 @@ def test_transformers_older_names_of_the_decoder(tmp_path, theirs):
     (tmp_path / "older").mkdir()
     (tmp_path / "older" / "config.json").write_text((tmp_path / "config.json").read_text())
     save_file(older, tmp_path / "older" / "model.safetensors")
-    one, other = load_mae(tmp_path).state_dict(), load_mae(tmp_path / "older").state_dict()
+    one, other = load_mae(tmp_path)[0].state_dict(), load_mae(tmp_path / "older")[0].state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -101,7 +104,7 @@ def test_a_folder_in_shards(tmp_path, theirs):
     theirs.save_pretrained(tmp_path / "one")
     theirs.save_pretrained(tmp_path / "in_shards", max_shard_size="100KB")
     assert (tmp_path / "in_shards/model.safetensors.index.json").is_file()
-    one, other = load_mae(tmp_path / "one").state_dict(), load_mae(tmp_path / "in_shards").state_dict()
+    one, other = load_mae(tmp_path / "one")[0].state_dict(), load_mae(tmp_path / "in_shards")[0].state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -113,8 +116,8 @@ def test_a_state_dict_of_transformers_memory(tmp_path, theirs, prefix):
         {prefix + name: tensor for name, tensor in theirs.state_dict().items()}, tmp_path / "memory.pth"
     )
     said = {"num_heads": 4, "norm_eps": 1e-12}
-    model = load_mae(tmp_path / "memory.pth", norm_pix_loss=True, decoder_num_heads=2, overrides=said)
-    folder = load_mae(tmp_path / "folder", norm_pix_loss=True)
+    model = load_mae(tmp_path / "memory.pth", norm_pix_loss=True, decoder_num_heads=2, overrides=said)[0]
+    folder = load_mae(tmp_path / "folder", norm_pix_loss=True)[0]
     assert (model.spec, model.options) == (folder.spec, folder.options)
     assert model.state_dict().keys() == folder.state_dict().keys()
     assert all(torch.equal(tensor, folder.state_dict()[name]) for name, tensor in model.state_dict().items())
@@ -124,9 +127,9 @@ def test_a_training_state_with_an_average_of_the_weights_asks_for_one(tmp_path, 
     average = {f"module.{name}": tensor * 2 for name, tensor in toys["full"].items()}
     torch.save({"model": toys["full"], "model_ema": average, "epoch": 7}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="model_ema"):
-        load_mae(tmp_path / "x.pth")
+        load_mae(tmp_path / "x.pth")[0]
     for weights, factor in (("model", 1), ("model_ema", 2)):
-        found = load_mae(tmp_path / "x.pth", weights=weights).state_dict()
+        found = load_mae(tmp_path / "x.pth", weights=weights, decoder_num_heads=16)[0].state_dict()
         for ours, name in (
             ("encoder.blocks.1.mlp.fc1.weight", "blocks.1.mlp.fc1.weight"),
             ("decoder_norm.bias",) * 2,
@@ -188,13 +191,18 @@ def reference_forward(w, imgs, noise, mask_ratio, heads, decoder_heads, norm_pix
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 @pytest.mark.parametrize("file", ["checkpoint-7.pth", "full.pth"])
 def test_equals_the_reference(tmp_path, toys, file, norm_pix_loss):
-    """A training state has its arguments, a bare file gets the reference's defaults: raw pixels, 16 heads."""
+    """A training state has its arguments, a bare file gets the reference's default: raw pixels."""
     content = {"model": toys["full"]}
     if file == "checkpoint-7.pth":
         content |= {"args": argparse.Namespace(norm_pix_loss=norm_pix_loss), "epoch": 7}
     torch.save(content, tmp_path / file)
     given = {} if file == "checkpoint-7.pth" else {"norm_pix_loss": norm_pix_loss}
-    model = load_mae(tmp_path / file, **given)
+    with pytest.raises(MissingHeads, match="decoder_num_heads cannot be inferred .* depth 1"):
+        load_mae(tmp_path / file, **given)
+    model, spec, report = load_mae(tmp_path / file, decoder_num_heads=16, **given)
+    assert (spec, spec.num_heads) == (model.spec, 3)
+    assert set(report.renamed) == set(toys["full"])
+    assert not report.dropped
     assert (model.options.decoder_num_heads, model.options.norm_pix_loss) == (16, norm_pix_loss)
     imgs, noise = drawn((32, 32), 16)
     model, imgs = in_float64(model), imgs.double()
@@ -206,14 +214,16 @@ def test_equals_the_reference(tmp_path, toys, file, norm_pix_loss):
     assert_within_rounding(loss, want_loss, roundings=MEAN)
     assert_parity(pred, want_pred)
     assert torch.equal(mask, want_mask)
-    other_heads = load_mae(tmp_path / file, decoder_num_heads=4, **given)
+    other_heads = load_mae(tmp_path / file, decoder_num_heads=4, **given)[0]
     assert other_heads.options.decoder_num_heads == 4
     assert not torch.equal(in_float64(other_heads)(imgs, 0.75, noise)[1], pred)
 
 
 def test_a_file_that_is_silent_takes_the_constructors_default(files):
-    assert not load_mae(files["full"][0]).options.norm_pix_loss
-    assert load_mae(files["checkpoint-7"][0]).options.norm_pix_loss, "its saved arguments say so"
+    assert not load_mae(files["full"][0], decoder_num_heads=16)[0].options.norm_pix_loss
+    assert load_mae(files["checkpoint-7"][0], decoder_num_heads=16)[0].options.norm_pix_loss, (
+        "its saved arguments say so"
+    )
 
 
 @pytest.mark.parametrize(
@@ -235,7 +245,7 @@ def test_our_file_gives_the_same_model_back(tmp_path, options):
     ids = torch.randint(13, (2, SPEC.num_patches)) if options.get("target") == "tokens" else None
     save_mae(model, tmp_path)
     for source in (tmp_path, f"run:{tmp_path}", tmp_path / "mae.safetensors"):
-        again = load_mae(source)
+        again = load_mae(source)[0]
         assert (again.spec, again.options) == (model.spec, model.options)
         assert again.state_dict().keys() == model.state_dict().keys()
         for one, other in zip(again(imgs, 0.75, noise, ids), model(imgs, 0.75, noise, ids), strict=True):
@@ -247,14 +257,15 @@ def test_our_file_gives_the_same_model_back(tmp_path, options):
 def test_a_renamed_file_of_ours_is_known_by_its_content(tmp_path):
     save_mae(MAE(SPEC, MAEOptions(**SMALL)), tmp_path)
     (tmp_path / "mae.safetensors").rename(tmp_path / "mine.safetensors")
-    assert load_mae(tmp_path / "mine.safetensors").spec == SPEC
+    assert load_mae(tmp_path / "mine.safetensors")[0].spec == SPEC
 
 
 def test_another_image_size_resamples_both_tables(tmp_path, toys, theirs):
     torch.save({"model": toys["full"]}, tmp_path / "full.pth")
     theirs.save_pretrained(tmp_path / "hf")
     for source in (tmp_path / "full.pth", tmp_path / "hf"):
-        small, large = load_mae(source), load_mae(source, img_size=64)
+        given: dict[str, Any] = {"decoder_num_heads": 16} if source.suffix else {}
+        small, large = load_mae(source, **given)[0], load_mae(source, img_size=64, **given)[0]
         for name in ("encoder.pos_embed", "decoder_pos_embed"):
             table, resampled = small.state_dict()[name], large.state_dict()[name]
             assert resampled.shape == (1, 65, table.shape[2])
@@ -266,13 +277,15 @@ def test_another_image_size_resamples_both_tables(tmp_path, toys, theirs):
         assert not large.encoder.pos_embed.requires_grad
         imgs, noise = drawn((64, 64), 64)
         assert large(imgs, 0.75, noise)[1].shape == (2, 64, 192)
-        wide = load_mae(source, img_size=(32, 64))
+        wide = load_mae(source, img_size=(32, 64), **given)[0]
         assert wide.spec.grid_size == (4, 8)
-        same = load_mae(source, img_size=32)
+        same = load_mae(source, img_size=32, **given)[0]
         assert torch.equal(same.encoder.pos_embed, small.encoder.pos_embed)
-    assert torch.equal(load_mae(tmp_path / "full.pth").encoder.pos_embed, toys["full"]["pos_embed"])
+    assert torch.equal(
+        load_mae(tmp_path / "full.pth", decoder_num_heads=16)[0].encoder.pos_embed, toys["full"]["pos_embed"]
+    )
     with pytest.raises(UserError, match="not divisible"):
-        load_mae(tmp_path / "full.pth", img_size=60)
+        load_mae(tmp_path / "full.pth", img_size=60, decoder_num_heads=16)
 
 
 def test_a_file_without_a_decoder_says_so(tmp_path, files):
@@ -287,16 +300,16 @@ def test_a_file_without_a_decoder_says_so(tmp_path, files):
     ]
     for source in sources:
         with pytest.raises(UserError, match="no decoder"):
-            load_mae(source)
+            load_mae(source)[0]
     with pytest.raises(UserError, match="no such file"):
-        load_mae(tmp_path / "nowhere")
+        load_mae(tmp_path / "nowhere")[0]
 
 
 def test_damaged_files_are_refused(tmp_path, toys, theirs):
     def refuse(tensors, match):
         torch.save({"model": tensors}, tmp_path / "x.pth")
         with pytest.raises(UserError, match=match):
-            load_mae(tmp_path / "x.pth")
+            load_mae(tmp_path / "x.pth", decoder_num_heads=16)
 
     full = toys["full"]
     refuse(
@@ -311,13 +324,13 @@ def test_damaged_files_are_refused(tmp_path, toys, theirs):
     save_file(
         weights,
         tmp_path / "mae.safetensors",
-        {"decoder": json.dumps({"colours": 3}), "spec": json.dumps(SPEC.to_dict())},
+        {"decoder": json.dumps({"colours": 3, "decoder_num_heads": 2}), "spec": json.dumps(SPEC.to_dict())},
     )
     with pytest.raises(UserError, match="description"):
-        load_mae(tmp_path)
+        load_mae(tmp_path)[0]
     save_file(weights, tmp_path / "mae.safetensors", {"decoder": "{", "spec": "{"})
     with pytest.raises(UserError, match="description"):
-        load_mae(tmp_path)
+        load_mae(tmp_path)[0]
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
@@ -344,3 +357,16 @@ def test_what_is_no_picture_is_not_drawn():
             0.75,
             torch.rand(1, 8),
         )
+
+
+def test_decoder_heads_come_from_the_user_the_file_or_the_references_size(tmp_path, toys):
+    """The reference gives 16 heads to a decoder of 512 channels and 8 blocks; MAE-Lite gives 3 and 6."""
+    full = fill(decoder_shapes(192, 512, 8, 32, 8)) | toys["encoder"]
+    torch.save({"model": full}, tmp_path / "x.pth")
+    model, _, report = load_mae(tmp_path / "x.pth")
+    assert model.options.decoder_num_heads == 16
+    assert any("16 decoder heads" in note for note in report.notes)
+    args = argparse.Namespace(decoder_num_heads=8)
+    torch.save({"model": full, "args": args}, tmp_path / "stated.pth")
+    assert load_mae(tmp_path / "stated.pth")[0].options.decoder_num_heads == 8
+    assert load_mae(tmp_path / "stated.pth", decoder_num_heads=4)[0].options.decoder_num_heads == 4

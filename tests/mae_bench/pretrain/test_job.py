@@ -59,7 +59,7 @@ def test_leaves_a_backbone_an_autoencoder_and_a_picture(data: Path, tmp_path: Pa
     vit, spec, report = load_backbone(tmp_path / "run" / "export")
     assert report.digest == outcome.backbone_digest
     assert spec.pretrain_method == "mae"
-    model = load_mae(tmp_path / "run")
+    model = load_mae(tmp_path / "run")[0]
     for name, tensor in vit.state_dict().items():
         assert torch.equal(tensor, model.encoder.state_dict()[name]), name
     assert outcome.num_samples == 6
@@ -134,7 +134,7 @@ def test_random_floor_depends_on_its_seed_alone(tmp_path: Path) -> None:
 
 def test_reconstruction_keeps_visible_pixels_and_greys_removed_ones(data: Path, tmp_path: Path) -> None:
     pretrain(data, tmp_path / "run")
-    model = load_mae(tmp_path / "run")
+    model = load_mae(tmp_path / "run")[0]
     imgs = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     noise = torch.rand(2, 16)
     original, masked, painted = reconstruct(model, imgs, 0.75, noise)
@@ -149,8 +149,8 @@ def test_reconstruction_keeps_visible_pixels_and_greys_removed_ones(data: Path, 
 def test_reconstruct_needs_a_decoder_and_images(data: Path, tmp_path: Path) -> None:
     pretrain(data, tmp_path / "run")
     with pytest.raises(UserError, match="no masked autoencoder"):
-        load_mae(tmp_path / "run" / "export" / "backbone.safetensors")
-    model = load_mae(f"run:{tmp_path / 'run'}")
+        load_mae(tmp_path / "run" / "export" / "backbone.safetensors")[0]
+    model = load_mae(f"run:{tmp_path / 'run'}")[0]
     (tmp_path / "text.jpg").write_text("words")
     with pytest.raises(UserError, match=r"text\.jpg"):
         reconstruct_files(model, [tmp_path / "text.jpg"], tmp_path / "out.png")
@@ -177,7 +177,7 @@ def test_every_axis_trains_and_is_what_the_autoencoder_says(data: Path, tmp_path
     for number, axis in enumerate(axes):
         outcome = pretrain(data, tmp_path / str(number), **axis)
         digests[str(axis)] = outcome.backbone_digest
-        options = load_mae(tmp_path / str(number)).options
+        options = load_mae(tmp_path / str(number))[0].options
         for key, value in axis.items():
             assert getattr(options, key, value) == value
         assert ("reconstruction" in outcome.artefacts) == (axis.get("target") != "hog")
@@ -281,4 +281,4 @@ def test_multispectral_arrays_are_pretrained_on(tmp_path: Path) -> None:
     model = {**MODEL, "in_chans": 5, "mean": (0.5,) * 5, "std": (0.3,) * 5}
     outcome = pretrain(tmp_path / "bands", tmp_path / "run", model=model, norm_pix_loss=False)
     assert outcome.metrics["train_loss"].value < 3, "of values whose variance is about 1"
-    assert load_mae(tmp_path / "run").decoder_pred.out_features == 4 * 4 * 5
+    assert load_mae(tmp_path / "run")[0].decoder_pred.out_features == 4 * 4 * 5
