@@ -455,14 +455,18 @@ def test_doctor_answers_in_json() -> None:
     assert json.loads(done.stdout)["problems"] == []
 
 
+HEADS = {"spec": json.dumps({"num_heads": 3})}  # what the toys state, as metadata and as arguments
+ARGS = {"args": {"model_kwargs": {"num_heads": 3}}}
+
+
 @pytest.fixture
 def vit(tmp_path: Path) -> VisionTransformer:
     """A small ViT, saved as vit.safetensors, and in several.pth beside its average."""
     model = VisionTransformer(img_size=16, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0)
-    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    save_file(model.state_dict(), tmp_path / "vit.safetensors", HEADS)
     average = {name: tensor * 0.5 for name, tensor in model.state_dict().items()}
     torch.save(
-        {"state_dict": model.state_dict(), "state_dict_ema": average, "optimizer": {"lr": 1.0}},
+        {"state_dict": model.state_dict(), "state_dict_ema": average, "optimizer": {"lr": 1.0}, **ARGS},
         tmp_path / "several.pth",
     )
     return model
@@ -520,7 +524,7 @@ def test_what_is_copied_is_whole_in_a_narrow_terminal(
         for who in ("student", "teacher")
         for key, t in vit.state_dict().items()
     }
-    torch.save({"state_dict": deep}, tmp_path / "deep.pth")
+    torch.save({"state_dict": deep, **ARGS}, tmp_path / "deep.pth")
     shown = [line.strip() for line in here("inspect", "deep.pth")[1].splitlines()]
     assert "--weights state_dict.student.module.backbone.with.a.long.prefix" in shown
     assert f"{file_digest(tmp_path / 'deep.pth')}  deep.pth" in shown
@@ -600,6 +604,7 @@ def test_a_bad_checkpoint_among_many_does_not_stop_the_others(
     save_file(
         {name: tensor for name, tensor in vit.state_dict().items() if name != "norm.bias"},
         tmp_path / "a_bad.safetensors",
+        HEADS,
     )
     given = [
         "--checkpoint",
