@@ -23,6 +23,8 @@ from mae_bench.job import Job
 from mae_bench.progress import Progress
 from tests.backbones.formats import toys_detectron2, toys_mmseg
 
+pytestmark = pytest.mark.usefixtures("toy_heads")
+
 HEADS = [name for name, entry in load_table().items() if entry.head]
 
 
