@@ -8,6 +8,7 @@ import pytest
 
 # From the longest on; .ci/pytest hands a file to a worker as one piece, in this order.
 LONGEST = (
+    "test_code_blocks.py",
     "test_demo_claim.py",
     "test_end_to_end.py",
     "test_runner.py",
