@@ -11,6 +11,7 @@ from backbones.translating.translation import (
 )
 
 DROP = {r"masked_embed$": MASK_TOKEN, r"head\.": HEAD}
+LAYER_SCALE = r"blocks\.\d+\.gamma_[12]$"
 OUTSIDE = {r"(?:module\.)?head\.": PROJECTOR}
 
 
@@ -19,7 +20,7 @@ def fits(checkpoint: Checkpoint) -> bool:
 
     An extracted teacher has neither.
     """
-    if not is_plain_vit(checkpoint.tensors, *DROP):
+    if not is_plain_vit(checkpoint.tensors, LAYER_SCALE, *DROP):
         return False
     if "masked_embed" in checkpoint.tensors:
         return True

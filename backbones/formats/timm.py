@@ -57,7 +57,7 @@ def fits(checkpoint: Checkpoint) -> bool:
     or the spec that `write` puts into the file, decides.
     """
     keys = checkpoint.tensors
-    if SPEC_FILE in checkpoint.beside or {"mask_token", "register_tokens"} & set(keys):
+    if SPEC_FILE in checkpoint.beside or {"mask_token", "masked_embed", "register_tokens"} & set(keys):
         return False
     if any("relative_position_index" in key for key in keys):
         return False
@@ -84,6 +84,7 @@ def read(checkpoint: Checkpoint) -> Translation:
     is_mae = pos_embed is not None and "head.weight" not in checkpoint.tensors and is_sincos(pos_embed)
     result.assumed = {
         "norm_eps": 1e-6,
+        "pos_resample": "bicubic_antialias",  # timm/layers/pos_embed.py resample_abs_pos_embed
         "pretrain_method": "mae" if is_mae else "unknown",
         "pretrain_data": "unknown",
     }
@@ -92,7 +93,9 @@ def read(checkpoint: Checkpoint) -> Translation:
     result.facts = _read_preprocessing(config, checkpoint.source)
     is_trunk = checkpoint.prefix.endswith(TRUNK)
     if is_trunk:  # preprocessed like CLIP, except SigLIP's towers, whose config states it
-        result.assumed |= {key: value for key, value in family("clip").items() if key != "norm_eps"}
+        result.assumed |= {
+            key: value for key, value in family("clip").items() if key not in ("norm_eps", "pos_resample")
+        }
         result.facts |= clip.read_preprocessing(checkpoint)
     if "architecture" in config:
         result.facts |= _infer_named(config, weights, checkpoint.source)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the tables are used before torch is imported
 FORMATS: dict[str, str] = {
     "mae_bench": "backbones.formats.mae_bench",
     "official_mae": "backbones.formats.official_mae",
+    "crossmae": "backbones.formats.crossmae",
     "timm": "backbones.formats.timm",
     "dino": "backbones.formats.dino",
     "ibot": "backbones.formats.ibot",

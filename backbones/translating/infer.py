@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from backbones.translating.heads import list_divisors
-from backbones.translating.translation import Translation, is_sincos
+from backbones.translating.translation import Translation, find_sincos_grid, is_sincos
 from mae_bench.errors import UserError
 from mae_bench.models.create import parse_size
 from mae_bench.models.vit import ARCHS, LAYERS
@@ -160,7 +160,7 @@ class MissingHeads(UserError):
         super().__init__(
             f"{source}: {field} cannot be inferred from the file (width {width}, depth {depth})",
             expected=f"one of {', '.join(map(str, self.divisors))}",
-            fix=f"{fix}; measure it by mae-bench inspect CHECKPOINT --images FOLDER",
+            fix=fix,
         )
 
 
@@ -256,9 +256,13 @@ def _infer_img_size(
 ) -> tuple[int, int]:
     """Return the image size of a position embedding (1, num_prefix_rows + L, D).
 
-    The given size if it has L patches, else the square one.
+    The grid of a sine-cosine table, which its values show; else the given size if it has L patches, else the
+    square one, which is an assumption.
     """
     num_patches = table.shape[1] - num_prefix_rows if table.ndim == 3 else 0
+    grid = find_sincos_grid(table, num_prefix_rows)
+    if grid is not None:
+        return grid[0] * patch[0], grid[1] * patch[1]
     if given and (given[0] // patch[0]) * (given[1] // patch[1]) == num_patches:
         return tuple(given)
     side = round(max(num_patches, 0) ** 0.5)

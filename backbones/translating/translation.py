@@ -200,6 +200,26 @@ def is_sincos(
     return torch.allclose(table.float(), fixed, rtol=0, atol=tolerance)
 
 
+def find_sincos_grid(table: torch.Tensor, num_prefix_tokens: int) -> tuple[int, int] | None:
+    """Return the grid (h, w) of a fixed position embedding (1, prefix + L, D), MAE's or MoCo v3's.
+
+    The values of the table are compared with those of every grid of L patches; None for another table.
+    """
+    num_patches = table.shape[1] - num_prefix_tokens if table.ndim == 3 else 0
+    if num_patches < 1 or table.shape[2] % 4:
+        return None
+    swapped = table.roll(table.shape[2] // 2, dims=2)  # MoCo v3: rows and columns are exchanged
+    for height in range(1, num_patches + 1):
+        grid = (height, num_patches // height)
+        if num_patches % height:
+            continue
+        if is_sincos(table, num_prefix_tokens, grid):
+            return grid
+        if is_sincos(swapped, num_prefix_tokens, grid):
+            return grid[1], grid[0]
+    return None
+
+
 def has_moco_pos_embed(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Return whether the position embedding is MoCo v3's: MAE's with its halves swapped.
 

@@ -16,6 +16,7 @@ from backbones.translating.translation import has_moco_pos_embed
 from mae_bench.errors import UserError
 from mae_bench.models.cost import backbone_gmacs
 from tests.backbones.formats import (
+    toys_crossmae,
     toys_deit,
     toys_deit3,
     toys_dino,
@@ -34,7 +35,9 @@ from tests.parity import assert_parity, assert_within_rounding, weights_in_float
 pytestmark = pytest.mark.usefixtures("toy_heads")
 
 Weights = dict[str, torch.Tensor]
+SCALES = ("gamma_1", "gamma_2")
 FAMILIES = (
+    "crossmae",
     "dino",
     "ibot",
     "moco_v3",
@@ -77,6 +80,9 @@ CASES: list[tuple[str, str, Callable[[], Weights], int, str, str]] = [
     ("ibot", "student", lambda: toys_ibot.weights(1), 3, "ibot", "token"),
     ("ibot", "extracted-teacher", lambda: toys_ibot.weights(0), 3, "ibot", "token"),
     ("ibot", "extracted-student", lambda: toys_ibot.weights(1), 3, "ibot", "token"),
+    ("ibot", "layer-scale", lambda: fill(encoder_shapes(scales=SCALES)), 3, "ibot", "token"),
+    ("crossmae", "checkpoint-7", toys_crossmae.weights, 3, "crossmae", "token"),
+    ("crossmae", "released", toys_crossmae.weights, 3, "crossmae", "token"),
     ("moco_v3", "base", lambda: toys_moco_v3.weights(0), 12, "moco_v3", "token"),
     ("moco_v3", "momentum", lambda: toys_moco_v3.weights(1), 12, "moco_v3", "token"),
     ("moco_v3", "probe", lambda: toys_moco_v3.weights(0), 12, "moco_v3", "token"),
@@ -177,6 +183,7 @@ def test_features_are_those_of_the_published_equations(
     [
         ("dino", "teacher", "bicubic", "bicubic_offset"),
         ("ibot", "teacher", "bicubic", "bicubic_offset"),
+        ("crossmae", "released", "bicubic", "bicubic"),
         ("moco_v3", "base", "bilinear", "bicubic"),
         ("deit", "distilled", "bicubic", "bicubic"),
         ("deit3", "published", "bicubic", "bicubic"),

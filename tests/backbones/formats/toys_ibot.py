@@ -29,9 +29,12 @@ def write(folder: Path) -> Files:
     torch.save(training, folder / "checkpoint.pth")
     torch.save({"state_dict": weights()}, folder / "checkpoint_teacher.pth")
     torch.save({"state_dict": student}, folder / "checkpoint_student.pth")
+    scaled = fill(encoder_shapes(scales=("gamma_1", "gamma_2"))) | {"masked_embed": torch.zeros(1, WIDTH)}
+    torch.save({"state_dict": scaled}, folder / "checkpoint_scaled.pth")
     return {
         "teacher": (folder / "checkpoint.pth", {"weights": "teacher"}),
         "student": (folder / "checkpoint.pth", {"weights": "student"}),
         "extracted-teacher": (folder / "checkpoint_teacher.pth", {"format": "ibot"}),
         "extracted-student": (folder / "checkpoint_student.pth", {}),
+        "layer-scale": (folder / "checkpoint_scaled.pth", {}),
     }

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.interpolate import RectBivariateSpline
+from timm.layers import resample_abs_pos_embed
 from transformers import Dinov2WithRegistersConfig, ViTConfig
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
     Dinov2WithRegistersEmbeddings,
@@ -21,6 +22,7 @@ from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
 from mae_bench.export import write_export
 from mae_bench.models.cost import backbone_gmacs
+from mae_bench.models.pos_embed import sincos_2d
 from mae_bench.models.resampling import resize_bias_table, resize_distances, resize_filters, resize_table
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec, PosResample
@@ -330,3 +332,32 @@ def test_a_table_of_no_grid_is_refused():
 def test_a_model_that_is_built_by_its_name_keeps_its_patches():
     with pytest.raises(UserError, match="the patch size of this architecture"):
         translated({}, replace(VIT, arch="test_vit2"), None, (16, 16))
+
+
+@pytest.mark.parametrize("grid", [(7, 7), (3, 2), (2, 6)])
+def test_timms_weights_are_resampled_as_timm_does(tmp_path, grid):
+    """timm/layers/pos_embed.py resample_abs_pos_embed, which antialiases."""
+    vit = randomise(build_vit(replace(VIT, embed_dim=32)))
+    torch.save(vit.state_dict(), tmp_path / "x.pth")
+    size = (grid[0] * 8, grid[1] * 8)
+    model, _, _ = load_backbone(tmp_path / "x.pth", img_size=size, overrides={"num_heads": 2})
+    table = vit.state_dict()["pos_embed"]
+    wanted = resample_abs_pos_embed(table, list(grid), num_prefix_tokens=1)
+    assert_within_rounding(model.state_dict()["pos_embed"], wanted, roundings=RESAMPLED)
+
+
+@pytest.mark.parametrize("grid", [(4, 9), (9, 4), (6, 6), (9, 16), (2, 8)])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_grid_of_a_sine_table_is_read_from_its_values(tmp_path, grid, swapped):
+    spec = replace(VIT, img_size=(grid[0] * 8, grid[1] * 8))
+    weights = randomise(build_vit(spec)).state_dict()
+    of_moco = sincos_2d(32, (grid[1], grid[0])).roll(16, dims=2)  # vits.py: rows and columns exchanged
+    weights["pos_embed"] = of_moco if swapped else sincos_2d(32, grid)
+    torch.save({"model": weights}, tmp_path / "x.pth")
+    kind = "moco_v3" if swapped else "official_mae"
+    found = load_backbone(tmp_path / "x.pth", format=kind, overrides={"num_heads": 2})[1]
+    assert found.img_size == spec.img_size
+    wrong: dict[str, Any] = {"num_heads": 2, "img_size": [spec.img_size[1] * 2, spec.img_size[0] // 2]}
+    if wrong["img_size"][1] % 8 == 0:
+        with pytest.raises(UserError, match="where the shapes say"):
+            load_backbone(tmp_path / "x.pth", format=kind, overrides=wrong)
