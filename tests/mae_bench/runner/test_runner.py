@@ -325,7 +325,9 @@ def test_a_stopped_run_saves_and_goes_on(
     fake_kinds: Path, suite: dict[str, Any], number: signal.Signals
 ) -> None:
     suite["backbones"]["good"]["behave"] = "wait"
+    inherited = signal.signal(number, signal.SIG_DFL)  # under nohup, SIGHUP is ignored by every child
     process = start(fake_kinds, suite)
+    signal.signal(number, inherited)
     folder = waiting_worker(suite, process)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
