@@ -16,43 +16,49 @@ Row = dict[str, Any]
 
 def list_tasks() -> list[Row]:
     """Return the transfer protocols: the names that `evaluate --tasks` and a suite's `base:` take."""
-    rows = []
-    for name in list_configs("tasks"):
-        config = read_config(name)
-        kind = KINDS[config["kind"]]
+
+    def describe(name: str, config: Row) -> Row:
         short = name.removeprefix("tasks/").removesuffix(".yaml")
-        reads = {"name": short, "kind": config["kind"], "data": kind.layout, "protocol": config["protocol"]}
-        rows.append(reads | {"title": read_title(CONFIGS / name)})
-    return rows
+        layout = KINDS[config["kind"]].layout
+        return {"name": short, "kind": config["kind"], "data": layout, "protocol": config["protocol"]}
+
+    return _list_rows(["tasks"], describe)
 
 
 def list_suites() -> list[Row]:
     """Return the suites that `run` and `plan` take."""
-    rows = []
-    for name in list_configs("suites"):
-        config = read_config(name)
-        size = {"backbones": len(config["backbones"]), "tasks": len(config.get("tasks", {}))}
-        rows.append({"name": name} | size | {"title": read_title(CONFIGS / name)})
-    return rows
+
+    def describe(name: str, config: Row) -> Row:
+        return {"backbones": len(config["backbones"]), "tasks": len(config.get("tasks", {}))}
+
+    return _list_rows(["suites"], describe)
 
 
 def list_recipes() -> list[Row]:
     """Return the pretraining recipes that `pretrain` takes, the paper's ablations included."""
-    rows = []
-    for name in list_configs("pretrain") + list_configs("ablations"):
-        config = read_config(name)
-        of = {"name": name, "kind": config["kind"], "protocol": config["protocol"]}
-        rows.append(of | {"title": read_title(CONFIGS / name)})
-    return rows
+
+    def describe(name: str, config: Row) -> Row:
+        return {"kind": config["kind"], "protocol": config["protocol"]}
+
+    return _list_rows(["pretrain", "ablations"], describe)
 
 
 def list_models() -> list[Row]:
     """Return the architectures that a recipe's `model: {base: ...}` takes."""
+
+    def describe(name: str, config: Row) -> Row:
+        return {key: config[key] for key in ("embed_dim", "depth", "num_heads", "patch_size", "img_size")}
+
+    return _list_rows(["models"], describe)
+
+
+def _list_rows(folders: list[str], describe: Callable[[str, Row], Row]) -> list[Row]:
+    """Return name, what `describe` adds, and title of every packaged config in the folders."""
     rows = []
-    for name in list_configs("models"):
-        config = read_config(name)
-        sizes = {key: config[key] for key in ("embed_dim", "depth", "num_heads", "patch_size", "img_size")}
-        rows.append({"name": name} | sizes | {"title": read_title(CONFIGS / name)})
+    for folder in folders:
+        for name in list_configs(folder):
+            described = {"name": name} | describe(name, read_config(name))
+            rows.append(described | {"title": read_title(CONFIGS / name)})
     return rows
 
 
