@@ -632,6 +632,8 @@ BIASES = {
     "absolute": {"use_abs_pos_emb": True, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": False},
 }
 
+BEIT_SIZES = {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 4, "init_values": 0.1}
+
 
 def make_beit_toys(make: Callable[..., Toy], fine: Callable[..., Toy]) -> Iterator[Toy]:
     """Pretrained and fine-tuned toys with bias tables per block, one shared table, or a position table."""
@@ -663,14 +665,7 @@ def beit() -> Iterator[Toy]:
     pretrain, finetune = import_module("modeling_pretrain"), import_module("modeling_finetune")
 
     def make(name: str, bias: str, size: Size = (64, 64), **kwargs: Any) -> Toy:
-        options = {
-            "patch_size": 16,
-            "embed_dim": 48,
-            "depth": 2,
-            "num_heads": 4,
-            "init_values": 0.1,
-            **kwargs,
-        }
+        options = {**BEIT_SIZES, **kwargs}
         model = pretrain.VisionTransformerForMaskedImageModeling(
             img_size=size, qkv_bias=True, norm_layer=NORM, vocab_size=40, **BIASES[bias], **options
         )
@@ -695,7 +690,7 @@ def beit() -> Iterator[Toy]:
 def make_fine_tuned_beit(
     build: Any, name: str, bias: str, output: str, size: Size = (64, 64), **kwargs: Any
 ) -> Toy:
-    options = {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 4, "init_values": 0.1, **kwargs}
+    options = {**BEIT_SIZES, **kwargs}
     model = build(
         img_size=size,
         qkv_bias=True,
@@ -722,14 +717,7 @@ def simmim() -> Iterator[Toy]:
     models, vits = import_module("models.simmim"), import_module("models.vision_transformer")
 
     def make(name: str, bias: str, size: Size = (64, 64), **kwargs: Any) -> Toy:
-        options = {
-            "patch_size": 16,
-            "embed_dim": 48,
-            "depth": 2,
-            "num_heads": 4,
-            "init_values": 0.1,
-            **kwargs,
-        }
+        options = {**BEIT_SIZES, **kwargs}
         encoder = models.VisionTransformerForSimMIM(
             img_size=size,
             in_chans=3,
