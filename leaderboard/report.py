@@ -88,11 +88,15 @@ def write_report(
     only: as in load_runs. RecordError is raised if there are no runs, or if the folder cannot be written.
     """
     results = load_results(runs_dir, baseline, only)
-    report = build_report(results, title)
+    return write_files(results, build_report(results, title), out_dir)
+
+
+def write_files(results: Results, report: Report, out_dir: str | Path) -> list[Path]:
+    """Write a report that is already built, as `write_report` does."""
     texts = {
         "leaderboard.md": render_markdown(report),
         "leaderboard.csv": render_csv(results.comparison),
-        "leaderboard.json": render_json(results.comparison, title),
+        "leaderboard.json": render_json(results.comparison, report.title),
         "leaderboard.html": render_html(report),
     }
     paths = []

@@ -284,12 +284,14 @@ def _write_report(
 ) -> list[str]:
     """Write the report, print its table unless `quiet`, and return the paths of the files."""
     from leaderboard.render.terminal import print_report
-    from leaderboard.report import build_report, load_results, write_report
+    from leaderboard.report import build_report, load_results, write_files
 
-    files = write_report(runs, out, baseline, title, only)
+    results = load_results(runs, baseline, only)
+    built = build_report(results, title)
+    files = write_files(results, built, out)
     if not quiet:
         from rich.console import Console
 
         width = None if sys.stdout.isatty() else FILE_WIDTH
-        print_report(build_report(load_results(runs, baseline, only)), Console(width=width))
+        print_report(built, Console(width=width))
     return [str(file) for file in files]
