@@ -16,6 +16,9 @@ from mae_bench.spec import BackboneSpec
 from mae_bench.suite.cell import Cell
 from mae_bench.suite.config import Place
 
+# Layout, folder and channels -> why the images there do not have these channels; each set is read once.
+Images = dict[tuple[str, str, int], UserError | None]
+
 
 @dataclass(frozen=True)
 class Preview:
@@ -69,14 +72,15 @@ def find_misfits(
     Data without a digest is missing or not generated yet, and is not read.
     """
     found: dict[Path, UserError] = {}
-    known: dict[Any, UserError | None] = {}
+    known: dict[tuple[str, Path], UserError | None] = {}  # one answer for all seeds
+    read: Images = {}
     for cell in cells:
         preview = previews.get(cell.upstream or cell.dir, Preview())
         if preview.spec is None or isinstance(cell.result(), ResultRecord):
             continue
         key = cell.row, cell.upstream or cell.dir
         if key not in known:
-            known[key] = _find_misfit(cell, preview.spec, digests, known)
+            known[key] = _find_misfit(cell, preview.spec, digests, read)
         problem = known[key]
         if problem:
             found[cell.dir] = problem
@@ -84,7 +88,7 @@ def find_misfits(
 
 
 def _find_misfit(
-    cell: Cell, spec: BackboneSpec, digests: Mapping[Place, str], known: dict[Any, UserError | None]
+    cell: Cell, spec: BackboneSpec, digests: Mapping[Place, str], read: Images
 ) -> UserError | None:
     chosen = kind(cell.kind)
     place: Any = (chosen.layout, cell.config.get("data"))
@@ -95,9 +99,9 @@ def _find_misfit(
         problem = error
     if problem is None and chosen.layout in LAYOUTS and place in digests:
         images = *place, spec.in_chans
-        if images not in known:
-            known[images] = _check_channels(*images)
-        problem = known[images]
+        if images not in read:
+            read[images] = _check_channels(*images)
+        problem = read[images]
     if problem is None:
         return None
     names = {"tasks.NAME": f"tasks.{cell.row}", "backbones.NAME": f"backbones.{cell.backbone}"}
