@@ -15,7 +15,7 @@ from backbones.translating.infer import infer_spec
 from backbones.translating.origins import find_assumptions
 from backbones.translating.report import ConversionReport, read_assumptions
 from backbones.translating.resample import resample
-from backbones.translating.structure import infer_global_pool
+from backbones.translating.structure import count_blocks, infer_global_pool
 from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
 from mae_bench.job import SPEC_FILE
@@ -182,7 +182,7 @@ def _restore_names(checkpoint: Checkpoint, translation: Translation) -> None:
 
 def _check_blocks(checkpoint: Checkpoint, translation: Translation) -> None:
     """Raise UserError if blocks outside the ViT continue its numbering: part of the model would be lost."""
-    depth = len({name.split(".")[1] for name in translation.weights if name.startswith("blocks.")})
+    depth = count_blocks(translation.weights)
     numbers: dict[str, set[int]] = {}
     for name in set(checkpoint.outside) - set(translation.taken):
         match = NUMBERED.match(name)

@@ -18,6 +18,7 @@ from backbones.reading.source import CONFIG_FILE, Checkpoint, open_source
 from backbones.translating.heads import get_size
 from backbones.translating.infer import MissingHeads
 from backbones.translating.report import ConversionReport
+from backbones.translating.structure import count_blocks
 from mae_bench.errors import UserError
 from mae_bench.models.mae import MAE
 from mae_bench.models.options import MAEOptions
@@ -195,7 +196,7 @@ def _infer_sizes(decoder: Weights, path: Path) -> dict[str, Any]:
         width = decoder["decoder_embed.weight"].shape[0]
     except (KeyError, IndexError) as error:
         raise _no_decoder(path) from error
-    depth = len({name.split(".")[1] for name in decoder if name.startswith("decoder_blocks.")})
+    depth = count_blocks(decoder, "decoder_blocks")
     return {"decoder_embed_dim": width, "decoder_depth": depth}
 
 

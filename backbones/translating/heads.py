@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from backbones.reading.source import Checkpoint
+from backbones.translating.structure import count_blocks
 from backbones.translating.translation import Translation
 
 Size = tuple[int, int, int]  # width, depth, MLP width (input of its second layer)
@@ -141,7 +142,7 @@ def _describe(family: str, size: Size) -> str:
 def get_size(weights: Mapping[str, torch.Tensor]) -> Size:
     """Return width, depth and MLP width of a ViT in timm's names; 0 for what it does not have."""
     proj, fc2 = weights.get("patch_embed.proj.weight"), weights.get("blocks.0.mlp.fc2.weight")
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    depth = count_blocks(weights)
     width = proj.shape[0] if proj is not None and proj.ndim else 0
     return width, depth, fc2.shape[-1] if fc2 is not None and fc2.ndim else 0
 

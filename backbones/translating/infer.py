@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from backbones.translating.heads import list_divisors
+from backbones.translating.structure import count_blocks
 from backbones.translating.translation import Translation, find_sincos_grid, is_sincos
 from mae_bench.errors import UserError
 from mae_bench.models.create import parse_size
@@ -181,7 +182,7 @@ def infer_shape_facts(
         "patch_size": tuple(patch_size),
         "in_chans": in_chans,
         "embed_dim": embed_dim,
-        "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+        "depth": count_blocks(weights),
         "mlp_ratio": _infer_mlp_ratio(hidden, embed_dim),
         "num_prefix_tokens": num_prefix_tokens,
     }

@@ -1,6 +1,6 @@
 """Infer the options of a ViT's timm class from the names and shapes of its tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -79,6 +79,11 @@ def infer_global_pool(weights: Weights) -> str:
     if "fc_norm.weight" in weights:
         return "avg"
     return "token" if "cls_token" in weights else ""
+
+
+def count_blocks(names: Iterable[str], stem: str = "blocks") -> int:
+    """Return the number of blocks that tensors named `stem`.N.* belong to: the depth of a ViT."""
+    return len({name.split(".")[1] for name in names if name.startswith(f"{stem}.")})
 
 
 def infer_vit_options(weights: Weights) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from backbones.reading.source import VIT_CLASSES
 from backbones.translating.infer import infer_spec
 from backbones.translating.structure import (
     Weights,
+    count_blocks,
     infer_beit_facts,
     infer_eva_options,
     infer_global_pool,
@@ -80,9 +81,9 @@ def infer_named_facts(name: str, args: Mapping[str, Any], weights: Weights, sour
     does not know, that is no ViT or that cannot be built.
     """
     layout = infer_global_pool(weights)
-    as_published = _build(name, args, _depth(weights), source)
+    as_published = _build(name, args, count_blocks(weights), source)
     without_pooling = {**args, "global_pool": layout}  # attention pooling is part of the classifier
-    model = _build(name, without_pooling, _depth(weights), source)
+    model = _build(name, without_pooling, count_blocks(weights), source)
     facts = _collect_facts(model)
     if as_published.global_pool in ("token", "avg"):
         facts["global_pool"] = as_published.global_pool
@@ -121,10 +122,6 @@ def _build(name: str, args: Mapping[str, Any], depth: int, source: str) -> Any:
             expected=f"one of timm's {', '.join(c.__name__ for c in VIT_CLASSES)}",
         )
     return model
-
-
-def _depth(weights: Weights) -> int:
-    return len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
 
 
 def _collect_facts(model: Any) -> dict[str, Any]:

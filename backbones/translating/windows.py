@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from backbones.translating.structure import count_blocks
 from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
 from mae_bench.models.vit import quarter_indices
@@ -62,7 +63,7 @@ def _measure(weights: Mapping[str, torch.Tensor]) -> tuple[Grid, list[Grid], int
     A table for n patches is (2 n - 1, D / num_heads).
     """
     _, grid_h, grid_w, embed_dim = weights["pos_embed"].shape
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    depth = count_blocks(weights)
     tables = [[weights[f"blocks.{i}.attn.rel_pos_{axis}"].shape for axis in "hw"] for i in range(depth)]
     block_grids = [((table_h[0] + 1) // 2, (table_w[0] + 1) // 2) for table_h, table_w in tables]
     num_heads = embed_dim // tables[0][0][1]
