@@ -1,6 +1,6 @@
 """README and docs match the code and the committed results: links, tables, the list of modules.
 
-`python tests/test_docs.py` writes the generated parts: README's table of results and docs/modules.md.
+`python -m tests.test_docs` writes the generated parts: README's table of results and docs/modules.md.
 """
 
 import ast
@@ -77,7 +77,7 @@ def test_generated_parts_are_current(name: str, page: Path) -> None:
         rf"<!-- {name}:begin -->\n(.*?)\n?<!-- {name}:end -->", page.read_text("utf-8"), re.DOTALL
     )
     assert found
-    assert found[1].strip() == GENERATED[name, page](), "run: python tests/test_docs.py"
+    assert found[1].strip() == GENERATED[name, page](), "run: python -m tests.test_docs"
 
 
 def test_links_lead_somewhere() -> None:
