@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from mae_bench.config import Config, build, identity, load_yaml, merge, read_config, resolve_references
-from mae_bench.data.checks.layouts import Layout
+from mae_bench.data.checks.folders import Layout
 from mae_bench.data.demo.demo import DemoConfig
 from mae_bench.errors import UserError, near_path
 from mae_bench.files import file_digest, json_digest

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from mae_bench.data.checks.layouts import check_layout, find_image_sets
+from mae_bench.data.checks.images import find_image_sets
+from mae_bench.data.checks.layouts import check_layout
 from mae_bench.data.sets.open import open_images
 from mae_bench.data.sets.source import BadImages
 from mae_bench.engine.distributed import world

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from mae_bench.data.checks.layouts import find_image_sets
+from mae_bench.data.checks.images import find_image_sets
 from mae_bench.data.sets.decode import decode_size, read_pixels
 from mae_bench.data.sets.open import find_splits, open_images
 from mae_bench.data.sets.source import BadImage, ImageSource
