@@ -33,6 +33,7 @@ STANDARD_LIBRARY_ONLY = (
     "mae_bench.spec",
     "mae_bench.record",
     "mae_bench.files",
+    "mae_bench.seal",
     "mae_bench.registry",
 )
 NAMELESS = {"utils", "util", "helpers", "misc", "common"}
