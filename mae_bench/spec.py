@@ -7,7 +7,7 @@ from mae_bench.errors import UserError
 
 PosEmbed = Literal["sincos", "learned", "rope", "relative", "none"]
 Pool = Literal["token", "avg"]
-PosResample = Literal["bicubic", "bicubic_antialias", "bicubic_offset", "bilinear"]
+PosResample = Literal["bicubic", "bicubic_antialias", "bicubic_offset", "bilinear", "bilinear_antialias"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class BackboneSpec:
         global_pool: the pooling that the weights were trained with, or that their authors evaluate with.
         mean, std: per channel, for pixels in [0, 1]; by default those of ImageNet's training set.
         pretrain_method: "mae", "supervised", "none" (random initialisation), ...
-        pos_resample: how the model family resamples its position table to another grid: bicubic, bicubic with
-            antialiasing, bicubic with DINO's offset of 0.1 in the scale factor, or bilinear.
+        pos_resample: how the model family resamples its position table to another grid: bicubic or bilinear,
+            with or without antialiasing, or bicubic with DINO's offset of 0.1 in the scale factor.
         options: further keyword arguments of the timm class, as JSON: layer scale, register positions, gated
             MLPs, ...
     """

@@ -38,6 +38,7 @@ FORMATS: dict[str, str] = {
     "hf_vit": "backbones.formats.hf_vit",
     "hf_ijepa": "backbones.formats.hf_ijepa",
     "hf_clip": "backbones.formats.hf_clip",
+    "hf_siglip": "backbones.formats.hf_siglip",
     "hf_sam": "backbones.formats.hf_sam",
     "clip": "backbones.formats.clip",
     "sam": "backbones.formats.sam",

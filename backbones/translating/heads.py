@@ -72,6 +72,7 @@ SIZES: dict[str, dict[Size, int]] = {
     "hf_ijepa": {H: 16, GIANT: 16},  # released models of facebookresearch/ijepa
     "clip": CLIP,  # mlfoundations/open_clip src/open_clip/model_configs, openai/CLIP clip/model.py
     "hf_clip": CLIP,  # released models of openai/CLIP and mlfoundations/open_clip
+    "hf_siglip": {B: 12, L: 16, SO400M: 16, (1536, 40, 6144): 16},  # google-research/big_vision models/vit.py
     # arch_zoo of open-mmlab/mmpretrain's vision_transformer.py, beit.py and deit3.py
     "mmpretrain": STANDARD | {(768, 8, 2304): 8, (512, 12, 2048): 8, GIANT: 16, (1536, 40, 4096): 24},
     "mmpretrain, MoCo v3": {S: 12, B: 12, L: 16, H: 16},  # mmpretrain/models/selfsup/mocov3.py

@@ -110,6 +110,8 @@ def read_facts(checkpoint: Checkpoint, default_eps: float, hidden_act: str = "ge
     size = config.get("image_size", 224)
     facts["norm_eps"] = config.get("layer_norm_eps", default_eps)
     facts["img_size"] = parse_numbers(size if isinstance(size, list) else [size, size], "image_size", source)
+    if len(facts["img_size"]) != 2:
+        raise UserError(f"{source}: image_size is {size}", expected="a number, or height and width")
     if "num_attention_heads" in config:
         facts["num_heads"] = config["num_attention_heads"]
     if not isinstance(facts["norm_eps"], int | float) or not isinstance(facts.get("num_heads", 1), int):

@@ -27,6 +27,7 @@ def resize_table(table: torch.Tensor, old: Grid, new: Grid, method: PosResample)
     "bicubic_antialias": with antialiasing (DINOv2 with registers).
     "bicubic_offset": by the scale factor (new + 0.1) / old (DINO).
     "bilinear": as MaskFeat (trilinear with one frame).
+    "bilinear_antialias": with antialiasing (NaFlex of SigLIP 2, arXiv 2502.14786).
 
     Raise ValueError if the table is too short.
     """
@@ -41,8 +42,8 @@ def resize_table(table: torch.Tensor, old: Grid, new: Grid, method: PosResample)
         scale = ((new[0] + OFFSET) / old[0], (new[1] + OFFSET) / old[1])
         maps = F.interpolate(maps, scale_factor=scale, mode="bicubic")
     else:
-        mode = "bilinear" if method == "bilinear" else "bicubic"
-        maps = F.interpolate(maps, size=new, mode=mode, antialias=method == "bicubic_antialias")
+        mode, _, antialias = method.partition("_")
+        maps = F.interpolate(maps, size=new, mode=mode, antialias=bool(antialias))
     return torch.cat([prefix, maps.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
