@@ -1,11 +1,10 @@
-"""Training states: written atomically, readable by any number of processes, loaded as data only."""
+"""Training states: sealed, readable by any number of processes, loaded as data only."""
 
 import json
-import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.errors import UserError
 from mae_bench.files import write_json
+from mae_bench.seal import BrokenSeal, States, publish
 
-INDEX_FILE = "index.json"
 VALUES_FILE = "values.json"
 METADATA_FILE = ".metadata"
 
@@ -29,18 +28,16 @@ Shapes = dict[str, tuple[torch.Size, torch.dtype]]
 
 
 class Checkpoints:
-    """The last `keep` training states of a run, in `folder/step-XXXXXXXX/`.
+    """The last `keep` training states of a run: sealed folders `folder/step-XXXXXXXX/`.
 
-    `folder/index.json` lists them, oldest first. Tensors are stored in the format of
-    torch.distributed.checkpoint under their names, independent of how they were sharded; all other values
-    in `values.json`. All processes call `save` and `load` together.
+    Tensors are stored in the format of torch.distributed.checkpoint under their names, independent of how
+    they were sharded; all other values in `values.json`. All processes call `save` and `load` together.
 
     note: called with a message when a damaged state is skipped.
     """
 
     def __init__(self, folder: Path, keep: int, note: Callable[[str], None]):
-        self.folder, self.keep, self.note = folder, keep, note
-        self._index: list[dict[str, Any]] = _read_index(folder)
+        self.folder, self.states = folder, States(folder, keep, note)
 
     def save(self, step: int, tensors: Tensors, values: dict[str, Any]) -> None:
         """Write a state. On failure, earlier states are untouched and no partial state remains.
@@ -67,46 +64,42 @@ class Checkpoints:
             ) from error
 
     def _publish(self, part: Path, step: int, values: dict[str, Any]) -> None:
-        """Move a written state to its final name, list it and remove the states that are no longer listed."""
+        """Seal the state that all processes have written and remove old ones."""
         write_json(part / VALUES_FILE, values)
-        name = f"step-{step:08d}"
-        # A state of this step may exist if it was skipped as damaged, or never listed
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        os.rename(part, self.folder / name)
-        _sync_folder(self.folder)
-        entry = {"step": step, "folder": name, "bytes": _file_sizes(self.folder / name)}
-        index = [*(e for e in self._index if e["step"] < step), entry][-self.keep :]
-        write_json(self.folder / INDEX_FILE, {"checkpoints": index})
-        self._index = index
-        for path in self.folder.iterdir():
-            if path.is_dir() and path.name not in {e["folder"] for e in index}:
-                shutil.rmtree(path)
+        publish(part, self.states.path(step))
+        self.states.prune(step)
 
     def load(self, targets: Callable[[Shapes], Tensors]) -> dict[str, Any] | None:
-        """Load the newest readable state into tensors and return its values, or None if there is no state.
+        """Load the newest intact state into tensors and return its values, or None if there is no state.
 
         targets: given the saved shapes and dtypes by name, returns the tensors to fill; it may raise
             UserError to refuse the state.
 
         Raise UserError if there are states but none can be read.
         """
-        problem = ""
-        for entry in reversed(self._index):
-            path = self.folder / entry["folder"]
-            problem = _first_problem(_find_damage(path, entry["bytes"]))
+        for path in self._find_intact():
+            problem = _first_problem(_read(path, targets))
             if not problem:
-                problem = _first_problem(_read(path, targets))
-            if not problem:
-                self._index = [e for e in self._index if e["step"] <= entry["step"]]
                 return dict(json.loads((path / VALUES_FILE).read_text(encoding="utf-8")))
-            self.note(f"{path} cannot be read ({problem}); trying the previous state")
-        if not problem:
-            return None
-        raise UserError(
-            f"no training state in {self.folder} can be read: {problem}",
-            expected="the training states of this run",
-            fix=f"remove {self.folder} to start this job from the beginning",
-        )
+            self.states.skip(path, problem)
+        return None
+
+    def _find_intact(self) -> Iterator[Path]:
+        """Yield on every process the states that the main process finds intact, the newest first."""
+        states = self.states.find_intact()
+        while True:
+            found: Path | BrokenSeal | None = None
+            if world().is_main:
+                try:
+                    found = next(states, None)
+                except BrokenSeal as error:
+                    found = error
+            found = gather_over_ranks(found)[0]
+            if isinstance(found, BrokenSeal):
+                raise found
+            if found is None:
+                return
+            yield found
 
 
 class DataReader(FileSystemReader):
@@ -179,16 +172,6 @@ def _read(path: Path, targets: Callable[[Shapes], Tensors]) -> str:
     return ""
 
 
-def _find_damage(path: Path, sizes: dict[str, int]) -> str:
-    """Check what one process can check without waiting for the others; return the problem, or ""."""
-    try:
-        json.loads((path / VALUES_FILE).read_text(encoding="utf-8"))
-        DataReader(path).read_metadata()
-        return "" if _file_sizes(path) == sizes else "file sizes differ from those that were written"
-    except Exception as error:  # damaged files raise many types
-        return _describe_error(error)
-
-
 def _describe_error(error: BaseException) -> str:
     causes = [error]
     if isinstance(error, CheckpointException):
@@ -220,31 +203,3 @@ def _raise_on_all_ranks(failure: OSError | None) -> None:
 def _first_problem(problem: str) -> str:
     """Return the first non-empty problem of all processes, or ""."""
     return next(filter(None, gather_over_ranks(problem)), "")
-
-
-def _read_index(folder: Path) -> list[dict[str, Any]]:
-    """Return the listed states; if the list itself is damaged, every state with a final name."""
-    path = folder / INDEX_FILE
-    if not path.exists():
-        return []
-    try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["checkpoints"])
-    except (ValueError, KeyError, TypeError):
-        found = sorted(folder.glob("step-*"))
-        return [
-            {"step": int(p.name.removeprefix("step-")), "folder": p.name, "bytes": _file_sizes(p)}
-            for p in found
-        ]
-
-
-def _file_sizes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder, without which a new name in it may be lost."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
