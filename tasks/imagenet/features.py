@@ -4,12 +4,11 @@ N images, n rows of a batch or chunk, D width, C channels, H W image.
 """
 
 import hashlib
-import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -23,7 +22,7 @@ from mae_bench.data.sets.source import BadImages, ImageSource
 from mae_bench.data.sets.subset import Subset
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.errors import UserError
-from mae_bench.files import is_full, json_digest, write_json
+from mae_bench.files import json_digest
 from mae_bench.job import Job, Outcome
 from mae_bench.models.cost import num_params
 from mae_bench.models.vit import ViT
@@ -35,9 +34,9 @@ from tasks.imagenet.classify import load_at_size, require_pool, resolve_pool
 from tasks.imagenet.config import Pool, PooledConfig
 from tasks.imagenet.data import Data, open_data
 from tasks.imagenet.evaluate import Feed, build_outcome, share_bad
+from tasks.imagenet.feature_files import VALUES_FILE, FeatureFiles, compute_checksum
 
-VERSION = 1  # of the cache; increase it when a code change alters the features
-DONE = "done.json"
+VERSION = 2  # of the cache; increase it when a code change alters the features or their files
 
 C = TypeVar("C", bound=PooledConfig)
 
@@ -161,7 +160,7 @@ def load_features(
     Each set is cached separately below $MAE_BENCH_CACHE/features, so that protocols share the sets they have
     in common. The key covers the weights, the spec (the same weights with another number of heads, activation
     or mean are another backbone), the input (size, crop, precision), the set and the digest of the data. An
-    interrupted computation resumes.
+    interrupted computation resumes, and rows that are damaged are computed again.
     """
     config, spec = context.config, context.spec
     key = json_digest(
@@ -197,36 +196,33 @@ def _load_split(
     images: ImageSource,
     bad: BadImages,
 ) -> SplitFeatures:
-    """Return the features in `folder`, computing those that are missing under a lock per set."""
-    folders = {each: folder / each.name for each in model.sets}
-    widths = dict(zip(model.sets, model.widths, strict=True))
+    """Return the features in `folder`; compute those that are missing or damaged, under a lock per set."""
+    widths = zip(model.sets, model.widths, strict=True)
+    files = {each: FeatureFiles(folder / each.name, len(images), width) for each, width in widths}
     with ExitStack() as stack:
         if world().is_main:
-            for each in sorted(folders, key=lambda each: each.name):  # one order for all cells: no deadlock
-                folders[each].mkdir(parents=True, exist_ok=True)
-                stack.enter_context(file_lock(folders[each] / DONE))
-                _reserve(folders[each], len(images), widths[each])
+            for each in sorted(files, key=lambda each: each.name):  # one order for all cells: no deadlock
+                _prepare(files[each], context.progress, stack)
         gather_over_ranks(None)  # the other ranks wait for the files
         _require_shared(folder)
-        missing = [each for each in model.sets if not _is_complete(folders[each])]
+        # Images that could not be read are tried again each time
+        missing = [each for each in model.sets if not files[each].open()[1].all()]
         if missing:
-            _compute(context, [folders[each] for each in missing], model.select(missing), images, bad)
+            _compute(context, [files[each] for each in missing], model.select(missing), images, bad)
             gather_over_ranks(None)
-        if world().is_main:
-            for each in missing:
-                write_json(folders[each] / DONE, {"images": len(images), "bad": bad.names})
-            for place in folders.values():
-                for name, reason in json.loads((place / DONE).read_text(encoding="utf-8"))["bad"].items():
-                    bad.add(name, reason)
-    decoded = np.logical_and.reduce([np.load(place / "known.npy") for place in folders.values()])
-    values = tuple(np.load(place / "values.npy", mmap_mode="r") for place in folders.values())
+    values, checksums = zip(*(files[each].open() for each in model.sets), strict=True)
+    decoded = np.logical_and.reduce([marks > 0 for marks in checksums])
     return SplitFeatures(values, np.asarray(images.targets), decoded)
 
 
-def _is_complete(folder: Path) -> bool:
-    """Return whether all features are computed; images that could not be read are tried again each time."""
-    done = folder / DONE
-    return done.is_file() and not json.loads(done.read_text(encoding="utf-8"))["bad"]
+def _prepare(files: FeatureFiles, progress: Progress, stack: ExitStack) -> None:
+    """Lock the files of a set until `stack` closes, create those that are missing, and check the rest."""
+    files.folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(file_lock(files.folder / VALUES_FILE))
+    files.reserve()
+    num_damaged = files.discard_damaged()
+    if num_damaged:
+        progress.note(f"{num_damaged} rows of {files.folder} are damaged and computed again")
 
 
 def _require_shared(folder: Path) -> None:
@@ -236,29 +232,6 @@ def _require_shared(folder: Path) -> None:
             expected="a cache that all machines share",
             fix="set MAE_BENCH_CACHE to a folder on a disk that all machines see",
         )
-
-
-def _reserve(folder: Path, count: int, width: int) -> None:
-    """Create the files at their final size, so that a full disk fails here and not halfway through."""
-    for name, dtype, shape in (("known.npy", np.bool_, (count,)), ("values.npy", np.float32, (count, width))):
-        if (folder / name).is_file():
-            continue
-        part = folder / f"{name}.part"
-        try:
-            array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
-            array.flush()
-            with part.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            if not is_full(error):
-                raise
-            raise UserError(
-                f"no room in {folder} for {count * width * 4 / 2**30:.1f} GiB of features",
-                expected="as much free disk space",
-                fix="set MAE_BENCH_CACHE to a folder on a larger disk",
-            ) from error
-        part.replace(folder / name)
 
 
 def _require_finite(features: torch.Tensor) -> None:
@@ -274,30 +247,29 @@ def _require_finite(features: torch.Tensor) -> None:
 
 def _compute(
     context: TaskContext[PooledConfig],
-    folders: list[Path],
+    files: list[FeatureFiles],
     model: FrozenFeatures,
     images: ImageSource,
     bad: BadImages,
 ) -> None:
-    """Compute this rank's share of the rows missing in any set; `folders` are those of `model.sets`."""
-    values = [np.load(folder / "values.npy", mmap_mode="r+") for folder in folders]
-    decoded = [np.load(folder / "known.npy", mmap_mode="r+") for folder in folders]
-    missing = np.flatnonzero(~np.logical_and.reduce(decoded))
+    """Compute this rank's share of the rows missing in any set; `files` are those of `model.sets`."""
+    opened = [each.open("r+") for each in files]
+    missing = np.flatnonzero(~np.logical_and.reduce([checksums > 0 for _, checksums in opened]))
     gather_over_ranks(None)  # every rank has read the files before any rank writes to them
-    context.progress.stage(f"features of {folders[0].parent.name}", len(missing))
+    context.progress.stage(f"features of {files[0].folder.parent.name}", len(missing))
     feed = Feed(context)
     done = 0
     for indices, _, imgs in feed.batches(Subset(images, missing), bad):
         rows = missing[indices.numpy()]
         features: Any = feed.run(model, imgs).cpu()
         _require_finite(features)
-        for array, mark, part in zip(values, decoded, features.split(model.widths, dim=1), strict=True):
-            array[rows] = part.numpy()
-            mark[rows] = True
+        for (values, checksums), part in zip(opened, features.split(model.widths, dim=1), strict=True):
+            values[rows] = part.numpy()
+            checksums[rows] = [compute_checksum(row) for row in part.contiguous().numpy()]
         done += len(rows) * world().size
         context.progress.step(done)
     share_bad(bad)
-    for array in (*values, *decoded):
+    for array in chain.from_iterable(opened):
         array.flush()
 
 

@@ -28,9 +28,11 @@ from tests.tasks.imagenet.toy import SPEC, TRAIN, job, write_backbone, write_ima
 COMMON: dict[str, Any] = {"protocol": "toy", "crop_pct": 1.0}
 
 
-def run_knn(data: Path, folder: Path, backbone: str, **changes: Any) -> Outcome:
+def run_knn(
+    data: Path, folder: Path, backbone: str, progress: Progress | None = None, **changes: Any
+) -> Outcome:
     values = {"kind": "knn", "data": str(data), **COMMON, "ks": [1, 5], "k": 5, **changes}
-    return knn.run(build(KnnConfig, values, "test"), job(folder, backbone), Progress())
+    return knn.run(build(KnnConfig, values, "test"), job(folder, backbone), progress or Progress())
 
 
 def run_few_shot(data: Path, folder: Path, backbone: str, seed: int = 0, **changes: Any) -> Outcome:
@@ -161,6 +163,26 @@ class TestCache:
         again = run_knn(data, tmp_path / "b", backbone, max_bad_images=0.2)
         assert sum(passes) == 33
         assert not any("1 of 24" in note for note in again.notes)
+
+    @pytest.mark.parametrize("name", ["values.f32", "checksums.u32"])
+    @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+    def test_damaged_rows_are_computed_again(self, data, tmp_path, backbone, passes, name, damage):
+        intact = run_knn(data, tmp_path / "a", backbone, eval_batch_size=1)
+        (path,) = (tmp_path / "cache/features").glob(f"*/val/*/{name}")
+        written = path.read_bytes()
+        if damage == "flipped":
+            half = len(written) // 2
+            path.write_bytes(written[:half] + bytes([written[half] ^ 1]) + written[half + 1 :])
+        elif damage == "truncated":
+            path.write_bytes(written[:-1])
+        else:
+            path.unlink()
+        again = run_knn(data, tmp_path / "b", backbone, Progress(tmp_path / "events"), eval_batch_size=1)
+        assert again.metrics == intact.metrics
+        assert path.read_bytes() == written
+        assert sum(passes) == 33 + (1 if damage == "flipped" else 9)
+        noted = "rows of" in (tmp_path / "events").read_text()
+        assert noted or (name, damage) in {("checksums.u32", "truncated"), ("checksums.u32", "missing")}
 
 
 class TestKnn:

@@ -44,8 +44,12 @@ def test_every_protocol_in_bfloat16(faint: Path, tmp_path: Path, sources: dict[s
     found = predictions_of((tmp_path / "cell" / outcome.artefacts["predictions"]).parent)
     assert found["top5"].shape == (11, 3)
     assert found["margin"].dtype == np.float32
-    for path in (tmp_path / "cache").glob("features/**/values.npy"):
-        assert np.load(path).dtype == np.float32
+    for path in (tmp_path / "cache").glob("features/**/values.f32"):
+        num_images, num_layers = (
+            path.with_name("checksums.u32").stat().st_size // 4,
+            int(path.parent.name[-1]),
+        )
+        assert path.stat().st_size == 4 * num_images * num_layers * 16
 
 
 def test_predictions_are_those_of_the_score(faint: Path, tmp_path: Path, sources: dict[str, str]) -> None:
