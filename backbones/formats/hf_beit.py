@@ -52,7 +52,7 @@ OUTSIDE = {
     r"lm_head\.": "predicts the visual tokens of the pretraining: not part of the backbone",
     r"classifier\.": HEAD,
     r"layernorm\.": "a second norm, before the head that predicts visual tokens",
-    r"(decode|auxiliary)_head\.": "segmentation head: each task trains its own",
+    r"((decode|auxiliary)_head|fpn\d?)\.": "segmentation head: each task trains its own",
 }
 INIT_VALUES = 0.1  # layer_scale_init_value of transformers' BeitConfig
 
@@ -73,21 +73,26 @@ def read(checkpoint: Checkpoint) -> Translation:
     """Translate a BEiT or data2vec model.
 
     Weights of query, key and value are stacked; biases stay apart. The final norm of
-    BeitForMaskedImageModeling is outside the model, that of mean pooling is in its pooler.
+    BeitForMaskedImageModeling is outside the model, that of mean pooling is in its pooler: a model with mean
+    pooling that is saved without its pooler has none.
     """
     result = NAMES.read(checkpoint.tensors, checkpoint.source)
     result.outside = explain(checkpoint.outside, OUTSIDE)
-    if not {"norm.weight", "fc_norm.weight"} & set(result.weights) and "lm_head.weight" in checkpoint.outside:
-        _take_outer_norm(result, checkpoint)
     stated = read_facts(checkpoint, DEFAULT_EPS)
     facts = infer_beit_facts(result.weights, checkpoint.source)
     config = checkpoint.beside.get(CONFIG_FILE, {})
+    if not {"norm.weight", "fc_norm.weight"} & set(result.weights):
+        if "lm_head.weight" in checkpoint.outside:
+            _take_outer_norm(result, checkpoint)
+        elif config.get("use_mean_pooling", True):
+            facts["options"]["final_norm"] = False
+            result.notes.append("saved without a pooler, which holds the final norm: features are unnormed")
     if "use_mean_pooling" in config:
         stated["global_pool"] = "avg" if config["use_mean_pooling"] else "token"
     result.facts = facts | stated | {"options": facts["options"] | stated.get("options", {})}
     is_data2vec = get_model_type(checkpoint) == "data2vec-vision" or checkpoint.prefix == "data2vec_vision."
     result.assumed = {"norm_eps": DEFAULT_EPS} | family("data2vec" if is_data2vec else "hf_beit")
-    result.notes = note_missing_files(checkpoint, "BEiT", DEFAULT_EPS)
+    result.notes += note_missing_files(checkpoint, "BEiT", DEFAULT_EPS)
     return result
 
 

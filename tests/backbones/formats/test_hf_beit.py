@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BeitConfig, BeitForImageClassification, BeitModel
 
 from backbones.convert import convert
@@ -47,7 +48,7 @@ def test_features_are_transformers(files, imgs, name):
         says_token = file == name and not build(name).config.use_mean_pooling
         assert (report.format, spec.arch, spec.num_heads) == ("hf_beit", "beit", 3)
         assert spec.global_pool == ("token" if says_token else "avg")
-        is_data2vec = name.startswith("data2vec") and not (file != name and name == "data2vec")
+        is_data2vec = name.startswith("data2vec") and not (file != name and name != "data2vec-classifier")
         assert spec.pretrain_method == ("data2vec" if is_data2vec else "beit")
         assert spec.mean == ((0.485, 0.456, 0.406) if is_data2vec else (0.5, 0.5, 0.5))
 
@@ -67,6 +68,26 @@ def test_the_norm_outside_of_the_model_is_accounted_for(files):
     twice = load_backbone(files["masked-token"][0])[2]
     assert twice.renamed["beit.layernorm.weight"] == "norm.weight"
     assert "second norm" in twice.dropped["layernorm.weight"]
+
+
+def test_a_model_without_its_pooler_has_no_final_norm(files, tmp_path, imgs):
+    model, spec, report = load_backbone(files["no-pooler"][0])
+    assert spec.options["final_norm"] is False
+    assert any("without a pooler" in note for note in report.notes)
+    with pytest.raises(UserError, match="final norm"):
+        convert(files["no-pooler"][0], tmp_path / "out", "hf_beit")
+
+
+def test_a_norm_that_the_config_states_is_not_left_out(files, tmp_path):
+    """Without mean pooling the last norm is in the model itself."""
+    folder = files["token"][0]
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if not k.startswith("layernorm.")}, tmp_path / "model.safetensors"
+    )
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(UserError, match=r"missing: norm\.bias, norm\.weight"):
+        load_backbone(tmp_path)
 
 
 def test_indices_of_older_files_are_left_out(tmp_path):

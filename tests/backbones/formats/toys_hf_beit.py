@@ -1,5 +1,6 @@
 """Toy folders and files of transformers' BEiT and data2vec vision models, by their own save_pretrained."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from transformers import (
     BeitConfig,
     BeitForImageClassification,
     BeitForMaskedImageModeling,
+    BeitForSemanticSegmentation,
     BeitModel,
     Data2VecVisionConfig,
     Data2VecVisionForImageClassification,
@@ -16,7 +18,7 @@ from transformers import (
 
 from tests.backbones.formats.reference import Files, randomise
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 192,
     "num_hidden_layers": 2,
     "num_attention_heads": 3,
@@ -53,12 +55,28 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Data2VecVisionConfig,
         {"use_shared_relative_position_bias": True},
     ),
+    # Mean pooling without the pooler, whose norm is the last one
+    "no-pooler": (
+        partial(BeitModel, add_pooling_layer=False),
+        BeitConfig,
+        {"use_relative_position_bias": True},
+    ),
+    "segmentation": (
+        BeitForSemanticSegmentation,
+        BeitConfig,
+        {"use_relative_position_bias": True, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    ),
+    "data2vec-no-pooler": (
+        Data2VecVisionModel,
+        Data2VecVisionConfig,
+        {"use_shared_relative_position_bias": True},
+    ),
 }
 
 
 def build(name: str) -> Any:
     model, config, options = MODELS[name]
-    return randomise(model(config(**SIZES, layer_norm_eps=1e-6, **options)))
+    return randomise(model(config(**SIZES | {"layer_norm_eps": 1e-6} | options)))
 
 
 def write(folder: Path) -> Files:
