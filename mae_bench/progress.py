@@ -15,6 +15,7 @@ from mae_bench.errors import Interrupted
 EVENTS_FILE = "events.jsonl"
 # Slurm can send SIGUSR1 before a time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+ORPHAN_SECONDS = 30  # for a job to save its state when its parent is gone
 MIN_SECONDS = 0.2  # between two events of a stage; a live view needs no more
 
 
@@ -24,13 +25,16 @@ class Progress:
     A job calls `stage` when a part of its work begins and `step` after each unit of work. `step` raises
     Interrupted after a stop signal (see `stop_on_signals`) or when the parent process is gone. A job with
     state to save tests `should_stop` itself, saves, and then calls `check`.
+
+    A worker receives SIGTERM when its runner ends (`mae_bench.runner.child`): before its first step it then
+    ends at once, later it has ORPHAN_SECONDS to save.
     """
 
     def __init__(self, path: str | Path | None = None):
         self._file = open(path, "a", encoding="utf-8") if path else None  # noqa: SIM115 - open until the job ends
         self._stage, self._total, self._last = "", 0.0, 0.0
         self._parent = os.getppid()
-        self._stop = self._deferred = False
+        self._stop = self._deferred = self._stepped = False
 
     def stop_on_signals(self) -> None:
         """Let SIGTERM, SIGINT, SIGHUP and SIGUSR1 request a stop at the next step, not end the process."""
@@ -39,6 +43,10 @@ class Progress:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
+        if os.getppid() != self._parent:
+            if not self._stepped:
+                os._exit(1)  # nothing to save yet
+            signal.alarm(ORPHAN_SECONDS)  # nobody else would end a job that does not stop
 
     @property
     def should_stop(self) -> bool:
@@ -72,6 +80,7 @@ class Progress:
     def step(self, done: float, **values: float | str) -> None:
         """Report `done` finished steps of the stage, with values (loss, lr, ...) to show next to the bar."""
         self.check()
+        self._stepped = True
         now = time.monotonic()
         if now - self._last >= MIN_SECONDS or done >= self._total > 0:
             self._last = now

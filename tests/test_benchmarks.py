@@ -1,7 +1,9 @@
 """The benchmarks: known answers of their arithmetic, and each script run to its end at toy size."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import asymmetric, data_loading, gpu_pretrain, index_paths, linear_probe, pretrain_step
+from benchmarks import (
+    asymmetric,
+    data_loading,
+    gpu_pretrain,
+    index_paths,
+    linear_probe,
+    orphans,
+    pretrain_step,
+)
 from benchmarks.measure import Table, Times, command, interleave, ratio, run_main, write_table
 from benchmarks.peers import MASK_RATIO
 from mae_bench.models.mae import MAE
@@ -128,6 +138,20 @@ def test_a_grid_has_as_many_heads_as_it_says(name: str):
     assert len({group["lr_scale"] for group in optimizer.param_groups}) == max(
         1, len(linear_probe.GRIDS[name].get("lrs", []))
     )
+
+
+def test_an_orphan_is_counted_and_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A runner whose child lives on without it."""
+    monkeypatch.setattr(orphans, "PATIENCE_SECONDS", 0.1)
+    code = "import subprocess; subprocess.run(['sleep', '1000'])"
+
+    def start(mark: str, folder: Path) -> int:
+        return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {orphans.MARK: mark}).pid
+
+    (kill,) = orphans.kill_many({"careless": start}, 1, seed=0, folder=tmp_path)
+    assert (kill.alive, kill.left) == (1, 1)
+    (row,) = orphans.summarise([kill]).rows
+    assert row[:4] == ["careless", 1, "1.0", 1]
 
 
 RUNS = {

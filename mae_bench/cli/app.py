@@ -11,6 +11,7 @@ from mae_bench.cli import checkpoints, data, lists, suites
 from mae_bench.cli.options import Json
 from mae_bench.cli.output import FAILED, INTERRUPTED, USAGE_ERROR, print_answer, print_json
 from mae_bench.errors import Interrupted, UserError
+from mae_bench.lifetime import bind_forks
 from mae_bench.registry import PACKAGES, check_not_hidden
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line. Exit codes: 0 success, 1 a cell failed, 2 usage error, 130 interrupted."""
+    bind_forks()
     try:
         for package in PACKAGES:
             check_not_hidden(package)

@@ -69,9 +69,9 @@ class LaunchGroup:
     """
 
     def __init__(self) -> None:
+        self._parent = os.getppid()
         self.store = _store()  # blocks until all processes have joined
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self._parent = os.getppid()
         self._orders = 0
 
     def start(self, module: str, folder: Path, device: str, threads: int) -> Ranks:

@@ -14,6 +14,7 @@ from typing import Protocol
 from mae_bench.runner.worker import INTERRUPTED, environment
 from mae_bench.suite.cell import LOG_FILE
 
+CHILD = "mae_bench.runner.child"
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 30.0  # for a worker to save its state when asked to stop
 FALL_SECONDS = 3.0  # for the other ranks to report when one has failed; they cannot save state without it
@@ -33,20 +34,18 @@ class Process(Protocol):
 
 
 class Worker:
-    """A worker process in its own process group; its output goes to log.txt in its folder."""
+    """A worker process in its own process group; its output goes to log.txt in its folder.
+
+    It receives SIGTERM when the thread that started it ends, so the main thread must start it.
+    """
 
     def __init__(
         self, module: str, folder: Path, threads: int, visible: str | None, rank: dict[str, str] | None = None
     ):
         with open(folder / LOG_FILE, "ab") as log:
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    module,
-                    str(folder),
-                ],  # -P: import nothing from the working folder
+                # -P: import nothing from the working folder
+                [sys.executable, "-P", "-m", CHILD, str(os.getpid()), module, str(folder)],
                 env=environment(threads, visible) | (rank or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -1,7 +1,5 @@
 """Run each cell in its own worker process once its backbone is ready; stop all workers together."""
 
-import fcntl
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from mae_bench.data.checks.layouts import check_layout
 from mae_bench.environment.provenance import num_cores, visible_gpus
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.files import write_json
+from mae_bench.locks import holder_of, try_lock
 from mae_bench.progress import STOP_SIGNALS
 from mae_bench.record import FAILURE_FILE, NO_BACKBONE, Failure, ResultRecord, write_failure
 from mae_bench.registry import kind
@@ -145,18 +144,12 @@ def locked(out: Path) -> Iterator[None]:
             fix="choose another: --out DIR",
         ) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
+        if not try_lock(file):
             raise UserError(
-                f"{out} is in use: process {file.read().strip() or 'unknown'} runs a suite there",
+                f"{out} is in use: {holder_of(file)} runs a suite there",
                 expected="one runner per folder",
                 fix="wait for it, stop it, or choose another folder: --out DIR",
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+            )
         yield
 
 

@@ -1,6 +1,5 @@
 """The worker process: run one cell, then write its record, or its failure instead."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -11,13 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from mae_bench.config import build, expand_variables, identity
 from mae_bench.environment.provenance import git_hash, hardware, now, versions
 from mae_bench.errors import Interrupted, NotInstalled, UserError
 from mae_bench.files import is_full, json_digest, write_json
 from mae_bench.job import EXPORT, STATES, Job, Outcome
+from mae_bench.locks import holder_of, try_lock
 from mae_bench.progress import EVENTS_FILE, Progress
 from mae_bench.record import (
     FAILURE_FILE,
@@ -161,23 +161,19 @@ def work(order: Order, progress: Progress) -> None:
 @contextmanager
 def cell_lock(folder: Path, progress: Progress) -> Iterator[None]:
     """Lock the folder of a cell: a worker whose runner was killed may still be saving its state there."""
-    with open(folder / LOCK_FILE, "w") as lock:
+    with open(folder / LOCK_FILE, "a+", encoding="utf-8") as lock:
+        told = False
         while True:
-            locked, stop = any_rank(is_main() and _try_lock(lock), progress.should_stop)
+            locked, stop = any_rank(is_main() and try_lock(lock), progress.should_stop)
             if stop:
                 raise Interrupted
             if locked:
                 break
+            if not told:
+                progress.note(f"waiting for {holder_of(lock)}, which holds {folder}")
+                told = True
             time.sleep(LOCK_SECONDS)
         yield
-
-
-def _try_lock(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def any_rank(*facts: bool) -> list[bool]:

@@ -1,6 +1,7 @@
 """Job kinds that need no framework: run as a script, this is `mae-bench` with them."""
 
 import errno
+import multiprocessing
 import os
 import signal
 import time
@@ -29,7 +30,15 @@ class MakerConfig(Config):
     protocol: str = "fake"
     score: float = 1.0
     behave: Literal[
-        "well", "user error", "not installed", "exception", "full disk", "SIGKILL", "exit 3", "wait"
+        "well",
+        "user error",
+        "not installed",
+        "exception",
+        "full disk",
+        "SIGKILL",
+        "exit 3",
+        "wait",
+        "wait with children",
     ] = "well"
 
 
@@ -87,7 +96,9 @@ def misbehave(how: str, job: Job, progress: Progress) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "exit 3":
         os._exit(3)
-    if how == "wait" and not (job.dir / "state").exists():
+    if how.startswith("wait") and not (job.dir / "state").exists():
+        if how == "wait with children":
+            start_children()
         wait_to_be_stopped(job, progress)
 
 
@@ -130,6 +141,17 @@ def run_together(config: PretrainingConfig, job: Job, progress: Progress) -> Out
         backbone_spec={},
         backbone_digest=job.name,
     )
+
+
+def start_children() -> None:
+    """Like a loader: two forked processes that are busy for long and watch nobody."""
+    for _ in range(2):
+        multiprocessing.get_context("fork").Process(target=sleep_long, daemon=True).start()
+
+
+def sleep_long() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(1000)
 
 
 def wait_to_be_stopped(job: Job, progress: Progress) -> None:

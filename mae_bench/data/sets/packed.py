@@ -21,6 +21,7 @@ from mae_bench.data.sets.index import IndexedImages, build_index, read_index, wr
 from mae_bench.data.sets.source import BadImage, ImageSource, decode
 from mae_bench.errors import UserError
 from mae_bench.files import file_digest, is_full, json_digest, write_atomic, write_json
+from mae_bench.lifetime import end_with_parent
 
 VERSION = 1
 HEADER = "packed.json"  # written last: a folder without it is not a packed set
@@ -297,7 +298,7 @@ class _Pack:
             return
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(
-            self.num_workers, context, initializer=_init_worker, initargs=(self.source, options)
+            self.num_workers, context, initializer=_init_worker, initargs=(self.source, options, os.getpid())
         ) as pool:
             ahead: Iterable[Any] = ()
             for window in windows:
@@ -371,7 +372,8 @@ def _encode(source: ImageSource, options: PackOptions, i: int) -> tuple[int, byt
 _worker_state: list[Any] = []  # the source and the options, in a worker process
 
 
-def _init_worker(source: ImageSource, options: PackOptions) -> None:
+def _init_worker(source: ImageSource, options: PackOptions, parent: int) -> None:
+    end_with_parent(parent)
     _worker_state[:] = [source, options]
 
 

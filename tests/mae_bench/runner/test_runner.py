@@ -1,8 +1,11 @@
 """The runner on fake jobs: what is run, what is not run again, and what becomes of a cell that fails."""
 
+import errno
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -214,12 +217,22 @@ def test_missing_data_is_named_before_anything_runs(suite: dict[str, Any], tmp_p
 
 
 def test_one_runner_a_folder(suite: dict[str, Any]) -> None:
-    with (
-        locked(Path(suite["out"])),
-        pytest.raises(UserError, match=f"process {os.getpid()} runs a suite there"),
-    ):
+    holder = rf"process {os.getpid()} on {re.escape(socket.gethostname())} since 20\S+ runs a suite there"
+    with locked(Path(suite["out"])), pytest.raises(UserError, match=holder):
         run(suite)
     run(suite)
+
+
+def test_a_disk_without_locks_is_not_taken_for_a_lock_that_another_holds(
+    suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(UserError, match=r"\.lock cannot be locked: .*No locks available") as error:
+        run(suite)
+    assert "--out DIR" in error.value.fix
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_to_mend(suite: dict[str, Any], tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """The worker process: exit codes, and what lies in the cell's folder afterwards."""
 
-import fcntl
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ import pytest
 
 from mae_bench.files import json_digest
 from mae_bench.job import STATES
+from mae_bench.locks import try_lock
+from mae_bench.progress import EVENTS_FILE
 from mae_bench.record import read_failure, read_record
 from mae_bench.registry import kind
 from mae_bench.runner.worker import INTERRUPTED, LOCK_FILE, Order, environment
@@ -122,13 +125,17 @@ def test_an_order_is_plain_json(fake_kinds: Path, tmp_path: Path) -> None:
 
 def test_a_worker_that_waits_for_another_hears_a_stop(fake_kinds: Path, tmp_path: Path) -> None:
     order(tmp_path)
-    with open(tmp_path / LOCK_FILE, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(tmp_path / LOCK_FILE, "a+", encoding="utf-8") as lock:
+        assert try_lock(lock)
         process = subprocess.Popen([sys.executable, "-m", "mae_bench.runner.worker", str(tmp_path)])
         while not hears(Path(f"/proc/{process.pid}/status").read_text()):
             time.sleep(0.05)
+        while "waiting for" not in (tmp_path / EVENTS_FILE).read_text():
+            time.sleep(0.05)
         process.terminate()
         assert process.wait(timeout=60) == INTERRUPTED
+    (note,) = (json.loads(line)["note"] for line in (tmp_path / EVENTS_FILE).read_text().splitlines())
+    assert f"waiting for process {os.getpid()} on {socket.gethostname()} since 20" in note
     assert not (tmp_path / "runs.txt").exists()
 
 
