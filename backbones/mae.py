@@ -15,7 +15,7 @@ from backbones.formats import hf_vitmae
 from backbones.load import check_fit, make_report, translate
 from backbones.reading.safe import check_tensors, check_values, read_file
 from backbones.reading.source import CONFIG_FILE, Checkpoint, open_source
-from backbones.translating.heads import get_size
+from backbones.translating.heads import Size, get_size
 from backbones.translating.infer import MissingHeads
 from backbones.translating.report import ConversionReport
 from backbones.translating.structure import count_blocks
@@ -27,9 +27,10 @@ from mae_bench.pretrain.reconstruct import MAE_FILE
 from mae_bench.spec import BackboneSpec
 
 DECODER = re.compile(r"decoder_|mask_token$|target\.")
-# (width, depth, MLP width) of a decoder -> heads, from facebookresearch/mae models_mae.py. Others have other
-# numbers: MAE-Lite's decoders of 96 and 192 channels have 3 and 6.
+# (width, depth, MLP width) of a decoder -> heads, from facebookresearch/mae models_mae.py and from
+# wangsr126/MAE-Lite projects/mae_lite/models_mae.py.
 REFERENCE_HEADS = {(512, 8, 2048): 16}
+MAE_LITE_HEADS = {(96, 1, 384): 3, (192, 1, 768): 6, **REFERENCE_HEADS}
 HF_DEFAULT_HEADS = 16  # of transformers' ViTMAEConfig
 # Names of the decoder's layers in transformers before version 5, and as version 5 writes them.
 HF_LAYER = re.compile(r"decoder\.(?:decoder_layers|decoder_encoder\.layer)\.")
@@ -57,7 +58,8 @@ def load_mae(
             transformers' config), else False as in the reference's constructor; its *_full.pth files were
             trained with True.
         img_size: another size than the file's, in pixels. Both position tables are resampled (bicubic).
-        decoder_num_heads: by default what the file states, else 16 for the reference's decoder.
+        decoder_num_heads: by default what the file states, else 16 for the reference's decoder, and for
+            MAE-Lite's files what its code builds.
         weights: which set of weights to read from a file with several (model_ema, ...).
         overrides: BackboneSpec fields that cannot be inferred from the file (num_heads, ...).
 
@@ -91,11 +93,16 @@ def load_mae(
 
 def _get_reference_heads(weights: Weights, path: str | Path) -> int:
     """Return the heads of a decoder of the reference's size; raise MissingHeads for another one."""
+    size = _get_decoder_size(weights)
+    if size not in REFERENCE_HEADS:
+        raise MissingHeads(str(path), *size[:2], "decoder_num_heads", fix=GIVE_DECODER)
+    return REFERENCE_HEADS[size]
+
+
+def _get_decoder_size(weights: Weights) -> Size:
+    """Return width, depth and MLP width of a decoder."""
     blocks = {name.removeprefix("decoder_"): t for name, t in weights.items() if name.startswith("decoder_b")}
-    width, (_, depth, hidden) = weights["decoder_embed.weight"].shape[0], get_size(blocks)
-    if (width, depth, hidden) not in REFERENCE_HEADS:
-        raise MissingHeads(str(path), width, depth, "decoder_num_heads", fix=GIVE_DECODER)
-    return REFERENCE_HEADS[width, depth, hidden]
+    return weights["decoder_embed.weight"].shape[0], *get_size(blocks)[1:]
 
 
 def _build_empty(spec: BackboneSpec, options: Mapping[str, Any], path: str | Path) -> MAE:
@@ -143,9 +150,13 @@ def _read(
         options, decoder = _read_hf_options(checkpoint), _translate_hf_decoder(checkpoint, decoder)
     else:
         options = _read_reference_options(checkpoint)
+    options |= _infer_sizes(decoder, path)
+    if translation.family == "mae_lite":
+        heads = MAE_LITE_HEADS.get(_get_decoder_size(decoder))
+        options = ({"decoder_num_heads": heads} if heads else {}) | options
     report = make_report(checkpoint, format, translation)
     _account_for_decoder(report, checkpoint, root)
-    return spec, options | _infer_sizes(decoder, path), translation.weights | decoder, report
+    return spec, options, translation.weights | decoder, report
 
 
 def _account_for_decoder(report: ConversionReport, checkpoint: Checkpoint, root: str) -> None:

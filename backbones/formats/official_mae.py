@@ -23,6 +23,7 @@ DROP = {
     r"head\.": HEAD,
 }
 WRAPPERS = ("model", "model_ema")
+MAE_LITE = {"start_epoch", "best_top1", "best_top5", "best_top1_epoch"}  # what its trainer saves with `model`
 
 
 def fits(checkpoint: Checkpoint) -> bool:
@@ -52,11 +53,22 @@ def is_marked(checkpoint: Checkpoint) -> bool:
 def read(checkpoint: Checkpoint) -> Translation:
     """Translate the encoder, which has timm's names."""
     result = read_timm_vit(checkpoint, "official_mae", DROP)
+    if is_mae_lite(checkpoint):
+        result.family = "mae_lite"
     if is_fine_tuned(checkpoint.tensors):
         result.assumed["pretrain_method"] = "mae, fine-tuned"
     if "fc_norm.weight" in result.weights:
         result.assumed["global_pool"] = "avg"
     return result
+
+
+def is_mae_lite(checkpoint: Checkpoint) -> bool:
+    """Return whether wangsr126/MAE-Lite pretrained or fine-tuned the model, which has heads of its own.
+
+    Its trainer also takes timm's models, which have neither a decoder nor a norm after the pooling.
+    """
+    own = {"decoder_embed.weight", "fc_norm.weight"} & set(checkpoint.tensors)
+    return bool(own) and set(checkpoint.extras) >= MAE_LITE
 
 
 def is_fine_tuned(tensors: dict[str, torch.Tensor]) -> bool:

@@ -42,6 +42,8 @@ CLIP = {
 # Format -> size -> heads: the sizes that the code named in each line builds with exactly one number of heads.
 SIZES: dict[str, dict[Size, int]] = {
     "official_mae": BASE_AND_LARGER,  # facebookresearch/mae models_mae.py, models_vit.py
+    # wangsr126/MAE-Lite projects/mae_lite/models_mae.py, mae_lite/models/models_vit.py
+    "mae_lite": {TI: 12, (192, 13, 768): 12, S: 12, **BASE_AND_LARGER},
     "crossmae": {S: 6, **BASE_AND_LARGER},  # TonyLianLong/CrossMAE models_cross.py
     "dino": {TI: 3, S: 6, B: 12},  # facebookresearch/dino vision_transformer.py
     "ibot": {TI: 3, S: 6, B: 12, L: 16},  # bytedance/ibot models/vision_transformer.py

@@ -56,6 +56,30 @@ def test_a_reconstructing_file_of_the_authors_layout_in_another_size_asks():
         check_real_size("official_mae", {"model": sized(192) | decoder})
 
 
+MAE_LITE = {"start_epoch": 400, "best_top1": 0.0, "best_top5": 0.0, "best_top1_epoch": 0}
+
+
+@pytest.mark.parametrize(("width", "depth"), [(192, 12), (192, 13), (384, 12)])
+@pytest.mark.parametrize("stage", ["pretrained", "fine-tuned"])
+def test_mae_lite_is_known_by_what_its_trainer_saves(width, depth, stage):
+    """Its models_mae.py: "the number of heads is changed to 12 from 3"."""
+    encoder = sized(width, depth)
+    if stage == "pretrained":
+        encoder |= {"mask_token": (1, 1, 96), "decoder_embed.weight": (96, width)}
+    else:
+        encoder |= {f"fc_{name}": encoder.pop(name) for name in ("norm.weight", "norm.bias")}
+    content = {"model": prefixed("module.model.", encoder)}
+    assert check_real_size("official_mae", content | MAE_LITE).num_heads == 12
+    with pytest.raises(MissingHeads):
+        check_real_size("official_mae", content | {"epoch": 400})
+
+
+def test_a_model_of_timm_from_mae_lites_trainer_asks():
+    content = {"model": prefixed("module.model.", sized(192) | linear("head", 192, 9))}
+    with pytest.raises(MissingHeads):
+        check_real_size("official_mae", content | MAE_LITE, said=True)
+
+
 @pytest.mark.parametrize(("width", "depth", "heads"), [(768, 12, 12), (1024, 24, 16), (1280, 32, 16)])
 def test_sizes_with_one_number_in_every_family_need_no_question(width, depth, heads):
     assert check_real_size("timm", sized(width, depth)).num_heads == heads
