@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mae_bench.environment.code import digest_code
 from mae_bench.environment.provenance import git_hash, hardware, now, version_of, versions
 from mae_bench.errors import UserError
 
@@ -118,7 +119,7 @@ def ratio(samples_a: Sequence[float], samples_b: Sequence[float]) -> Ratio:
 
 
 def environment() -> dict[str, str]:
-    """Return date, hardware, versions, command and commit of a measurement, as text."""
+    """Return date, hardware, versions, command, commit and code digest of a measurement, as text."""
     machine, found = hardware(), versions()
     for name in PEERS:
         version = version_of(name)
@@ -133,13 +134,19 @@ def environment() -> dict[str, str]:
         "threads": _num_threads(),
         "command": command(),
         "commit": git_hash(__file__),
+        "code": digest_code(_module()),
     }
 
 
 def command() -> str:
     """Return the command line, `python -m benchmarks.NAME ...`, without the folders of absolute paths."""
     given = (Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:])
-    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *given])
+    return shlex.join(["python", "-m", _module(), *given])
+
+
+def _module() -> str:
+    """Return the module of the benchmark that is run."""
+    return f"benchmarks.{Path(sys.argv[0]).stem}"
 
 
 def _num_threads() -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from leaderboard.index import Run
 from leaderboard.table import Column
-from leaderboard.wording import choose_decimals
+from leaderboard.wording import choose_decimals, name_code, name_column
 from mae_bench.record import NOT_IDENTITY, Failure, ResultRecord
 
 PRETRAIN = "pretrain"  # the task of pretraining jobs: a cost and a picture, never a column
@@ -19,7 +19,8 @@ def group_columns(runs: list[Run], problems: list[str]) -> list[tuple[Column, li
     """Return the runs per column.
 
     Runs of one column that were measured under different conditions are split into variants, and `problems`
-    gains a sentence that names the differences.
+    gains a sentence that names the differences. It also gains one for each column whose rows were computed
+    with different code or versions of torch, which may change a score.
     """
     columns = []
     for _, group in group_by(runs, lambda run: _column_key(run.record)):
@@ -27,7 +28,9 @@ def group_columns(runs: list[Run], problems: list[str]) -> list[tuple[Column, li
         variants.sort(key=len, reverse=True)
         for i, members in enumerate(variants):
             letter = _name_variant(i) if len(variants) > 1 else ""
-            columns.append((_build_column(members, letter), members))
+            column = _build_column(members, letter)
+            columns.append((column, members))
+            problems += _describe_mixtures(column, members)
         if len(variants) > 1:
             problems.append(_describe_conflict([members[0].record for members in variants]))
     return columns
@@ -44,6 +47,7 @@ def _encode_conditions(record: ResultRecord) -> str:
 def _collect_conditions(record: ResultRecord) -> dict[str, Any]:
     """Return what two scores must share to be comparable."""
     return {
+        "protocol_version": record.protocol_version,
         "data_digest": record.data_digest,
         "num_samples": record.num_samples,
         "unit": record.score.unit,
@@ -67,6 +71,7 @@ def _build_column(members: list[Run], variant: str) -> Column:
     return Column(
         task=record.task,
         protocol=record.protocol,
+        protocol_version=record.protocol_version,
         dataset=record.dataset,
         split=record.split,
         metric=record.main_metric,
@@ -97,6 +102,27 @@ def _describe_conflict(records: list[ResultRecord]) -> str:
         f"records differ in {', '.join(shown)}{more}, "
         f"so they are shown in {len(records)} separate columns"
     )
+
+
+def _describe_mixtures(column: Column, members: list[Run]) -> list[str]:
+    """Return a sentence each if not all of a column was computed with one code, and with one torch."""
+    found: dict[str, dict[str, set[str]]] = {"code": {}, "torch": {}}
+    for run in members:
+        record = run.record
+        found["code"].setdefault(name_code(record), set()).add(record.backbone)
+        found["torch"].setdefault(str(record.versions.get("torch")), set()).add(record.backbone)
+    return [
+        f"{name_column(column)} was computed with different {what}: "
+        + " / ".join(f"{value} ({_list_some(sorted(rows))})" for value, rows in sorted(by_value.items()))
+        for what, by_value in found.items()
+        if len(by_value) > 1
+    ]
+
+
+def _list_some(names: list[str]) -> str:
+    """Return the first names, and the number of the others."""
+    hidden = len(names) - MOST_SHOWN
+    return ", ".join(names[:MOST_SHOWN]) + (f" and {hidden} more" if hidden > 0 else "")
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from leaderboard.costs import compute_costs, compute_mean, compute_seconds, comp
 from leaderboard.index import Run, Runs
 from leaderboard.metrics import aggregate_metrics
 from leaderboard.table import Cell, Column, Comparison, Difference
-from leaderboard.wording import describe_column, name_column
+from leaderboard.wording import describe_column, name_code, name_column
 from mae_bench.intervals import paired_interval, sample_std, welch_interval
 from mae_bench.record import Failure, ResultRecord
 
@@ -19,7 +19,7 @@ from mae_bench.record import Failure, ResultRecord
 def compare(runs: Runs, baseline: str = "supervised") -> Comparison:
     """Compare all runs: rows are backbones, columns are (task, protocol, dataset, split, metric).
 
-    Records of one column that differ in their images or their config are shown in separate columns
+    Records of one column that differ in version, images or config are shown in separate columns
     (A, B, ...). If a row has two records for one column and seed, the newer one is used. `problems` names
     both cases. Without scores of the baseline there are no differences.
     """
@@ -133,6 +133,7 @@ def _build_cell(own: dict[int, ResultRecord], lost: list[Failure]) -> Cell:
         std=sample_std(values),
         seconds=compute_mean(compute_seconds(record) for record in own.values()),
         failures=tuple(lost),
+        code=tuple(sorted({name_code(record) for record in own.values()})),
         metrics=aggregate_metrics(list(own.values())),
     )
 

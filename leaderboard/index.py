@@ -25,9 +25,10 @@ TEXTS = (
     "main_metric",
     "data_digest",
     "backbone_digest",
+    "code_digest",
     "finished",
 )
-MAPPINGS = ("config", "cost", "artefacts", "backbone_spec", "versions", "hardware")
+MAPPINGS = ("config", "cost", "artefacts", "artefact_digests", "backbone_spec", "versions", "hardware")
 FAILURE_TEXTS = ("backbone", "task", "protocol", "status", "reason", "fix")
 NUMBERS = ("seed", "num_samples")
 
@@ -69,9 +70,10 @@ def load_runs(root: str | Path, only: Collection[Path] | None = None) -> Runs:
             _check_types(record, path)
             runs.records.append(Run(record, path))
         except RecordError as error:
-            runs.problems.append(f"ignored: {_shorten(runs, error.given)}")
+            runs.problems.append(_describe_ignored(runs, error))
+    measured = {run.path.parent for run in runs.records}
     for path in _list_files(runs.root, FAILURE_FILE, only):
-        _add_failure(runs, path)
+        _add_failure(runs, path, has_record=path.parent in measured)
     if not runs.records and not runs.failures:
         raise RecordError(
             "; ".join([f"no result under {root}", *runs.problems]),
@@ -85,8 +87,8 @@ def _list_files(root: Path, name: str, only: Collection[Path] | None) -> list[Pa
     return sorted(path for path in root.rglob(name) if only is None or path.parent in only)
 
 
-def _add_failure(runs: Runs, path: Path) -> None:
-    if (path.parent / RECORD_FILE).exists():
+def _add_failure(runs: Runs, path: Path, has_record: bool) -> None:
+    if has_record:
         runs.problems.append(f"{runs.name(path)} is ignored: the same folder holds a record, which is used")
         return
     try:
@@ -99,7 +101,7 @@ def _add_failure(runs: Runs, path: Path) -> None:
         _check_writable(fields, path)
         runs.failures.append(failure)
     except RecordError as error:
-        runs.problems.append(f"ignored: {_shorten(runs, error.given)}")
+        runs.problems.append(_describe_ignored(runs, error))
 
 
 def _check_types(record: ResultRecord, path: Path) -> None:
@@ -108,6 +110,8 @@ def _check_types(record: ResultRecord, path: Path) -> None:
     wrong = []
     for kind, names in types.items():
         wrong += [name for name in names if not isinstance(getattr(record, name), kind)]
+    if not isinstance(record.protocol_version, int | None):
+        wrong.append("protocol_version")
     if "cost" not in wrong:
         wrong += [f"cost.{name}" for name, value in record.cost.items() if not isinstance(value, Real)]
     for name, metric in record.metrics.items():
@@ -126,6 +130,7 @@ def _check_writable(value: object, path: Path) -> None:
         raise RecordError(f"{path}: a value that cannot be written to a report: {error}") from error
 
 
-def _shorten(runs: Runs, message: str) -> str:
-    """Return the message without the folder of runs, which the reader knows."""
-    return message.replace(f"{runs.root}/", "")
+def _describe_ignored(runs: Runs, error: RecordError) -> str:
+    """Return why a file is ignored and what to do, without the folder of runs, which the reader knows."""
+    fix = f" (next: {error.fix})" if error.fix else ""
+    return f"ignored: {error.given}{fix}".replace(f"{runs.root}/", "")

@@ -5,11 +5,16 @@ from typing import Any
 
 from leaderboard.columns import group_by, task_sort_key
 from leaderboard.index import Run, Runs
-from leaderboard.sections import Code, Facts, Fold, Results, Section
-from leaderboard.wording import format_duration
+from leaderboard.sections import Code, Facts, Fold, Header, Paragraph, Results, Section, Table, TableCell
+from leaderboard.wording import MISSING, format_duration, name_code, name_column, name_data
 from mae_bench.record import ResultRecord
 
 TITLE = "Provenance"
+CODE_TITLE = "Protocol versions and code"
+CODE_READING = (
+    "A column has scores of one version of its protocol only. The code is named by the first digits of the "
+    "digest of its source, or by its commit where the records have no digest."
+)
 TIMES = ("seconds_train", "seconds_features", "seconds_eval")
 
 
@@ -21,6 +26,19 @@ def build_section(results: Results) -> Section | None:
         records = tuple(_build_record(results.runs, run) for run in members)
         folds.append(Fold(" ".join((task, *rest)), records))
     return Section(TITLE, tuple(folds), medium="page") if folds else None
+
+
+def build_code_section(results: Results) -> Section | None:
+    """Return the protocol's version and the code of each column that has scores."""
+    comparison, rows = results.comparison, []
+    for i, column in enumerate(comparison.columns):
+        code = sorted({name for cells in comparison.cells.values() for name in cells[i].code})
+        if code:
+            texts = (name_column(column), name_data(column), str(column.protocol_version or MISSING))
+            rows.append(tuple(map(TableCell, (*texts, ", ".join(code)))))
+    headers = tuple(Header(name, align="left") for name in ("protocol", "data", "version", "code"))
+    blocks = (Paragraph(CODE_READING), Table(CODE_TITLE, headers, tuple(rows)))
+    return Section(CODE_TITLE, blocks) if rows else None
 
 
 def _sort_key(record: ResultRecord) -> tuple[Any, ...]:
@@ -41,7 +59,7 @@ def _collect_facts(runs: Runs, run: Run) -> dict[str, str]:
     record = run.record
     metrics = [f"{name} {metric.value:.6g} {metric.unit}" for name, metric in record.metrics.items()]
     return {
-        "protocol": f"{record.task} {record.protocol}",
+        "protocol": f"{record.task} {record.protocol}, version {record.protocol_version or 'unknown'}",
         "data": f"{record.dataset} {record.split}, {record.num_samples} images",
         "data digest": record.data_digest,
         "seed": str(record.seed),
@@ -52,7 +70,8 @@ def _collect_facts(runs: Runs, run: Run) -> dict[str, str]:
         "training, features, evaluation": ", ".join(format_duration(record.cost.get(name)) for name in TIMES),
         "hardware": _join_pairs(record.hardware),
         "versions": _join_pairs(record.versions),
-        "code": record.git_hash,
+        "code": name_code(record),
+        "commit": record.git_hash,
         "command": record.command,
         "date": " to ".join(str(time) for time in (record.started, record.finished) if time),
         "notes": "\n".join(map(str, record.notes)),

@@ -39,6 +39,7 @@ SECTIONS: tuple[Callable[[Results], Section | None], ...] = (  # in reading orde
     gallery.build_section,
     costs.build_total_section,
     costs.build_run_section,
+    provenance.build_code_section,
     provenance.build_section,
     published.build_section,
 )

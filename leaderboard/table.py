@@ -11,13 +11,15 @@ Status = Literal["measured", "failed", "not installed", "absent"]
 
 @dataclass(frozen=True)
 class Column:
-    """Scores that may be compared: one protocol on the same images with the same config.
+    """Scores that may be compared: one protocol in one version on the same images with the same config.
 
-    variant: a letter for columns that differ only in their images or their config, else "".
+    protocol_version: None where the records do not state it.
+    variant: a letter for columns that differ only in version, images or config, else "".
     """
 
     task: str
     protocol: str
+    protocol_version: int | None = None
     dataset: str = ""
     split: str = ""
     metric: str = ""
@@ -71,6 +73,7 @@ class Measured:
 class Cell:
     """One row in one column. Without a measured seed the mean is None, never 0.
 
+    code: the code that the seeds were computed with, named by the first digits of its digest.
     metrics: every metric of the records, the score included, in the order of the records.
     """
 
@@ -83,6 +86,7 @@ class Cell:
     is_best: bool = False
     seconds: float | None = None  # training, feature extraction and evaluation, mean over the seeds
     failures: tuple[Failure, ...] = ()
+    code: tuple[str, ...] = ()
     metrics: dict[str, Measured] = field(default_factory=dict)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from leaderboard.table import Cell, Column, Difference, Measured
-from mae_bench.record import Failure
+from mae_bench.record import Failure, ResultRecord
 
 MISSING = "-"
 
@@ -99,6 +99,11 @@ def name_metric(column: Column) -> str:
     if not column.metric:
         return "no score"
     return f"{column.metric} ({column.unit}), {column.direction} is better"
+
+
+def name_code(record: ResultRecord) -> str:
+    """Return the first digits of the digest of a record's code, or of its commit where it has no digest."""
+    return record.code_digest[:12] or f"commit {record.git_hash[:12] or 'unknown'}"
 
 
 def describe_failure(failure: Failure) -> str:

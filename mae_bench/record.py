@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mae_bench.errors import UserError
-from mae_bench.files import write_json
+from mae_bench.files import json_digest, write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: protocol_version, code_digest, artefact_digests and digest
+SCHEMA_VERSIONS = (1, SCHEMA_VERSION)  # that are read
 RECORD_FILE = "record.json"
 FAILURE_FILE = "failure.json"
 NO_BACKBONE = "its backbone could not be made"  # the reason of a transfer whose backbone failed
@@ -40,6 +41,9 @@ NOT_IDENTITY = frozenset(
 )
 
 
+ROUNDING = 1e-6  # by which a mean of percentages may miss 0 and 100
+
+
 class RecordError(UserError):
     """A record that cannot be read or is inconsistent."""
 
@@ -50,7 +54,7 @@ class Metric:
 
     Attributes:
         unit: "%" for accuracies, AP and IoU, "nats" for losses, "s", "img/s", ...
-        direction: which way is better.
+        direction: which way is better. A percentage of which more is better is at most 100.
     """
 
     value: float
@@ -103,11 +107,16 @@ class ResultRecord(Outcome):
         backbone: the name of the backbone in its suite.
         protocol: "finetune-100ep", "maskrcnn-li2021-100ep", ...; only records of the same protocol are
             compared.
+        protocol_version: the version of the protocol's code, `Kind.version`; None in records of schema 1.
+            Only records of the same version are compared.
         seed: the seed of the job.
         config, config_digest: the complete config, and the digest of the part that identifies the result.
+        code_digest: the digest of the source (see `mae_bench.environment.code`); "" in records of schema 1.
+        artefact_digests: SHA-256 and number of bytes of each file of `artefacts`, by its name; a file of a
+            folder by NAME/PATH.
         versions, git_hash, hardware, command: what the result was computed with.
         started, finished: when.
-        schema_version: the version of this layout.
+        schema_version: the version of this layout. The file also has `digest`, that of all other fields.
     """
 
     backbone: str
@@ -115,6 +124,9 @@ class ResultRecord(Outcome):
     seed: int
     config: dict[str, Any]
     config_digest: str
+    protocol_version: int | None = None
+    code_digest: str = ""
+    artefact_digests: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     git_hash: str = ""
     hardware: dict[str, Any] = field(default_factory=dict)
@@ -132,6 +144,11 @@ class ResultRecord(Outcome):
         if bad := sorted(name for name, metric in self.metrics.items() if not math.isfinite(metric.value)):
             raise RecordError(
                 f"metrics that are not finite: {bad}", expected="no metric where nothing was measured"
+            )
+        if bad := sorted(name for name, metric in self.metrics.items() if not _is_possible(metric)):
+            raise RecordError(
+                f"impossible percentages: {', '.join(f'{name} {self.metrics[name].value}' for name in bad)}",
+                expected="0 to 100; at least 0 where less is better",
             )
         if self.num_samples < 1:
             raise RecordError(
@@ -151,12 +168,12 @@ class ResultRecord(Outcome):
     def from_dict(cls, value: dict[str, Any]) -> "ResultRecord":
         """Read the result of `to_dict`.
 
-        Raise RecordError for another schema version and for unknown, missing or malformed fields.
+        Raise RecordError for an unknown schema version and for unknown, missing or malformed fields.
         """
-        if (version := value.get("schema_version")) != SCHEMA_VERSION:
+        if (version := value.get("schema_version")) not in SCHEMA_VERSIONS:
             raise RecordError(
                 f"record of schema version {version!r}",
-                expected=f"version {SCHEMA_VERSION}",
+                expected=f"version {' or '.join(map(str, SCHEMA_VERSIONS))}",
                 fix="read it with the mae_bench version that wrote it",
             )
         if unknown := sorted(set(value) - {f.name for f in fields(cls)}):
@@ -168,6 +185,12 @@ class ResultRecord(Outcome):
             raise RecordError(
                 f"a malformed record: {error}", expected="the fields of mae_bench.record.ResultRecord"
             ) from error
+
+
+def _is_possible(metric: Metric) -> bool:
+    """Whether a percentage is one, but for rounding; the mCE and margins may exceed 100."""
+    largest = 100 if metric.direction == "higher" else math.inf
+    return metric.unit != "%" or -ROUNDING <= metric.value <= largest + ROUNDING
 
 
 @dataclass(frozen=True)
@@ -185,34 +208,62 @@ class Failure:
 
 
 def write_failure(failure: Failure, path: str | Path) -> None:
-    """Write a failure atomically."""
-    write_json(path, asdict(failure))
+    """Write a failure atomically, with its digest."""
+    _write(path, asdict(failure))
 
 
 def read_failure(path: str | Path) -> Failure:
-    """Read a failure. Raise RecordError with the path and the problem if it is malformed."""
+    """Read a failure. Raise RecordError with the path and the problem if it is malformed or was changed."""
+    value = _read(path)
     try:
-        return Failure(**json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        return Failure(**value)
+    except TypeError as error:
         raise RecordError(f"{path} cannot be read as a failure: {error}") from error
 
 
 def write_record(record: ResultRecord, path: str | Path) -> None:
-    """Write a record atomically: a record file that exists is complete."""
-    write_json(path, record.to_dict())
+    """Write a record atomically, with its digest: a record file that exists is complete."""
+    _write(path, record.to_dict())
 
 
 def read_record(path: str | Path) -> ResultRecord:
-    """Read a record. Raise RecordError with the path and the problem if it is malformed."""
+    """Read a record. Raise RecordError with the path and the problem if it is malformed or was changed."""
+    value = _read(path)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RecordError(
-            f"{path} cannot be read as a record: {error}", expected="a JSON file that mae-bench wrote"
-        ) from error
-    try:
-        if not isinstance(value, dict):
-            raise RecordError(f"a record that is a {type(value).__name__}", expected="a JSON object")
         return ResultRecord.from_dict(value)
     except RecordError as error:
         raise RecordError(f"{path}: {error.given}", expected=error.expected, fix=error.fix) from error
+
+
+def _write(path: str | Path, value: dict[str, Any]) -> None:
+    value = json.loads(json.dumps(value | {"schema_version": SCHEMA_VERSION}))
+    write_json(path, value | {"digest": json_digest(value)})
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """Return the fields of a file that `_write` wrote, or of one of schema 1, which has no digest."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecordError(
+            f"{path} cannot be read: {error}", expected="a JSON file that mae-bench wrote"
+        ) from error
+    if not isinstance(value, dict):
+        raise RecordError(f"{path} holds a {type(value).__name__}", expected="a JSON object")
+    digest = value.pop("digest", None)
+    has_digest = digest is not None or value.get("schema_version") == SCHEMA_VERSION
+    if has_digest and digest != _compute_digest(value):
+        raise RecordError(
+            f"{path} was edited or damaged after it was written",
+            expected="a file whose digest is that of its content",
+            fix="re-run the cell or restore the file",
+        )
+    return value
+
+
+def _compute_digest(value: dict[str, Any]) -> str:
+    """Return the digest of the fields; "" for values that `_write` cannot have written, such as NaN."""
+    try:
+        return json_digest(value)
+    except ValueError:
+        return ""

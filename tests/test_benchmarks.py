@@ -22,6 +22,7 @@ from benchmarks import (
 )
 from benchmarks.measure import Table, Times, command, interleave, ratio, run_main, write_table
 from benchmarks.peers import MASK_RATIO
+from mae_bench.environment.code import digest_code
 from mae_bench.models.mae import MAE
 
 
@@ -58,7 +59,10 @@ def test_ratio_refuses_unequal_rounds():
         ratio([1.0, 2.0], [1.0])
 
 
-def test_report_is_written_as_markdown_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_report_is_written_as_markdown_and_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/index_paths.py"])
     table = Table("Speed", ["peer", "ratio"], [["hf", ratio([2.0], [1.0])]], note="Higher is better.")
     write_table("A report", [table], {"samples": Times([1.0], [2.0])}, tmp_path / "new" / "report.md")
     text = (tmp_path / "new" / "report.md").read_text()
@@ -67,7 +71,8 @@ def test_report_is_written_as_markdown_and_json(tmp_path: Path, capsys: pytest.C
     content = json.loads((tmp_path / "new" / "report.json").read_text())
     assert content["data"]["samples"] == {"cpu": [1.0], "wall": [2.0]}
     assert content["tables"][0]["rows"][0][1]["median"] == 2.0
-    assert content["environment"]["command"]
+    assert content["environment"]["command"] == "python -m benchmarks.index_paths"
+    assert content["environment"]["code"] == digest_code("benchmarks.index_paths")
 
 
 def test_command_leaves_this_machines_folders_out(monkeypatch: pytest.MonkeyPatch):

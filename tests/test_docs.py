@@ -1,17 +1,22 @@
 """README and docs match the code and the committed results: links, tables, the list of modules.
 
-`python -m tests.test_docs` writes the generated parts: README's table of results and docs/modules.md.
+`python -m tests.test_docs` writes the generated parts: README's table of results, docs/modules.md, and the
+badge of each page that quotes committed results: when they were measured, and whether with the current code.
 """
 
 import ast
 import json
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from backbones.translating.detect import FORMATS, WRITABLE
+from mae_bench.environment.code import digest_code, digest_kind
+from mae_bench.record import read_record, write_record
+from mae_bench.registry import KINDS
 from mae_bench.suite.rows import rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +37,10 @@ COLUMNS = (  # heading, committed run, name of the cell, metric
     ("COCO", "2026-11-21-small", "maskrcnn", "AP_box"),
     ("segmentation", "2026-11-21-small", "upernet", "mIoU"),
 )
+# A badge: `<!-- measured FOLDER ... -->TEXT<!-- /measured -->`. No line begins with such a comment, because
+# it would end the paragraph.
+MEASURED = re.compile(r"(<!-- measured ([\w -]+) -->\s*)[^<]*?(\s*<!-- /measured -->)")
+RESULT = re.compile(r"\bresults/(\d{4}-\d\d-\d\d-[\w-]+)")  # in a link
 
 
 def render_results() -> str:
@@ -68,6 +77,30 @@ def render_modules() -> str:
     return "\n".join(lines)
 
 
+def render_measured(runs: str) -> str:
+    """Return when the results in some folders were measured, and whether any was with earlier code."""
+    dates, is_current = set(), True
+    for folder in (ROOT / RESULTS / run for run in runs.split()):
+        for path in folder.rglob("record.json"):
+            record = read_record(path)
+            dates.add(record.finished[:10])
+            kind = KINDS.get(record.config["kind"])
+            is_current = is_current and kind is not None and record.code_digest == digest_kind(kind)
+        for path in folder.glob("*.json"):
+            where = json.loads(path.read_text(encoding="utf-8")).get("environment")
+            if where:  # of a benchmark
+                dates.add(where["date"][:10])
+                is_current = is_current and where.get("code") == digest_code(where["command"].split()[2])
+    first, last = min(dates), max(dates)
+    when = first if first == last else f"{first} to {last}"
+    return f"measured {when}" if is_current else f"measured {when} with earlier code"
+
+
+def write_measured(text: str) -> str:
+    """Return the text of a page with what `render_measured` returns in each place that asks for it."""
+    return MEASURED.sub(lambda found: f"{found[1]}{render_measured(found[2])}{found[3]}", text)
+
+
 GENERATED = {("results", README): render_results, ("tree", MODULES): render_modules}
 
 
@@ -78,6 +111,35 @@ def test_generated_parts_are_current(name: str, page: Path) -> None:
     )
     assert found
     assert found[1].strip() == GENERATED[name, page](), "run: python -m tests.test_docs"
+
+
+def test_quoted_results_state_when_and_with_which_code_they_were_measured() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert write_measured(text) == text, f"{page.name} is not current: run python -m tests.test_docs"
+        assert not re.search(r"^\s*<!-- /?measured", text, re.MULTILINE), page.name
+        if ROOT / RESULTS not in page.parents:
+            stated = {run for found in MEASURED.finditer(text) for run in found[2].split()}
+            assert set(RESULT.findall(text)) <= stated, f"{page.name} quotes results without their date"
+
+
+def test_results_of_the_current_code_are_told_from_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = read_record(next((ROOT / RESULTS / "2026-11-21-protocols").rglob("mae/knn-s0*/record.json")))
+    new = replace(old, finished="2027-01-02T03:04:05+00:00", code_digest=digest_kind(KINDS["knn"]))
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    for run, records in {"old": [old], "new": [new], "both": [new, old]}.items():
+        for i, record in enumerate(records):
+            write_record(record, tmp_path / RESULTS / run / "cells" / str(i) / "record.json")
+    page = "before, <!-- measured {} -->\n{}<!-- /measured -->, after"
+    for run, stated in {
+        "old": "measured 2026-11-21 with earlier code",
+        "new": "measured 2027-01-02",
+        "both": "measured 2026-11-21 to 2027-01-02 with earlier code",
+        "old new": "measured 2026-11-21 to 2027-01-02 with earlier code",
+    }.items():
+        assert write_measured(page.format(run, "by hand")) == page.format(run, stated)
 
 
 def test_links_lead_somewhere() -> None:
@@ -131,6 +193,8 @@ def write() -> None:
         text = page.read_text(encoding="utf-8")
         begin, end = (text.index(f"<!-- {name}:{mark} -->") for mark in ("begin", "end"))
         page.write_text(f"{text[:begin]}<!-- {name}:begin -->\n{render()}\n{text[end:]}", encoding="utf-8")
+    for page in PAGES:
+        page.write_text(write_measured(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

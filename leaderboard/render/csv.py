@@ -9,6 +9,7 @@ FIELDS = (
     "backbone",
     "task",
     "protocol",
+    "protocol_version",
     "variant",
     "dataset",
     "split",
@@ -23,6 +24,7 @@ FIELDS = (
     "high",
     "status",
     "seconds",  # of training, feature extraction and evaluation
+    "code",  # first digits of the digests of the code
     "reason",
     "published",  # number of an ablation's row
     "published_in",
@@ -48,6 +50,7 @@ def _describe_cell(column: Column, cell: Cell) -> dict[str, object]:
     return {
         "task": column.task,
         "protocol": column.protocol,
+        "protocol_version": column.protocol_version,
         "variant": column.variant,
         "dataset": column.dataset,
         "split": column.split,
@@ -62,6 +65,7 @@ def _describe_cell(column: Column, cell: Cell) -> dict[str, object]:
         "high": change.high if change else None,
         "status": cell.status,
         "seconds": cell.seconds,
+        "code": "; ".join(cell.code),
         "reason": "; ".join(f"seed {failure.seed}: {failure.reason}" for failure in cell.failures),
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 from leaderboard.published import TITLE, select_published
 from leaderboard.table import Comparison
 
-SCHEMA_VERSION = 2  # 2: `beside` is `published_comparisons`
+SCHEMA_VERSION = 2  # 2: `beside` is `published_comparisons`; docs/records.md describes it
 
 
 def build_json(comparison: Comparison, title: str) -> dict[str, Any]:

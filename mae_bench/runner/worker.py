@@ -6,16 +6,17 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mae_bench.config import build, expand_variables, identity
+from mae_bench.environment.code import digest_kind
 from mae_bench.environment.provenance import git_hash, hardware, now, versions
 from mae_bench.errors import Interrupted, NotInstalled, UserError
-from mae_bench.files import is_full, json_digest, write_json
+from mae_bench.files import file_digest, is_full, json_digest, write_json
 from mae_bench.job import EXPORT, STATES, Job, Outcome
 from mae_bench.locks import holder_of, try_lock
 from mae_bench.progress import EVENTS_FILE, Progress
@@ -154,7 +155,8 @@ def work(order: Order, progress: Progress) -> None:
             return
         record = run_order(order, progress)
         if is_main():
-            write_record(record, order.cell.dir / RECORD_FILE)
+            digests = digest_artefacts(order.cell.dir, record.artefacts)
+            write_record(replace(record, artefact_digests=digests), order.cell.dir / RECORD_FILE)
             shutil.rmtree(order.cell.dir / STATES, ignore_errors=True)
 
 
@@ -197,6 +199,7 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
     progress.stage("load")
     here = {"data": expand_variables(cell.config["data"])} if order.kind.layout else {}
     config = build(load_object(order.kind.config), cell.config | here, cell.name)
+    code_digest = digest_kind(order.kind)
     fitted = _fit(order, config)
     used, notes = cell.config | _changes(config, fitted), _describe_fit(config, fitted)
     run = load_object(order.kind.run)
@@ -217,6 +220,8 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
         seed=cell.seed,
         config=used,
         config_digest=json_digest(identity(type(config), used)),
+        protocol_version=order.kind.version,
+        code_digest=code_digest,
         versions=versions(),
         git_hash=code,
         hardware=hardware()
@@ -226,6 +231,21 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
         started=started,
         finished=now(),
     )
+
+
+def digest_artefacts(folder: Path, artefacts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return SHA-256 and number of bytes of each file of the artefacts, by its name.
+
+    The files of a folder are named NAME/PATH. An artefact that is missing has no digest.
+    """
+    digests = {}
+    for name, place in artefacts.items():
+        path = folder / place
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.is_file():
+                key = "/".join((name, *file.relative_to(path).parts))
+                digests[key] = {"sha256": file_digest(file), "bytes": file.stat().st_size}
+    return digests
 
 
 def _fit(order: Order, config: Any) -> Any:

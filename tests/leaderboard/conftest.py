@@ -43,9 +43,15 @@ class Folder:
         return self.root / "cells" / f"{self.count:03d}"
 
     def add(
-        self, backbone: str, score: float, seed: int = 0, direction: str = "higher", **changes: object
+        self,
+        backbone: str,
+        score: float,
+        seed: int = 0,
+        direction: str = "higher",
+        unit: str = "%",
+        **changes: object,
     ) -> Path:
-        metric = Metric(score, "%", direction)  # type: ignore[arg-type]
+        metric = Metric(score, unit, direction)  # type: ignore[arg-type]
         fields = {
             "backbone": backbone,
             "seed": seed,

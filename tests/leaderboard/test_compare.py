@@ -121,6 +121,7 @@ def test_a_failed_seed_next_to_measured_ones_is_kept(folder: Folder, seeds: Call
     [
         ({"data_digest": "e" * 64}, "data_digest"),
         ({"num_samples": 499}, "num_samples (500 / 499)"),
+        ({"protocol_version": 3}, "protocol_version (absent / 3)"),
         ({"config": {"kind": "linear_probe", "base_lr": 0.2}}, "config.base_lr (0.1 / 0.2)"),
     ],
 )
@@ -148,6 +149,40 @@ def test_another_split_data_set_or_protocol_is_another_column_and_no_conflict(
     assert len(comparison.columns) == 2
     assert comparison.problems == []
     assert all(cell.difference is None for cell in comparison.cells["mae"])
+
+
+def test_scores_of_two_versions_of_a_protocol_are_never_averaged(folder: Folder) -> None:
+    folder.add("mae", 20.0, 0, protocol_version=1, versions={"torch": "2.11"}, code_digest="1" * 64)
+    folder.add("mae", 99.0, 1, protocol_version=2, versions={"torch": "2.14"}, code_digest="2" * 64)
+    comparison = read(folder)
+    assert [cell.mean for cell in comparison.cells["mae"]] == [20.0, 99.0]
+    assert [column.protocol_version for column in comparison.columns] == [1, 2]
+    (problem,) = comparison.problems
+    assert "differ in protocol_version (1 / 2)" in problem
+
+
+def test_rows_of_other_code_or_another_torch_are_named(folder: Folder, seeds: Callable) -> None:
+    seeds("supervised", 60.0, 61.0, code_digest="a" * 64)
+    seeds("mae", 62.0, code_digest="b" * 64, versions={"torch": "2.11.0"})
+    folder.add("mae", 63.0, 1, code_digest="a" * 64)
+    seeds("random", 20.0, git_hash="c" * 40)
+    comparison = read(folder)
+    assert len(comparison.columns) == 1
+    assert comparison.problems == [
+        "imagenet linear-90ep was computed with different code: "
+        "aaaaaaaaaaaa (mae, supervised) / bbbbbbbbbbbb (mae) / commit cccccccccccc (random)",
+        "imagenet linear-90ep was computed with different torch: "
+        "2.11.0 (mae) / 2.14.1 (mae, random, supervised)",
+    ]
+    assert comparison.cells["mae"][0].code == ("aaaaaaaaaaaa", "bbbbbbbbbbbb")
+
+
+def test_many_rows_of_other_code_make_one_short_sentence(folder: Folder) -> None:
+    folder.add("supervised", 60.0)
+    for i in range(9):
+        folder.add(f"row{i}", 60.0, code_digest="a" * 64)
+    (problem,) = read(folder).problems
+    assert "(row0, row1, row2, row3, row4 and 4 more)" in problem
 
 
 def test_data_path_and_loading_options_make_no_difference(folder: Folder, seeds: Callable) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from leaderboard.index import load_runs
 from mae_bench.record import RecordError
+
+ROOT = Path(__file__).parents[2]
 
 if TYPE_CHECKING:
     from tests.leaderboard.conftest import Folder
@@ -43,11 +46,56 @@ def test_reads_records_and_failures_at_any_depth(folder: Folder) -> None:
 def test_a_broken_record_is_named_and_the_rest_is_shown(folder: Folder, change: dict) -> None:
     folder.add("supervised", 60)
     path = folder.add("mae", 61)
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    value = json.loads(path.read_text())
+    del value["digest"]
+    path.write_text(json.dumps(value | {"schema_version": 1} | change))
     runs = load_runs(folder.root)
     assert [run.record.backbone for run in runs.records] == ["supervised"]
     assert len(runs.problems) == 1
     assert "cells/002/record.json" in runs.problems[0]
+    assert "edited" not in runs.problems[0]
+
+
+@pytest.mark.parametrize(("old", "new"), [("61.5", "250.0"), ('"seed": 0', '"seed": 1'), ('"d', '"\\ud800')])
+def test_an_edited_record_is_no_score(folder: Folder, old: str, new: str) -> None:
+    folder.add("supervised", 60)
+    path = folder.add("mae", 61.5)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    runs = load_runs(folder.root)
+    assert [run.record.backbone for run in runs.records] == ["supervised"]
+    assert runs.problems == [
+        "ignored: cells/002/record.json was edited or damaged after it was written "
+        "(next: re-run the cell or restore the file)"
+    ]
+
+
+def test_an_edited_failure_is_named(folder: Folder) -> None:
+    folder.add("supervised", 60)
+    path = folder.fail("mae")
+    path.write_text(path.read_text().replace("no such module", "all is well"))
+    runs = load_runs(folder.root)
+    assert runs.failures == []
+    assert "cells/002/failure.json was edited or damaged" in runs.problems[0]
+
+
+def test_the_failure_of_a_cell_whose_record_is_damaged_is_shown(folder: Folder) -> None:
+    path = folder.add("mae", 61)
+    path.write_text(path.read_text().replace("61", "91"))
+    folder.fail("mae").rename(path.parent / "failure.json")
+    runs = load_runs(folder.root)
+    assert [failure.backbone for failure in runs.failures] == ["mae"]
+    assert ["record.json" in problem for problem in runs.problems] == [True]
+
+
+def test_committed_records_of_schema_1_are_shown() -> None:
+    runs = load_runs(ROOT / "benchmarks" / "results")
+    old = [run for run in runs.records if run.record.schema_version == 1]
+    assert len(old) >= 87
+    assert {run.record.protocol_version for run in old} == {None}
+    assert {run.record.code_digest for run in old} == {""}
+    assert runs.problems == []
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"null"])

@@ -213,11 +213,28 @@ def test_charts_start_at_zero(folder: Folder, seeds: Callable, tmp_path: Path) -
 
 
 def test_bars_of_negative_scores_end_at_zero(folder: Folder, seeds: Callable, tmp_path: Path) -> None:
-    seeds("supervised", -2.0)
-    seeds("mae", -1.0)
+    seeds("supervised", -2.0, unit="dB")
+    seeds("mae", -1.0, unit="dB")
     html = write_report(folder.root, tmp_path / "out")[-1].read_text()
     assert '<rect class="plain" x="0.0" y="22" width="320.0"' in html
     assert '<rect class="bar" x="160.0" y="60" width="160.0"' in html
+
+
+def test_every_file_names_the_version_of_the_protocol_and_the_code(
+    folder: Folder, seeds: Callable, tmp_path: Path
+) -> None:
+    seeds("mae", 61.0, 62.0, protocol_version=7, code_digest="c0de" * 16, git_hash="f00d" * 10)
+    paths = write_report(folder.root, tmp_path / "out")
+    texts = {path.suffix: path.read_text() for path in paths}
+    content = json.loads(texts[".json"])
+    assert content["columns"][0]["protocol_version"] == 7
+    assert content["cells"]["mae"][0]["code"] == ["c0dec0dec0de"]
+    (line,) = csv.DictReader(io.StringIO(texts[".csv"]))
+    assert (line["protocol_version"], line["code"]) == ("7", "c0dec0dec0de")
+    assert "| imagenet linear-90ep | shapes val | 7 | c0dec0dec0de |" in texts[".md"]
+    assert texts[".html"].count("imagenet linear-90ep, version 7") == 2, "once per record"
+    assert "c0dec0dec0de" in texts[".html"]
+    assert "f00d" * 10 in texts[".html"]
 
 
 def test_importing_the_report_loads_no_heavy_package() -> None:

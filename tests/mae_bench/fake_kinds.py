@@ -79,6 +79,7 @@ def run(config: MakerConfig, job: Job, progress: Progress) -> Outcome:
         backbone_digest=weights.read_text() if weights.exists() else "",
         conversion_report={"source": job.backbone} if job.backbone else {},
         notes=[getattr(config, "data", "")],
+        artefacts={"runs": "runs.txt", "missing": "missing.txt"},
     )
 
 

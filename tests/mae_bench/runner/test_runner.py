@@ -17,6 +17,7 @@ from unittest.mock import MagicMock
 import pytest
 from rich.console import Console
 
+from leaderboard.index import load_runs
 from mae_bench.environment.provenance import num_cores
 from mae_bench.errors import UserError
 from mae_bench.record import FAILURE_FILE, RECORD_FILE, Failure, ResultRecord
@@ -78,6 +79,32 @@ def test_finished_cells_are_not_run_again(suite: dict[str, Any]) -> None:
         "base/probe-s0": 1,
     }
     assert "4 already finished, 0 to run" in printed
+
+
+def test_records_of_schema_1_count_as_done(suite: dict[str, Any]) -> None:
+    run(suite)
+    for path in Path(suite["out"]).rglob(RECORD_FILE):
+        value = json.loads(path.read_text())
+        for name in ("digest", "protocol_version", "code_digest", "artefact_digests"):
+            del value[name]
+        path.write_text(json.dumps(value | {"schema_version": 1}))
+    _, printed = run(suite)
+    assert "4 already finished, 0 to run" in printed
+    assert set(times_run(suite).values()) == {1}
+
+
+def test_an_edited_record_is_named_and_its_cell_runs_again(suite: dict[str, Any]) -> None:
+    run(suite)
+    (path,) = Path(suite["out"], "cells", "good").glob(f"probe-*/{RECORD_FILE}")
+    text = path.read_text()
+    path.write_text(text.replace('"value": 1.0', '"value": 99.0'))
+    (problem,) = load_runs(suite["out"]).problems
+    assert f"{path.parent.name}/record.json was edited or damaged" in problem
+    results, _ = run(suite)
+    assert times_run(suite)["good/probe-s0"] == 2
+    assert isinstance(record := results["good", "probe", 0], ResultRecord)
+    assert record.score.value == 1.0
+    assert load_runs(suite["out"]).problems == []
 
 
 def test_a_changed_config_runs_what_depends_on_it_and_nothing_else(suite: dict[str, Any]) -> None:

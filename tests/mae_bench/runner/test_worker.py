@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from mae_bench.files import json_digest
+from mae_bench.environment.code import digest_kind
+from mae_bench.files import file_digest, json_digest
 from mae_bench.job import STATES
 from mae_bench.locks import try_lock
 from mae_bench.progress import EVENTS_FILE
 from mae_bench.record import read_failure, read_record
 from mae_bench.registry import kind
-from mae_bench.runner.worker import INTERRUPTED, LOCK_FILE, Order, environment
+from mae_bench.runner.worker import INTERRUPTED, LOCK_FILE, Order, digest_artefacts, environment
 from mae_bench.suite.cell import CELL_FILE, Cell
 
 
@@ -58,7 +59,24 @@ def test_a_record_is_written_last(fake_kinds: Path, tmp_path: Path) -> None:
     assert record.config_digest == json_digest(
         {"kind": "fake_transfer", "protocol": "probe", "score": 2.5}
     ), "the folder of the data is no method"
+    assert (record.protocol_version, record.code_digest) == (1, digest_kind(kind("fake_transfer")))
+    assert record.artefact_digests == {
+        "runs": {"sha256": file_digest(tmp_path / "runs.txt"), "bytes": len("run\n")}
+    }, "what is missing has no digest"
     assert not (tmp_path / "failure.json").exists()
+
+
+def test_each_file_of_an_artefact_that_is_a_folder_has_a_digest(tmp_path: Path) -> None:
+    (tmp_path / "model" / "parts").mkdir(parents=True)
+    (tmp_path / "model" / "spec.json").write_text("{}")
+    (tmp_path / "model" / "parts" / "1").write_bytes(b"")
+    assert digest_artefacts(tmp_path, {"weights": "model"}) == {
+        "weights/parts/1": {
+            "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+            "bytes": 0,
+        },
+        "weights/spec.json": {"sha256": file_digest(tmp_path / "model" / "spec.json"), "bytes": 2},
+    }
 
 
 @pytest.mark.parametrize("behave", ["user error", "not installed", "exception"])
