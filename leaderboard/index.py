@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 
 from mae_bench.record import (
+    CELL_FILE,
     FAILURE_FILE,
     RECORD_FILE,
     Failure,
@@ -68,6 +69,8 @@ def load_runs(root: str | Path, only: Collection[Path] | None = None) -> Runs:
         try:
             record = read_record(path)
             _check_types(record, path)
+            if record.protocol_version is None:
+                record = replace(record, protocol_version=_read_ordered_version(path.with_name(CELL_FILE)))
             runs.records.append(Run(record, path))
         except RecordError as error:
             runs.problems.append(_describe_ignored(runs, error))
@@ -81,6 +84,15 @@ def load_runs(root: str | Path, only: Collection[Path] | None = None) -> Runs:
             fix="create one with mae-bench demo or mae-bench run SUITE",
         )
     return runs
+
+
+def _read_ordered_version(path: Path) -> int | None:
+    """Return the protocol's version in the order that a record of schema 1 answers; None without an order."""
+    try:
+        version = json.loads(path.read_text(encoding="utf-8"))["kind"]["version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return version if isinstance(version, int) else None
 
 
 def _list_files(root: Path, name: str, only: Collection[Path] | None) -> list[Path]:

@@ -11,6 +11,7 @@ from mae_bench.files import json_digest, write_json
 
 SCHEMA_VERSION = 2  # 2: protocol_version, code_digest, artefact_digests and digest
 SCHEMA_VERSIONS = (1, SCHEMA_VERSION)  # that are read
+CELL_FILE = "cell.json"  # the order of the runner to the worker; the other two are its answer
 RECORD_FILE = "record.json"
 FAILURE_FILE = "failure.json"
 NO_BACKBONE = "its backbone could not be made"  # the reason of a transfer whose backbone failed

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mae_bench.record import CELL_FILE as CELL_FILE
 from mae_bench.record import (
     FAILURE_FILE,
     RECORD_FILE,
@@ -15,7 +16,6 @@ from mae_bench.record import (
     read_record,
 )
 
-CELL_FILE = "cell.json"  # the order of the runner to the worker
 LOG_FILE = "log.txt"  # output of the worker
 BACKBONE = "backbone"  # the row of cells that make a backbone
 FILE_NAMES = {"row": "task", "task": "family"}  # attribute -> its name in cell.json
@@ -72,8 +72,8 @@ class Cell:
     def result(self) -> ResultRecord | Failure | None:
         """Return the record of a finished cell, the failure of one that was tried, or None.
 
-        A malformed file counts as missing, as does the record of another backbone than the current one: the
-        cell runs again.
+        A malformed or damaged file counts as missing, as does the record of another backbone than the current
+        one: the cell runs again.
         """
         record = _read(read_record, self.dir / RECORD_FILE)
         maker = _read(read_record, self.upstream / RECORD_FILE) if self.upstream else record

@@ -17,6 +17,7 @@ from unittest.mock import MagicMock
 import pytest
 from rich.console import Console
 
+from leaderboard.compare import compare
 from leaderboard.index import load_runs
 from mae_bench.environment.provenance import num_cores
 from mae_bench.errors import UserError
@@ -88,9 +89,12 @@ def test_records_of_schema_1_count_as_done(suite: dict[str, Any]) -> None:
         for name in ("digest", "protocol_version", "code_digest", "artefact_digests"):
             del value[name]
         path.write_text(json.dumps(value | {"schema_version": 1}))
-    _, printed = run(suite)
-    assert "4 already finished, 0 to run" in printed
+    _, printed = run(suite, "seeds=[0,1]")
+    assert "4 already finished, 2 to run" in printed
     assert set(times_run(suite).values()) == {1}
+    comparison = compare(load_runs(suite["out"]))
+    assert [cell.seeds for cell in comparison.cells["good"]] == [(0, 1)], "the order states the version"
+    assert [column.protocol_version for column in comparison.columns] == [1]
 
 
 def test_an_edited_record_is_named_and_its_cell_runs_again(suite: dict[str, Any]) -> None:
