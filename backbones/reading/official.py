@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 from mae_bench.data.sets.fetch import fetch
 from mae_bench.errors import UserError, did_you_mean
 
+TORCH_FILES = (b"PK\x03\x04", b"\x80")  # a zip archive; a pickle, from before
+
 
 @dataclass(frozen=True)
 class Official:
@@ -79,13 +81,17 @@ def fetch_official(name: str) -> tuple[Path, Official]:
             fix=f"give {entry.head.partition(' for ')[2]}, the backbone it was trained on",
         )
     path = _fetch(entry)
-    _check_checksum(path, entry)
+    try:
+        _check_content(path, entry)
+    except UserError:
+        path.unlink(missing_ok=True)  # the next call downloads it again
+        raise
     return path, entry
 
 
 def _fetch(entry: Official) -> Path:
     try:
-        return fetch(entry.url)
+        return fetch(entry.url, lambda path: _check_content(path, entry))
     except UserError as error:
         options = f"--format {entry.format}" + (f" --weights {entry.weights}" if entry.weights else "")
         elsewhere = f"download it on another machine and give its path with {options}"
@@ -93,15 +99,18 @@ def _fetch(entry: Official) -> Path:
         raise UserError(error.given, expected=error.expected, fix=fix) from error
 
 
-def _check_checksum(path: Path, entry: Official) -> None:
+def _check_content(path: Path, entry: Official) -> None:
+    """Raise UserError for a file that torch.save did not write, or without the published checksum."""
     kind, _, published = entry.checksum.partition(":")
-    if not published:
-        return
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, kind).hexdigest()
+        start = file.read(16)
+        file.seek(0)
+        found = hashlib.file_digest(file, kind).hexdigest() if published else ""
+    if not start.startswith(TORCH_FILES):
+        raise UserError(f"{path} begins with {start!r}", expected="a file that torch.save wrote")
     if not found.startswith(published):
         raise UserError(
-            f"{path} from {entry.url} has {kind} {found}",
+            f"{path} has {kind} {found}",
             expected=f"{published}, as published in {entry.source}",
-            fix="remove the file to download it again",
+            fix="re-run the same command to download it again",
         )

@@ -127,6 +127,25 @@ class TestOfficial:
         with pytest.raises(UserError, match=r"md5 [0-9a-f]{32}.*(?s:.*)Expected: ffffff"):
             open_source("official:dino_toy")
 
+    @pytest.mark.parametrize("checked", [True, False])
+    def test_a_wrong_body_does_not_stay_in_the_cache(self, monkeypatch, server, content, checked):
+        """As of a network that answers every request with the page of its login."""
+        checksum = f"md5:{hashlib.md5(content).hexdigest()}" if checked else ""
+        self.publish(monkeypatch, server, b"<!doctype html><title>Log in</title>", checksum)
+        with pytest.raises(UserError, match="toy.pth does not hold the expected file.*<!doctype html>"):
+            open_source("official:dino_toy")
+        server.files["/toy.pth"] = content
+        assert open_source("official:dino_toy").tensors
+
+    def test_a_cached_file_that_has_changed_is_downloaded_again(self, monkeypatch, server, content):
+        self.publish(monkeypatch, server, content, f"md5:{hashlib.md5(content).hexdigest()}")
+        path, _ = official.fetch_official("dino_toy")
+        path.write_bytes(content[:-1])
+        with pytest.raises(UserError, match="re-run the same command"):
+            open_source("official:dino_toy")
+        assert open_source("official:dino_toy").tensors
+        assert server.log == ["/toy.pth"] * 2
+
     def test_a_pinned_digest_is_checked_too(self, monkeypatch, server, content):
         self.publish(monkeypatch, server, content, "")
         with pytest.raises(UserError, match="SHA-256"):

@@ -8,7 +8,7 @@ import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -29,15 +29,18 @@ BLOCK = 1 << 20  # bytes
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 
 
+Check = Callable[[Path], object]
+
+
 class _Failed(Exception):
     """A failed attempt that is worth repeating."""
 
 
-def fetch_all(urls: Sequence[str]) -> list[Path]:
+def fetch_all(urls: Sequence[str], check: Check | None = None) -> list[Path]:
     """Download the files unless cached and return their paths in order; raise UserError if one fails."""
     stop = threading.Event()
     with ThreadPoolExecutor(NUM_PARALLEL) as pool:
-        running = [pool.submit(fetch, url, stop) for url in urls]
+        running = [pool.submit(fetch, url, check, stop) for url in urls]
         try:
             for each in wait(running, return_when=FIRST_EXCEPTION).done:
                 each.result()
@@ -48,8 +51,11 @@ def fetch_all(urls: Sequence[str]) -> list[Path]:
             raise
 
 
-def fetch(url: str, stop: threading.Event | None = None) -> Path:
-    """Download one file and return its path; once `stop` is set, keep the part and raise Interrupted."""
+def fetch(url: str, check: Check | None = None, stop: threading.Event | None = None) -> Path:
+    """Download one file and return its path; once `stop` is set, keep the part and raise Interrupted.
+
+    check: called with the path of a complete download; if it raises UserError, nothing enters the cache.
+    """
     name = PurePosixPath(unquote(urlsplit(url).path)).name
     folder = cache_folder() / "fetched" / hashlib.sha256(url.encode()).hexdigest()[:16]
     path = folder / ("file" if name in ("", "..") else name)
@@ -60,6 +66,7 @@ def fetch(url: str, stop: threading.Event | None = None) -> Path:
         with file_lock(path):
             if not path.is_file():
                 _download(url, path, stop or threading.Event())
+                _admit(url, path, check)
     except OSError as error:
         if is_full(error):
             partial_path(path).unlink(missing_ok=True)
@@ -96,14 +103,29 @@ def _download(url: str, path: Path, stop: threading.Event) -> None:
             log.info("%s: %s; retrying", url, reason)
             stop.wait(WAIT_SECONDS * 2 ** (tries - 1) if tries < TRIES else 0)
             continue
-        os.replace(part, path)
-        _tag_path(part).unlink(missing_ok=True)
         return
     raise UserError(
         f"{url} could not be downloaded: {reason}",
         expected="the complete file",
         fix="re-run the same command to resume the download",
     )
+
+
+def _admit(url: str, path: Path, check: Check | None) -> None:
+    """Move a complete download to `path`, or remove it if it is not what the URL should hold."""
+    part = partial_path(path)
+    _tag_path(part).unlink(missing_ok=True)
+    try:
+        if check:
+            check(part)
+    except UserError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(
+            f"{url} does not hold the expected file; what came was removed: {error.given}",
+            expected=error.expected,
+            fix="open the address in a browser: the server may ask for a login, or the file has changed",
+        ) from error
+    os.replace(part, path)
 
 
 def _receive(url: str, part: Path, stop: threading.Event) -> None:

@@ -27,7 +27,7 @@ from mae_bench.data.sets.shards import (
     name_pattern,
 )
 from mae_bench.data.sets.source import ImageSource
-from mae_bench.data.sets.tars import has_classes, index_shards, index_tar
+from mae_bench.data.sets.tars import has_classes, index_shards, index_tar, read_members
 from mae_bench.errors import UserError
 from mae_bench.files import json_digest
 
@@ -199,7 +199,9 @@ def _open_listed(root: Path, published: Published, split: str, refresh: bool) ->
 
 
 def _open_shards(places: Sequence[str], refresh: bool) -> ImageSource:
-    paths = fetch_all(places) if is_url(places[0]) else [Path(place).absolute() for place in places]
+    paths = (
+        fetch_all(places, read_members) if is_url(places[0]) else [Path(place).absolute() for place in places]
+    )
     return IndexedImages(
         load_or_build_index(_build_key("shards", paths), lambda: index_shards(paths), refresh), "/"
     )

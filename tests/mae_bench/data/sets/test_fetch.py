@@ -106,6 +106,17 @@ def test_shards_by_url_are_brought_once(server: Server, picture: Callable[..., b
     assert len(server.log) == 4, "no shard twice"
 
 
+def test_a_wrong_body_does_not_stay_in_the_cache(
+    server: Server, cache: Path, picture: Callable[..., bytes]
+) -> None:
+    server.files["/train-000.tar"] = b"<!doctype html><title>Log in</title>"
+    with pytest.raises(UserError, match=r"train-000.tar does not hold the expected file.*cannot be read as"):
+        open_images(server.url("/train-000.tar"), "train")
+    assert not list(cache.rglob("train-000.tar*[!k]"))
+    server.files["/train-000.tar"] = tar_of({"0.jpg": picture(0), "0.cls": b"0"})
+    assert len(open_images(server.url("/train-000.tar"), "train")) == 1
+
+
 def test_a_transfer_that_is_cut_goes_on_where_it_stopped(server: Server) -> None:
     content = os.urandom(10_000)
     server.files["/a.tar"], server.cuts["/a.tar"] = content, 4000
