@@ -1,6 +1,7 @@
 """Typed, closed configs: YAML files, `base:` inheritance, `key=value` overrides, helpful errors."""
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,9 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
 
+from mae_bench.aliases import check_aliases
 from mae_bench.errors import UserError, did_you_mean
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -197,22 +200,36 @@ def merge(
     """
     merged: Any = OmegaConf.create({**(defaults or {}), **_expand((value, folder))})
     for item in overrides:
-        key, equals, _ = item.partition("=")
+        key, equals, text = item.partition("=")
         if not equals or not key.strip():
             raise UserError(
                 f"override {item!r}", expected="key=value, for example data.root=../data or seeds=[0,1,2]"
             )
         try:
+            check_aliases(text)
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
-        except (OmegaConfBaseException, ValueError, TypeError) as error:
+        except YAMLError as error:
+            raise UserError(
+                f"the value of override {item!r} is not YAML: {_first_problem(error)}",
+                expected="for example data.root=../data, seeds=[0,1,2] or name='\"a: b\"'",
+            ) from error
+        except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"override {item!r} does not fit the config: {error}") from error
     expanded = _expand((OmegaConf.to_container(merged), Path.cwd()))  # an override may have a base of its own
     assert isinstance(expanded, dict)
     return expanded
 
 
+def _first_problem(error: YAMLError) -> str:
+    """Return what a YAML reader says in one line, without the excerpt of the text."""
+    return str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).splitlines()[0]
+
+
 def resolve_references(value: dict[str, Any]) -> dict[str, Any]:
-    """Replace every `${a.b}` by the value it refers to. Raise UserError if it is unknown or not given."""
+    """Replace every `${a.b}` by the value it refers to.
+
+    Raise UserError if it is unknown or not given, and for a string that UTF-8 cannot write.
+    """
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(value), resolve=True)
     except InterpolationToMissingValueError as error:
@@ -220,6 +237,11 @@ def resolve_references(value: dict[str, Any]) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise UserError(f"a reference cannot be resolved: {str(error).splitlines()[0]}") from error
     assert isinstance(resolved, dict)
+    try:
+        json.dumps(resolved, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        place = error.object[max(0, error.start - 40) : error.end]
+        raise UserError(f"a lone surrogate at the end of {place!r}", expected="text in UTF-8") from error
     return {str(key): value for key, value in resolved.items()}
 
 
@@ -239,6 +261,7 @@ def _read(path: Path) -> tuple[Any, Path]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
+        check_aliases(path.read_text(encoding="utf-8"))
         value = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # the YAML reader has many error types; each is a mistake in the file
         raise UserError(f"{path} is not a YAML config: {error}") from error

@@ -9,6 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+MAX_NAME_BYTES = 200  # of a name in UTF-8: disks allow 255, and a cell's folder adds to it
+FOLDER_NAME = "a name that is valid for a folder: printable, without / or \\, not beginning with a dot"
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a name is one folder, visible and valid on any disk."""
+    plain = name.isprintable() and name == name.strip() and not name.startswith(".")
+    return bool(name) and plain and not {"/", "\\"} & {*name} and len(name.encode()) <= MAX_NAME_BYTES
+
 
 def is_full(error: OSError) -> bool:
     """Whether the disk, or the user's quota, is full."""
@@ -30,8 +39,10 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a write, which does not know its file
+            error.filename = str(path)
         raise
 
 

@@ -11,8 +11,11 @@ from mae_bench.cli import checkpoints, data, lists, suites
 from mae_bench.cli.options import Json
 from mae_bench.cli.output import FAILED, INTERRUPTED, USAGE_ERROR, print_answer, print_json
 from mae_bench.errors import Interrupted, UserError
+from mae_bench.files import is_full
 from mae_bench.lifetime import bind_forks
 from mae_bench.registry import PACKAGES, check_not_hidden
+
+FREE_SPACE = "free some space and re-run the same command to resume"
 
 app = typer.Typer(
     name="mae-bench",
@@ -24,28 +27,54 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 success, 1 a cell failed, 2 usage error, 130 interrupted."""
+    """Run the command line. Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted.
+
+    A failure is a cell that failed while the others ran, or a full disk.
+    """
     bind_forks()
     try:
+        _check_arguments()
         for package in PACKAGES:
             check_not_hidden(package)
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
-        _exit_with(error)
+        _exit_with(error, FAILED if _is_full(error.__cause__) else USAGE_ERROR)
     except OSError as error:  # for example a folder that cannot be written; the message includes its path
-        _exit_with(UserError(str(error)))
+        if not _is_full(error):
+            _exit_with(UserError(str(error)), USAGE_ERROR)
+        if error.filename is None:  # standard output: what is left in its buffer would fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        place = error.filename or "standard output"
+        full = UserError(f"the disk is full: {error}", expected=f"free space for {place}", fix=FREE_SPACE)
+        _exit_with(full, FAILED)
     except Interrupted:
         if os.environ.get("RANK", "0") == "0":
             print("Stopped; finished work is saved. Re-run the same command to resume.", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
-def _exit_with(error: UserError) -> NoReturn:
-    """Print the error to stderr, and with `--json` also as JSON to stdout, then exit with 2."""
+def _check_arguments() -> None:
+    """Raise UserError for an argument that is not text: records keep the command line."""
+    for argument in sys.argv[1:]:
+        if not argument.isascii() and any("\ud800" <= character <= "\udfff" for character in argument):
+            raise UserError(
+                f"the argument {argument!r} is not UTF-8", expected="text; names of files in UTF-8"
+            )
+
+
+def _is_full(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and is_full(error)
+
+
+def _exit_with(error: UserError, code: int) -> NoReturn:
+    """Print the error to stderr, and with `--json` also as JSON to stdout, then exit with `code`."""
     print(f"Error: {error}", file=sys.stderr)
     if "--json" in sys.argv:
         print_json({"error": error.given, "expected": error.expected, "fix": error.fix})
-    sys.exit(USAGE_ERROR)
+    sys.exit(code)
 
 
 def _print_version(requested: bool) -> None:
@@ -65,7 +94,8 @@ def root(
 ) -> None:
     """Downstream transfer benchmark for masked autoencoders: pretrain, transfer, compare.
 
-    Exit codes: 0 success, 1 a cell failed (the others still ran), 2 usage error, 130 interrupted.
+    Exit codes: 0 success, 1 failure (a cell failed and the others ran, or a full disk), 2 usage error, 130
+    interrupted.
     """
 
 

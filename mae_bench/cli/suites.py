@@ -242,7 +242,7 @@ def _run_suite(
     from mae_bench.suite.config import load_suite
 
     suite = load_suite(source() if callable(source) else source, changes, out)
-    with view_for(Console(stderr=True)) as view:
+    with view_for(Console(stderr=True), None if as_json else Console()) as view:
         results = run_suite(suite, view, command_line(), group)
     files = _write_report(
         Path(suite.out),

@@ -1,10 +1,8 @@
 """The view of a run: a progress bar per worker on a terminal, plain lines elsewhere."""
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,79 +14,30 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mae_bench.environment.provenance import now
 from mae_bench.progress import EVENTS_FILE
 from mae_bench.record import Failure, ResultRecord
+from mae_bench.runner.estimate import Estimate
+from mae_bench.runner.status import WorkerStatus, clock
+from mae_bench.suite.cell import LOG_FILE
 
 FRAME_SECONDS = 0.25
-TRAIN = "train"  # the stage of a training job whose steps are optimizer steps
+LINE_SECONDS = 30.0  # between two lines on the progress of a cell, in its log and where there is no terminal
 STYLES = {"failed": "bold red", "not installed": "yellow"}
 
 
-@dataclass
-class WorkerStatus:
-    """The state of a worker, from the events in its `events.jsonl` since the view began to follow it."""
-
-    name: str
-    path: Path
-    offset: int = 0
-    imgs_per_step: int = 0
-    began: float = field(default_factory=time.time)
-    stage: str = "start"
-    done: float = 0.0
-    total: float = 0.0
-    values: dict[str, Any] = field(default_factory=dict)
-    # Time and finished steps at the first event of the stage: a resumed stage does not begin at 0.
-    first: tuple[float, float] = (0.0, 0.0)
-
-    def poll(self) -> list[str]:
-        """Read the new events; return the notes among them."""
-        if not self.path.is_file():
-            return []
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            new = file.read()
-        whole = new[: new.rfind(b"\n") + 1]  # an incomplete line is read next time
-        self.offset += len(whole)
-        notes = [self._update(json.loads(line)) for line in whole.splitlines()]
-        return [note for note in notes if note]
-
-    def _update(self, event: dict[str, Any]) -> str:
-        """Update the state by an event; return its note, "" if it has none."""
-        if event["stage"] != self.stage:
-            self.stage, self.values, self.first = event["stage"], {}, (0.0, 0.0)
-        if "done" in event:
-            self.done, self.total = event["done"], event["total"]
-            self.values = event.get("values", self.values)
-            if not self.first[0] and self.done:
-                self.first = event["time"], self.done
-        return str(event.get("note", ""))
-
-    @property
-    def pace(self) -> float:
-        """Steps per second of this stage so far; 0 before the second event."""
-        began, at = self.first
-        return (self.done - at) / (time.time() - began) if began and self.done > at else 0.0
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Estimated seconds left in this stage; None before the second event."""
-        return (self.total - self.done) / self.pace if self.pace and self.total else None
-
-    @property
-    def shown(self) -> dict[str, Any]:
-        """The values of the job, and images per second in a training stage."""
-        if self.stage == TRAIN and self.imgs_per_step and self.pace:
-            return self.values | {"img/s": round(self.imgs_per_step * self.pace)}
-        return self.values
-
-
 class View:
-    """Plain lines for people: one when a cell starts, one when it ends, one per note."""
+    """Plain lines: one when a cell starts, one when it ends, one per note, and one every LINE_SECONDS.
 
-    def __init__(self, console: Console):
-        self.console = console
+    lines: where the regular lines go, `console` by default.
+    """
+
+    def __init__(self, console: Console, lines: Console | None = None):
+        self.console, self._lines = console, lines or console
         self._tails: dict[Path, WorkerStatus] = {}
         self._began, self._total, self._ended, self._failed = time.monotonic(), 0, 0, 0
+        self._told = self._began
+        self._estimate: Estimate | None = None
         self._assumed: set[tuple[str, str]] = set()
 
     def __enter__(self) -> Self:
@@ -97,9 +46,9 @@ class View:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def begin(self, total: int, finished: int) -> None:
+    def begin(self, total: int, finished: int, estimate: Estimate | None = None) -> None:
         """Report the start of a run of `total` cells, `finished` of which are done."""
-        self._total, self._ended = total, finished
+        self._total, self._ended, self._estimate = total, finished, estimate
         done = f", {finished} already finished" if finished else ""
         self._print(f"{total} cells{done}, {total - finished} to run")
 
@@ -128,16 +77,46 @@ class View:
         self.tick()
         tail = self._tails.pop(folder, None)
         if result:
+            if self._estimate:
+                self._estimate.finish(folder, result)
             self._ended += 1
             self._failed += isinstance(result, Failure) and result.status == "failed"
             took = f"  [dim]{clock(time.time() - tail.began)}[/]" if tail else ""
             self._print(f"{outcome(result)}  {escape(name)}{took}{detail(result)}")
 
     def tick(self) -> None:
-        """Read what the workers have written."""
+        """Read what the workers have written; from time to time tell how far they are."""
         for tail in self._tails.values():
             for note in tail.poll():
                 self._print(f"[dim]note[/]   {escape(tail.name)}: {escape(note)}")
+        if time.monotonic() - self._told >= LINE_SECONDS:
+            self._told = time.monotonic()
+            self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        """Write a line per worker to its log and, without a terminal, for the user."""
+        for folder, tail in self._tails.items():
+            line = tail.describe()
+            with suppress(OSError), open(folder / LOG_FILE, "a", encoding="utf-8") as log:
+                log.write(f"{now()} {line}\n")
+            self._tell(f"{tail.name}: {line}")
+        if self._total > 1:
+            self._tell(self._summary())
+
+    def _tell(self, text: str) -> None:
+        self._lines.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _summary(self) -> str:
+        """Return the state of the whole run in one line."""
+        counted = f"{self._ended} of {self._total} cells, " if self._total else ""
+        counted += f"{self._failed} failed, " if self._failed else ""
+        return f"{counted}{clock(time.monotonic() - self._began)} so far{self._time_left()}"
+
+    def _time_left(self) -> str:
+        if not self._estimate:
+            return ""
+        seconds = self._estimate.seconds_left(self._tails)
+        return ", ETA unknown" if seconds is None else f", ETA {clock(seconds)}"
 
     def _print(self, markup: str, passing: bool = False) -> None:
         """Print a line; a `passing` one is of no interest later."""
@@ -175,23 +154,20 @@ class LiveView(View):
         grid = Table.grid(padding=(0, 1))
         for tail in self._tails.values():
             grid.add_row(*row(tail))
-        failed = f", [bold red]{self._failed} failed[/]" if self._failed else ""
-        counted = f"{self._ended} of {self._total} cells{failed}, " if self._total else ""
-        return Group(
-            grid, Text.from_markup(f"[dim]{counted}{clock(time.monotonic() - self._began)} so far[/]")
-        )
+        summary = Text(self._summary(), style="dim")
+        summary.highlight_words([f"{self._failed} failed"], STYLES["failed"])
+        return Group(grid, summary)
+
+    def _tell(self, text: str) -> None:
+        pass  # the bars say so
 
 
 def row(tail: WorkerStatus) -> list[RenderableType]:
     """Render a running worker: name, stage, bar, count, values, elapsed time, time left."""
     bar = ProgressBar(total=tail.total or None, completed=tail.done, width=20, pulse=not tail.total)
-    count = f"{tail.done:g}/{tail.total:g}" if tail.total else ""
-    values = " ".join(
-        f"{name} {f'{value:.4g}' if isinstance(value, float) else value}"
-        for name, value in tail.shown.items()
-    )
+    values = " ".join(f"{name} {value}" for name, value in tail.shown.items())
     left = f"{clock(tail.seconds_left)} left" if tail.seconds_left is not None else ""
-    texts = (count, values, clock(time.time() - tail.began), left)
+    texts = (tail.count, values, clock(time.time() - tail.began), left)
     return [
         Text(tail.name, style="bold", no_wrap=True),
         Text(tail.stage),
@@ -216,14 +192,6 @@ def detail(result: ResultRecord | Failure) -> str:
     return f"  {escape(result.main_metric)} [bold]{score.value:.5g}[/] {escape(score.unit)}"
 
 
-def clock(seconds: float) -> str:
-    """Format a duration as m:ss, or h:mm:ss from one hour."""
-    minutes, rest = divmod(int(max(0, seconds)), 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02d}"
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
 @contextmanager
 def counting(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """Yield a function (name, done, total) that updates bars and prints a line for what is complete."""
@@ -243,6 +211,6 @@ def counting(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-def view_for(console: Console) -> View:
+def view_for(console: Console, lines: Console | None = None) -> View:
     """Return a view with bars for a terminal, with plain lines for anything else."""
-    return LiveView(console) if console.is_terminal else View(console)
+    return LiveView(console) if console.is_terminal else View(console, lines)

@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from glob import escape
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -94,14 +96,14 @@ def _finished_otherwise(cell: Cell) -> dict[str, str]:
     """Return how a cell that is left differs from the last finished one of the same name, if there is one."""
     finished = [
         folder
-        for folder in cell.dir.parent.glob(f"{cell.row}-s{cell.seed}-*")
-        if (folder / RECORD_FILE).is_file()
+        for folder in cell.dir.parent.glob(f"{escape(cell.row)}-s{cell.seed}-*")
+        if (folder / RECORD_FILE).is_file() and folder != cell.dir
     ]
-    others = [folder for folder in finished if folder != cell.dir and (folder / CELL_FILE).is_file()]
-    if not others:
+    configs = {folder: config for folder in finished if (config := _read_config(folder)) is not None}
+    if not configs:
         return {}
-    last = max(others, key=lambda folder: (folder / RECORD_FILE).stat().st_mtime)
-    config = json.loads((last / CELL_FILE).read_text(encoding="utf-8"))["cell"]["config"]
+    last = max(configs, key=lambda folder: (folder / RECORD_FILE).stat().st_mtime)
+    config = configs[last]
     config_class = load_object(kind(cell.kind).config)
     changes = _changes(identity(config_class, config), identity(config_class, cell.config))
     listed = changes[:MAX_CHANGES]
@@ -111,6 +113,15 @@ def _finished_otherwise(cell: Cell) -> dict[str, str]:
         listed = ["another backbone" if cell.upstream else "other data", "or another version of its code"]
     why = ", ".join(listed)
     return {"reason": f"{cell.name}: {last} is finished, but with {why}", "fix": ""}
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    """Return the config that a cell was run with, None if its file is missing or damaged."""
+    try:
+        config = json.loads((folder / CELL_FILE).read_text(encoding="utf-8"))["cell"]["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def _changes(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:

@@ -12,12 +12,13 @@ from mae_bench.config import expand_variables
 from mae_bench.data.checks.layouts import check_layout
 from mae_bench.environment.provenance import num_cores, visible_gpus
 from mae_bench.errors import Interrupted, UserError
-from mae_bench.files import write_json
+from mae_bench.files import is_full, write_json
 from mae_bench.locks import holder_of, try_lock
 from mae_bench.progress import STOP_SIGNALS
 from mae_bench.record import FAILURE_FILE, NO_BACKBONE, Failure, ResultRecord, write_failure
 from mae_bench.registry import kind
 from mae_bench.runner.demo_worker import ask_for_data
+from mae_bench.runner.estimate import Estimate
 from mae_bench.runner.fitting import Preview, assumptions_of, find_misfits, preview_backbones
 from mae_bench.runner.launcher import LaunchGroup, check_gpus
 from mae_bench.runner.live import View
@@ -138,6 +139,8 @@ def locked(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - open while locked
     except OSError as error:
+        if is_full(error):
+            raise
         raise UserError(
             f"{out} cannot be written: {error}",
             expected="a folder to write to",
@@ -224,7 +227,8 @@ class Runner:
 
     def run(self, stop: list[int]) -> None:
         """Fill `results`. Raise Interrupted once `stop` contains a signal."""
-        self.view.begin(len(self.cells), len(self.results))
+        estimate = Estimate(self.cells, self.results, self.capacity.cells)
+        self.view.begin(len(self.cells), len(self.results), estimate)
         try:
             while self._waiting or self._running:
                 if stop or (self._group and self._group.asked_to_stop()):

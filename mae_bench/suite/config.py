@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mae_bench.config import Config, build, identity, load_yaml, merge, read_config, resolve_references
 from mae_bench.data.checks.folders import Layout
 from mae_bench.data.demo.demo import DemoConfig
 from mae_bench.errors import UserError, near_path
-from mae_bench.files import file_digest, json_digest
+from mae_bench.files import FOLDER_NAME, file_digest, is_folder_name, json_digest
 from mae_bench.job import EXPORT
 from mae_bench.registry import KINDS, kind, load_object
 from mae_bench.suite.cell import BACKBONE, Cell
@@ -59,6 +59,15 @@ class SuiteConfig(Config):
     processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     threads: int = Field(1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _names_are_folders(self) -> "SuiteConfig":
+        named = {"name": [self.name], "backbones": self.backbones, "tasks": self.tasks}
+        for key, names in named.items():
+            for name in names:
+                if not is_folder_name(name):
+                    raise ValueError(f"{key}: {name!r} is not {FOLDER_NAME}")
+        return self
 
     @field_validator("seeds")
     @classmethod

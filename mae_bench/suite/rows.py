@@ -8,7 +8,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from mae_bench.aliases import check_aliases
 from mae_bench.errors import UserError
+from mae_bench.files import FOLDER_NAME, is_folder_name
 
 # Names of files and folders that do not identify a checkpoint.
 GENERAL = (
@@ -56,10 +58,11 @@ def _rows(checkpoint: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
             raise UserError(
                 f"{checkpoint}: row {place} is {row!r}", expected=f"a source, or a mapping of {ROW}"
             )
-        if not isinstance(described.get("name", ""), str) or "/" in described.get("name", ""):
+        name = described.get("name", "checkpoint")
+        if not (isinstance(name, str) and is_folder_name(name)):
             raise UserError(
-                f"{checkpoint}: row {place} is called {described['name']!r}",
-                expected="a name that is valid for a folder",
+                f"{checkpoint}: row {place} is called {name!r}",
+                expected=FOLDER_NAME,
             )
         sources = _sources(described["source"])
         if len(sources) > 1:
@@ -69,6 +72,7 @@ def _rows(checkpoint: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _list_in(path: Path) -> list[Any]:
     try:
+        check_aliases(path.read_text(encoding="utf-8"))
         rows = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing", expected=f"a YAML list of checkpoints: {ROW}") from error

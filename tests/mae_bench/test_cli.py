@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -176,6 +177,77 @@ def test_wrong_use_is_2_and_says_what_to_do(tmp_path: Path, arguments: list[str]
     assert message in done.stderr
     assert done.stdout == ""
     assert not list(tmp_path.iterdir()), "wrong use writes nothing"
+
+
+@pytest.mark.parametrize(
+    "override", ["seeds=[", "name='", "name={", "name=\tx", "name=\udcff", 'name="\\ud800"']
+)
+def test_an_override_that_is_not_text_or_not_yaml_is_wrong_use(tmp_path: Path, override: str) -> None:
+    done = mae_bench("plan", "suites/demo.yaml", override, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: ")
+    assert len(done.stderr) < 400
+
+
+def test_a_full_disk_is_1_and_named_with_its_path(
+    fake_kinds: Path, toy: Path, suite: dict[str, Any], tmp_path: Path
+) -> None:
+    """The runner's own files: /dev/full takes what is written for what no disk has room for."""
+    code = (
+        "import os, sys, fake_kinds; from mae_bench import files; from mae_bench.cli.app import main\n"
+        "from mae_bench.registry import KINDS; KINDS.update(fake_kinds.FAKES)\n"
+        "fdopen = os.fdopen\n"
+        "def full(handle, mode): os.close(handle); return open('/dev/full', mode)\n"
+        "files.os.fdopen = full; sys.argv = ['mae-bench', *sys.argv[1:]]; main()"
+    )
+    command = [sys.executable, "-c", code, "run", str(toy), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    answer = json.loads(done.stdout)
+    assert "the disk is full" in answer["error"]
+    assert str(Path(suite["out"]) / "suite.json") in answer["error"]
+    assert "free some space and re-run the same command" in answer["fix"]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_behind_the_output_is_1() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "mae_bench", "list", "models"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[1] == "Expected: free space for standard output"
+    assert "Exception ignored" not in done.stderr
+
+
+def test_a_piped_run_tells_how_far_it_is(fake_kinds: Path, toy: Path, suite: dict[str, Any]) -> None:
+    """On stdout, or with --json, which is the answer alone, on stderr."""
+    suite |= {"backbones": {"good": {"kind": "fake_maker", "behave": "wait"}}, "tasks": {}}
+    toy.write_text(json.dumps(suite))
+    code = (
+        "import os, signal, sys, fake_kinds; from mae_bench.cli.app import main\n"
+        "from mae_bench.registry import KINDS; KINDS.update(fake_kinds.FAKES)\n"
+        "from mae_bench.runner import live; live.LINE_SECONDS = 0.1; tell = live.View._tell\n"
+        "def stop_after(view, text):\n"
+        "    tell(view, text)\n"
+        "    if 'loss 1' in text: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "live.View._tell = stop_after; sys.argv = ['mae-bench', *sys.argv[1:]]; main()"
+    )
+    for options in ([], ["--json"]):
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            "run",
+            str(toy),
+            "--out",
+            suite["out"] + str(len(options)),
+            *options,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 130, done.stderr
+        told = done.stderr if options else done.stdout
+        assert re.search(r"good · fake_maker · seed 0: train \d+/1000, loss 1, ETA ", told)
+        assert bool(options) != bool(done.stdout)
 
 
 def test_a_run_that_is_done_is_0_and_ends_with_its_report(

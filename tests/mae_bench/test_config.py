@@ -101,6 +101,44 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, text: str, overrides: list
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("value", ["[", "'", "{", "\tx", "[1,", "*a", "*.tar", "[" * 3000])
+def test_an_override_that_is_not_yaml_is_named(tmp_path: Path, value: str) -> None:
+    with pytest.raises(UserError, match="override 'lr=|override \"lr="):
+        resolve({"lr": 1}, tmp_path, [f"lr={value}"])
+
+
+def test_text_that_utf8_cannot_write_is_named(tmp_path: Path) -> None:
+    write(tmp_path, a='name: "before \\ud800"')
+    with pytest.raises(UserError, match="a lone surrogate at the end of .*before"):
+        load_yaml(tmp_path / "a.yaml")
+
+
+def nested_aliases(levels: int) -> str:
+    """Nine aliases of nine aliases of ...: 9 ** levels values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    for level in range(1, levels):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]")
+    return "\n".join(lines)
+
+
+def test_aliases_that_stand_for_too_much_are_refused_before_they_are_expanded(tmp_path: Path) -> None:
+    """Expanded, the first would take all memory; a value that contains itself has no end."""
+    write(tmp_path, bomb=nested_aliases(30), self="a: &a [*a]", merged="a: &a {b: &b {<<: *a}}")
+    for name in ("bomb", "self", "merged"):
+        with pytest.raises(UserError, match=r"its aliases \(\*NAME\) stand for more than 100,000 values"):
+            load_yaml(tmp_path / f"{name}.yaml")
+    bomb = "{" + nested_aliases(30).replace("\n", ", ") + "}"
+    with pytest.raises(UserError, match="stand for more than"):
+        resolve({}, tmp_path, [f"x={bomb}"])
+
+
+def test_aliases_are_read(tmp_path: Path) -> None:
+    write(tmp_path, a=nested_aliases(3) + "\nmany: &m {lr: 1}\nown: {<<: *m, wd: 2}")
+    read = load_yaml(tmp_path / "a.yaml")
+    assert read["a2"][8][8] == ["x"] * 9
+    assert read["own"] == {"lr": 1, "wd": 2}
+
+
 def test_variables_of_the_environment_are_read_or_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_DATA", "/there")
     assert expand_variables("$SOME_DATA/${SOME_DATA}/x") == "/there//there/x"

@@ -12,6 +12,7 @@ from mae_bench.registry import EXTRAS, KINDS, Extra, Kind
 from mae_bench.runner.live import View
 from mae_bench.runner.plan import counts, plan_of, render
 from mae_bench.runner.runner import run_suite
+from mae_bench.suite.cell import CELL_FILE
 from mae_bench.suite.config import load_suite
 
 
@@ -73,6 +74,16 @@ def test_a_cell_that_is_left_beside_a_finished_one_says_what_differs(suite: dict
     assert left[0]["reason"].endswith("is finished, but with score: 1.0 (here 5.0)")
     assert "is finished, but with another backbone" in left[2]["reason"]
     assert "score: 1.0 (here 5.0)" in text(suite, "backbones.good.score=5")
+
+
+def test_a_damaged_file_of_a_finished_cell_breaks_no_plan(suite: dict[str, Any]) -> None:
+    run_suite(load_suite(suite), View(Console(file=StringIO())), "")
+    for damaged in (b"", b'{"cell": {"con', b"[]", b'{"cell": {"config": 3}}', b"\0", b"\xff"):
+        for path in Path(suite["out"]).rglob(CELL_FILE):
+            path.write_bytes(damaged)
+        left = plan_of(load_suite(suite, ["backbones.good.score=5"]))["cells"]
+        assert [cell["state"] for cell in left] == ["left", "done", "left", "done"]
+        assert "reason" not in left[0]
 
 
 def test_a_pretraining_shows_its_batch_on_the_devices_at_hand(

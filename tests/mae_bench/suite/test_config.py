@@ -172,6 +172,25 @@ def test_what_is_wrong_is_named(suite: dict[str, Any], override: str, message: s
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["../../esc", "..", ".", "", "a/b", "a\\b", ".hidden", " a", "a\n", "é" * 101]
+)
+@pytest.mark.parametrize("place", ["name", "backbones", "tasks"])
+def test_names_are_valid_for_folders(suite: dict[str, Any], place: str, name: str) -> None:
+    job = next(iter(suite[place].values())) if place != "name" else None
+    suite[place] = name if job is None else {name: job}
+    with pytest.raises(UserError, match=f"{place}: .*not a name that is valid for a folder"):
+        load_suite(suite)
+
+
+def test_names_may_have_spaces_dots_and_letters_of_any_script(suite: dict[str, Any]) -> None:
+    suite["backbones"] = {
+        "ViT-B/16".replace("/", " "): {"kind": "fake_maker"},
+        "mae_1.5 (à 画)": {"kind": "fake_maker"},
+    }
+    assert len(expand(load_suite(suite), {})) == 4
+
+
 def test_data_that_must_be_given_is_named_with_the_override(suite: dict[str, Any]) -> None:
     suite["data"] = {"root": "???", "imagenet": "${data.root}/imagenet"}
     with pytest.raises(UserError, match="data.root must be given") as error:

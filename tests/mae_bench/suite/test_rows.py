@@ -20,6 +20,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_a_list_whose_aliases_stand_for_too_much_is_refused(folder: Path) -> None:
+    lines = ["- &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"- &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 30)]
+    (folder / "list.yaml").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="list.yaml is not YAML: its aliases"):
+        rows_of(["list.yaml"])
+
+
 def sources(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
     return {name: row["source"] for name, row in rows.items()}
 
