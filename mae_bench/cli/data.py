@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -56,7 +58,7 @@ def check(
 
     found = check_layout(layout, path, thorough=thorough)
     bad_images = _bad_images(layout, path, list(found.splits)) if decode else {}
-    notes = [*found.notes, *_label_notes(layout, path, found)]
+    notes = [*found.notes, *_label_notes(layout, path, found), *_ceiling_notes(layout, path)]
     splits = ", ".join(f"{split}: {count} images" for split, count in found.splits.items())
     lines = [
         f"{found.name} ({layout}): {splits}; {len(found.classes)} classes",
@@ -84,6 +86,21 @@ def _label_notes(layout: str, path: str, found: "LayoutReport") -> list[str]:
     if layout == "imagenet":
         notes.append(describe_overlap(found, open_images(path, "train"), open_images(path, "val")))
     return [note for note in notes if note]
+
+
+def _ceiling_notes(layout: str, path: str) -> list[str]:
+    """Return what a perfect detector scores on COCO data."""
+    if layout != "coco":
+        return []
+    if find_spec("pycocotools") is None:
+        return ["masks are not encoded or scored: pycocotools is not installed (pip install pycocotools)"]
+    from tasks.coco.annotations import prepare_annotations
+    from tasks.coco.ceiling import load_or_compute_ceiling
+
+    split = "val2017"
+    with TemporaryDirectory() as folder:
+        annotations = prepare_annotations(Path(path), split, Path(folder))
+        return [load_or_compute_ceiling(annotations).describe(split)]
 
 
 def _bad_images(layout: str, path: str, splits: list[str]) -> dict[str, dict[str, str]]:

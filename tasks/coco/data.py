@@ -17,15 +17,17 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.data.datasets import register_coco_instances
-from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.data.detection_utils import SizeMismatchError, check_image_size, read_image
 from detectron2.data.samplers import TrainingSampler
 from PIL import Image
 from torch.utils.data import Dataset
 
+from mae_bench.data.checks.coco import SPLITS
 from mae_bench.data.seeds import derive_seed, seed_everything
 from mae_bench.data.sets.source import BadImages
 from mae_bench.errors import UserError
 from mae_bench.files import json_digest
+from tasks.coco.annotations import prepare_annotations
 from tasks.coco.config import MaskRCNNConfig
 
 Sample = dict[str, Any]
@@ -43,16 +45,17 @@ class CocoNames:
     num_classes: int
 
 
-def register(root: Path, digest: str) -> CocoNames:
+def register(root: Path, digest: str, folder: Path) -> CocoNames:
     """Register `root` (train2017/, val2017/, annotations/) under names unique to its path and content.
 
-    Raise UserError if the splits list different categories: detectron2 maps category ids to 0..K-1 per split.
+    Repaired copies of annotation files go to `folder`. Raise UserError if the splits list different
+    categories: detectron2 maps category ids to 0..K-1 per split.
     """
-    key = json_digest([str(root.resolve()), digest])[:16]
+    key = json_digest([str(root.resolve()), digest, str(folder.resolve())])[:16]
     train, val = (f"coco_{key}_{split}" for split in ("train", "val"))
-    for name, split in ((train, "train2017"), (val, "val2017")):
+    for name, split in zip((train, val), SPLITS, strict=True):
+        annotations = prepare_annotations(root, split, folder)
         if name not in DatasetCatalog.list():
-            annotations = root / "annotations" / f"instances_{split}.json"
             register_coco_instances(name, {}, str(annotations), str(root / split))
         DatasetCatalog.get(name)  # fills the metadata
     ids, val_ids = (MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id for name in (train, val))
@@ -62,6 +65,23 @@ def register(root: Path, digest: str) -> CocoNames:
             expected="the same `categories` in both annotation files",
         )
     return CocoNames(train, val, len(ids))
+
+
+def get_annotations(name: str) -> Path:
+    """Return the annotation file that a registered split is read from."""
+    return Path(MetadataCatalog.get(name).json_file)
+
+
+def find_unreadable(name: str, bad: BadImages) -> None:
+    """Decode each image of a registered split and add those that cannot be read to `bad`.
+
+    Before training, so that an unreadable image of the split to score does not come out at its end.
+    """
+    for sample in get_detection_dataset_dicts(name, filter_empty=False):
+        try:
+            check_image_size(sample, read_image(sample["file_name"], format="RGB"))
+        except READ_ERRORS as error:
+            bad.add(sample["file_name"], str(error))
 
 
 class NameBadImages:

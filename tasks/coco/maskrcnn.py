@@ -14,8 +14,15 @@ from mae_bench.job import Job, Outcome
 from mae_bench.logs import log_to
 from mae_bench.models.cost import num_params
 from mae_bench.progress import Progress
+from tasks.coco.ceiling import load_or_compute_ceiling
 from tasks.coco.config import MaskRCNNConfig
-from tasks.coco.data import build_train_loader, build_val_loader, register
+from tasks.coco.data import (
+    build_train_loader,
+    build_val_loader,
+    find_unreadable,
+    get_annotations,
+    register,
+)
 from tasks.coco.evaluation import DETECTIONS_FILE, evaluate
 from tasks.coco.lazy_config import build, build_lazy_config, dump
 from tasks.coco.metrics import MAIN_METRIC
@@ -38,12 +45,14 @@ def run(config: MaskRCNNConfig, job: Job, progress: Progress) -> Outcome:
     with log_to(job.dir / LOG_FILE, "detectron2", "fvcore"):
         backbone = load_vit_backbone(job.backbone)
         context = TaskContext(config, job, progress, layout, backbone.spec, backbone.report)
-        names = register(Path(config.data), layout.digest)
+        names = register(Path(config.data), layout.digest, job.dir / "annotations")
+        ceiling = load_or_compute_ceiling(get_annotations(names.val))
         setup = build_lazy_config(config, context.spec, job.backbone, names.num_classes)
         dump(setup, job.dir)
         seed_everything(job.seed)
         model, optimizer, lr_multiplier = build(setup, job.device)
         bad = {split: BadImages(config.max_bad_images, layout.splits[split]) for split in (TRAIN, VAL)}
+        find_unreadable(names.val, bad[VAL])
         batches = partial(build_train_loader, config, names.train, bad[TRAIN], job.seed)
         seconds_train = train(context, model, optimizer, lr_multiplier, batches, bad[TRAIN])
         began = time.perf_counter()
@@ -63,7 +72,11 @@ def run(config: MaskRCNNConfig, job: Job, progress: Progress) -> Outcome:
             "seconds_eval": seconds_eval,
             "images_per_second": config.iterations * config.global_batch_size / seconds_train,
         },
-        notes=[*layout.notes, *_build_notes(bad, num_detections)],
+        notes=[
+            *layout.notes,
+            *([ceiling.describe(VAL)] if ceiling.is_lowered else []),
+            *_build_notes(bad, num_detections),
+        ],
         artefacts={"detections": f"detections/{DETECTIONS_FILE}", "log": LOG_FILE},
     )
 

@@ -1,15 +1,12 @@
 """Find images that are in both splits, byte for byte."""
 
 import hashlib
-import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 
 import numpy as np
 
-from mae_bench.data.sets.fetch import file_lock
-from mae_bench.data.sets.index import cache_path, try_to_cache
+from mae_bench.data.sets.cache import load_or_compute
 from mae_bench.data.sets.source import ImageSource
 
 log = logging.getLogger(__name__)
@@ -24,19 +21,12 @@ Pairs = list[tuple[str, str]]  # (image of val, the same image in train)
 
 def load_or_find_overlap(train: ImageSource, val: ImageSource, digest: str) -> Pairs:
     """Load the overlap cached for a set's digest, or find and cache it; other processes wait."""
-    path = cache_path("overlap", digest, ".json")
-    with ExitStack() as stack:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(file_lock(path))
-        except OSError as error:
-            log.info("%s cannot be locked, so each process searches on its own: %s", path, error)
-        try:
-            return [(val_name, name) for val_name, name in json.loads(path.read_text(encoding="utf-8"))]
-        except (OSError, ValueError, TypeError):
-            found = find_overlap(train, val)
-            try_to_cache(path, json.dumps(found).encode())
-            return found
+    return load_or_compute(
+        "overlap",
+        digest,
+        lambda: find_overlap(train, val),
+        lambda pairs: [(val_name, name) for val_name, name in pairs],
+    )
 
 
 def find_overlap(train: ImageSource, val: ImageSource) -> Pairs:

@@ -138,7 +138,7 @@ def test_unreadable_images_are_still_counted_after_a_stop(
 
 
 def test_the_seed_decides(make_config: MakeConfig, coco: Path) -> None:
-    names = register(coco, "seeds")
+    names = register(coco, "seeds", coco / "unused")
 
     def first_ids(seed: int, start: int) -> list[list[int]]:
         return [
@@ -206,6 +206,35 @@ def test_unreadable_images_up_to_the_limit(
     assert "Traceback" not in str(error.value)
 
 
+def test_an_unreadable_image_to_score_ends_the_job_before_training(
+    make_config: MakeConfig, backbone: str, coco: Path, tmp_path: Path
+) -> None:
+    bad = sorted((coco / "val2017").iterdir())[0]
+    bad.write_bytes(bad.read_bytes()[:-400])
+    progress = StopAfter()
+    with pytest.raises(UserError, match=bad.name):
+        maskrcnn.run(make_config(), job(tmp_path / "job", backbone), progress)
+    assert progress.seen == []
+
+
+def test_objects_with_id_0_are_found_and_a_ceiling_below_100_is_recorded(
+    make_config: MakeConfig, backbone: str, coco: Path, tmp_path: Path
+) -> None:
+    path = coco / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0].update(id=0, bbox=[4, 4, 0, 16])
+    path.write_text(json.dumps(content))
+    outcome = maskrcnn.run(make_config(), job(tmp_path / "job", backbone), Progress())
+    replaced, degenerate, ceiling = outcome.notes
+    assert "annotation id 0 is replaced" in replaced
+    assert "degenerate" in degenerate
+    # One of three objects of the category is not found and its detection is false: 2/3 up to a recall of 2/3.
+    assert ceiling == (
+        f"val2017: a perfect detector scores {100 * (67 / 101 * 2 / 3 + 1) / 2:.2f} AP_box, 100.00 AP_mask "
+        "(boxes without area: 1)"
+    )
+
+
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
 def test_divergence_names_the_iteration_and_keeps_the_last_good_checkpoint(
     make_config: MakeConfig, backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
@@ -251,4 +280,4 @@ def test_splits_with_different_categories_are_refused(coco: Path) -> None:
     content["categories"].append({"id": 9, "name": "more"})
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"\[3, 7\] and \[3, 7, 9\]"):
-        register(coco, "different")
+        register(coco, "different", coco / "unused")

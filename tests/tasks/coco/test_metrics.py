@@ -22,7 +22,7 @@ pytestmark = pytest.mark.framework
 
 def score(coco: Path, shift: float) -> dict[str, float]:
     """Return the metrics of detections that are the ground truth, moved right by `shift` pixels."""
-    names = register(coco, f"shift {shift}")
+    names = register(coco, f"shift {shift}", coco / "unused")
     evaluator = COCOEvaluator(names.val, tasks=("bbox", "segm"), distributed=False, use_fast_impl=False)
     evaluator.reset()
     truth = json.loads((coco / "annotations" / "instances_val2017.json").read_text())

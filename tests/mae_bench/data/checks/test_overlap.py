@@ -14,6 +14,7 @@ from PIL import Image
 from mae_bench.data.checks import overlap as module
 from mae_bench.data.checks.overlap import find_overlap, load_or_find_overlap, note_overlap
 from mae_bench.data.pack import pack_set
+from mae_bench.data.sets import cache as cache_module
 from mae_bench.data.sets.index import IndexedImages
 from mae_bench.data.sets.open import open_images
 from mae_bench.data.sets.source import ImageSource
@@ -162,7 +163,7 @@ def test_a_cache_that_locks_nothing_is_no_obstacle(root: Path, monkeypatch: pyte
     def closed(path: Path) -> None:
         raise OSError(f"{path}: no locks here")
 
-    monkeypatch.setattr(module, "file_lock", closed)
+    monkeypatch.setattr(cache_module, "file_lock", closed)
     assert load_or_find_overlap(*splits(root), "this set") == EXPECTED
 
 

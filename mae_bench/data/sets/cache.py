@@ -1,0 +1,41 @@
+"""Compute a JSON value once per key and keep it in the cache."""
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+from mae_bench.data.sets.fetch import file_lock
+from mae_bench.data.sets.index import cache_path, try_to_cache
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def load_or_compute(
+    kind: str, key: str, compute: Callable[[], Any], parse: Callable[[Any], T], refresh: bool = False
+) -> T:
+    """Load the value cached as (kind, key), or compute and cache it, and return it parsed.
+
+    Other processes wait for the one that computes. A cached value that `parse` fails on is computed again; an
+    exception of `compute` passes through, and nothing is cached.
+
+    compute: returns a JSON value. refresh: compute in any case.
+    """
+    path = cache_path(kind, key, ".json")
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(path))
+        except OSError as error:
+            log.info("%s cannot be locked, so each process computes it on its own: %s", path, error)
+        if not refresh:
+            try:
+                return parse(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError, KeyError):  # missing or damaged
+                pass
+        value = compute()
+        try_to_cache(path, json.dumps(value).encode())
+        return parse(value)
