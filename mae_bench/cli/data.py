@@ -63,6 +63,7 @@ def check(
     lines = [
         f"{found.name} ({layout}): {splits}; {len(found.classes)} classes",
         f"digest {found.digest}",
+        *_label_histogram(found),
         *notes,
     ]
     for split, reasons in bad_images.items():
@@ -73,6 +74,21 @@ def check(
     print_answer(value, "\n".join(lines), as_json)
     if any(bad_images.values()):
         raise typer.Exit(FAILED)
+
+
+def _label_histogram(found: "LayoutReport") -> list[str]:
+    """Return a table of the labels of ADE20K's maps: the share of each class in each split's pixels."""
+    if not found.labels:
+        return []
+    names = ["0 (ignored)", *(f"{number} {name}" for number, name in enumerate(found.classes, 1))]
+    columns = [
+        (split, [100 * count / sum(counts) for count in counts]) for split, counts in found.labels.items()
+    ]
+    width = max(map(len, names))
+    lines = ["label".ljust(width) + "".join(f"{split:>14}" for split, _ in columns)]
+    for row, name in enumerate(names):
+        lines.append(name.ljust(width) + "".join(f"{shares[row]:12.3f} %" for _, shares in columns))
+    return lines
 
 
 def _label_notes(layout: str, path: str, found: "LayoutReport") -> list[str]:

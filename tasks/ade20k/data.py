@@ -12,8 +12,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from mae_bench.data.seeds import derive_seed, seed_everything
-from mae_bench.data.sets.source import BadImages, is_image
-from mae_bench.errors import UserError
+from mae_bench.data.sets.source import BadImages
 
 READ_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError)  # SyntaxError: a broken PNG
 STEP, SAMPLE = 0, 1  # streams of derive_seed: the model's step, the augmentation of a sample
@@ -71,24 +70,12 @@ class ADE20KLayout(BaseSegDataset):
 
     def load_data_list(self) -> list[dict[str, Any]]:
         images: list[dict[str, Any]] = super().load_data_list()
-        self._require_suffix(Path(self.data_prefix["img_path"]))
         self.bad = SharedBadImages(self.bad_file, self.max_bad_images, len(images))
         if not self.test_mode:
             return images
         good = [info for info in images if not self._name_unreadable(info)]
         self.bad.check()
         return good
-
-    def _require_suffix(self, folder: Path) -> None:
-        """Raise UserError if the folder has images that mmsegmentation would skip silently."""
-        names = [path.name for path in folder.iterdir() if path.suffix != self.img_suffix]
-        wrong = sorted(name for name in names if is_image(name))
-        if wrong:
-            raise UserError(
-                f"{len(wrong)} images in {folder} are not {self.img_suffix}: {wrong[0]}",
-                expected=f"JPEG files named *{self.img_suffix}, as in ADE20K",
-                fix="convert or rename them",
-            )
 
     def __getitem__(self, address: int) -> dict[str, Any]:
         position, index = divmod(address, len(self))

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ class Content:
     classes: tuple[str, ...]
     digest: str
     notes: tuple[str, ...] = ()
+    labels: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def digest_files(files: dict[str, int | str]) -> str:
@@ -64,8 +65,16 @@ def list_images(folder: Path) -> dict[str, int]:
 def require_images(folder: Path, expected: str) -> dict[str, int]:
     """Return the images of a folder; raise UserError if there are none."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is missing; found: {describe_folder(folder.parent)}", expected=expected)
+        raise UserError(
+            f"{folder} is missing; found: {describe_folder(folder.parent)}",
+            expected=expected,
+            fix="unpack it, or rename the folder that holds them",
+        )
     found = list_images(folder)
     if not found:
-        raise UserError(f"no images in {folder}; found: {describe_folder(folder)}", expected=expected)
+        raise UserError(
+            f"no images in {folder}; found: {describe_folder(folder)}",
+            expected=expected,
+            fix=f"move the images into {folder} itself",
+        )
     return found

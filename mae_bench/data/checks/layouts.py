@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class LayoutReport:
     annotations, and over the content of some images of image sets. A tar counts as the files in it, a packed
     set as its content.
     notes: irregularities that do not prevent a job.
+    labels: per split of ADE20K, the pixels of labels 0 (ignored), 1, ... in all label maps.
     """
 
     layout: str
@@ -50,14 +51,15 @@ class LayoutReport:
     classes: tuple[str, ...]
     digest: str
     notes: tuple[str, ...] = ()
+    labels: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def check_layout(layout: str, root: str | Path, *, thorough: bool = False) -> LayoutReport:
     """Check `root` without decoding images; raise UserError with what was expected and what was found.
 
     A million files are listed only once: a cached index is used while no folder has changed
-    (mae_bench.data.sets.index).
-    thorough: list every file again, and read the content of a packed set.
+    (mae_bench.data.sets.index). Label maps are decoded once, all of them.
+    thorough: list every file and read every label map again, and read the content of a packed set.
     """
     if layout not in CHECKS:
         raise UserError(
@@ -67,10 +69,7 @@ def check_layout(layout: str, root: str | Path, *, thorough: bool = False) -> La
         )
     if layout in SOURCES and is_pattern(str(root)):
         content = CHECKS[layout](str(root), thorough)
-        name = read_dataset_name(root)
-        return LayoutReport(
-            layout, name, Path(root), content.splits, content.classes, content.digest, content.notes
-        )
+        return LayoutReport(layout, read_dataset_name(root), Path(root), **vars(content))
     root = Path(root)
     if not root.is_dir():
         raise UserError(
@@ -88,9 +87,7 @@ def check_layout(layout: str, root: str | Path, *, thorough: bool = False) -> La
         content = CHECKS[layout](root, thorough)
     except OSError as error:  # a broken link, a folder without read permission
         raise UserError(f"{root} cannot be read: {error}", expected="files that can be opened") from error
-    return LayoutReport(
-        layout, read_dataset_name(root), root, content.splits, content.classes, content.digest, content.notes
-    )
+    return LayoutReport(layout, read_dataset_name(root), root, **vars(content))
 
 
 def _is_root(layout: str, folder: Path) -> bool:

@@ -222,7 +222,7 @@ def test_too_many_images_that_do_not_decode(work, ade20k, split):
 def test_images_that_mmsegmentation_would_skip_are_an_error(work, ade20k):
     image = ade20k / "images" / "training" / "0.jpg"
     image.rename(image.with_suffix(".jpeg"))
-    with pytest.raises(UserError, match="are not .jpg: 0.jpeg"):
+    with pytest.raises(UserError, match=r"are not \*.jpg: 0.jpeg"):
         work()
 
 
@@ -246,12 +246,14 @@ def test_slide_and_bfloat16_on_images_that_the_patch_does_not_divide(work, ade20
 
 
 def test_label_0_takes_no_part_in_the_loss(work, ade20k, tmp_path):
-    """The loss is 0 if nothing is labelled."""
-    for path in (ade20k / "annotations" / "training").iterdir():
+    """Three steps of two see each of six images once: only the step with the labelled one has a loss."""
+    for path in sorted((ade20k / "annotations" / "training").iterdir())[1:]:
         Image.fromarray(np.zeros((40, 44), np.uint8)).save(path)
     progress = StopAfter()
     work(progress=progress, iterations=3)
-    assert [values["loss"] for stage, _, values in progress.seen if stage == "train"] == [0, 0, 0]
+    losses = sorted(values["loss"] for stage, _, values in progress.seen if stage == "train")
+    assert losses[:2] == [0, 0]
+    assert losses[2] > 0
 
 
 def test_a_warmup_of_one_iteration_is_none(work):

@@ -15,7 +15,7 @@ PACKS = Path(__file__).resolve().parents[4].parent / "shared" / "data"
 TINY = DemoConfig(
     imagenet=DemoSet(img_size=16, num_train=20, num_val=10),
     coco=DemoSet(img_size=48, num_train=3, num_val=2),
-    ade20k=DemoSet(img_size=48, num_train=3, num_val=2),
+    ade20k=DemoSet(img_size=48, num_train=6, num_val=2),
 )
 
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
 SMALL = DemoConfig(
     imagenet=DemoSet(img_size=32, num_train=20, num_val=10),
     coco=DemoSet(img_size=64, num_train=16, num_val=4),
-    ade20k=DemoSet(img_size=64, num_train=6, num_val=3),
+    ade20k=DemoSet(img_size=64, num_train=20, num_val=3),
 )
 
 
@@ -90,14 +90,14 @@ def test_progress_counts_every_image(tmp_path):
     with_events = tmp_path / "events.jsonl"
     make_demo_data(tmp_path / "data", SMALL, Progress(with_events))
     last = json.loads(with_events.read_text().splitlines()[-1])
-    assert (last["stage"], last["done"], last["total"]) == ("data", 59, 59)
+    assert (last["stage"], last["done"], last["total"]) == ("data", 73, 73)
 
 
 def test_each_data_set_passes_its_check(data):
     imagenet, coco, ade20k = (check_layout(name, data / name) for name in ("imagenet", "coco", "ade20k"))
     assert imagenet.splits == {"train": 20, "val": 10}
     assert coco.splits == {"train2017": 16, "val2017": 4}
-    assert ade20k.splits == {"training": 6, "validation": 3}
+    assert ade20k.splits == {"training": 20, "validation": 3}
     assert imagenet.classes == coco.classes == THINGS
     assert ade20k.classes == STUFF + THINGS
     assert [r.name for r in (imagenet, coco, ade20k)] == ["demo-imagenet", "demo-coco", "demo-ade20k"]
