@@ -27,8 +27,9 @@ class Kind:
         of: the `task` of its records, where it differs from the layout.
         describe: "module:object" of a function config -> (BackboneSpec or None, assumptions), which describes
             the backbone that the job will make; "" if nothing is known before.
-        fit: "module:object" of a function (config, BackboneSpec) -> config, which fills in what depends on
-            the backbone or raises UserError; "" if nothing does. Its module imports no framework.
+        fit: "module:object" of a function (config, BackboneSpec, arrays=BOOL) -> config, which fills in what
+            depends on the backbone, or raises UserError if it cannot run on it; "" if nothing does. arrays:
+            whether the training images are known to be arrays. Its module imports no framework.
         in_chans: number of channels of its data; 0 for any.
     """
 
@@ -150,6 +151,7 @@ KINDS: dict[str, Kind] = {
         "tasks.ade20k.upernet:run",
         "ade20k",
         extra="ade20k",
+        fit="tasks.ade20k.fit:fit",
         in_chans=3,
     ),
 }

@@ -42,7 +42,7 @@ class ViTBackbone(Backbone):  # type: ignore[misc]
         super().__init__()
         self.features = FeatureMaps(vit, spec, [spec.depth - 1] if out_indices is None else out_indices)
         self.spec, self.report = spec, report
-        self._stride = get_patch_side(spec)
+        self._stride = get_patch_side(spec, "detectron2")
         self._out_features = [f"block{index}" for index in self.features.out_indices]
         self._out_feature_channels = dict.fromkeys(self._out_features, spec.embed_dim)
         self._out_feature_strides = dict.fromkeys(self._out_features, self._stride)

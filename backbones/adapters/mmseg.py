@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from backbones.adapters.features import FeatureMaps, get_lr_scale
+from backbones.adapters.pyramid import get_patch_side
 from backbones.load import load_backbone
 from mae_bench.engine.optim import build_param_groups, finetune_no_decay
-from mae_bench.errors import NotInstalled, UserError
+from mae_bench.errors import NotInstalled
 from mae_bench.spec import BackboneSpec
 
 try:
@@ -60,17 +61,6 @@ class MAEBenchViT(nn.Module):
         return tuple(self.features(imgs))
 
 
-def get_patch_side(spec: BackboneSpec) -> int:
-    """Return the patch side in pixels; UserError for other than square patches of RGB images."""
-    height, width = spec.patch_size
-    if height != width or spec.in_chans != 3:
-        raise UserError(
-            f"a backbone with patch_size {spec.patch_size} and in_chans {spec.in_chans}",
-            expected="square patches and RGB images for mmsegmentation",
-        )
-    return height
-
-
 def build_preprocessor(spec: BackboneSpec, crop_size: int) -> dict[str, Any]:
     """Return the config of a SegDataPreProcessor: pixels of 0 to 255, mmcv's BGR converted to RGB.
 
@@ -85,7 +75,7 @@ def build_preprocessor(spec: BackboneSpec, crop_size: int) -> dict[str, Any]:
         "pad_val": 0,
         "seg_pad_val": 255,
         "size": (crop_size, crop_size),
-        "test_cfg": {"size_divisor": get_patch_side(spec)},
+        "test_cfg": {"size_divisor": get_patch_side(spec, "mmsegmentation")},
     }
 
 
@@ -94,7 +84,7 @@ def build_neck(spec: BackboneSpec, norm: dict[str, Any]) -> dict[str, Any]:
 
     For other patches the strides are as close to these as the neck's scales allow.
     """
-    rescales = [4, 2, 1, 0.5] if get_patch_side(spec) > 8 else [2, 1, 0.5, 0.25]
+    rescales = [4, 2, 1, 0.5] if get_patch_side(spec, "mmsegmentation") > 8 else [2, 1, 0.5, 0.25]
     return {"type": "Feature2Pyramid", "embed_dim": spec.embed_dim, "rescales": rescales, "norm_cfg": norm}
 
 

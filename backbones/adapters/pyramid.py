@@ -8,14 +8,14 @@ from mae_bench.spec import BackboneSpec
 PYRAMID_SCALES = (4.0, 2.0, 1.0, 0.5)  # supported by detectron2's SimpleFeaturePyramid
 
 
-def get_patch_side(spec: BackboneSpec) -> int:
-    """Return the patch side, the stride of every map; detectron2 has one stride for both directions."""
+def get_patch_side(spec: BackboneSpec, library: str) -> int:
+    """Return the patch side, the stride of every map; `library` has one stride for both directions."""
     height, width = spec.patch_size
     if height != width:
         raise UserError(
             f"patches of {height} x {width} pixels",
-            expected="square patches for detectron2",
-            fix="leave this backbone out of the COCO tasks",
+            expected=f"square patches for {library}",
+            fix="leave the task or the backbone out: tasks.NAME=null or backbones.NAME=null",
         )
     return height
 
@@ -25,7 +25,7 @@ def get_pyramid_scales(spec: BackboneSpec, strides: Sequence[int]) -> list[float
 
     Patch 8 with strides (4, 8, 16) gives 2, 1, 0.5.
     """
-    patch = get_patch_side(spec)
+    patch = get_patch_side(spec, "detectron2")
     wrong = [stride for stride in strides if patch / stride not in PYRAMID_SCALES]
     if wrong:
         reachable = [int(patch / scale) for scale in PYRAMID_SCALES if patch % scale == 0]

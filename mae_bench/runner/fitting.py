@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_bench.config import build, expand_variables
-from mae_bench.data.checks.channels import LAYOUTS, check_channels
+from mae_bench.data.checks.channels import LAYOUTS, check_channels, trains_on_arrays
 from mae_bench.errors import UserError
 from mae_bench.job import EXPORT, SPEC_FILE
 from mae_bench.record import ResultRecord
@@ -15,9 +15,6 @@ from mae_bench.registry import Kind, kind, load_object
 from mae_bench.spec import BackboneSpec
 from mae_bench.suite.cell import Cell
 from mae_bench.suite.config import Place
-
-# Layout, folder and channels -> why the images there do not have these channels; each set is read once.
-Images = dict[tuple[str, str, int], UserError | None]
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,36 @@ class Preview:
     spec: BackboneSpec | None = None
     assumptions: tuple[str, ...] = ()
     error: UserError | None = None
+
+
+class ImageSets:
+    """What the images of each set are; a set is read once for all cells.
+
+    Attributes:
+        digests: of the sets that exist, by layout and folder; another set is not read.
+    """
+
+    def __init__(self, digests: Mapping[Place, str]) -> None:
+        self.digests = digests
+        self._arrays: dict[Place, bool] = {}
+        self._problems: dict[tuple[Place, int], UserError | None] = {}
+
+    def hold_arrays(self, place: Place) -> bool:
+        """Return whether the training images are arrays, as far as that is known."""
+        if place not in self._arrays:
+            self._arrays[place] = self._is_readable(place) and trains_on_arrays(*_expand(place))
+        return self._arrays[place]
+
+    def find_problem(self, place: Place, in_chans: int) -> UserError | None:
+        """Return why the images do not have these channels; None if they have, or if that is not known."""
+        if not self._is_readable(place):
+            return None
+        if (place, in_chans) not in self._problems:
+            self._problems[place, in_chans] = _check_channels(place, in_chans)
+        return self._problems[place, in_chans]
+
+    def _is_readable(self, place: Place) -> bool:
+        return place[0] in LAYOUTS and place in self.digests
 
 
 def preview_backbones(cells: list[Cell]) -> dict[Path, Preview]:
@@ -73,35 +100,30 @@ def find_misfits(
     """
     found: dict[Path, UserError] = {}
     known: dict[tuple[str, Path], UserError | None] = {}  # one answer for all seeds
-    read: Images = {}
+    image_sets = ImageSets(digests)
     for cell in cells:
         preview = previews.get(cell.upstream or cell.dir, Preview())
         if preview.spec is None or isinstance(cell.result(), ResultRecord):
             continue
         key = cell.row, cell.upstream or cell.dir
         if key not in known:
-            known[key] = _find_misfit(cell, preview.spec, digests, read)
+            known[key] = _find_misfit(cell, preview.spec, image_sets)
         problem = known[key]
         if problem:
             found[cell.dir] = problem
     return found
 
 
-def _find_misfit(
-    cell: Cell, spec: BackboneSpec, digests: Mapping[Place, str], read: Images
-) -> UserError | None:
+def _find_misfit(cell: Cell, spec: BackboneSpec, image_sets: ImageSets) -> UserError | None:
     chosen = kind(cell.kind)
     place: Any = (chosen.layout, cell.config.get("data"))
     problem = None
     try:
-        fit_to_backbone(chosen, _build(chosen, cell), spec)
+        fit_to_backbone(chosen, _build(chosen, cell), spec, arrays=image_sets.hold_arrays(place))
     except UserError as error:
         problem = error
-    if problem is None and chosen.layout in LAYOUTS and place in digests:
-        images = *place, spec.in_chans
-        if images not in read:
-            read[images] = _check_channels(*images)
-        problem = read[images]
+    if problem is None:
+        problem = image_sets.find_problem(place, spec.in_chans)
     if problem is None:
         return None
     names = {"tasks.NAME": f"tasks.{cell.row}", "backbones.NAME": f"backbones.{cell.backbone}"}
@@ -112,9 +134,13 @@ def _find_misfit(
     return UserError(f"{what}: {problem.given}", expected=problem.expected, fix=fix)
 
 
-def _check_channels(layout: str, data: str, in_chans: int) -> UserError | None:
+def _expand(place: Place) -> Place:
+    return place[0], expand_variables(place[1])
+
+
+def _check_channels(place: Place, in_chans: int) -> UserError | None:
     try:
-        check_channels(layout, expand_variables(data), in_chans)
+        check_channels(*_expand(place), in_chans)
     except UserError as error:
         return error
     return None
@@ -124,15 +150,18 @@ def _build(chosen: Kind, cell: Cell) -> Any:
     return build(load_object(chosen.config), cell.config, cell.name)
 
 
-def fit_to_backbone(chosen: Kind, config: Any, spec: BackboneSpec) -> Any:
-    """Return the config with the values that depend on the backbone; raise UserError if it cannot run."""
+def fit_to_backbone(chosen: Kind, config: Any, spec: BackboneSpec, *, arrays: bool = False) -> Any:
+    """Return the config with the values that depend on the backbone; raise UserError if it cannot run.
+
+    arrays: whether the training images are known to be arrays.
+    """
     if chosen.in_chans not in (0, spec.in_chans):
         raise UserError(
             f"a backbone of {spec.in_chans} channels (in_chans)",
             expected=f"{chosen.in_chans}: the images of {chosen.layout} are RGB",
             fix="leave the task or the backbone out: tasks.NAME=null or backbones.NAME=null",
         )
-    return load_object(chosen.fit)(config, spec) if chosen.fit else config
+    return load_object(chosen.fit)(config, spec, arrays=arrays) if chosen.fit else config
 
 
 def read_exported_spec(folder: Path) -> BackboneSpec | None:

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from backbones.adapters.mmseg import build_neck, build_preprocessor, get_patch_side
-from mae_bench.errors import UserError
+from backbones.adapters.mmseg import build_neck, build_preprocessor
 from mae_bench.job import Job
 from mae_bench.spec import BackboneSpec
 from tasks.ade20k.config import UPerNetConfig
+from tasks.ade20k.fit import fit
 from tasks.context import TaskContext
 
 IGNORE_INDEX = 255
@@ -23,15 +23,8 @@ Part = dict[str, Any]
 
 
 def build_mmseg_config(context: TaskContext[UPerNetConfig]) -> Part:
-    """Return the config of mmengine's Runner; raise UserError if the crop is not a multiple of the patch."""
-    config, job, spec = context.config, context.job, context.spec
-    patch = get_patch_side(spec)
-    if config.crop_size % patch:
-        raise UserError(
-            f"crop_size {config.crop_size} with a patch of {patch}",
-            expected="a multiple of the patch",
-            fix=f"set crop_size={-(-config.crop_size // patch) * patch}",
-        )
+    """Return the config of mmengine's Runner; raise UserError for a backbone that UperNet does not fit."""
+    config, job, spec = fit(context.config, context.spec), context.job, context.spec
     return {
         "default_scope": "mmseg",
         "custom_imports": {"imports": IMPORTS},

@@ -13,10 +13,13 @@ from tasks.imagenet.config import NEAREST, ClassifyConfig, ImageConfig
 C = TypeVar("C", bound=ImageConfig)
 
 
-def fit(config: C, spec: BackboneSpec) -> C:
-    """Return the config with the image size used for this backbone; raise UserError if it cannot run."""
+def fit(config: C, spec: BackboneSpec, *, arrays: bool = False) -> C:
+    """Return the config with the image size used for this backbone; raise UserError if it cannot run.
+
+    arrays: whether the training images are known to be arrays.
+    """
     img_size = resolve_img_size(config, spec)
-    if isinstance(config, ClassifyConfig) and spec.in_chans != 3:
+    if isinstance(config, ClassifyConfig) and (arrays or spec.in_chans != 3):
         require_no_augment(config.auto_augment, spec)
     return config.model_copy(update={"img_size": img_size}) if isinstance(config.img_size, str) else config
 

@@ -1,10 +1,10 @@
-"""Check that the images of a set have the channels that a backbone takes."""
+"""Find what the images of a set are: arrays or files, and of how many channels."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from mae_bench.data.checks.images import find_image_sets
-from mae_bench.data.sets.decode import decode_size, read_pixels
+from mae_bench.data.sets.decode import decode_size, holds_arrays, read_pixels
 from mae_bench.data.sets.open import find_splits, open_images
 from mae_bench.data.sets.source import BadImage, ImageSource
 from mae_bench.errors import UserError
@@ -26,6 +26,14 @@ def check_channels(layout: str, root: str | Path, in_chans: int) -> None:
                 expected=f"images of {in_chans} channels, which the backbone takes (in_chans)",
                 fix="give a set of as many channels, or leave the backbone out: backbones.NAME=null",
             )
+
+
+def trains_on_arrays(layout: str, root: str | Path) -> bool:
+    """Return whether the training images of an ImageNet layout are arrays; False if they cannot be read."""
+    try:
+        return layout == "imagenet" and holds_arrays(open_images(root, "train"))
+    except UserError:  # reported by the check of the layout
+        return False
 
 
 def _open_splits(layout: str, root: str | Path) -> Iterator[tuple[str, ImageSource]]:

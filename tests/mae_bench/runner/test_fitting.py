@@ -54,6 +54,14 @@ def suite_of(tmp_path: Path, source: str, **task: Any) -> dict[str, Any]:
     }
 
 
+def finetuned(tmp_path: Path) -> dict[str, Any]:
+    """Return a suite whose last task fine-tunes, with RandAugment by default."""
+    suite = suite_of(tmp_path, write_backbone(tmp_path / "export"))
+    task = {"kind": "finetune", "protocol": "toy", "epochs": 1, "base_lr": 1e-3, "global_batch_size": 6}
+    suite["tasks"]["finetune"] = task | {"nearest_to": [64, 64]}
+    return suite
+
+
 def planned(suite: dict[str, Any], *overrides: str) -> dict[str, Any]:
     """Return the cell of the last task in the plan."""
     cell: dict[str, Any] = plan_of(load_suite(suite, overrides))["cells"][-1]
@@ -188,6 +196,48 @@ def test_a_pyramid_that_the_patch_cannot_make_is_refused_by_the_plan(tmp_path: P
     chosen = kind("maskrcnn")
     with pytest.raises(UserError, match=r"pyramid strides \[4, 8, 16, 32\] over a map of stride 14"):
         fit_to_backbone(chosen, build(load_object(chosen.config), config, "test"), FOURTEEN)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason", "fix"),
+    [
+        (
+            replace(SPEC, img_size=(16, 16), patch_size=(8, 4)),
+            "patches of 8 x 4 pixels",
+            "backbones.toy=null",
+        ),
+        (FOURTEEN, "crop_size 512 with a patch of 14", "tasks.upernet.crop_size=518"),
+    ],
+)
+def test_patches_that_upernet_cannot_take_are_refused_by_the_plan(
+    spec: BackboneSpec, reason: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXTRAS, "ade20k", Extra((), "dense tasks", ""))
+    monkeypatch.setattr("mae_bench.runner.plan.check_data", lambda suite: ({}, {}))
+    suite = suite_of(tmp_path, write_backbone(tmp_path / "export", spec))
+    suite["tasks"] = {"upernet": {"kind": "upernet", "protocol": "toy", "iterations": 10000}}
+    cell = planned(suite)
+    assert cell["state"] == "would fail"
+    assert reason in cell["reason"]
+    assert fix in cell["fix"]
+
+
+def test_randaugment_on_arrays_of_three_channels_is_refused_by_the_plan(tmp_path: Path) -> None:
+    write_images(tmp_path / "data" / "imagenet", 6, 3, num_channels=3)
+    suite = finetuned(tmp_path)
+    cell = planned(suite)
+    assert cell["state"] == "would fail"
+    assert "toy · finetune: auto_augment=rand" in cell["reason"]
+    assert "tasks.finetune.auto_augment=null" in cell["fix"]
+    with pytest.raises(UserError, match="auto_augment=rand"):
+        run(suite)
+    assert not list((tmp_path / "run").glob("cells/**/record.json"))
+    assert planned(suite, "tasks.finetune.auto_augment=null")["state"] == "left"
+
+
+def test_randaugment_on_files_is_planned(data: Path, tmp_path: Path) -> None:
+    suite = finetuned(tmp_path)
+    assert planned(suite)["state"] == "left"
 
 
 class TestDescription:

@@ -265,7 +265,7 @@ def test_a_warmup_of_one_iteration_is_none(work):
 
 
 def test_crop_must_fit_the_patch(work):
-    with pytest.raises(UserError, match="set crop_size=40"):
+    with pytest.raises(UserError, match=r"set tasks\.NAME\.crop_size=40"):
         work(crop_size=36)
 
 
