@@ -39,7 +39,7 @@ COLUMNS = (  # heading, committed run, name of the cell, metric
 )
 # A badge: `<!-- measured FOLDER ... -->TEXT<!-- /measured -->`. No line begins with such a comment, because
 # it would end the paragraph.
-MEASURED = re.compile(r"(<!-- measured ([\w -]+) -->\s*)[^<]*?(\s*<!-- /measured -->)")
+MEASURED = re.compile(r"(<!-- measured (\d[\w -]+) -->\s*)[^<]*?(\s*<!-- /measured -->)")
 RESULT = re.compile(r"\bresults/(\d{4}-\d\d-\d\d-[\w-]+)")  # in a link
 
 
@@ -129,15 +129,15 @@ def test_results_of_the_current_code_are_told_from_others(
     old = read_record(next((ROOT / RESULTS / "2026-11-21-protocols").rglob("mae/knn-s0*/record.json")))
     new = replace(old, finished="2027-01-02T03:04:05+00:00", code_digest=digest_kind(KINDS["knn"]))
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    for run, records in {"old": [old], "new": [new], "both": [new, old]}.items():
+    for run, records in {"1-old": [old], "2-new": [new], "3-both": [new, old]}.items():
         for i, record in enumerate(records):
             write_record(record, tmp_path / RESULTS / run / "cells" / str(i) / "record.json")
     page = "before, <!-- measured {} -->\n{}<!-- /measured -->, after"
     for run, stated in {
-        "old": "measured 2026-11-21 with earlier code",
-        "new": "measured 2027-01-02",
-        "both": "measured 2026-11-21 to 2027-01-02 with earlier code",
-        "old new": "measured 2026-11-21 to 2027-01-02 with earlier code",
+        "1-old": "measured 2026-11-21 with earlier code",
+        "2-new": "measured 2027-01-02",
+        "3-both": "measured 2026-11-21 to 2027-01-02 with earlier code",
+        "1-old 2-new": "measured 2026-11-21 to 2027-01-02 with earlier code",
     }.items():
         assert write_measured(page.format(run, "by hand")) == page.format(run, stated)
 

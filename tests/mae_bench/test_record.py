@@ -92,7 +92,7 @@ def test_what_is_no_record_is_refused_with_its_path(
 
 
 @pytest.mark.parametrize(
-    "metric", [Metric(0.0), Metric(100 * 0.1 * 10), Metric(130.0, "%", "lower"), Metric(-3.0, "dB")]
+    "metric", [Metric(0.0), Metric(100 + 1e-9), Metric(130.0, "%", "lower"), Metric(-3.0, "dB")]
 )
 def test_a_possible_value_can_be_recorded(metric: Metric) -> None:
     assert replace(RECORD, metrics={"top1": metric}).score == metric
