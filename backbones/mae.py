@@ -34,7 +34,7 @@ MAE_LITE_HEADS = {(96, 1, 384): 3, (192, 1, 768): 6, **REFERENCE_HEADS}
 HF_DEFAULT_HEADS = 16  # of transformers' ViTMAEConfig
 # Names of the decoder's layers in transformers before version 5, and as version 5 writes them.
 HF_LAYER = re.compile(r"decoder\.(?:decoder_layers|decoder_encoder\.layer)\.")
-GIVE_DECODER = "give decoder_num_heads=N to load_mae, --decoder-num-heads N to reconstruct"
+GIVE_DECODER = "give decoder_num_heads={0} to load_mae, --decoder-num-heads {0} to reconstruct"
 Weights = dict[str, torch.Tensor]
 
 
@@ -73,7 +73,7 @@ def load_mae(
     if decoder_num_heads is not None:
         options["decoder_num_heads"] = decoder_num_heads
     elif "decoder_num_heads" not in options:
-        options["decoder_num_heads"] = _get_reference_heads(tensors, path)
+        options["decoder_num_heads"] = get_reference_heads(tensors, str(path))
         report.notes.append(f"{options['decoder_num_heads']} decoder heads, the reference's for its size")
 
     # 2. Resample the position tables to another image size.
@@ -81,21 +81,34 @@ def load_mae(
         size = (img_size, img_size) if isinstance(img_size, int) else img_size
         spec, tensors = _resize(spec, tensors, size)
 
-    # 3. Build the model without allocating weights, and copy the file's into it.
-    model = _build_empty(spec, options, path)
-    named = {}
-    for name, tensor in tensors.items():
-        named[name if DECODER.match(name) else f"encoder.{name}"] = tensor.float()
-    check_fit(model, named, str(path), "a masked autoencoder")
-    model.load_state_dict({name: tensor.clone() for name, tensor in named.items()}, assign=True)
-    return model.eval(), spec, report
+    # 3. Build the model with a copy of the file's weights.
+    copies = {name: tensor.float().clone() for name, tensor in tensors.items()}
+    return build_autoencoder(spec, options, copies, str(path)), spec, report
 
 
-def _get_reference_heads(weights: Weights, path: str | Path) -> int:
+def build_autoencoder(spec: BackboneSpec, options: Mapping[str, Any], weights: Weights, source: str) -> MAE:
+    """Build an autoencoder in eval mode whose parameters are these tensors themselves, without copies.
+
+    weights: as in the file, the encoder's names without a prefix. Raise UserError unless they fit exactly.
+    """
+    try:
+        with torch.device("meta"):
+            model = MAE(spec, MAEOptions(**options))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{source}: its description cannot be read: {error}", expected="the fields of MAEOptions"
+        ) from error
+    named = {name if DECODER.match(name) else f"encoder.{name}": tensor for name, tensor in weights.items()}
+    check_fit(model, named, source, "a masked autoencoder")
+    model.load_state_dict(named, assign=True)
+    return model.eval()
+
+
+def get_reference_heads(weights: Weights, source: str) -> int:
     """Return the heads of a decoder of the reference's size; raise MissingHeads for another one."""
     size = _get_decoder_size(weights)
     if size not in REFERENCE_HEADS:
-        raise MissingHeads(str(path), *size[:2], "decoder_num_heads", fix=GIVE_DECODER)
+        raise MissingHeads(source, *size[:2], "decoder_num_heads", fix=GIVE_DECODER.format("N"))
     return REFERENCE_HEADS[size]
 
 
@@ -103,17 +116,6 @@ def _get_decoder_size(weights: Weights) -> Size:
     """Return width, depth and MLP width of a decoder."""
     blocks = {name.removeprefix("decoder_"): t for name, t in weights.items() if name.startswith("decoder_b")}
     return weights["decoder_embed.weight"].shape[0], *get_size(blocks)[1:]
-
-
-def _build_empty(spec: BackboneSpec, options: Mapping[str, Any], path: str | Path) -> MAE:
-    """Build the model on the meta device: its weights come from the file."""
-    try:
-        with torch.device("meta"):
-            return MAE(spec, MAEOptions(**options))
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: its description cannot be read: {error}", expected="the fields of MAEOptions"
-        ) from error
 
 
 def _find_file(path: str | Path) -> Path:
@@ -128,12 +130,19 @@ def _find_file(path: str | Path) -> Path:
 def _read(
     path: Path, weights: str | None, overrides: Mapping[str, Any]
 ) -> tuple[BackboneSpec, dict[str, Any], Weights, ConversionReport]:
-    """Return spec, fields of MAEOptions, weights and report; the encoder's names have no prefix."""
     if _is_ours(path):
         return _read_ours(path)
+    return read_autoencoder(open_source(path, weights=weights), overrides)
 
+
+def read_autoencoder(
+    checkpoint: Checkpoint, overrides: Mapping[str, Any], format: str | None = None
+) -> tuple[BackboneSpec, dict[str, Any], Weights, ConversionReport]:
+    """Return spec, the stated fields of MAEOptions, weights and report; the encoder's names have no prefix.
+
+    For files of other code than ours. Raise UserError for a checkpoint without a decoder.
+    """
     # 1. Find the decoder: in transformers' files it is next to the encoder, whose prefix is "vit.".
-    checkpoint = open_source(path, weights=weights)
     root = checkpoint.prefix.removesuffix("vit.")
     outside = {name.removeprefix(root): tensor for name, tensor in checkpoint.outside.items()}
     tensors = checkpoint.tensors | outside
@@ -141,20 +150,20 @@ def _read(
         name: tensor for name, tensor in tensors.items() if DECODER.match(name) or name.startswith("decoder.")
     }
     if not any(name.endswith("mask_token") for name in decoder):
-        raise _no_decoder(path)
+        raise _no_decoder(checkpoint.source)
     check_values(decoder, checkpoint.source)
 
     # 2. Translate the encoder, and the decoder with its format.
-    format, translation, spec = translate(checkpoint, overrides=overrides)
-    if format == "hf_vitmae":
+    name, translation, spec = translate(checkpoint, format, overrides)
+    if name == "hf_vitmae":
         options, decoder = _read_hf_options(checkpoint), _translate_hf_decoder(checkpoint, decoder)
     else:
         options = _read_reference_options(checkpoint)
-    options |= _infer_sizes(decoder, path)
+    options |= _infer_sizes(decoder, checkpoint.source)
     if translation.family == "mae_lite":
         heads = MAE_LITE_HEADS.get(_get_decoder_size(decoder))
         options = ({"decoder_num_heads": heads} if heads else {}) | options
-    report = make_report(checkpoint, format, translation)
+    report = make_report(checkpoint, name, translation)
     _account_for_decoder(report, checkpoint, root)
     return spec, options, translation.weights | decoder, report
 
@@ -193,37 +202,43 @@ def _read_ours(path: Path) -> tuple[BackboneSpec, dict[str, Any], Weights, Conve
         ) from error
 
 
-def _no_decoder(path: Path) -> UserError:
+def _no_decoder(source: str) -> UserError:
     return UserError(
-        f"{path} holds no masked autoencoder: it has no decoder",
+        f"{source} holds no masked autoencoder: it has no decoder",
         expected=f"encoder and decoder: {MAE_FILE} of a pretraining, a *_full.pth file, "
         "or a ViTMAEForPreTraining folder",
         fix="a backbone without a decoder cannot reconstruct; load it with backbones.load.load_backbone",
     )
 
 
-def _infer_sizes(decoder: Weights, path: Path) -> dict[str, Any]:
+def _infer_sizes(decoder: Weights, source: str) -> dict[str, Any]:
     try:
         width = decoder["decoder_embed.weight"].shape[0]
     except (KeyError, IndexError) as error:
-        raise _no_decoder(path) from error
+        raise _no_decoder(source) from error
     depth = count_blocks(decoder, "decoder_blocks")
     return {"decoder_embed_dim": width, "decoder_depth": depth}
 
 
 def _read_reference_options(checkpoint: Checkpoint) -> dict[str, Any]:
     args = checkpoint.extras.get("args")
-    stated = vars(args).get("norm_pix_loss", False) if isinstance(args, Namespace) else False
-    heads = vars(args).get("decoder_num_heads") if isinstance(args, Namespace) else None
-    return {"norm_pix_loss": bool(stated)} | ({"decoder_num_heads": heads} if isinstance(heads, int) else {})
+    stated = vars(args) if isinstance(args, Namespace) else {}
+    options: dict[str, Any] = {}
+    if "norm_pix_loss" in stated:
+        options["norm_pix_loss"] = bool(stated["norm_pix_loss"])
+    if isinstance(stated.get("decoder_num_heads"), int):
+        options["decoder_num_heads"] = stated["decoder_num_heads"]
+    return options
 
 
 def _read_hf_options(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = checkpoint.beside.get(CONFIG_FILE, {})
-    options: dict[str, Any] = {"norm_pix_loss": bool(config.get("norm_pix_loss", False))}
-    if CONFIG_FILE in checkpoint.beside:
-        options["decoder_num_heads"] = config.get("decoder_num_attention_heads", HF_DEFAULT_HEADS)
-    return options
+    if CONFIG_FILE not in checkpoint.beside:
+        return {}
+    config = checkpoint.beside[CONFIG_FILE]
+    return {
+        "norm_pix_loss": bool(config.get("norm_pix_loss", False)),
+        "decoder_num_heads": config.get("decoder_num_attention_heads", HF_DEFAULT_HEADS),
+    }
 
 
 def _translate_hf_decoder(checkpoint: Checkpoint, decoder: Weights) -> Weights:

@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import nn
 
 from backbones.load import ReadOptions, load_backbone
-from backbones.preprocessing import draw_sample
+from backbones.probe import draw_sample
 from backbones.user_code import call_user_code, load_callable
 from mae_bench.data.batches.transforms import build_eval_transform, normalize
 from mae_bench.errors import UserError

@@ -104,6 +104,7 @@ NAMES: dict[str, dict[str, int]] = {
     },
 }
 SECTIONS = ("model_kwargs", "model_args", "hyper_parameters", "args", "config", "cfg", "backbone", "kwargs")
+MIN_HEAD_DIM = 8  # channels; the families above have 16 to 112
 MAX_DEPTH = 4  # nested sections of a file that are searched
 TIMM_0_3_SMALL = ("vit_small_patch16_224", 768, 8)  # name, width and heads (and depth) in timm 0.3.2 and 0.4
 
@@ -153,6 +154,11 @@ def get_size(weights: Mapping[str, torch.Tensor]) -> Size:
 def list_divisors(width: int) -> list[int]:
     """Return all numbers of heads that divide the width."""
     return [heads for heads in range(1, width + 1) if width % heads == 0]
+
+
+def list_plausible(width: int) -> list[int]:
+    """Return the numbers of heads that divide the width into heads of at least `MIN_HEAD_DIM` channels."""
+    return [heads for heads in list_divisors(width) if width // heads >= MIN_HEAD_DIM] or [1]
 
 
 def _find_stated(section: Any, levels: int) -> Iterator[int]:

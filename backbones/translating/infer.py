@@ -4,13 +4,14 @@ L patches, D width, C channels, H W image, p patch side.
 """
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from backbones.translating.heads import list_divisors
+from backbones.translating.heads import list_divisors, list_plausible
 from backbones.translating.structure import count_blocks
 from backbones.translating.translation import Translation, find_sincos_grid, is_sincos
 from mae_bench.errors import UserError
@@ -18,7 +19,7 @@ from mae_bench.models.create import parse_size
 from mae_bench.models.vit import ARCHS, LAYERS
 from mae_bench.spec import BackboneSpec
 
-GIVE = "give {0} to inspect or convert, backbones.NAME.spec.{0} to evaluate or run"
+GIVE = "give {0} to inspect or convert, backbones.NAME.spec.{0} to evaluate or run, --set {0} to reconstruct"
 HIDDEN = ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight")  # first layer of a plain and of a gated MLP
 MAX_IMG_SIZE = 4096  # pixels, for an image size that only a description states
 NAMES = [f.name for f in fields(BackboneSpec)]
@@ -147,6 +148,7 @@ class MissingHeads(UserError):
 
     Attributes:
         divisors: numbers of heads that divide the width.
+        plausible: those that are compared on images, see `backbones.attention_heads`.
     """
 
     def __init__(
@@ -157,11 +159,11 @@ class MissingHeads(UserError):
         field: str = "num_heads",
         fix: str = GIVE.format("num_heads=N"),
     ) -> None:
-        self.divisors = list_divisors(width)
+        self.divisors, self.plausible = list_divisors(width), list_plausible(width)
         super().__init__(
             f"{source}: {field} cannot be inferred from the file (width {width}, depth {depth})",
             expected=f"one of {', '.join(map(str, self.divisors))}",
-            fix=fix,
+            fix=f"{fix}; mae-bench inspect {shlex.quote(source)} --images FOLDER compares them on images",
         )
 
 

@@ -1,13 +1,12 @@
 """Commands on one checkpoint: inspect, convert, verify, reconstruct."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mae_bench.cli.options import Checkpoint, Fields, Format, Json, Weights, reading_options
 from mae_bench.cli.output import FAILED, print_answer
-from mae_bench.errors import UserError
 
 Against = Annotated[
     str,
@@ -36,7 +35,8 @@ def inspect(
         Path | None,
         typer.Option(
             "--images",
-            help="A folder of images on which to compare preprocessing and pooling; prints a suggestion.",
+            help="A folder of images on which to compare preprocessing and pooling, and the numbers of heads "
+            "if the file does not state them; prints suggestions.",
         ),
     ] = None,
     as_json: Json = False,
@@ -44,29 +44,32 @@ def inspect(
     """Print what a checkpoint contains: format, architecture, sizes, digests, spec fields and keys.
 
     For each spec field, print where its value comes from; for each key, what it is converted to. For a file
-    with several sets of weights, print the list of sets.
+    with several sets of weights, print the list of sets. With --images, for a file whose number of heads is
+    not known, print only the comparison of the numbers.
     """
     from backbones.inspection import inspect_checkpoint, render, render_published
 
     options = reading_options(format, weights, fields)
-    found = inspect_checkpoint(ckpt, **options)
     if images is None:
+        found = inspect_checkpoint(ckpt, **options)
         print_answer(found, render(found), as_json)
         return
-    if "sets" in found:
-        raise UserError(
-            f"{ckpt} contains {len(found['sets'])} sets of ViT weights", fix="choose one with --weights NAME"
-        )
     from rich.console import Group
 
+    from backbones.attention_heads import render as render_heads
+    from backbones.attention_heads import suggest_heads
     from backbones.preprocessing import render as render_suggestion
     from backbones.preprocessing import suggest_preprocessing
 
-    suggestion = suggest_preprocessing(ckpt, images, **options)
-    rendered = Group(
-        render(found), "", render_suggestion(suggestion), "", render_published(found["published"])
-    )
-    print_answer(found | {"suggestion": suggestion.to_dict()}, rendered, as_json)
+    heads = suggest_heads(ckpt, images, **options)
+    answer: dict[str, Any] = {"source": ckpt, "heads": heads and heads.to_dict()}
+    parts = [render_heads(heads)] if heads else []
+    if heads is None or "num_heads" not in heads.fields:  # else nothing more can be read
+        found = inspect_checkpoint(ckpt, **options)
+        suggestion = suggest_preprocessing(ckpt, images, **options)
+        answer |= found | {"suggestion": suggestion.to_dict()}
+        parts = [render(found), render_suggestion(suggestion), render_published(found["published"]), *parts]
+    print_answer(answer, Group(*[line for part in parts for line in (part, "")][:-1]), as_json)
 
 
 def convert(

@@ -96,7 +96,7 @@ def draw_reconstructions(model: MAE, imgs: torch.Tensor, mask_ratio: float, out:
     Masks only depend on `seed` and the position of the image. Of more than three channels, the first three
     are shown.
     """
-    noise = _draw_noise(model, range(len(imgs)), mask_ratio, seed)
+    noise = draw_noise(model, range(len(imgs)), mask_ratio, seed)
     columns = reconstruct(model, imgs, mask_ratio, noise)
     shown = slice(3 if model.spec.in_chans >= 3 else 1)
     write_png(out, torch.stack([column[:, shown] for column in columns], dim=1))
@@ -195,7 +195,7 @@ def evaluate_loss(
             continue
         pixels = batch.imgs.to(device)
         targets = tokenizer(pixels, model.spec.grid_size) if tokenizer else None
-        noise = _draw_noise(model, batch.indices.tolist(), mask_ratio, seed).to(device)
+        noise = draw_noise(model, batch.indices.tolist(), mask_ratio, seed).to(device)
         with autocast(device, amp_dtype):
             loss = model(normalize(pixels, model.spec.mean, model.spec.std), mask_ratio, noise, targets)[0]
         total += loss.item() * len(pixels)
@@ -208,8 +208,8 @@ def evaluate_loss(
     return total / seen, int(seen)
 
 
-def _draw_noise(model: MAE, indices: Sequence[int], mask_ratio: float, seed: int) -> torch.Tensor:
-    """Return noise (N, L), one row per image index."""
+def draw_noise(model: MAE, indices: Sequence[int], mask_ratio: float, seed: int) -> torch.Tensor:
+    """Return the noise of each image's fixed mask (N, L), which only depends on seed and index."""
     sampling, grid_size = model.options.mask_sampling, model.spec.grid_size
     rows = []
     for index in indices:

@@ -1,6 +1,7 @@
 """Suggested preprocessing: the known answer of a synthetic backbone is found, ties are reported."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,16 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from backbones.load import ReadOptions, load_backbone
-from backbones.preprocessing import (
-    KNN,
-    MIN_IMAGES,
-    RETRIEVAL,
-    draw_sample,
-    render,
-    score_candidates,
-    suggest_preprocessing,
-    verdict,
-)
+from backbones.preprocessing import Suggestion, render, score_candidates, suggest_preprocessing, verdict
+from backbones.probe import KNN, MIN_IMAGES, RETRIEVAL, build_probe, draw_sample
 from mae_bench.errors import UserError
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
@@ -55,6 +48,10 @@ class Synthetic(nn.Module):
         return torch.stack([first, *[others] * 4], dim=1)
 
 
+def score(model: nn.Module, spec: BackboneSpec, folder: Path) -> Suggestion:
+    return score_candidates(model, spec, build_probe(spec, draw_sample(folder, 256)))
+
+
 @pytest.fixture(scope="session")
 def classes(tmp_path_factory):
     """60 images of 3 classes: red is the class's, green is drawn."""
@@ -81,7 +78,7 @@ def textures(tmp_path_factory):
 
 @pytest.mark.parametrize("shows", ["token", "avg"])
 def test_the_known_answer_is_found(classes, shows):
-    found = score_candidates(Synthetic(shows), SPEC, draw_sample(classes, 256))
+    found = score(Synthetic(shows), SPEC, classes)
     assert (found.measure, found.images) == (KNN, 60)
     assert (found.best.normalisation, found.best.global_pool, found.best.score) == ("[0, 1]", shows, 1.0)
     assert found.clear
@@ -101,7 +98,7 @@ def test_a_tie_is_no_suggestion(classes):
         def forward_features(self, imgs):
             return torch.ones(len(imgs), 5, 4)
 
-    found = score_candidates(Blind("token"), SPEC, draw_sample(classes, 256))
+    found = score(Blind("token"), SPEC, classes)
     assert not found.clear
     assert found.best == found.present, "among equals the present reading goes first"
     assert len({row.score for row in found.candidates}) == 1
@@ -112,7 +109,7 @@ def test_the_norm_is_tried_with_and_without(classes):
     model = Synthetic("avg")
     model.norm = norm = nn.LayerNorm(4)
     nn.init.zeros_(norm.weight)  # makes every image the same
-    found = score_candidates(model, SPEC, draw_sample(classes, 256))
+    found = score(model, SPEC, classes)
     assert {row.norm for row in found.candidates} == {True, False}
     assert not found.best.norm
     assert all(row.score < 0.7 for row in found.candidates if row.norm)
@@ -132,7 +129,7 @@ def test_without_classes_crops_find_each_other(textures):
             colour = torch.cat([imgs.mean((2, 3)), torch.ones(len(imgs), 1)], dim=1)
             return torch.stack([torch.ones_like(colour), *[colour] * 4], dim=1)
 
-    found = score_candidates(Colour("avg"), spec, draw_sample(textures, 256))
+    found = score(Colour("avg"), spec, textures)
     assert (found.measure, found.images) == (RETRIEVAL, 32)
     assert found.best.global_pool == "avg"
     assert found.best.score > 0.6
