@@ -22,7 +22,7 @@ from benchmarks.measure import Table, Times, interleave, positive_int, ratio, ru
 from mae_bench.data.batches.loader import Batch, Images, TrainingOrder, load_training_batches
 from mae_bench.data.batches.transforms import PretrainTransform
 from mae_bench.data.sets.open import open_images
-from mae_bench.data.sets.packed import PackOptions, pack_sources
+from mae_bench.data.sets.packing import PackOptions, pack_sources
 from mae_bench.data.sets.source import ImageSource
 from mae_bench.errors import UserError
 

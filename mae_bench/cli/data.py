@@ -210,7 +210,7 @@ def prepare_imagenet(
 ) -> None:
     """Write the folders train/ and val/ of ImageNet-1K, or a packed set, from the ILSVRC2012 archives."""
     from mae_bench.data.prepare import prepare_imagenet as prepare
-    from mae_bench.data.sets.packed import PackOptions
+    from mae_bench.data.sets.packing import PackOptions
     from mae_bench.environment.provenance import num_cores
 
     if short_side and not packed:

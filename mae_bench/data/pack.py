@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_bench.data.sets.open import find_splits, open_images, read_dataset_name
-from mae_bench.data.sets.packed import PackOptions, ProgressCallback, pack_sources
+from mae_bench.data.sets.packing import PackOptions, ProgressCallback, pack_sources
 from mae_bench.errors import UserError
 
 

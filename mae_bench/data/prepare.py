@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_bench.data.sets.index import IndexedImages, build_index, classify_by_folder, sort_key
-from mae_bench.data.sets.packed import PackOptions, ProgressCallback, pack_sources
+from mae_bench.data.sets.packing import PackOptions, ProgressCallback, pack_sources
 from mae_bench.data.sets.source import ImageSource, is_image
 from mae_bench.data.sets.tars import check_end
 from mae_bench.errors import NotInstalled, UserError

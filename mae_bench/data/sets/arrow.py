@@ -13,11 +13,13 @@ import numpy as np
 
 from mae_bench.data.sets.fetch import file_lock
 from mae_bench.data.sets.index import Index, IndexedImages, build_index, cache_folder, stamp
-from mae_bench.data.sets.packed import PackOptions, is_packed, open_packed, pack_sources
+from mae_bench.data.sets.packed import HEADER, is_packed, open_packed
+from mae_bench.data.sets.packing import PackOptions, pack_sources
 from mae_bench.data.sets.shards import split_names
 from mae_bench.data.sets.source import ImageSource
 from mae_bench.errors import NotInstalled, UserError
 from mae_bench.files import json_digest
+from mae_bench.seal import BrokenSeal
 
 log = logging.getLogger(__name__)
 
@@ -329,16 +331,21 @@ class ParquetImages(ImageSource):
 def open_unpacked(source: ImageSource, key: str) -> IndexedImages:
     """Open the source as a packed set in the cache, with unchanged bytes; one process writes it."""
     out = cache_folder() / "unpacked" / json_digest([key, source.digest])[:32]
-    if not is_packed(out):
+    if is_packed(out):
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{out} cannot be created: {error}",
-                expected="a cache folder with enough space for the set",
-                fix="export MAE_BENCH_CACHE=FOLDER",
-            ) from error
-        log.info("unpacking %d images to %s (once)", len(source), out)
-        with file_lock(out):
-            pack_sources({"all": source}, out, PackOptions(unchecked=True), name="unpacked")
+            return open_packed(out, "all")
+        except BrokenSeal as error:
+            log.warning("%s; it is unpacked again", error.given)
+            (out / HEADER).unlink(missing_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be created: {error}",
+            expected="a cache folder with enough space for the set",
+            fix="export MAE_BENCH_CACHE=FOLDER",
+        ) from error
+    log.info("unpacking %d images to %s (once)", len(source), out)
+    with file_lock(out):
+        pack_sources({"all": source}, out, PackOptions(unchecked=True), name="unpacked")
     return open_packed(out, "all")

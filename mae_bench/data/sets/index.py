@@ -10,6 +10,7 @@ import logging
 import os
 import struct
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -274,12 +275,16 @@ class IndexedImages(ImageSource):
 
     raw: the set stores pixels instead of encoded files.
     digest: digest of the content, or of more than names and sizes; "" to compute it from names and sizes.
+    checksums: file with the CRC-32 of each image (N,), compared when an image is read; "" if there is none.
     """
 
-    def __init__(self, index: Index, folder: str | Path, raw: bool = False, digest: str = ""):
+    def __init__(
+        self, index: Index, folder: str | Path, raw: bool = False, digest: str = "", checksums: str = ""
+    ):
         self.index, self.folder, self.raw, self.content_digest = index, str(folder), raw, digest
+        self.checksums = checksums
         self._open: dict[int, io.FileIO] = {}
-        self._maps: dict[int, np.memmap] = {}
+        self._maps: dict[str, np.memmap] = {}
 
     @property
     def classes(self) -> list[str]:
@@ -309,23 +314,35 @@ class IndexedImages(ImageSource):
         if not self.index.files:
             with open(f"{self.folder}/{self.index.name(i)}", "rb", buffering=0) as file:
                 return file.read(-1 if length is None else length)
-        size = int(self.index.sizes[i])
-        if length is not None:
-            size = min(length, size)
+        whole = int(self.index.sizes[i])
+        size = whole if length is None else min(length, whole)
         data = os.pread(self._open_file(int(self.index.shard[i])).fileno(), size, int(self.index.starts[i]))
         if len(data) != size:
             raise OSError(f"{self.index.files[self.index.shard[i]]} ends in the middle of an image")
+        if size == whole:
+            self._check(i, data)
         return data
 
     def pixels(self, i: int) -> np.ndarray | None:
         return self._pixels(i) if self.raw else None
 
     def _pixels(self, i: int) -> np.ndarray:
-        number, start = int(self.index.shard[i]), int(self.index.starts[i])
-        if number not in self._maps:
-            self._maps[number] = np.memmap(Path(self.folder, self.index.files[number]), np.uint8, "r")
+        file, start = self.index.files[self.index.shard[i]], int(self.index.starts[i])
         height, width = self.index.shapes[i].tolist()
-        return np.asarray(self._maps[number][start : start + height * width * 3]).reshape(height, width, 3)
+        data = np.asarray(self._map(file, np.uint8)[start : start + height * width * 3])
+        self._check(i, data.data)
+        return data.reshape(height, width, 3)
+
+    def _check(self, i: int, data: bytes | memoryview) -> None:
+        """Raise OSError if the bytes of image i differ from those that its checksum was computed of."""
+        if self.checksums and zlib.crc32(data) != self._map(self.checksums, np.uint32)[i]:
+            file = Path(self.folder, self.index.files[self.index.shard[i]])
+            raise OSError(f"its bytes in {file} are damaged; write {self.folder} again")
+
+    def _map(self, file: str, dtype: type) -> np.memmap:
+        if file not in self._maps:
+            self._maps[file] = np.memmap(Path(self.folder, file), dtype, "r")
+        return self._maps[file]
 
     def _open_file(self, number: int) -> io.FileIO:
         """Open a file of the index, or return it if it is open.

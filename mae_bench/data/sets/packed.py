@@ -1,106 +1,18 @@
-"""Write and read packed sets: one indexed file of images per split, optionally resized or re-encoded."""
+"""Read packed sets: one indexed file of images per split, with a checksum per image."""
 
-import hashlib
-import io
 import json
-import multiprocessing
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-import PIL
-from PIL import Image
-
-from mae_bench.data.sets.decode import NUMPY, decode_size
-from mae_bench.data.sets.index import IndexedImages, build_index, read_index, write_index
-from mae_bench.data.sets.source import BadImage, ImageSource, decode
+from mae_bench.data.sets.index import IndexedImages, read_index
 from mae_bench.errors import UserError
-from mae_bench.files import file_digest, is_full, json_digest, write_atomic, write_json
-from mae_bench.lifetime import end_with_parent
+from mae_bench.files import file_digest, json_digest
+from mae_bench.seal import SEAL, BrokenSeal, check_json_seal
 
-VERSION = 1
+VERSION = 2
+UNSEALED = 1  # an earlier version, without seal and checksums
 HEADER = "packed.json"  # written last: a folder without it is not a packed set
-QUALITY = 90  # default JPEG quality of resized images: see benchmarks/results for its cost and benefit
-SUBSAMPLING = "4:2:0"
-SUFFIXES = (".data", ".index", ".part", ".journal")
-WINDOW = 256  # images per journal entry; an interrupted pack resumes after the last entry
-
-Row = tuple[int, int, int, int]  # index in the source, bytes, height, width
-ProgressCallback = Callable[[str, int, int], None]  # called with (stage, number done, total number)
-
-
-@dataclass(frozen=True)
-class PackOptions:
-    """What to do with each image; by default its bytes are kept unchanged.
-
-    short_side: length in pixels that the shorter side is reduced to (bicubic, antialiased), never enlarged.
-    quality: JPEG quality of every image; None writes resized images with 90 and keeps the bytes of others.
-    raw: store uint8 pixels instead of files.
-    unchecked: keep the bytes without decoding them; bad images are found when they are read.
-    """
-
-    short_side: int | None = None
-    quality: int | None = None
-    raw: bool = False
-    unchecked: bool = False
-
-    def __post_init__(self) -> None:
-        if self.short_side is not None and self.short_side < 1:
-            raise UserError(f"short_side {self.short_side}", expected="a number of pixels")
-        if self.quality is not None and not 1 <= self.quality <= 100:
-            raise UserError(
-                f"quality {self.quality}",
-                expected="1 to 100 (above 95, files grow with little gain in quality)",
-            )
-        if self.raw and self.quality is not None:
-            raise UserError(f"raw pixels with quality {self.quality}", expected="one of the two")
-
-    @property
-    def label(self) -> str:
-        """Suffix of the set's name that states how its images differ from the source's; "" if unchanged."""
-        parts = []
-        if self.short_side:
-            parts.append(f"{self.short_side}px")
-        if (self.short_side or self.quality) and not self.raw:
-            parts.append(f"q{self.quality or QUALITY}")
-        if self.raw:
-            parts.append("raw")
-        return "".join(f"-{part}" for part in parts)
-
-    def encode(self, data: bytes) -> tuple[bytes, int, int]:
-        """Return what to store of an image, and its height and width (0 if unchecked); raise BadImage."""
-        if self.unchecked:
-            return data, 0, 0
-        if not (self.short_side or self.quality or self.raw):
-            return data, *decode_size(data)
-        if data.startswith(NUMPY):
-            raise BadImage("an array, which can only be packed unchanged: --original")
-        image = decode(data)
-        resized = shrink(image, self.short_side) if self.short_side else image
-        if self.raw:
-            return np.asarray(resized).tobytes(), resized.height, resized.width
-        if resized is image and self.quality is None:
-            return data, image.height, image.width
-        file = io.BytesIO()
-        resized.save(file, "JPEG", quality=self.quality or QUALITY, subsampling=SUBSAMPLING, optimize=True)
-        return file.getvalue(), resized.height, resized.width
-
-
-def shrink(image: Image.Image, short_side: int) -> Image.Image:
-    """Return the image with this shorter side, or unchanged if it is not larger.
-
-    The longer side is rounded down, as in torchvision's Resize.
-    """
-    short = min(image.size)
-    if short <= short_side:
-        return image
-    width, height = (short_side if side == short else int(short_side * side / short) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+FIX = "pack or copy the images again"
 
 
 def is_packed(root: Path) -> bool:
@@ -109,274 +21,77 @@ def is_packed(root: Path) -> bool:
 
 
 def read_header(root: Path) -> dict[str, Any]:
-    """Read the header of a packed set; raise UserError if it is unreadable or of another version."""
+    """Read the header of a packed set; raise UserError if it is damaged or of another version."""
     path = root / HEADER
     try:
         header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = header["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not the header of a packed set: {error!r}", fix="pack the images again"
-        ) from error
-    if version != VERSION:
-        raise UserError(
-            f"{path} has version {version}", expected=f"version {VERSION}", fix="pack the images again"
-        )
-    return header
+        raise BrokenSeal(f"{path} is not the header of a packed set: {error!r}", fix=FIX) from error
+    if version == UNSEALED and SEAL not in header:
+        return header
+    if version not in (VERSION, UNSEALED):
+        raise BrokenSeal(f"{path} has version {version}", expected=f"version {VERSION}", fix=FIX)
+    return check_json_seal(header, path, fix=FIX)
 
 
 def open_packed(root: Path, split: str) -> IndexedImages:
-    """Open one split of a packed set; raise UserError if a file is missing or has changed in size."""
+    """Open one split of a packed set; each image is compared with its checksum when it is read.
+
+    Raise UserError if the size of the images or the content of another file has changed.
+    """
     header = read_header(root)
     if split not in header["splits"]:
         raise UserError(f"{root} has no split {split}", expected=f"one of {', '.join(header['splits'])}")
-    entry, data, index = header["splits"][split], root / f"{split}.data", read_index(root / f"{split}.index")
+    entry, data = header["splits"][split], root / f"{split}.data"
     size = data.stat().st_size if data.is_file() else None
-    if index is None or len(index) != entry["images"] or size != entry["bytes"]:
-        raise UserError(
-            f"{data} or its index is missing or has another size ({size} bytes)",
+    if size != entry["bytes"]:
+        raise BrokenSeal(
+            f"{data} is missing or has another size ({size} bytes)",
             expected=f"{entry['bytes']} bytes, as written",
-            fix="pack or copy the images again",
+            fix=FIX,
         )
-    return IndexedImages(index, root, raw=header["how"]["raw"], digest=_digest_split(entry))
+    digests = _list_digests(root, split, entry)
+    del digests[data]
+    for path, digest in digests.items():
+        _verify_file(path, digest)
+    index = read_index(root / f"{split}.index")
+    if index is None:
+        raise BrokenSeal(f"{root / f'{split}.index'} cannot be read", expected="an index", fix=FIX)
+    checksums = root / f"{split}.checksums"
+    return IndexedImages(
+        index,
+        root,
+        raw=header["how"]["raw"],
+        digest=digest_split(entry),
+        checksums=checksums.name if checksums in digests else "",
+    )
 
 
 def verify_packed(root: Path) -> None:
     """Read the whole set; raise UserError if a file differs from what was written."""
     for split, entry in read_header(root)["splits"].items():
-        for name, expected in ((f"{split}.data", entry["sha256"]), (f"{split}.index", entry["index_sha256"])):
-            found = file_digest(root / name)
-            if found != expected:
-                raise UserError(
-                    f"{root / name} has SHA-256 {found}",
-                    expected=expected,
-                    fix="pack or copy the images again",
-                )
+        for path, digest in _list_digests(root, split, entry).items():
+            _verify_file(path, digest)
 
 
-def _digest_split(entry: dict[str, Any]) -> str:
+def digest_split(entry: dict[str, Any]) -> str:
     """Return the digest of a split: over its images, and their names and labels."""
     return json_digest([entry["sha256"], entry["index_sha256"]])
 
 
-def pack_sources(
-    sources: dict[str, ImageSource],
-    out: Path,
-    options: PackOptions,
-    *,
-    name: str,
-    num_workers: int = 0,
-    progress: ProgressCallback | None = None,
-) -> dict[str, Any]:
-    """Pack the splits into the folder `out` and return the header.
+def _list_digests(root: Path, split: str, entry: dict[str, Any]) -> dict[Path, str]:
+    """Return the SHA-256 of each file of a split; sets of version 1 have no checksums."""
+    digests = {f"{split}.data": entry["sha256"], f"{split}.index": entry["index_sha256"]}
+    if "checksums_sha256" in entry:
+        digests[f"{split}.checksums"] = entry["checksums_sha256"]
+    return {root / name: digest for name, digest in digests.items()}
 
-    Images that do not decode are left out and listed in the header. An interrupted call is resumed; a
-    complete set of the same images and options is left unchanged.
-    Raises UserError if `out` holds another set, no image decodes, or the disk is full (then partial files are
-    removed).
-    """
-    digests = {split: [source.digest, len(source)] for split, source in sources.items()}
-    header: dict[str, Any] = {
-        "version": VERSION,
-        "source": digests,
-        "how": asdict(options),
-        "pillow": PIL.__version__,
-        "name": name + options.label,
-    }
-    if not options.raw:
-        header["subsampling"] = SUBSAMPLING
-    if is_packed(out):
-        return _read_same(out, header)
-    packs = {
-        split: _Pack(source, out / split, header, num_workers, progress) for split, source in sources.items()
-    }
+
+def _verify_file(path: Path, expected: str) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        _check_empty(out)
-        header["splits"] = {split: pack.run(options) for split, pack in packs.items()}
-        for pack in packs.values():
-            pack.part.replace(pack.data)
-        digest = json_digest({split: _digest_split(entry) for split, entry in header["splits"].items()})
-        write_json(out / HEADER, header | {"digest": digest})
-        for pack in packs.values():
-            pack.journal.unlink()
+        found = file_digest(path)
     except OSError as error:
-        if is_full(error):
-            for pack in packs.values():
-                pack.discard()
-        raise UserError(
-            f"{out} cannot be written: {error}",
-            expected="a folder with enough space for the packed images",
-            fix="free some space, or give another folder",
-        ) from error
-    return read_header(out)
-
-
-def _read_same(out: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """Read the header of an existing set; raise UserError if its images or options are others."""
-    found = read_header(out)
-    if any(found.get(key) != value for key, value in header.items() if key not in ("pillow", "name")):
-        raise UserError(
-            f"{out} holds a packed set of other images, or packed with other options",
-            expected="an empty folder",
-            fix="give another folder",
-        )
-    return found
-
-
-def _check_empty(out: Path) -> None:
-    """Raise UserError if a folder holds files other than those of an interrupted pack."""
-    others = sorted(path.name for path in out.iterdir() if path.suffix not in SUFFIXES)
-    if others:
-        raise UserError(
-            f"{out} is not empty: {', '.join(others[:5])}",
-            expected="a new folder for the packed set",
-            fix="give another folder",
-        )
-
-
-class _Pack:
-    """Packing of one split: NAME.data.part grows, and NAME.journal records how much of it is complete."""
-
-    def __init__(
-        self,
-        source: ImageSource,
-        path: Path,
-        header: dict[str, Any],
-        num_workers: int,
-        progress: ProgressCallback | None,
-    ):
-        self.source, self.split, self.num_workers, self.progress = source, path.name, num_workers, progress
-        self.identity = json_digest([header, path.name])
-        self.data, self.index = path.with_suffix(".data"), path.with_suffix(".index")
-        self.part, self.journal = path.with_suffix(".data.part"), path.with_suffix(".journal")
-        self.rows: list[Row] = []
-        self.bad: list[list[str]] = []
-        self.done = self.bytes = 0
-
-    def run(self, options: PackOptions) -> dict[str, Any]:
-        """Write the split, except for the final rename of its data, and return its entry in the header."""
-        self._resume()
-        with open(self.part, "r+b") as file, open(self.journal, "ab") as journal:
-            file.truncate(self.bytes)
-            file.seek(0)
-            sha = hashlib.file_digest(file, "sha256")
-            for window in self._encode_windows(options):
-                self._write(window, file, journal, sha)
-        return self._finish(sha.hexdigest())
-
-    def discard(self) -> None:
-        """Remove the partial files."""
-        for path in (self.part, self.journal, self.index):
-            path.unlink(missing_ok=True)
-
-    def _resume(self) -> None:
-        """Restore the state recorded in the journal, if it belongs to the same images and options."""
-        entries: list[dict[str, Any]] = []
-        with suppress(FileNotFoundError, ValueError):  # ValueError: the last line is truncated
-            for line in self.journal.read_text(encoding="utf-8").splitlines():
-                entries.append(json.loads(line))
-        if self.data.is_file():  # interrupted between the final rename and the header
-            self.data.replace(self.part)
-        self.part.touch()
-        is_same = bool(entries) and entries[0] == {"pack": self.identity}
-        if not is_same or entries[-1].get("bytes", 0) > self.part.stat().st_size:
-            entries = [{"pack": self.identity}]
-        for entry in entries[1:]:
-            self.rows += [tuple(row) for row in entry["rows"]]
-            self.bad += entry["bad"]
-            self.done, self.bytes = entry["done"], entry["bytes"]
-        write_atomic(self.journal, lambda file: file.writelines(map(_encode_line, entries)))
-
-    def _encode_windows(self, options: PackOptions) -> Iterator[Iterable[Any]]:
-        """Yield the encoded images of each window; workers encode the next one while the caller writes."""
-        starts = range(self.done, len(self.source), WINDOW)
-        windows = [range(start, min(start + WINDOW, len(self.source))) for start in starts]
-        if self.num_workers == 0:
-            for window in windows:
-                yield (_encode(self.source, options, i) for i in window)
-            return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            self.num_workers, context, initializer=_init_worker, initargs=(self.source, options, os.getpid())
-        ) as pool:
-            ahead: Iterable[Any] = ()
-            for window in windows:
-                results, ahead = ahead, pool.map(_encode_in_worker, window, chunksize=16)
-                yield results
-            yield ahead
-
-    def _write(self, window: Iterable[Any], file: BinaryIO, journal: BinaryIO, sha: Any) -> None:
-        rows: list[Row] = []
-        bad: list[list[str]] = []
-        before = self.done
-        for i, data, height, width in window:
-            self.done = i + 1
-            if isinstance(data, str):
-                bad.append([self.source.name(i), data])
-                continue
-            file.write(data)
-            sha.update(data)
-            rows.append((i, len(data), height, width))
-            self.bytes += len(data)
-        if self.done == before:
-            return
-        file.flush()
-        os.fsync(file.fileno())  # the journal must never be ahead of the data
-        journal.write(_encode_line({"done": self.done, "bytes": self.bytes, "rows": rows, "bad": bad}))
-        journal.flush()
-        self.rows += rows
-        self.bad += bad
-        if self.progress:
-            self.progress(self.split, self.done, len(self.source))
-
-    def _finish(self, digest: str) -> dict[str, Any]:
-        if not self.rows:
-            reason = self.bad[0][1] if self.bad else "the split is empty"
-            raise UserError(f"no image of {self.split} decodes: {reason}", expected="images")
-        indices, sizes, *shapes = np.array(self.rows, np.int64).T
-        index = build_index(
-            [self.source.name(i) for i in indices.tolist()],
-            sizes,
-            self.source.targets[indices],
-            self.source.classes,
-            files=[self.data.name],
-            shard=np.zeros(len(sizes)),
-            starts=np.cumsum(sizes) - sizes,
-            shapes=np.stack(shapes, 1),
-        )
-        content = write_index(index)
-        write_atomic(self.index, lambda file: file.write(content))
-        return {
-            "images": len(index),
-            "classes": len(index.classes),
-            "bytes": self.bytes,
-            "sha256": digest,
-            "index_sha256": hashlib.sha256(content).hexdigest(),
-            "left_out": self.bad,
-        }
-
-
-def _encode_line(entry: dict[str, Any]) -> bytes:
-    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
-
-
-def _encode(source: ImageSource, options: PackOptions, i: int) -> tuple[int, bytes | str, int, int]:
-    """Return (i, stored bytes or the reason why the image does not decode, height, width)."""
-    try:
-        return i, *options.encode(source.read(i))
-    except (BadImage, OSError) as error:
-        return i, str(error), 0, 0
-
-
-_worker_state: list[Any] = []  # the source and the options, in a worker process
-
-
-def _init_worker(source: ImageSource, options: PackOptions, parent: int) -> None:
-    end_with_parent(parent)
-    _worker_state[:] = [source, options]
-
-
-def _encode_in_worker(i: int) -> tuple[int, bytes | str, int, int]:
-    source, options = _worker_state
-    return _encode(source, options, i)
+        raise BrokenSeal(f"{path} cannot be read: {error}", expected="a file of the set", fix=FIX) from error
+    if found != expected:
+        raise BrokenSeal(f"{path} has SHA-256 {found}", expected=f"{expected}, as written", fix=FIX)

@@ -14,7 +14,7 @@ from mae_bench.data.checks.layouts import check_layout
 from mae_bench.data.pack import pack_set
 from mae_bench.data.prepare import DEVKIT, TRAIN, VAL, prepare_imagenet
 from mae_bench.data.sets.open import open_images
-from mae_bench.data.sets.packed import PackOptions
+from mae_bench.data.sets.packing import PackOptions
 from mae_bench.errors import NotInstalled, UserError
 
 Picture = Callable[..., bytes]
@@ -111,8 +111,10 @@ def test_archives_become_a_packed_set_without_being_unpacked(devkit: Path, tmp_p
     assert (made.num_train, made.num_val, made.num_classes) == (6, 4, 3)
     assert {path.name for path in out.iterdir()} == {
         "packed.json",
+        "train.checksums",
         "train.data",
         "train.index",
+        "val.checksums",
         "val.data",
         "val.index",
     }

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mae_bench.data.checks.layouts import check_layout
+from mae_bench.data.sets.index import cache_folder
 from mae_bench.data.sets.open import open_images
 from mae_bench.data.sets.source import ImageSource
 from mae_bench.errors import NotInstalled, UserError
@@ -126,7 +127,7 @@ def test_parquet_is_unpacked_once(
     assert contents(images) == expected(range(8), picture)
     assert images.name(1) == f"{path.name}:1:1.jpg"
     assert images.name(6) == f"{second.name}:1"
-    monkeypatch.setattr("mae_bench.data.sets.packed._encode", lambda *_: pytest.fail("it is unpacked again"))
+    monkeypatch.setattr("mae_bench.data.sets.packing._encode", lambda *_: pytest.fail("it is unpacked again"))
     assert contents(open_images(tmp_path, "train")) == expected(range(8), picture)
 
 
@@ -135,6 +136,15 @@ def test_parquet_that_changed_is_unpacked_again(tmp_path: Path, picture: Picture
     assert len(open_images(tmp_path, "train")) == 5
     pq.write_table(table(range(6), picture), tmp_path / "train.parquet")
     assert contents(open_images(tmp_path, "train")) == expected(range(6), picture)
+
+
+@pytest.mark.parametrize("name", ["packed.json", "all.index", "all.data"])
+def test_a_damaged_copy_in_the_cache_is_unpacked_again(tmp_path: Path, picture: Picture, name: str) -> None:
+    pq.write_table(table(range(5), picture), tmp_path / "train.parquet")
+    open_images(tmp_path, "train")
+    (damaged,) = cache_folder().glob(f"unpacked/*/{name}")
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    assert contents(open_images(tmp_path, "train")) == expected(range(5), picture)
 
 
 def test_plain_bytes_and_labels_of_every_kind(tmp_path: Path, picture: Picture) -> None:

@@ -14,11 +14,13 @@ from PIL import Image
 
 from mae_bench.data.checks.layouts import check_layout
 from mae_bench.data.pack import pack_set
-from mae_bench.data.sets import packed
+from mae_bench.data.sets import packing
 from mae_bench.data.sets.open import open_images
 from mae_bench.data.sets.packed import verify_packed
 from mae_bench.data.sets.source import ImageSource, decode
+from mae_bench.data.sets.subset import Subset
 from mae_bench.errors import UserError
+from mae_bench.seal import BrokenSeal
 
 Picture = Callable[..., bytes]
 NAMES = [f"{name}/{i}.jpg" for name in "ab" for i in range(4)]
@@ -54,8 +56,10 @@ def test_unchanged_bytes_come_out_as_they_went_in(source: Path, tmp_path: Path, 
     assert (report.splits, report.classes) == ({"train": 8, "val": 8}, ("a", "b"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "packed.json",
+        "train.checksums",
         "train.data",
         "train.index",
+        "val.checksums",
         "val.data",
         "val.index",
     }
@@ -89,7 +93,7 @@ def test_raw_pixels_are_a_view_of_the_file(source: Path, tmp_path: Path) -> None
             pixels = after.pixels(i)
             assert pixels is not None
             assert (pixels.shape, pixels.dtype) == (shape, np.uint8)
-            expected = packed.shrink(decode(before.read(i)), 20)
+            expected = packing.shrink(decode(before.read(i)), 20)
             np.testing.assert_array_equal(pixels, np.asarray(expected))
             np.testing.assert_array_equal(np.asarray(decode(after.read(i))), pixels)
         pixels = after.pixels(0)
@@ -125,10 +129,10 @@ class Stopped(BaseException):
 def test_a_stopped_pack_goes_on(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, kept: int, torn: bool
 ) -> None:
-    monkeypatch.setattr(packed, "WINDOW", 3)
+    monkeypatch.setattr(packing, "WINDOW", 3)
     pack_set(source, tmp_path / "whole", short_side=20)
     seen: list[int] = []
-    original = packed._encode
+    original = packing._encode
 
     def encode(*given: Any) -> Any:
         if len(seen) == stop_at:
@@ -136,7 +140,7 @@ def test_a_stopped_pack_goes_on(
         seen.append(given[-1])
         return original(*given)
 
-    monkeypatch.setattr(packed, "_encode", encode)
+    monkeypatch.setattr(packing, "_encode", encode)
     with pytest.raises(Stopped):
         pack_set(source, tmp_path / "out", short_side=20)
     with pytest.raises(UserError):
@@ -159,10 +163,10 @@ def test_a_pack_stopped_before_its_header_goes_on(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(packed, "write_json", lambda *_: (_ for _ in ()).throw(Stopped))
+        patched.setattr(packing, "write_json", lambda *_: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
             pack_set(source, tmp_path / "out")
-        patched.setattr(packed, "_encode", lambda *_: pytest.fail("it is encoded again"))
+        patched.setattr(packing, "_encode", lambda *_: pytest.fail("it is encoded again"))
         with pytest.raises(Stopped):
             pack_set(source, tmp_path / "out")
     pack_set(source, tmp_path / "out")
@@ -172,11 +176,11 @@ def test_a_pack_stopped_before_its_header_goes_on(
 def test_another_way_or_another_source_starts_anew_or_is_refused(
     source: Path, tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "WINDOW", 3)
+    monkeypatch.setattr(packing, "WINDOW", 3)
     with monkeypatch.context() as patched:
-        original = packed._encode
+        original = packing._encode
         patched.setattr(
-            packed, "_encode", lambda *g: original(*g) if g[-1] < 4 else (_ for _ in ()).throw(Stopped)
+            packing, "_encode", lambda *g: original(*g) if g[-1] < 4 else (_ for _ in ()).throw(Stopped)
         )
         with pytest.raises(Stopped):
             pack_set(source, tmp_path / "out", short_side=10)
@@ -201,39 +205,99 @@ def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: p
         file.write(b"some")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(packed._Pack, "_write", full)
+    monkeypatch.setattr(packing._Pack, "_write", full)
     with pytest.raises(UserError, match="No space left"):
         pack_set(source, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_damaged_set_is_named(source: Path, tmp_path: Path) -> None:
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_damaged_image_is_not_read(source: Path, tmp_path: Path, raw: bool) -> None:
+    out = tmp_path / "out"
+    pack_set(source, out, raw=raw)
+    intact = contents(open_images(out, "train"))
+    flip(out / "train.data", 100)
+    images = open_images(out, "train")
+    assert contents(Subset(images, range(1, 8))) == intact[1:]
+    for read in (images.read, images.stored, *([images.pixels] if raw else [])):
+        with pytest.raises(OSError, match=r"train\.data are damaged; write .*out again"):
+            read(0)
+    for check in (lambda: verify_packed(out), lambda: check_layout("imagenet", out, thorough=True)):
+        with pytest.raises(BrokenSeal, match=r"train\.data has SHA-256"):
+            check()
+
+
+def test_damage_to_any_other_file_is_found_when_a_set_is_opened(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     pack_set(source, out)
     data = (out / "train.data").read_bytes()
-    (out / "train.data").write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
-    check_layout("imagenet", out)
-    for check in (lambda: verify_packed(out), lambda: check_layout("imagenet", out, thorough=True)):
-        with pytest.raises(UserError, match="SHA-256"):
-            check()
     (out / "train.data").write_bytes(data[:-1])
-    with pytest.raises(UserError, match="another size"):
+    with pytest.raises(BrokenSeal, match="another size"):
         open_images(out, "train")
-    (out / "train.data").write_bytes(data)
-    index = (out / "val.index").read_bytes()
-    (out / "val.index").write_bytes(index[:-1] + bytes([index[-1] ^ 1]))
-    with pytest.raises(UserError, match="val.index has SHA-256"):
-        verify_packed(out)
-    (out / "val.index").write_bytes(b"")
-    with pytest.raises(UserError, match="val.data or its index"):
-        open_images(out, "val")
+    for name in ("val.index", "val.checksums"):
+        intact = (out / name).read_bytes()
+        for place in (0, len(intact) // 2, -1):
+            flip(out / name, place)
+            with pytest.raises(BrokenSeal, match=f"{name} has SHA-256"):
+                open_images(out, "val")
+            (out / name).write_bytes(intact)
+        (out / name).unlink()
+        with pytest.raises(BrokenSeal, match=f"{name} cannot be read"):
+            open_images(out, "val")
+        (out / name).write_bytes(intact)
     header = json.loads((out / "packed.json").read_text())
-    (out / "packed.json").write_text(json.dumps(header | {"version": 99}))
-    with pytest.raises(UserError, match="version 99"):
-        open_images(out, "train")
+    for changed, problem in (
+        ({"version": 99}, "version 99"),
+        ({"version": 1}, "digest"),
+        ({"how": 1}, "digest"),
+    ):
+        (out / "packed.json").write_text(json.dumps(header | changed))
+        with pytest.raises(BrokenSeal, match=problem):
+            open_images(out, "train")
     (out / "packed.json").write_text("{")
-    with pytest.raises(UserError, match="not the header"):
+    with pytest.raises(BrokenSeal, match="not the header"):
         open_images(out, "train")
+
+
+def test_a_set_of_the_earlier_version_is_read_without_checksums(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    header = pack_set(source, out)
+    for split in ("train", "val"):
+        (out / f"{split}.checksums").unlink()
+        del header["splits"][split]["checksums_sha256"]
+    (out / "packed.json").write_text(json.dumps(header | {"version": 1}))
+    assert contents(open_images(out, "train")) == contents(open_images(source, "train"))
+    verify_packed(out)
+    assert check_layout("imagenet", out).digest == header["digest"]
+    pack_set(source, out)  # the same images: left as it is
+    assert not list(out.glob("*.checksums"))
+
+
+@pytest.mark.parametrize("name", ["train.data.part", "train.journal"])
+def test_a_pack_does_not_go_on_from_what_is_damaged(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(packing, "WINDOW", 3)
+    pack_set(source, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        original = packing._encode
+        patched.setattr(
+            packing, "_encode", lambda *g: original(*g) if g[-1] < 7 else (_ for _ in ()).throw(Stopped)
+        )
+        with pytest.raises(Stopped):
+            pack_set(source, tmp_path / "out")
+    path = tmp_path / "out" / name
+    flip(path, path.stat().st_size // 2)
+    pack_set(source, tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()
+    }
 
 
 @pytest.mark.parametrize(
