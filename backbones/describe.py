@@ -4,15 +4,15 @@ Imports no framework for an export of ours, nor for a checkpoint that was descri
 """
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from backbones.config import CheckpointConfig
+from backbones.reading.description import check_description, read_json
 from backbones.translating.report import read_assumptions
-from mae_bench.data.sets.index import cache_path
+from mae_bench.data.sets.index import cache_path, read_cached, try_to_cache
 from mae_bench.errors import UserError
-from mae_bench.files import json_digest, write_json
+from mae_bench.files import json_digest
 from mae_bench.job import EXPORT, SPEC_FILE
 from mae_bench.spec import BackboneSpec
 from mae_bench.suite.config import source_path
@@ -35,16 +35,15 @@ def describe(config: CheckpointConfig) -> Description:
     if (path / EXPORT).is_dir():
         path = path / EXPORT
     if (path / SPEC_FILE).is_file() and not (config.format or config.weights or config.sha256 or config.spec):
-        return _parse(json.loads((path / SPEC_FILE).read_text(encoding="utf-8")))
+        return _parse(check_description(read_json(path / SPEC_FILE), path / SPEC_FILE))
     options = [config.format, config.weights, config.sha256, config.spec]
     key = json_digest([str(path.resolve()), _identify(_list_files(path)), options, _identify(_list_code())])
-    cached = cache_path(CACHE, key, ".json")
-    if cached.is_file():
-        value = json.loads(cached.read_text(encoding="utf-8"))
-    else:
-        value = _read(config)
-        with suppress(OSError):  # a cache that cannot be written
-            write_json(cached, value)
+    path = cache_path(CACHE, key, ".json")
+    cached = read_cached(path)
+    if cached is None:
+        cached = json.dumps(_read(config)).encode()
+        try_to_cache(path, cached)
+    value = json.loads(cached)
     return BackboneSpec.from_dict(value["spec"]), value["assumptions"]
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import save
 from mae_bench.files import file_digest, write_atomic, write_json
 from mae_bench.job import EXPORT as EXPORT
 from mae_bench.job import SPEC_FILE as SPEC_FILE
+from mae_bench.seal import seal_json
 from mae_bench.spec import BackboneSpec
 
 WEIGHTS_FILE = "backbone.safetensors"
@@ -19,11 +20,12 @@ def write_export(
 ) -> str:
     """Write the weights, then `backbone.json` (spec, provenance, digest); return the digest of the weights.
 
-    The JSON is written last: an export that has it is complete.
+    The JSON is sealed and written last: an export that has it is complete.
     """
     folder = Path(folder)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     write_atomic(folder / WEIGHTS_FILE, lambda file: file.write(save(contiguous, metadata={"format": "pt"})))
     digest = file_digest(folder / WEIGHTS_FILE)
-    write_json(folder / SPEC_FILE, {"spec": spec.to_dict(), "digest": digest, "provenance": provenance})
+    described = {"spec": spec.to_dict(), "digest": digest, "provenance": provenance}
+    write_json(folder / SPEC_FILE, seal_json(described))
     return digest

@@ -27,8 +27,13 @@ def seal_json(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, SEAL: json_digest(value)}
 
 
-def check_json_seal(value: Any, path: Path, *, fix: str = FIX) -> dict[str, Any]:
-    """Return a JSON object read from `path` without its seal. Raise BrokenSeal if the seal is not its own."""
+def check_json_seal(value: Any, path: Path, *, fix: str = FIX, required: bool = True) -> dict[str, Any]:
+    """Return a JSON object read from `path` without its seal. Raise BrokenSeal if the seal is not its own.
+
+    required: False accepts an object without a seal, as an earlier version or somebody else wrote it.
+    """
+    if not required and isinstance(value, dict) and SEAL not in value:
+        return value
     if not isinstance(value, dict) or SEAL not in value:
         raise BrokenSeal(f"{path} has no seal", expected=f"the key {SEAL!r}, as written", fix=fix)
     content = {key: item for key, item in value.items() if key != SEAL}
@@ -43,8 +48,8 @@ def check_json_seal(value: Any, path: Path, *, fix: str = FIX) -> dict[str, Any]
     return content
 
 
-def read_sealed_json(path: str | Path, *, fix: str = FIX) -> dict[str, Any]:
-    """Read a JSON file that holds the result of `seal_json`, without its seal.
+def read_sealed_json(path: str | Path, *, fix: str = FIX, required: bool = True) -> dict[str, Any]:
+    """Read a JSON file that holds the result of `seal_json`, without its seal; see `check_json_seal`.
 
     Raise BrokenSeal if it differs from what was written, and FileNotFoundError if it is missing.
     """
@@ -55,7 +60,7 @@ def read_sealed_json(path: str | Path, *, fix: str = FIX) -> dict[str, Any]:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise BrokenSeal(f"{path} cannot be read: {error}", expected="a sealed JSON file", fix=fix) from error
-    return check_json_seal(value, path, fix=fix)
+    return check_json_seal(value, path, fix=fix, required=required)
 
 
 def seal(folder: str | Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_bench.errors import UserError
+from mae_bench.seal import SEAL, check_json_seal
 
 MAX_JSON = 1 << 20  # bytes
 
@@ -21,3 +22,9 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}", expected="a JSON object")
     return value
+
+
+def check_description(value: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return our own description of an export without its seal; raise UserError if it was changed."""
+    fix = f"export the backbone again; if you changed the file on purpose, remove its key {SEAL!r}"
+    return check_json_seal(value, path, fix=fix, required=False)

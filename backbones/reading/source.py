@@ -15,7 +15,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 
-from backbones.reading.description import read_json
+from backbones.reading.description import check_description, read_json
 from backbones.reading.hub import fetch_repo, log_once
 from backbones.reading.licence import find_licence
 from backbones.reading.official import fetch_official, find_name
@@ -180,6 +180,8 @@ def _read_descriptions(file: Path, digest: str, in_named_folder: bool) -> dict[s
     """Return the JSON descriptions in a file's folder by name; our own only if it is of these weights."""
     paths = [file.parent / name for name in DESCRIPTIONS]
     beside = {path.name: read_json(path) for path in paths if path.is_file()}
+    if SPEC_FILE in beside:
+        beside[SPEC_FILE] = check_description(beside[SPEC_FILE], file.parent / SPEC_FILE)
     is_ours = file.name == WEIGHTS_FILE or in_named_folder
     if SPEC_FILE in beside and not is_ours and beside[SPEC_FILE].get("digest") != digest:
         del beside[SPEC_FILE]

@@ -1,6 +1,5 @@
 """Fit the config of a transfer to its backbone, and find what does not fit before any cell runs."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from mae_bench.errors import UserError
 from mae_bench.job import EXPORT, SPEC_FILE
 from mae_bench.record import ResultRecord
 from mae_bench.registry import Kind, kind, load_object
+from mae_bench.seal import read_sealed_json
 from mae_bench.spec import BackboneSpec
 from mae_bench.suite.cell import Cell
 from mae_bench.suite.config import Place
@@ -169,4 +169,5 @@ def read_exported_spec(folder: Path) -> BackboneSpec | None:
     path = folder / EXPORT / SPEC_FILE
     if not path.is_file():
         return None
-    return BackboneSpec.from_dict(json.loads(path.read_text(encoding="utf-8"))["spec"])
+    fix = f"remove {folder} to make the backbone again"
+    return BackboneSpec.from_dict(read_sealed_json(path, fix=fix, required=False)["spec"])

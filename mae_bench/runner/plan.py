@@ -1,6 +1,5 @@
 """Plan a suite: every cell with its state, and why it would fail."""
 
-import json
 from collections import Counter
 from glob import escape
 from pathlib import Path
@@ -17,6 +16,7 @@ from mae_bench.record import RECORD_FILE, Failure, ResultRecord
 from mae_bench.registry import EXTRAS, kind, load_object
 from mae_bench.runner.fitting import find_misfits, preview_backbones
 from mae_bench.runner.runner import check_data, num_processes
+from mae_bench.seal import BrokenSeal, read_sealed_json
 from mae_bench.suite.cell import CELL_FILE, Cell
 from mae_bench.suite.config import Place, SuiteConfig, expand
 
@@ -118,8 +118,8 @@ def _finished_otherwise(cell: Cell) -> dict[str, str]:
 def _read_config(folder: Path) -> dict[str, Any] | None:
     """Return the config that a cell was run with, None if its file is missing or damaged."""
     try:
-        config = json.loads((folder / CELL_FILE).read_text(encoding="utf-8"))["cell"]["config"]
-    except (OSError, ValueError, KeyError, TypeError):
+        config = read_sealed_json(folder / CELL_FILE, required=False)["cell"]["config"]
+    except (OSError, BrokenSeal, KeyError, TypeError):
         return None
     return config if isinstance(config, dict) else None
 

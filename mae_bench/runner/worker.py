@@ -1,6 +1,5 @@
 """The worker process: run one cell, then write its record, or its failure instead."""
 
-import json
 import os
 import shutil
 import sys
@@ -30,6 +29,7 @@ from mae_bench.record import (
 )
 from mae_bench.registry import Kind, load_object
 from mae_bench.runner.fitting import fit_to_backbone, read_exported_spec
+from mae_bench.seal import read_sealed_json, seal_json
 from mae_bench.suite.cell import CELL_FILE, LOG_FILE, Cell
 
 LOCK_FILE = ".lock"
@@ -55,12 +55,12 @@ class Order:
 
     def write(self) -> None:
         """Write the order to the folder of the cell, atomically."""
-        write_json(self.cell.dir / CELL_FILE, asdict(self) | {"cell": self.cell.to_dict()})
+        write_json(self.cell.dir / CELL_FILE, seal_json(asdict(self) | {"cell": self.cell.to_dict()}))
 
     @classmethod
     def read(cls, folder: Path) -> "Order":
         """Read an order from the folder of its cell."""
-        value = json.loads((folder / CELL_FILE).read_text(encoding="utf-8"))
+        value = read_sealed_json(folder / CELL_FILE, fix="re-run mae-bench run, which writes it again")
         cell = Cell.from_dict(value["cell"] | {"dir": folder})
         return cls(**value | {"cell": cell, "kind": Kind(**value["kind"])})
 

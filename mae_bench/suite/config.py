@@ -159,11 +159,18 @@ def _forget_absent_root(raw: dict[str, Any]) -> None:
 
 def baseline_of(folder: Path) -> str:
     """Return the baseline of the suite last run in a folder; "" if there was none."""
+    path = folder / SUITE_FILE
     try:
-        value = json.loads((folder / SUITE_FILE).read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
         return str(value["baseline"] or next(iter(value["backbones"])))
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+    except FileNotFoundError:
         return ""
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise UserError(
+            f"{path} cannot be read: {error!r}",
+            expected="the suite that was last run here",
+            fix="give --baseline NAME",
+        ) from error
 
 
 def _jobs(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,6 @@
 N images, K classes, C channels, H W image.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from mae_bench.job import Job, Outcome
 from mae_bench.models.cost import backbone_gmacs, num_params
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
+from mae_bench.seal import read_sealed_json, seal_json
 from tasks.context import TaskContext
 from tasks.imagenet.config import EvalConfig, ImageConfig
 from tasks.imagenet.crops import build_eval_crop
@@ -228,8 +228,8 @@ def watch_epochs(
     """
     job, period = context.job, context.config.eval_epochs
     if world().is_main:
-        known = [entry for entry in read_epochs(job) if entry["step"] <= trainer.step]
-        _write_epochs(job, known if period else [])
+        known = read_epochs(job) if period and trainer.step else []
+        _write_epochs(job, [entry for entry in known if entry["step"] <= trainer.step])
     if period is None:
         return
 
@@ -245,17 +245,18 @@ def watch_epochs(
 
 def _write_epochs(job: Job, epochs: list[dict[str, float]]) -> None:
     if epochs:
-        write_json(job.dir / EPOCHS_FILE, epochs)
+        write_json(job.dir / EPOCHS_FILE, seal_json({"epochs": epochs}))
     else:
         (job.dir / EPOCHS_FILE).unlink(missing_ok=True)
 
 
 def read_epochs(job: Job) -> list[dict[str, float]]:
-    """Return the evaluations made during training, in order."""
+    """Return the evaluations made during training, in order. Raise UserError if the file is damaged."""
     path = job.dir / EPOCHS_FILE
     if not path.is_file():
         return []
-    epochs: list[dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+    fix = "restore it from a copy, or remove it: best_top1 then leaves out the epochs before the next one"
+    epochs: list[dict[str, float]] = read_sealed_json(path, fix=fix)["epochs"]
     return epochs
 
 

@@ -1,8 +1,9 @@
 """Partial fine-tuning: train only the last n blocks, for several n (arXiv 2111.06377, Figure 9)."""
 
-import json
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 from backbones.load import translate
 from backbones.reading.source import open_source
@@ -12,6 +13,7 @@ from mae_bench.files import write_json
 from mae_bench.job import STATES, Job, Outcome
 from mae_bench.progress import Progress
 from mae_bench.record import Metric
+from mae_bench.seal import BrokenSeal, read_sealed_json, seal_json
 from tasks.imagenet import linear_probe
 from tasks.imagenet.config import PartialFinetuneConfig
 from tasks.imagenet.finetune import fine_tune
@@ -62,8 +64,7 @@ def _train(config: PartialFinetuneConfig, job: Job, progress: Progress, count: f
     part = replace(job, dir=job.dir / get_folder_name(count))
     part.dir.mkdir(exist_ok=True)
     path = part.dir / OUTCOME_FILE
-    finished = path.read_text(encoding="utf-8") if world().is_main and path.is_file() else ""
-    finished = gather_over_ranks(finished)[0]
+    finished = gather_over_ranks(_read_outcome(path, progress) if world().is_main else None)[0]
     if finished:
         return _parse_outcome(finished)
     if count:
@@ -71,12 +72,22 @@ def _train(config: PartialFinetuneConfig, job: Job, progress: Progress, count: f
     else:
         outcome = linear_probe.run(config.build_probe_config(), part, progress)
     if world().is_main:
-        write_json(path, asdict(outcome))
+        write_json(path, seal_json(asdict(outcome)))
         shutil.rmtree(part.dir / STATES, ignore_errors=True)
     return outcome
 
 
-def _parse_outcome(text: str) -> Outcome:
-    value = json.loads(text)
+def _read_outcome(path: Path, progress: Progress) -> dict[str, Any] | None:
+    """Return the outcome of a finished run; None if there is none, or with a note if it is damaged."""
+    try:
+        return read_sealed_json(path)
+    except FileNotFoundError:
+        return None
+    except BrokenSeal as error:
+        progress.note(f"{error.given}; these blocks are trained again")
+        return None
+
+
+def _parse_outcome(value: dict[str, Any]) -> Outcome:
     metrics = {name: Metric(**metric) for name, metric in value["metrics"].items()}
     return Outcome(**value | {"metrics": metrics})

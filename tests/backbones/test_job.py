@@ -1,10 +1,13 @@
 """The checkpoint job: a foreign file becomes an export that transfers load, with its origin in the record."""
 
+import json
+
 import pytest
 import torch
 
 from backbones.classifier import has_head
 from backbones.config import CheckpointConfig
+from backbones.describe import describe
 from backbones.job import run
 from backbones.load import load_backbone
 from backbones.reading.safe import read_file
@@ -44,6 +47,23 @@ def test_the_export_is_the_checkpoint(tmp_path, files):
     )
     assert set(outcome.metrics) == {"params"}
     assert outcome.metrics["params"].value == sum(p.numel() for p in model.parameters())
+
+
+def test_an_export_whose_description_was_changed_is_not_loaded(tmp_path, files):
+    config, job = job_of(tmp_path, source=str(files["full"][0]))
+    run(config, job, Progress())
+    path = job.dir / "export/backbone.json"
+    described = json.loads(path.read_text())
+    described["spec"]["norm_eps"] = 1e-5
+    path.write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"backbone\.json has digest") as error:
+        load_backbone(f"run:{job.dir}")
+    assert "remove its key 'seal'" in error.value.fix
+    with pytest.raises(UserError, match=r"backbone\.json has digest"):
+        describe(build(CheckpointConfig, {"kind": "checkpoint", "source": str(job.dir)}, "test"))
+    del described["seal"]
+    path.write_text(json.dumps(described))
+    assert load_backbone(f"run:{job.dir}")[1].norm_eps == 1e-5
 
 
 def test_the_source_is_read_once_for_backbone_and_head(tmp_path, files, monkeypatch):

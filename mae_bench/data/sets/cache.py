@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from mae_bench.data.sets.fetch import file_lock
-from mae_bench.data.sets.index import cache_path, try_to_cache
+from mae_bench.data.sets.index import cache_path, read_cached, try_to_cache
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +31,11 @@ def load_or_compute(
             stack.enter_context(file_lock(path))
         except OSError as error:
             log.info("%s cannot be locked, so each process computes it on its own: %s", path, error)
-        if not refresh:
+        cached = None if refresh else read_cached(path)
+        if cached is not None:
             try:
-                return parse(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError, KeyError):  # missing or damaged
+                return parse(json.loads(cached))
+            except (ValueError, TypeError, KeyError):  # of another version
                 pass
         value = compute()
         try_to_cache(path, json.dumps(value).encode())

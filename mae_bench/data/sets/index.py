@@ -27,6 +27,8 @@ from mae_bench.files import json_digest, write_atomic
 log = logging.getLogger(__name__)
 
 VERSION = 1
+CACHE_VERSION = 2  # of all entries of the cache
+NUM_CHECKSUM_BYTES = 4  # at the end of an entry
 MIN_CACHED = 10_000  # images; indexing a smaller set again is faster than a stale index is worth
 SETTLED_SECONDS = 2.0  # a folder changed this recently may change again within the file system's clock tick
 MAX_OPEN = 64  # files that a process keeps open
@@ -150,13 +152,12 @@ def digest_indexes(indexes: Mapping[str, Index]) -> str:
         files = {}
     if len(files) < len(indexes):
         return _digest_lines(indexes)
-    cached = cache_path("digests", json_digest(files), ".txt")
-    try:
-        return cached.read_text(encoding="ascii")
-    except (OSError, ValueError):
-        digest = _digest_lines(indexes)
-        try_to_cache(cached, digest.encode())
-        return digest
+    path = cache_path("digests", json_digest(files), ".txt")
+    cached = read_cached(path)
+    if cached is None:
+        cached = _digest_lines(indexes).encode()
+        try_to_cache(path, cached)
+    return cached.decode()
 
 
 def _digest_lines(indexes: Mapping[str, Index]) -> str:
@@ -178,15 +179,41 @@ def cache_folder() -> Path:
 
 def cache_path(kind: str, key: str, suffix: str) -> Path:
     """Return the path in the cache of the entry with this key."""
-    return cache_folder() / kind / f"{hashlib.sha256(f'{VERSION}:{key}'.encode()).hexdigest()[:32]}{suffix}"
+    name = hashlib.sha256(f"{CACHE_VERSION}:{key}".encode()).hexdigest()[:32]
+    return cache_folder() / kind / f"{name}{suffix}"
 
 
 def try_to_cache(path: Path, data: bytes) -> bool:
-    """Write a cache entry and return whether that succeeded: the cache may be full or read-only."""
+    """Write a cache entry and return whether that succeeded: the cache may be full or read-only.
+
+    The entry ends with the CRC-32 of `data`.
+    """
+    checksum = zlib.crc32(data).to_bytes(NUM_CHECKSUM_BYTES)
     try:
-        write_atomic(path, lambda file: file.write(data))
+        write_atomic(path, lambda file: file.writelines((data, checksum)))
     except OSError as error:
         log.info("%s could not be cached: %s", path, error)
+        return False
+    return True
+
+
+def read_cached(path: Path) -> bytes | None:
+    """Return the data of a cache entry; None if it is missing or damaged."""
+    return path.read_bytes()[:-NUM_CHECKSUM_BYTES] if _is_intact(path) else None
+
+
+def _is_intact(path: Path) -> bool:
+    """Return whether a cache entry is there and ends with the CRC-32 of what precedes it."""
+    try:
+        data = np.memmap(path, np.uint8, "r").data
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # ValueError: it is empty
+        log.warning("%s cannot be read and is written again: %s", path, error)
+        return False
+    content, checksum = data[:-NUM_CHECKSUM_BYTES], data[-NUM_CHECKSUM_BYTES:]
+    if zlib.crc32(content).to_bytes(NUM_CHECKSUM_BYTES) != checksum:
+        log.warning("%s is damaged and is written again", path)
         return False
     return True
 
@@ -207,7 +234,8 @@ def is_fresh(stamps: Stamps) -> bool:
 
 def load_cached_index(key: str) -> Index | None:
     """Load the index cached under `key`; None if there is none, or if what it was built from has changed."""
-    found = read_index(cache_path("indexes", key, ".safetensors"))
+    path = cache_path("indexes", key, ".index")
+    found = read_index(path) if _is_intact(path) else None
     return found if found and is_fresh(found.stamps) else None
 
 
@@ -221,7 +249,7 @@ def load_or_build_index(key: str, build: Callable[[], Index], refresh: bool = Fa
     cached = None if refresh else load_cached_index(key)
     if cached is not None:
         return cached
-    path = cache_path("indexes", key, ".safetensors")
+    path = cache_path("indexes", key, ".index")
     began = time.time_ns()
     index = build()
     settled = all(max(times) < began - SETTLED_SECONDS * 1e9 for _, *times in index.stamps.values())

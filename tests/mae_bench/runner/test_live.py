@@ -56,6 +56,17 @@ def test_a_tail_follows_stage_steps_and_values(tmp_path: Path) -> None:
     assert (tail.stage, tail.done, tail.total, tail.values) == ("evaluate", 0, 7, {})
 
 
+def test_a_damaged_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / EVENTS_FILE
+    for damaged in (b'{"time": 1, "stage": "tr\xffin"}', b"7", b'{"sta!e": "train", "time": 1, "total": 2}'):
+        with path.open("ab") as file:
+            file.write(damaged + b"\n")
+    add(path, done=5)
+    tail = WorkerStatus("mae", path)
+    assert tail.poll() == []
+    assert tail.done == 5
+
+
 def test_half_a_line_waits_for_its_end(tmp_path: Path) -> None:
     path = tmp_path / EVENTS_FILE
     add(path, done=5)

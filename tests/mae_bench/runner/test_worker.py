@@ -20,6 +20,7 @@ from mae_bench.progress import EVENTS_FILE
 from mae_bench.record import read_failure, read_record
 from mae_bench.registry import kind
 from mae_bench.runner.worker import INTERRUPTED, LOCK_FILE, Order, digest_artefacts, environment
+from mae_bench.seal import BrokenSeal
 from mae_bench.suite.cell import CELL_FILE, Cell
 
 
@@ -49,6 +50,16 @@ def test_an_order_comes_back_as_it_was_written(fake_kinds: Path, tmp_path: Path)
     assert Order.read(tmp_path) == upstream
     stored = json.loads((tmp_path / CELL_FILE).read_text())["cell"]
     assert (stored["task"], stored["family"]) == ("probe", "imagenet"), "the names in the file stay"
+
+
+def test_an_order_that_was_changed_is_not_run(fake_kinds: Path, tmp_path: Path) -> None:
+    order(tmp_path)
+    text = (tmp_path / CELL_FILE).read_text()
+    assert '"seed": 3' in text
+    (tmp_path / CELL_FILE).write_text(text.replace('"seed": 3', '"seed": 4'))
+    with pytest.raises(BrokenSeal, match=CELL_FILE) as error:
+        Order.read(tmp_path)
+    assert "re-run mae-bench run" in error.value.fix
 
 
 def test_a_record_is_written_last(fake_kinds: Path, tmp_path: Path) -> None:

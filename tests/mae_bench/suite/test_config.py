@@ -10,7 +10,7 @@ from mae_bench.config import CONFIGS, load_yaml, not_identity
 from mae_bench.errors import UserError
 from mae_bench.record import NOT_IDENTITY
 from mae_bench.registry import KINDS, kind, load_object
-from mae_bench.suite.config import complete_job, expand, load_suite, places
+from mae_bench.suite.config import baseline_of, complete_job, expand, load_suite, places
 
 
 def keys(suite: dict[str, Any], *overrides: str, digest: str = "d") -> dict[tuple[str, str, int], str]:
@@ -245,6 +245,16 @@ def test_a_model_that_cannot_be_built_is_named_in_the_plan(override: str, messag
     with pytest.raises(UserError) as error:
         complete_job("mine", load_yaml("pretrain/demo.yaml", ["data=x", override]))
     assert message in str(error.value)
+
+
+def test_the_baseline_is_that_of_the_suite_last_run(tmp_path: Path) -> None:
+    assert baseline_of(tmp_path) == ""
+    (tmp_path / "suite.json").write_text('{"baseline": null, "backbones": {"mae": {}}}')
+    assert baseline_of(tmp_path) == "mae"
+    (tmp_path / "suite.json").write_text('{"baseline"; null, "backbones": {"mae": {}}}')
+    with pytest.raises(UserError, match=r"suite\.json cannot be read") as error:
+        baseline_of(tmp_path)
+    assert error.value.fix == "give --baseline NAME"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("suites/*.yaml")), ids=lambda path: path.stem)

@@ -1,6 +1,5 @@
 """Evaluations during training: they change nothing, and the best one is reported next to the score."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from mae_bench.files import write_json
 from mae_bench.job import Outcome
-from tasks.imagenet.evaluate import select_best_epoch
+from mae_bench.seal import read_sealed_json, seal_json
+from tasks.imagenet.evaluate import read_epochs, select_best_epoch
 from tests.tasks.imagenet.toy import job, predictions_of, run_protocol, state_of
 
 
@@ -41,7 +42,7 @@ def test_the_last_and_the_best_epoch_are_both_reported(
     outcomes: dict[str, tuple[Path, Outcome]], name: str
 ) -> None:
     folder, outcome = outcomes[f"{name} watched"]
-    epochs: list[dict[str, Any]] = json.loads((folder / "epochs.json").read_text())
+    epochs: list[dict[str, Any]] = read_sealed_json(folder / "epochs.json")["epochs"]
     assert [entry["step"] for entry in epochs] == [3, 5, 8, 10, 12], "0.8, 1.6 ... epochs of 3 steps"
     assert [entry["epoch"] for entry in epochs] == [step / 3 for step in (3, 5, 8, 10, 12)]
     last, best = epochs[-1], max(epochs, key=lambda entry: entry["top1"])
@@ -67,9 +68,8 @@ def test_the_last_and_the_best_epoch_are_both_reported(
 )
 def test_the_last_epoch_may_be_the_best(tmp_path: Path, last: float, best: float, of: float) -> None:
     """Although no evaluation during training fell on it."""
-    (tmp_path / "epochs.json").write_text(
-        json.dumps([{"epoch": 1.0, "top1": 60.0}, {"epoch": 2.5, "top1": 60.0}])
-    )
+    epochs = [{"epoch": 1.0, "top1": 60.0}, {"epoch": 2.5, "top1": 60.0}]
+    write_json(tmp_path / "epochs.json", seal_json({"epochs": epochs}))
     metrics, notes = select_best_epoch(job(tmp_path), 3.0, last)
     assert (metrics["best_top1"].value, metrics["best_epoch"].value) == (best, of)
     assert f"epoch {of:g}" in notes[0]
@@ -80,13 +80,10 @@ def test_entries_of_an_earlier_run_are_dropped(faint: Path, sources: dict[str, s
         {"step": step, "epoch": step / 3, "top1": 100.0, "top5": 100.0, "loss": 0.0} for step in (1, 4, 99)
     ]
     for period in (1, None):
-        (tmp_path / "epochs.json").write_text(json.dumps(stale))
+        write_json(tmp_path / "epochs.json", seal_json({"epochs": stale}))
         outcome = run_protocol("finetune", faint, tmp_path, sources["finetune"], eval_epochs=period)
-        assert (
-            all(entry["loss"] > 0 for entry in json.loads((tmp_path / "epochs.json").read_text()))
-            if period
-            else True
-        )
+        if period:
+            assert all(entry["loss"] > 0 for entry in read_epochs(job(tmp_path)))
         assert ("best_top1" in outcome.metrics) == bool(period)
         assert outcome.artefacts.keys() == {"predictions", "epochs"} if period else {"predictions"}
         shutil.rmtree(tmp_path / "checkpoints")

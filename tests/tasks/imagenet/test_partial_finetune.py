@@ -135,6 +135,10 @@ def test_what_is_finished_is_not_trained_again(data, tmp_path, backbone, monkeyp
     again = partial(data, tmp_path / "b", backbone)
     assert calls == [0.5, 1, 1, 2]
     assert again.metrics == first.metrics
+    path = tmp_path / "b/blocks-1/outcome.json"
+    path.write_text(path.read_text().replace('"higher"', '"lower"'))
+    assert partial(data, tmp_path / "b", backbone).metrics == first.metrics
+    assert calls == [0.5, 1, 1, 2, 1], "and what is damaged is"
 
 
 @pytest.mark.parametrize(

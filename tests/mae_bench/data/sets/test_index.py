@@ -140,7 +140,7 @@ def test_small_and_unsettled_sets_are_not_kept(
     assert not list(cache.rglob("*.*")), "its folders changed within the clock's tick"
     monkeypatch.setattr(index, "SETTLED_SECONDS", 0.0)
     open_images(root, "train")
-    assert len(list(cache.rglob("*.safetensors"))) == 1
+    assert len(list(cache.rglob("*.index"))) == 1
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 40, None])
@@ -148,11 +148,40 @@ def test_a_damaged_index_is_made_again(
     root: Path, keeps: Path, scans: list[Path], damage: bytes | None
 ) -> None:
     open_images(root, "train")
-    (path,) = keeps.rglob("*.safetensors")
+    (path,) = keeps.rglob("*.index")
     path.write_bytes(path.read_bytes()[:-8] if damage is None else damage)
     assert len(open_images(root, "train")) == 4
     open_images(root, "train")
     assert len(scans) == 2
+
+
+@pytest.mark.parametrize("place", [20, 0.5, -30, -1])
+def test_an_index_with_a_changed_byte_is_made_again(
+    root: Path, keeps: Path, scans: list[Path], place: float
+) -> None:
+    """Also of a name, a size or a label, which would be read as well."""
+    intact = names(open_images(root, "train"))
+    (path,) = keeps.rglob("*.index")
+    written = path.read_bytes()
+    flipped = bytearray(written)
+    flipped[int(place * len(written)) if isinstance(place, float) else place] ^= 1
+    path.write_bytes(flipped)
+    assert names(open_images(root, "train")) == intact
+    assert len(scans) == 2
+    assert path.read_bytes() == written
+
+
+def test_a_cache_entry_is_read_as_it_was_written_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "entry"
+    assert index.read_cached(path) is None
+    index.try_to_cache(path, b"value")
+    assert index.read_cached(path) == b"value"
+    written = path.read_bytes()
+    for i in range(len(written)):
+        path.write_bytes(written[:i] + bytes([written[i] ^ 64]) + written[i + 1 :])
+        assert index.read_cached(path) is None
+        path.write_bytes(written[:i])
+        assert index.read_cached(path) is None
 
 
 def test_without_a_cache_that_can_be_written_all_works(
