@@ -34,7 +34,7 @@ def repair(data: Annotations) -> None:
     masks.dataset = data
     with redirect_stdout(io.StringIO()):
         masks.createIndex()
-    unused = max(0, *(annotation["id"] for annotation in data["annotations"])) + 1
+    unused = max(annotation["id"] for annotation in data["annotations"]) + 1
     for annotation in data["annotations"]:
         annotation["id"] = annotation["id"] or unused
         annotation.setdefault("iscrowd", 0)

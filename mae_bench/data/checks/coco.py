@@ -1,5 +1,6 @@
 """Check that a folder has the COCO layout, and that training and scoring will read it as it is meant."""
 
+import logging
 import os
 import stat
 from dataclasses import asdict, dataclass
@@ -14,6 +15,8 @@ from mae_bench.data.sets.index import Stamps
 from mae_bench.data.sets.source import is_image
 from mae_bench.errors import UserError
 from mae_bench.files import file_digest, json_digest
+
+log = logging.getLogger(__name__)
 
 VERSION = 1  # of the rules: a higher one has every set checked again
 SPLITS = ("train2017", "val2017")
@@ -102,6 +105,7 @@ def _stamp_images(folder: Path) -> Stamps:
 
 
 def _check_split(path: Path, digest: str, folder: Path, present: Stamps) -> Split:
+    log.info("checking %s and the headers of its images (once)", path)
     data, has_mark = read_annotations(path)
     images = data["images"]
     absent = [image["file_name"] for image in images if image["file_name"] not in present]
