@@ -28,7 +28,7 @@ class Config(BaseModel):
 
 
 T = TypeVar("T")
-_NOT_IDENTITY = "not identity"
+_NOT_IDENTITY, _EVALUATION_ONLY = "not identity", "evaluation only"
 
 # The type of a field that decides neither the scores nor the weights of its job: where the data is, how work
 # is divided, how often state is saved. Such a field is no part of the cell key or the config digest, and may
@@ -36,15 +36,30 @@ _NOT_IDENTITY = "not identity"
 NotIdentity = Annotated[T, _NOT_IDENTITY]
 
 
+# The type of a field that no training reads, only the evaluation of what was trained. Another value makes
+# another cell, which evaluates the model that an earlier cell trained.
+EvaluationOnly = Annotated[T, _EVALUATION_ONLY]
+
+
 def not_identity(cls: type[BaseModel]) -> set[str]:
     """Return the names of a config's NotIdentity fields."""
-    return {name for name, field in cls.model_fields.items() if _NOT_IDENTITY in field.metadata}
+    return _find_marked(cls, _NOT_IDENTITY)
+
+
+def _find_marked(cls: type[BaseModel], mark: str) -> set[str]:
+    return {name for name, field in cls.model_fields.items() if mark in field.metadata}
 
 
 def identity(cls: type[BaseModel], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a `cls` config that identifies its results: all but its NotIdentity fields."""
     left_out = not_identity(cls)
     return {key: value for key, value in config.items() if key not in left_out}
+
+
+def training_identity(cls: type[BaseModel], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of `identity` that decides what is trained: all but its EvaluationOnly fields."""
+    left_out = _find_marked(cls, _EVALUATION_ONLY)
+    return {key: value for key, value in identity(cls, config).items() if key not in left_out}
 
 
 class JobConfig(Config):
@@ -55,6 +70,14 @@ class JobConfig(Config):
     data: NotIdentity[str] = Field(description="root folder of the data set, in the layout of the kind")
     max_bad_images: NotIdentity[float] = Field(
         0.001, ge=0, le=1, description="fraction of images that may fail to decode"
+    )
+
+
+class KeepConfig(JobConfig):
+    """Fields of every job that trains a model in order to score it."""
+
+    keep_weights: NotIdentity[bool] = Field(
+        True, description="keep the trained model in `trained/`, to evaluate it again without training"
     )
 
 

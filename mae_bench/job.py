@@ -23,6 +23,8 @@ class Job:
         seed: seed for weight initialisation and data order.
         backbone: the SOURCE for `backbones.load.load_backbone`; "" for a job that makes a backbone.
         device: "cpu" or "cuda"; the runner has already set the number of threads and the visible GPU.
+        earlier: the folders of other cells of the same backbone, row and seed, the newest first: their
+            trained models may be evaluated instead of training again.
     """
 
     name: str
@@ -32,3 +34,4 @@ class Job:
     seed: int
     backbone: str = ""
     device: str = "cpu"
+    earlier: tuple[Path, ...] = ()

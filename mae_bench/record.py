@@ -29,6 +29,7 @@ NOT_IDENTITY = frozenset(
         "checkpoint_seconds",
         "checkpoint_period",
         "keep_checkpoints",
+        "keep_weights",
         "num_reconstructions",
         "reconstruct_epochs",
         "device_batch_size",

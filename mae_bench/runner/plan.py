@@ -1,7 +1,6 @@
 """Plan a suite: every cell with its state, and why it would fail."""
 
 from collections import Counter
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +93,7 @@ def _prospect(
 
 def _finished_otherwise(cell: Cell) -> dict[str, str]:
     """Return how a cell that is left differs from the last finished one of the same name, if there is one."""
-    finished = [
-        folder
-        for folder in cell.dir.parent.glob(f"{escape(cell.row)}-s{cell.seed}-*")
-        if (folder / RECORD_FILE).is_file() and folder != cell.dir
-    ]
+    finished = [folder for folder in cell.find_others() if (folder / RECORD_FILE).is_file()]
     configs = {folder: config for folder in finished if (config := _read_config(folder)) is not None}
     if not configs:
         return {}

@@ -206,7 +206,8 @@ def run_order(order: Order, progress: Progress) -> ResultRecord:
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(order.threads)
     source = str(cell.upstream / EXPORT) if cell.upstream else ""
-    job = Job(cell.name, cell.kind, used, cell.dir, cell.seed, source, order.device)
+    others = tuple(cell.find_others())
+    job = Job(cell.name, cell.kind, used, cell.dir, cell.seed, source, order.device, others)
     outcome: Outcome = run(fitted, job, progress)
     measured: dict[str, Any] = {field.name: getattr(outcome, field.name) for field in fields(Outcome)}
     measured["notes"] = [*notes, *outcome.notes]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from glob import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,6 +69,12 @@ class Cell:
     def name(self) -> str:
         """The name shown to people."""
         return f"{self.backbone} · {self.kind if self.row == BACKBONE else self.row} · seed {self.seed}"
+
+    def find_others(self) -> list[Path]:
+        """Return the folders of other cells of this backbone, row and seed, the newest first."""
+        pattern = f"{escape(self.row)}-s{self.seed}-*"
+        others = [folder for folder in self.dir.parent.glob(pattern) if folder != self.dir]
+        return sorted(others, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
     def result(self) -> ResultRecord | Failure | None:
         """Return the record of a finished cell, the failure of one that was tried, or None.

@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mae_bench.config import JobConfig, NotIdentity
+from mae_bench.config import EvaluationOnly, KeepConfig, NotIdentity
 
 
-class UPerNetConfig(JobConfig):
+class UPerNetConfig(KeepConfig):
     """UperNet; the defaults are mmsegmentation's MAE recipe for ViT-B, which is BEiT's (arXiv 2106.08254).
 
     The classes are read from the data.
@@ -61,10 +61,10 @@ class UPerNetConfig(JobConfig):
     )
     aux_weight: float = Field(0.4, ge=0, description="weight of the auxiliary head's loss")
 
-    test_mode: Literal["whole", "slide"] = Field(
+    test_mode: EvaluationOnly[Literal["whole", "slide"]] = Field(
         "slide", description="whole: one forward pass per image; slide: average over a sliding window"
     )
-    test_stride: int = Field(341, gt=0, description="stride of the sliding window in pixels")
+    test_stride: EvaluationOnly[int] = Field(341, gt=0, description="stride of the sliding window in pixels")
     num_workers: NotIdentity[int] = Field(
         0, ge=0, description="data loader processes; 0 loads images in the training process"
     )

@@ -2,8 +2,6 @@
 
 import logging
 import math
-import os
-import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,8 @@ from mae_bench.errors import Interrupted, UserError
 from tasks.ade20k.config import UPerNetConfig
 from tasks.ade20k.data import STEP, SharedBadImages
 from tasks.context import TaskContext
+from tasks.states import TrainerStates
 
-CHECKPOINT_FILE = "checkpoint.pth"
 LOG_FILE = "mmseg.log"
 
 
@@ -38,6 +36,10 @@ class JobRunner(Runner):
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         return model.to(self.cfg["device"])
 
+    def skip_resuming(self) -> None:
+        """Evaluate the weights that the model has now, whatever state there is."""
+        self._has_loaded = True
+
     def dump_config(self) -> None:
         """Do nothing: the job's folder already has the config."""
 
@@ -47,26 +49,19 @@ def dump_config(parts: dict[str, Any], path: Path) -> None:
     Config(parts).dump(path)
 
 
-def build_runner(parts: dict[str, Any], checkpoint: Path) -> tuple[JobRunner, float]:
+def build_runner(parts: dict[str, Any], state: Path | None) -> tuple[JobRunner, float]:
     """Return the Runner of mmengine's config `parts` and the seconds trained so far.
 
-    The Runner resumes from the checkpoint if it exists. Raise UserError if it cannot be read; it is loaded
-    with weights_only first, because mmengine would fall back to unpickling.
+    The Runner resumes from the state if there is one. It is loaded with weights_only first, because mmengine
+    would fall back to unpickling.
     """
     cfg = Config(parts, format_python_code=False)  # formatting takes half a second per checkpoint
     # mmengine's loggers, hubs and scopes are global and found by this name
     cfg.experiment_name = f"mae_bench-{time.time_ns()}"
-    if not checkpoint.exists():
+    if state is None:
         return JobRunner.from_cfg(cfg), 0.0
-    try:
-        meta = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["meta"]
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{checkpoint} cannot be read: {error}",
-            expected="the training state of this job",
-            fix=f"remove {checkpoint} to start the job from the beginning",
-        ) from error
-    cfg.load_from, cfg.resume = str(checkpoint), True
+    meta = torch.load(state, map_location="cpu", weights_only=True, mmap=True)["meta"]
+    cfg.load_from, cfg.resume = str(state), True
     return JobRunner.from_cfg(cfg), meta["seconds_train"]
 
 
@@ -81,9 +76,9 @@ class JobHook(Hook):
     priority = "VERY_LOW"
 
     def __init__(
-        self, context: TaskContext[UPerNetConfig], checkpoint: Path, bad: SharedBadImages, seconds: float
+        self, context: TaskContext[UPerNetConfig], states: TrainerStates, bad: SharedBadImages, seconds: float
     ):
-        self.progress, self.checkpoint, self.bad, self.num_bad = context.progress, checkpoint, bad, 0
+        self.progress, self.states, self.bad, self.num_bad = context.progress, states, bad, 0
         self.seed, self.checkpoint_seconds = context.job.seed, context.config.checkpoint_seconds
         self.seconds = seconds
 
@@ -127,26 +122,17 @@ class JobHook(Hook):
     def _save(self, runner: Runner, done: int) -> None:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in runner.model.parameters()):
             raise self._build_error(runner, "weights that are not finite", done)
-        part = self.checkpoint.with_suffix(".part")
         meta = {"epoch": 0, "iter": done, "seconds_train": self.seconds}
-        try:
-            runner.save_checkpoint(str(part.parent), part.name, meta=meta, by_epoch=False)
-            os.replace(part, self.checkpoint)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise UserError(
-                f"the training state could not be written to {part.parent}: {error}",
-                expected="enough room on the disk",
-                fix="free some space and re-run the same command to resume from the last state",
-            ) from error
+
+        def write(path: Path) -> None:
+            runner.save_checkpoint(str(path.parent), path.name, meta=meta, by_epoch=False)
+
+        self.states.save(done, write)
         self.saved = time.monotonic()
 
     def _build_error(self, runner: Runner, what: str, done: int) -> UserError:
-        kept = "no checkpoint was saved yet"
-        if self.checkpoint.exists():
-            kept = f"the last good checkpoint is {self.checkpoint}"
         return UserError(
             f"training stopped at iteration {done} of {runner.max_iters}: {what}",
             expected="finite numbers",
-            fix=f"lower lr or raise warmup_iterations; {kept}",
+            fix=f"lower lr or raise warmup_iterations; {self.states.describe_last()}",
         )

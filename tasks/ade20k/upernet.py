@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 import backbones.adapters.mmseg  # noqa: F401 - imported first: it reports what is not installed
 from backbones.load import load_backbone
@@ -17,8 +18,10 @@ from mae_bench.progress import Progress
 from tasks.ade20k.config import UPerNetConfig
 from tasks.ade20k.metrics import MAIN_METRIC, Areas, compute_metrics, score_per_class
 from tasks.ade20k.mmseg_config import build_mmseg_config, get_bad_file
-from tasks.ade20k.training import CHECKPOINT_FILE, LOG_FILE, JobHook, JobRunner, build_runner, dump_config
+from tasks.ade20k.training import LOG_FILE, JobHook, JobRunner, build_runner, dump_config
 from tasks.context import TaskContext
+from tasks.states import TrainerStates
+from tasks.trained import Training, add_training, train_once
 
 CONFIG_FILE = "mmseg_config.py"
 PER_CLASS_FILE = "per_class.json"
@@ -28,7 +31,7 @@ Seconds = float
 
 
 def run(config: UPerNetConfig, job: Job, progress: Progress) -> Outcome:
-    """Train on training, from the job's last checkpoint if there is one, and score validation.
+    """Train on training, from the job's last state if there is one, and score validation.
 
     The metrics are mIoU, mAcc and aAcc in percent. Raise UserError for data not in ADE20K's layout, too many
     images that do not decode or a loss that is not finite, and Interrupted, after saving, on request.
@@ -41,22 +44,17 @@ def run(config: UPerNetConfig, job: Job, progress: Progress) -> Outcome:
         context = TaskContext(config, job, progress, layout, spec, report)
         parts = build_mmseg_config(context)
         dump_config(parts, job.dir / CONFIG_FILE)
-        runner, seconds_train = _train(context, parts)
+        runner, training = _train(context, parts)
         areas, seconds_eval = _evaluate(runner, progress)
     _write_artefacts(job.dir, runner, areas, list(layout.classes))
-    (job.dir / CHECKPOINT_FILE).unlink()  # a finished job does not resume
-    return context.build_outcome(
+    outcome = context.build_outcome(
         "ade20k",
         "validation",
         len(areas),
         compute_metrics(areas),
         MAIN_METRIC,
         num_params=num_params(runner.model),
-        cost={
-            "seconds_train": seconds_train,
-            "seconds_eval": seconds_eval,
-            "images_per_second": config.iterations * config.global_batch_size / seconds_train,
-        },
+        cost={"seconds_eval": seconds_eval},
         notes=_build_notes(runner),
         artefacts={
             "per_class": PER_CLASS_FILE,
@@ -65,20 +63,34 @@ def run(config: UPerNetConfig, job: Job, progress: Progress) -> Outcome:
             "log": LOG_FILE,
         },
     )
+    return add_training(context, outcome, training)
 
 
-def _train(context: TaskContext[UPerNetConfig], parts: dict[str, Any]) -> tuple[JobRunner, Seconds]:
-    job = context.job
-    checkpoint = job.dir / CHECKPOINT_FILE
+def _train(context: TaskContext[UPerNetConfig], parts: dict[str, Any]) -> tuple[JobRunner, Training]:
+    """Return the Runner with the trained model."""
+    config, job = context.config, context.job
+    states = TrainerStates(context)
+    state = states.find()
     get_bad_file(job, "validation").unlink(missing_ok=True)  # all its images are read again
-    if not checkpoint.exists():
+    if state is None:
         get_bad_file(job, "training").unlink(missing_ok=True)
-    runner, seconds = build_runner(parts, checkpoint)
-    hook = JobHook(context, checkpoint, runner.train_dataloader.dataset.bad, seconds)
+    runner, seconds = build_runner(parts, state)
+    bad = runner.train_dataloader.dataset.bad
+    hook = JobHook(context, states, bad, seconds)
     runner.register_hook(hook)
-    context.progress.stage("train", context.config.iterations)
-    runner.train()
-    return runner, hook.seconds
+
+    def train() -> tuple[nn.Module, Training]:
+        context.progress.stage("train", config.iterations)
+        runner.train()
+        images_per_second = config.iterations * config.global_batch_size / hook.seconds
+        return runner.model, Training(hook.seconds, images_per_second, bad.check().names)
+
+    _, training = train_once(context, "training", runner.model, train)
+    if training.reused:
+        runner.skip_resuming()
+    for name, reason in training.bad_images.items():
+        bad.add(name, reason)
+    return runner, training
 
 
 def _evaluate(runner: JobRunner, progress: Progress) -> tuple[Areas, Seconds]:

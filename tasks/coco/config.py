@@ -5,10 +5,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mae_bench.config import JobConfig, NotIdentity
+from mae_bench.config import EvaluationOnly, KeepConfig, NotIdentity
 
 
-class MaskRCNNConfig(JobConfig):
+class MaskRCNNConfig(KeepConfig):
     """Mask R-CNN; the defaults are detectron2's ViTDet recipe for ViT-B.
 
     The 100 epochs of the paper are 184,375 iterations of 64 images. There is one pyramid level per stride and
@@ -72,9 +72,13 @@ class MaskRCNNConfig(JobConfig):
         description="widths of the mask head's convolutions; the last is a deconvolution",
     )
 
-    score_threshold: float = Field(0.05, ge=0, lt=1, description="drop detections with a lower score")
-    detections_per_image: int = Field(100, gt=0, description="largest number of detections per image")
-    eval_batch_size: int = Field(1, gt=0, description="images per forward pass in evaluation")
+    score_threshold: EvaluationOnly[float] = Field(
+        0.05, ge=0, lt=1, description="drop detections with a lower score"
+    )
+    detections_per_image: EvaluationOnly[int] = Field(
+        100, gt=0, description="largest number of detections per image"
+    )
+    eval_batch_size: EvaluationOnly[int] = Field(1, gt=0, description="images per forward pass in evaluation")
     num_workers: NotIdentity[int] = Field(
         0, ge=0, description="data loader processes; 0 loads images in the training process"
     )

@@ -26,15 +26,16 @@ from tasks.coco.data import (
 from tasks.coco.evaluation import DETECTIONS_FILE, evaluate
 from tasks.coco.lazy_config import build, build_lazy_config, dump
 from tasks.coco.metrics import MAIN_METRIC
-from tasks.coco.training import clear_checkpoints, train
+from tasks.coco.training import train
 from tasks.context import TaskContext
+from tasks.trained import add_training, train_once
 
 TRAIN, VAL = "train2017", "val2017"
 LOG_FILE = "detectron2.log"
 
 
 def run(config: MaskRCNNConfig, job: Job, progress: Progress) -> Outcome:
-    """Train on train2017, from the job's last checkpoint if there is one, and score val2017.
+    """Train on train2017, from the job's last state if there is one, and score val2017.
 
     The metrics are box and mask AP in percent. Raise UserError for data not in COCO's layout, too many
     unreadable images or a loss that is not finite, and Interrupted on request.
@@ -54,24 +55,26 @@ def run(config: MaskRCNNConfig, job: Job, progress: Progress) -> Outcome:
         bad = {split: BadImages(config.max_bad_images, layout.splits[split]) for split in (TRAIN, VAL)}
         find_unreadable(names.val, bad[VAL])
         batches = partial(build_train_loader, config, names.train, bad[TRAIN], job.seed)
-        seconds_train = train(context, model, optimizer, lr_multiplier, batches, bad[TRAIN])
+        trained, training = train_once(
+            context,
+            TRAIN,
+            model,
+            lambda: train(context, model, optimizer, lr_multiplier, batches, bad[TRAIN]),
+        )
+        for name, reason in training.bad_images.items():
+            bad[TRAIN].add(name, reason)
         began = time.perf_counter()
         loader = build_val_loader(config, names.val, bad[VAL])
-        metrics, num_detections = evaluate(model, loader, names.val, job.dir / "detections", progress)
+        metrics, num_detections = evaluate(trained, loader, names.val, job.dir / "detections", progress)
         seconds_eval = time.perf_counter() - began
-    clear_checkpoints(job.dir)
-    return context.build_outcome(
+    outcome = context.build_outcome(
         "coco",
         VAL,
         layout.splits[VAL],
         metrics,
         MAIN_METRIC,
-        num_params=num_params(model),
-        cost={
-            "seconds_train": seconds_train,
-            "seconds_eval": seconds_eval,
-            "images_per_second": config.iterations * config.global_batch_size / seconds_train,
-        },
+        num_params=num_params(trained),
+        cost={"seconds_eval": seconds_eval},
         notes=[
             *layout.notes,
             *([ceiling.describe(VAL)] if ceiling.is_lowered else []),
@@ -79,6 +82,7 @@ def run(config: MaskRCNNConfig, job: Job, progress: Progress) -> Outcome:
         ],
         artefacts={"detections": f"detections/{DETECTIONS_FILE}", "log": LOG_FILE},
     )
+    return add_training(context, outcome, training)
 
 
 def _build_notes(bad: dict[str, BadImages], num_detections: int) -> list[str]:

@@ -1,10 +1,8 @@
 """Train Mask R-CNN with detectron2: checkpoints, exact resume, stop on request or at a non-finite loss."""
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +13,11 @@ from torch import nn
 
 from mae_bench.data.sets.source import BadImages
 from mae_bench.errors import Interrupted, UserError
-from mae_bench.files import write_atomic, write_text
 from mae_bench.progress import Progress
 from tasks.coco.config import MaskRCNNConfig
 from tasks.context import TaskContext
-
-CHECKPOINTS = "checkpoints"  # folder of the training states, in the job's folder
-NUM_CHECKPOINTS = 2
+from tasks.states import TrainerStates
+from tasks.trained import Training
 
 
 class AutocastTrainer(SimpleTrainer):
@@ -33,19 +29,24 @@ class AutocastTrainer(SimpleTrainer):
 
 
 class Checkpointer(DetectionCheckpointer):
-    """detectron2's checkpointer with atomic writes, two files kept, and an error on any key mismatch."""
+    """detectron2's checkpointer on sealed states, with an error on any key mismatch."""
 
-    def save(self, name: str, **extra: Any) -> None:
+    def __init__(self, model: nn.Module, states: TrainerStates, **parts: Any):
+        super().__init__(model, **parts)
+        self.states = states
+
+    def save(self, name: str, *, iteration: int, **extra: Any) -> None:
+        """Save the state after `iteration`, counted from 0; `name` is not used."""
         parts = {"model": self.model, **self.checkpointables}
-        data = {**{key: part.state_dict() for key, part in parts.items()}, **extra}
-        write_atomic(Path(self.save_dir) / f"{name}.pth", lambda file: torch.save(data, file))
-        self.tag_last_checkpoint(f"{name}.pth")
-        saved = sorted(Path(self.save_dir).glob("model_*.pth"))  # by iteration; model_final sorts last
-        for old in saved[:-NUM_CHECKPOINTS]:
-            old.unlink()
+        data = {**{key: part.state_dict() for key, part in parts.items()}, "iteration": iteration, **extra}
+        self.states.save(iteration + 1, lambda path: torch.save(data, path))
 
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
+    def resume(self) -> bool:
+        """Load the newest intact state; return whether there is one."""
+        state = self.states.find()
+        if state:
+            self.load(str(state))
+        return state is not None
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         wrong = [
@@ -55,9 +56,9 @@ class Checkpointer(DetectionCheckpointer):
         ]
         if wrong:
             raise UserError(
-                f"{self.get_checkpoint_file()} does not fit the model: {wrong[:3]}",
+                f"{self.states.last} does not fit the model: {wrong[:3]}",
                 expected="a checkpoint of the same config",
-                fix=f"remove {self.save_dir} to train from the start",
+                fix="remove the job's folder to train from the start",
             )
 
 
@@ -116,7 +117,7 @@ class ProgressHook(HookBase):
         try:
             self.progress.step(self.trainer.iter + 1, loss=latest["total_loss"][0], lr=latest["lr"][0])
         except Interrupted:
-            self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+            self.checkpointer.save("", iteration=self.trainer.iter)
             raise
 
 
@@ -127,8 +128,8 @@ def train(
     lr_multiplier: Any,
     batches: Callable[[int], Any],
     bad: BadImages,
-) -> float:
-    """Train to config.iterations from the job's last checkpoint, and return the seconds over all runs.
+) -> tuple[nn.Module, Training]:
+    """Train to config.iterations from the job's last intact state, and return the model.
 
     `batches(start)` returns the loader from iteration `start` on, which adds unreadable images to `bad`.
     Raise Interrupted, after saving, when asked to stop, and UserError if a loss or gradient is not finite;
@@ -136,7 +137,7 @@ def train(
     """
     config, job = context.config, context.job
     trainer = _build_trainer(model, optimizer, config, job.device)
-    checkpointer = Checkpointer(model, str(job.dir / CHECKPOINTS), trainer=trainer)
+    checkpointer = Checkpointer(model, TrainerStates(context), trainer=trainer)
     clock = Clock()
     trainer.register_hooks(
         [
@@ -149,27 +150,21 @@ def train(
             ProgressHook(checkpointer, context.progress),
         ]
     )
-    checkpointer.resume_or_load("", resume=True)
-    start = trainer.iter + 1 if checkpointer.has_checkpoint() else 0
+    start = trainer.iter + 1 if checkpointer.resume() else 0
     context.progress.stage("train", config.iterations)
-    if start == config.iterations:
-        return clock.seconds
-    trainer.data_loader = batches(start)
     try:
-        trainer.train(start, config.iterations)
+        if start < config.iterations:
+            trainer.data_loader = batches(start)
+            trainer.train(start, config.iterations)
     except FloatingPointError as error:
-        reason = str(error).splitlines()[0]
+        reason, last = str(error).splitlines()[0], checkpointer.states.describe_last()
         raise UserError(
             f"training stopped at iteration {trainer.iter + 1} of {config.iterations}: {reason}",
             expected="a finite loss",
-            fix=f"lower lr (now {config.lr:g}) or raise warmup_iterations; {_describe_last(checkpointer)}",
+            fix=f"lower lr (now {config.lr:g}) or raise warmup_iterations; {last}",
         ) from error
-    return clock.seconds
-
-
-def clear_checkpoints(folder: Path) -> None:
-    """Remove the training states of a finished job."""
-    shutil.rmtree(folder / CHECKPOINTS)
+    images_per_second = config.iterations * config.global_batch_size / clock.seconds
+    return model, Training(clock.seconds, images_per_second, bad.names)
 
 
 def _build_trainer(
@@ -181,9 +176,3 @@ def _build_trainer(
         return AutocastTrainer(model, None, optimizer)
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     return AMPTrainer(model, None, optimizer, grad_scaler=scaler, precision=torch.bfloat16)
-
-
-def _describe_last(checkpointer: Checkpointer) -> str:
-    if not checkpointer.has_checkpoint():
-        return "no checkpoint was saved yet"
-    return f"the last good checkpoint is {checkpointer.get_checkpoint_file()}"

@@ -33,6 +33,7 @@ from tasks.imagenet.crops import build_train_crop
 from tasks.imagenet.data import Data
 from tasks.imagenet.evaluate import Feed, predict_images, watch_epochs
 from tasks.imagenet.fit import resolve_img_size
+from tasks.trained import Training, train_once
 
 # The MLP half of timm's blocks; gamma_2 is a parameter of BEiT's and EVA's.
 MLP_HALF = ("norm2", "mlp", "ls2", "gamma_2", "drop_path2")
@@ -192,8 +193,30 @@ def train_classifier(
     data: Data,
     model: Classifier,
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+) -> tuple[Classifier, Training]:
+    """Train `model`, unless an earlier cell has; return the trained model, averaged if there is an EMA."""
+    return train_once(
+        context, "train", model, lambda: end_training(_train(context, data, model, make_optimizer))
+    )
+
+
+def end_training(trainer: Trainer) -> tuple[Any, Training]:
+    """Return the trained model and what a record states about its training."""
+    training = Training(
+        trainer.seconds,
+        trainer.images_per_second,
+        trainer.bad_images.names,
+        epochs=trainer.step / trainer.steps_per_epoch,
+    )
+    return trainer.full_model(), training
+
+
+def _train(
+    context: TaskContext[ClassifyConfig],
+    data: Data,
+    model: Classifier,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
 ) -> Trainer:
-    """Train `model` and return the trainer, which holds the trained model, its EMA if any, and the times."""
     config, job = context.config, context.job
     order = TrainingOrder(len(data.train), config.global_batch_size, job.seed, world().rank, world().size)
     trainer = Trainer(

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from mae_bench.config import JobConfig, NotIdentity, TrainConfig
+from mae_bench.config import EvaluationOnly, JobConfig, KeepConfig, NotIdentity, TrainConfig
 from mae_bench.pretrain.config import ModelConfig
 
 Pool = Literal["token", "avg"]
@@ -36,6 +36,7 @@ SHARED_WITH_PROBE = (
     "parallel",
     "checkpoint_seconds",
     "keep_checkpoints",
+    "keep_weights",
     "trackers",
 )
 
@@ -92,7 +93,7 @@ class PooledConfig(ImageConfig):
     )
 
 
-class EvalConfig(TrainConfig, PooledConfig):
+class EvalConfig(TrainConfig, PooledConfig, KeepConfig):
     """Fields of the protocols that train."""
 
     crop_scale: tuple[float, float] = Field(
@@ -110,6 +111,12 @@ class ClassifyConfig(EvalConfig):
     """
 
     global_pool: Pool = Field("avg", description="token: class token; avg: mean of the patch tokens")
+    crop_pct: EvaluationOnly[float] = Field(
+        0.875,
+        gt=0,
+        le=1,
+        description="evaluation scales the short side to img_size / crop_pct and crops the centre (224/256)",
+    )
     auto_augment: str | None = Field(
         "rand-m9-mstd0.5-inc1", description="timm's RandAugment policy (9, 0.5); null: none"
     )

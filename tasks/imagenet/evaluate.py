@@ -31,6 +31,7 @@ from tasks.context import TaskContext
 from tasks.imagenet.config import EvalConfig, ImageConfig
 from tasks.imagenet.crops import build_eval_crop
 from tasks.imagenet.data import Data
+from tasks.trained import Training, add_training
 
 # indices (N,), targets (N,), input of the model (N, ...)
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -274,24 +275,29 @@ def select_best_epoch(job: Job, last: float, last_top1: float) -> tuple[dict[str
     return {"best_top1": Metric(top1[best]), "best_epoch": Metric(best, "epochs")}, [note]
 
 
-def score(context: TaskContext[EvalConfig], data: Data, model: nn.Module, trainer: Trainer) -> Outcome:
+def score(context: TaskContext[EvalConfig], data: Data, model: nn.Module, training: Training) -> Outcome:
     """Evaluate a trained model and return the Outcome. The main metric is top1 of the last epoch."""
+    add_bad_images(data, training)
     began = time.monotonic()
     metrics, num_samples = evaluate(context, data, model)
     seconds = time.monotonic() - began
     outcome = build_outcome(context, metrics, num_samples, seconds, num_params(model), notes=data.notes)
-    return add_training(outcome, trainer, context.job)
+    return add_epochs(context, outcome, training)
 
 
-def add_training(outcome: Outcome, trainer: Trainer, job: Job) -> Outcome:
-    """Return the outcome with the cost of its training and the metrics of its best epoch."""
-    best, notes = select_best_epoch(
-        job, trainer.step / trainer.steps_per_epoch, outcome.metrics["top1"].value
-    )
-    cost = {"seconds_train": trainer.seconds, "images_per_second": trainer.images_per_second}
-    return replace(
-        outcome, metrics=outcome.metrics | best, notes=[*notes, *outcome.notes], cost=outcome.cost | cost
-    )
+def add_bad_images(data: Data, training: Training) -> None:
+    """Count the training images that did not decode, which another cell may have found."""
+    for name, reason in training.bad_images.items():
+        data.bad_train.add(name, reason)
+
+
+def add_epochs(context: TaskContext[EvalConfig], outcome: Outcome, training: Training) -> Outcome:
+    """Return the outcome with its training and the metrics of its best epoch, if epochs were evaluated."""
+    best, notes = select_best_epoch(context.job, training.epochs, outcome.metrics["top1"].value)
+    if training.reused and context.config.eval_epochs:
+        notes = ["best_top1 was not measured: only the last epoch was evaluated on these images"]
+    outcome = replace(outcome, metrics=outcome.metrics | best, notes=[*notes, *outcome.notes])
+    return add_training(context, outcome, training)
 
 
 def build_outcome(

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from backbones.adapters.features import get_layer_id
 from backbones.classifier import write_head
@@ -45,11 +44,10 @@ def fine_tune(
         return config.layer_decay ** (spec.depth + 1 - layer)
 
     optimizer = adamw_builder(config, finetune_no_decay, lr_scale)
-    trainer = train_classifier(context, data, model, optimizer)
-    trained: Any = trainer.full_model()
+    trained, training = train_classifier(context, data, model, optimizer)
     if config.export_classifier and world().is_main:
         write_classifier(job.dir / CLASSIFIER, context, data, trained)
-    return score(context, data, trained, trainer)
+    return score(context, data, trained, training)
 
 
 def write_classifier(

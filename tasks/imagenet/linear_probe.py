@@ -30,14 +30,15 @@ from mae_bench.progress import Progress
 from mae_bench.record import Metric
 from mae_bench.spec import BackboneSpec
 from tasks.context import TaskContext
-from tasks.imagenet.classify import BatchStream, build_stream, forward_head, load_at_size
+from tasks.imagenet.classify import BatchStream, build_stream, end_training, forward_head, load_at_size
 from tasks.imagenet.config import LinearProbeConfig
 from tasks.imagenet.data import Data, open_data
 from tasks.imagenet.evaluate import (
     PREDICTIONS_FILE,
     Feed,
     Inputs,
-    add_training,
+    add_bad_images,
+    add_epochs,
     build_outcome,
     predict,
     share_bad,
@@ -51,6 +52,7 @@ from tasks.imagenet.features import (
     load_features,
 )
 from tasks.imagenet.lars import MAX_NORM, Lars
+from tasks.trained import train_once
 
 HEAD_STD = 0.01
 BATCH_NORM_EPS = 1e-6
@@ -213,8 +215,12 @@ def run(config: LinearProbeConfig, job: Job, progress: Progress) -> Outcome:
     held_out = usable[:0]
     if config.holdout:
         held_out = usable[sample_per_class(data.train.targets[usable], config.holdout, seed=0)]
-    trainer = train_heads(context, data, probe, heads, inputs, np.setdiff1d(usable, held_out))
-    trained = trainer.full_model().eval()
+    rows = np.setdiff1d(usable, held_out)
+    trained, training = train_once(
+        context, "train", probe, lambda: end_training(train_heads(context, data, probe, heads, inputs, rows))
+    )
+    add_bad_images(data, training)
+    trained.eval()
     began = time.monotonic()
     place, notes = choose_head(context, trained, heads, inputs, held_out)
     predictions = predict(_select_head(inputs, trained, place), inputs.iter_val(), len(data.val), progress)
@@ -227,7 +233,7 @@ def run(config: LinearProbeConfig, job: Job, progress: Progress) -> Outcome:
         context, predictions.metrics(), len(predictions.targets), seconds, size, notes=notes
     )
     outcome = replace(outcome, artefacts=outcome.artefacts | {"heads": HEADS_FILE}, cost=outcome.cost | cost)
-    return add_training(outcome, trainer, job)
+    return add_epochs(context, outcome, training)
 
 
 def train_heads(

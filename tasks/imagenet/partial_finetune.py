@@ -46,11 +46,16 @@ def run(config: PartialFinetuneConfig, job: Job, progress: Progress) -> Outcome:
     folder = get_folder_name(config.score)
     artefacts = {name: f"{folder}/{path}" for name, path in scored.artefacts.items()}
     summed = {name: sum(outcome.cost[name] for outcome in outcomes.values()) for name in SUMMED_COSTS}
+    kept = {
+        f"trained_blocks_{count:g}": f"{get_folder_name(count)}/{outcome.artefacts['trained']}"
+        for count, outcome in outcomes.items()
+        if "trained" in outcome.artefacts
+    }
     return replace(
         scored,
         metrics=scored.metrics | {f"top1_blocks_{count}": Metric(top1) for count, top1 in curve.items()},
         cost=scored.cost | summed,
-        artefacts=artefacts | {"curve": CURVE_FILE},
+        artefacts=artefacts | kept | {"curve": CURVE_FILE},
     )
 
 
@@ -61,14 +66,17 @@ def get_folder_name(count: float) -> str:
 
 def _train(config: PartialFinetuneConfig, job: Job, progress: Progress, count: float) -> Outcome:
     """Train with this number of blocks, or return the outcome of a run that is already finished."""
-    part = replace(job, dir=job.dir / get_folder_name(count))
+    name = get_folder_name(count)
+    part = replace(job, dir=job.dir / name, earlier=tuple(cell / name for cell in job.earlier))
     part.dir.mkdir(exist_ok=True)
     path = part.dir / OUTCOME_FILE
     finished = gather_over_ranks(_read_outcome(path, progress) if world().is_main else None)[0]
     if finished:
         return _parse_outcome(finished)
     if count:
-        outcome = fine_tune(config, part, progress, count)
+        # Only this number of blocks decides the training
+        alone = config.model_copy(update={"blocks": [count], "score": count, "linear": {}})
+        outcome = fine_tune(alone, part, progress, count)
     else:
         outcome = linear_probe.run(config.build_probe_config(), part, progress)
     if world().is_main:

@@ -1,7 +1,6 @@
 """The supervised baseline: train the same ViT from scratch with labels (arXiv 2111.06377, Table 11)."""
 
 from dataclasses import replace
-from typing import Any
 
 from backbones.translating.report import ConversionReport
 from mae_bench.data.seeds import derive_seed, seed_everything
@@ -36,12 +35,12 @@ def run(config: SupervisedConfig, job: Job, progress: Progress) -> Outcome:
     context = TaskContext(config, job, progress, data.layout, spec, report)
     vit = build_vit(spec, global_pool="token", drop_path_rate=config.drop_path)
     model = Classifier(vit, spec, data.num_classes, config.global_pool, fc_norm=False).to(context.device)
-    trainer = train_classifier(context, data, model, adamw_builder(config, finetune_no_decay))
-    trained: Any = trainer.full_model()
+    optimizer = adamw_builder(config, finetune_no_decay)
+    trained, training = train_classifier(context, data, model, optimizer)
     digest = ""
     if world().is_main:
         provenance = {"config": job.config, "seed": job.seed, "data_digest": data.layout.digest}
         digest = write_export(job.dir / EXPORT, trained.vit.state_dict(), spec, provenance)
     exported = replace(report, digest=gather_over_ranks(digest)[0])
-    outcome = score(replace(context, report=exported), data, trained, trainer)
+    outcome = score(replace(context, report=exported), data, trained, training)
     return replace(outcome, task="pretrain")

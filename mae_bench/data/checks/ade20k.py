@@ -46,14 +46,16 @@ def check_ade20k(root: Path, thorough: bool) -> Content:
     classes, files = _read_object_info(root)
     splits: dict[str, int] = {}
     labels: dict[str, tuple[int, ...]] = {}
+    shared, split_digests = dict(files), {}
     for split in SPLITS:
         pairs, found = _pair_files(root, split)
         splits[split] = len(pairs)
         labels[split] = _load_or_count_labels(pairs, found, len(classes), thorough)
+        split_digests[split] = digest_files(shared | found)
         files |= found
     _require_every_class(root, classes, labels)
     notes = tuple(_note_absent_classes(classes, labels))
-    return Content(splits, classes, digest_files(files), notes, labels)
+    return Content(splits, classes, digest_files(files), notes, split_digests, labels)
 
 
 def _pair_files(root: Path, split: str) -> tuple[list[Pair], dict[str, int | str]]:

@@ -44,11 +44,14 @@ def check_coco(root: Path, thorough: bool) -> Content:
     """Check the annotation files of both splits, that they agree, and that the images have their sizes."""
     splits: dict[str, Split] = {}
     files: dict[str, int | str] = {}
+    split_digests: dict[str, str] = {}
     for name in SPLITS:
         images = require_images(root / name, "the images listed in the annotations")
         split = splits[name] = check_split(root, name, refresh=thorough)
-        files |= {f"{name}/{image}": images[image] for image in split.names}
-        files[f"annotations/{annotation_path(root, name).name}"] = split.digest
+        found: dict[str, int | str] = {f"{name}/{image}": images[image] for image in split.names}
+        found[f"annotations/{annotation_path(root, name).name}"] = split.digest
+        split_digests[name] = digest_files(found)
+        files |= found
     train, val = splits.values()
     differing = set(train.classes) ^ set(val.classes)
     if differing:
@@ -63,6 +66,7 @@ def check_coco(root: Path, thorough: bool) -> Content:
         tuple(name for _, name in sorted(train.classes)),
         digest_files(files),
         tuple(note for split in splits.values() for note in (*split.repairs, *split.notes)),
+        split_digests,
     )
 
 

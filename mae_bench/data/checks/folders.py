@@ -32,6 +32,7 @@ class Content:
     classes: tuple[str, ...]
     digest: str
     notes: tuple[str, ...] = ()
+    split_digests: dict[str, str] = field(default_factory=dict)
     labels: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 

@@ -80,7 +80,13 @@ def _describe_sets(root: str | Path, sources: dict[str, ImageSource], thorough: 
     if thorough and is_packed(Path(root)):
         verify_packed(Path(root))
     splits = {split: len(source) for split, source in sources.items()}
-    return Content(splits, tuple(sources["train"].classes), digest_dataset(sources), _collect_notes(sources))
+    return Content(
+        splits,
+        tuple(sources["train"].classes),
+        digest_dataset(sources),
+        _collect_notes(sources),
+        {split: digest_dataset({split: source}) for split, source in sources.items()},
+    )
 
 
 def _collect_notes(sources: dict[str, ImageSource]) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class LayoutReport:
     annotations, and over the content of some images of image sets. A tar counts as the files in it, a packed
     set as its content.
     notes: irregularities that do not prevent a job.
+    split_digests: SHA-256 per split, over its own files and those that all splits share.
     labels: per split of ADE20K, the pixels of labels 0 (ignored), 1, ... in all label maps.
     """
 
@@ -51,6 +52,7 @@ class LayoutReport:
     classes: tuple[str, ...]
     digest: str
     notes: tuple[str, ...] = ()
+    split_digests: dict[str, str] = field(default_factory=dict)
     labels: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 

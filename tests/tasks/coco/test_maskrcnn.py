@@ -55,7 +55,13 @@ def train_only(config: MaskRCNNConfig, folder: Path, backbone: str) -> dict[str,
     """Return the weights at the end of training, from the state that the evaluation would start from."""
     with pytest.raises(Interrupted):
         maskrcnn.run(config, job(folder, backbone), StopAfter(before="evaluate"))
-    return torch.load(folder / "checkpoints" / "model_final.pth", weights_only=True)["model"]
+    return load_states(folder)[-1]["model"]
+
+
+def load_states(folder: Path) -> list[dict[str, Any]]:
+    """Return the job's training states, oldest first."""
+    paths = sorted((folder / "checkpoints").glob("step-*/state.pth"))
+    return [torch.load(path, weights_only=True) for path in paths]
 
 
 def test_a_run_ends_with_an_outcome(make_config: MakeConfig, backbone: str, tmp_path: Path) -> None:
@@ -99,7 +105,7 @@ def test_an_interrupted_run_resumes_and_ends_with_the_same_weights(
     config = make_config(num_workers=num_workers)
     with pytest.raises(Interrupted):
         maskrcnn.run(config, job(tmp_path / "parts", backbone), StopAfter(2))
-    assert not (tmp_path / "parts" / "checkpoints" / "model_final.pth").exists()
+    assert [state["iteration"] for state in load_states(tmp_path / "parts")] == [1]
     again = StopAfter(3)
     with pytest.raises(Interrupted):
         maskrcnn.run(config, job(tmp_path / "parts", backbone), again)
@@ -114,17 +120,15 @@ def test_a_finished_training_is_only_scored(make_config: MakeConfig, backbone: s
     outcome = maskrcnn.run(make_config(), job(tmp_path / "job", backbone), progress)
     assert progress.seen == [1, 2]  # the two batches of val2017
     assert outcome.cost["seconds_train"] > 0
-    assert not list((tmp_path / "job").rglob("*.pth"))  # a finished job does not resume
 
 
 def test_the_last_two_states_are_kept(make_config: MakeConfig, backbone: str, tmp_path: Path) -> None:
     config = make_config(checkpoint_period=1)
     with pytest.raises(Interrupted):
         maskrcnn.run(config, job(tmp_path / "job", backbone), StopAfter(3))
-    states = tmp_path / "job" / "checkpoints"
-    assert sorted(path.name for path in states.glob("*.pth")) == ["model_0000001.pth", "model_0000002.pth"]
+    assert [state["iteration"] for state in load_states(tmp_path / "job")] == [1, 2]
     train_only(config, tmp_path / "job", backbone)
-    assert sorted(path.name for path in states.glob("*.pth")) == ["model_0000003.pth", "model_final.pth"]
+    assert [state["iteration"] for state in load_states(tmp_path / "job")] == [2, 3]
 
 
 def test_unreadable_images_are_still_counted_after_a_stop(
@@ -259,8 +263,8 @@ def test_divergence_names_the_iteration_and_keeps_the_last_good_checkpoint(
     monkeypatch.setattr(maskrcnn, "build", build_faulty)
     with pytest.raises(UserError, match="iteration 3 of 4") as error:
         maskrcnn.run(make_config(checkpoint_period=1), job(tmp_path / "job", backbone), Progress())
-    assert "model_0000001.pth" in error.value.fix
-    kept = torch.load(tmp_path / "job" / "checkpoints" / "model_0000001.pth", weights_only=True)
+    assert "step-00000002" in error.value.fix
+    kept = load_states(tmp_path / "job")[-1]
     assert kept["iteration"] == 1
     assert all(torch.isfinite(weight).all() for weight in kept["model"].values())
 
