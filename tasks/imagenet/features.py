@@ -159,24 +159,23 @@ def load_features(
 
     Each set is cached separately below $MAE_BENCH_CACHE/features, so that protocols share the sets they have
     in common. The key covers the weights, the spec (the same weights with another number of heads, activation
-    or mean are another backbone), the input (size, crop, precision), the set and the digest of the data. An
+    or mean are another backbone), the input (size, crop, precision), the set and the digest of the split. An
     interrupted computation resumes, and rows that are damaged are computed again.
     """
     config, spec = context.config, context.spec
-    key = json_digest(
-        {
-            "version": VERSION,
-            "weights": digest_weights(model.vit),
-            "spec": spec.to_dict(),
-            "feed": [spec.img_size, config.crop_pct, config.amp_dtype],
-            "data": data.layout.digest,
-        }
-    )
-    folder = cache_folder() / "features" / key[:32]
-    return {
-        "train": _load_split(context, folder / "train", model, data.train, data.bad_train),
-        "val": _load_split(context, folder / "val", model, data.val, data.bad_val),
+    decisive = {
+        "version": VERSION,
+        "weights": digest_weights(model.vit),
+        "spec": spec.to_dict(),
+        "feed": [spec.img_size, config.crop_pct, config.amp_dtype],
     }
+    found = {}
+    for split, images, bad in (("train", data.train, data.bad_train), ("val", data.val, data.bad_val)):
+        key = json_digest(decisive | {"data": data.layout.split_digests[split]})
+        found[split] = _load_split(
+            context, cache_folder() / "features" / key[:32] / split, model, images, bad
+        )
+    return found
 
 
 def digest_weights(model: nn.Module) -> str:

@@ -1,7 +1,9 @@
 """UperNet end to end on a tiny data set with mmsegmentation: outcome, resume, faults."""
 
 import json
+import shutil
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
 from mmengine.config import Config
 from mmengine.runner import IterBasedTrainLoop
 from PIL import Image
+from safetensors.torch import load_file
 
 from tasks.ade20k.upernet import run
 
@@ -74,9 +77,10 @@ class StopAfter(Progress):
 
 @pytest.fixture
 def work(ade20k, backbone, tmp_path):
-    def start(folder="job", progress=None, seed=3, **changes):
+    def start(folder="job", progress=None, seed=3, earlier=(), **changes):
         config = UPerNetConfig(**{**SETTINGS, "data": str(ade20k), **changes})
         job = Job("segment", "upernet", config.model_dump(mode="json"), tmp_path / folder, seed, backbone)
+        job = replace(job, earlier=tuple(tmp_path / name for name in earlier))
         return run(config, job, progress or StopAfter())
 
     return start
@@ -163,6 +167,85 @@ def test_seed_decides(train_only):
     a, b, c = (run["decode_head.conv_seg.weight"] for run in runs)
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+def flip(path):
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("num_damaged", "steps"), [(1, [3, 4]), (2, [1, 2, 3, 4])])
+def test_damaged_states_are_passed_over(work, train_only, tmp_path, num_damaged, steps):
+    whole = train_only("whole")
+    with pytest.raises(Interrupted):
+        work("stopped", StopAfter(3))
+    states = sorted(tmp_path.glob("stopped/checkpoints/step-*/state.pth"))
+    assert len(states) == 2
+    for path in states[2 - num_damaged :]:
+        flip(path)
+    progress = StopAfter(before="evaluate")
+    resumed = train_only("stopped", progress)
+    assert [done for stage, done, _ in progress.seen if stage == "train"] == steps
+    assert all(f"{path.parent} cannot be read" in "".join(progress.notes) for path in states[-num_damaged:])
+    assert ("starts from the beginning" in progress.notes[-1]) == (num_damaged == 2)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+class TestTrainedModelsAreEvaluatedAgain:
+    def test_after_a_correction_of_a_validation_map(self, work, ade20k, tmp_path):
+        tear(ade20k / "images" / "training" / "1.jpg")
+        first = work("first", max_bad_images=0.4)
+        path = ade20k / "annotations" / "validation" / "0.png"
+        Image.fromarray(np.maximum(np.asarray(Image.open(path)), 1)).save(path)
+        progress = StopAfter()
+        second = work(
+            "second", progress, earlier=["first"], max_bad_images=0.4, test_mode="slide", test_stride=24
+        )
+        assert [stage for stage, *_ in progress.seen if stage == "train"] == []
+        fresh = work("fresh", max_bad_images=0.4, test_mode="slide", test_stride=24)
+        assert second.metrics == fresh.metrics
+        assert second.metrics != first.metrics
+        assert second.cost["seconds_train"] == first.cost["seconds_train"]
+        assert second.notes[0].startswith(f"evaluated the model that cells/{tmp_path.name}/first trained on ")
+        assert second.notes[1:] == fresh.notes != []
+        kept = [
+            tmp_path / folder / "trained" / "model.safetensors" for folder in ("first", "second", "fresh")
+        ]
+        assert tmp_path / "second" / second.artefacts["trained"] == kept[1]
+        assert kept[0].read_bytes() == kept[1].read_bytes()
+        weights = [load_file(path) for path in kept[1:]]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] | weights[1])
+        again = work("third", earlier=["second"], max_bad_images=0.4)
+        assert "/first trained on" in again.notes[0]
+
+    def test_but_not_if_the_training_would_differ_or_the_model_is_damaged(self, work, ade20k, tmp_path):
+        with pytest.raises(Interrupted):  # what is trained is kept before it is evaluated
+            work("first", StopAfter(before="evaluate"))
+
+        def notes_of_training(**changes):
+            progress = StopAfter(1)
+            with pytest.raises(Interrupted):
+                work("second", progress, earlier=["first"], **changes)
+            shutil.rmtree(tmp_path / "second")
+            return progress.notes
+
+        assert notes_of_training(lr=2e-3) == notes_of_training(seed=4) == []
+        kept = tmp_path / "first" / "trained"
+        for file in ("model.safetensors", "training.json"):
+            flip(kept / file)
+            (note,) = notes_of_training()
+            assert str(kept / file) in note
+            flip(kept / file)
+        path = ade20k / "annotations" / "training" / "0.png"
+        Image.fromarray(np.maximum(np.asarray(Image.open(path)), 1)).save(path)
+        assert notes_of_training() == []
+
+    def test_unless_nothing_was_to_be_kept(self, work, tmp_path):
+        outcome = work(keep_weights=False)
+        assert "trained" not in outcome.artefacts
+        assert not (tmp_path / "job" / "trained").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(work, tmp_path, monkeypatch):

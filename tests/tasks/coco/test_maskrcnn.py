@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class StopAfter(Progress):
         super().__init__()
         self.iteration, self.before = iteration, before
         self.seen: list[float] = []
+        self.notes: list[str] = []
 
     def stage(self, name: str, total: float = 0) -> None:
         self._stop = self._stop or name == self.before
@@ -46,9 +48,12 @@ class StopAfter(Progress):
         self._stop = self._stop or done == self.iteration
         super().step(done, **values)
 
+    def note(self, message: str) -> None:
+        self.notes.append(message)
 
-def job(folder: Path, backbone: str) -> Job:
-    return Job(name="toy", kind="maskrcnn", config={}, dir=folder, seed=3, backbone=backbone)
+
+def job(folder: Path, backbone: str, *earlier: Path) -> Job:
+    return Job("toy", "maskrcnn", config={}, dir=folder, seed=3, backbone=backbone, earlier=earlier)
 
 
 def train_only(config: MaskRCNNConfig, folder: Path, backbone: str) -> dict[str, torch.Tensor]:
@@ -129,6 +134,89 @@ def test_the_last_two_states_are_kept(make_config: MakeConfig, backbone: str, tm
     assert [state["iteration"] for state in load_states(tmp_path / "job")] == [1, 2]
     train_only(config, tmp_path / "job", backbone)
     assert [state["iteration"] for state in load_states(tmp_path / "job")] == [2, 3]
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("num_damaged", "first"), [(1, 3), (2, 1)])
+def test_damaged_states_are_passed_over(
+    make_config: MakeConfig, backbone: str, tmp_path: Path, num_damaged: int, first: int
+) -> None:
+    config = make_config(checkpoint_period=1)
+    whole = train_only(config, tmp_path / "whole", backbone)
+    with pytest.raises(Interrupted):
+        maskrcnn.run(config, job(tmp_path / "job", backbone), StopAfter(3))
+    for path in sorted(tmp_path.glob("job/checkpoints/step-*/state.pth"))[-num_damaged:]:
+        flip(path)
+    progress = StopAfter(before="evaluate")
+    with pytest.raises(Interrupted):
+        maskrcnn.run(config, job(tmp_path / "job", backbone), progress)
+    assert progress.seen == list(range(first, 5))
+    assert len(progress.notes) == num_damaged + (num_damaged == 2)
+    assert all(text in "".join(progress.notes) for text in ("step-00000003", "cannot be read"))
+    assert ("starts from the beginning" in progress.notes[-1]) == (num_damaged == 2)
+    resumed = load_states(tmp_path / "job")[-1]["model"]
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_corrected_annotation_is_scored_without_training(
+    make_config: MakeConfig, backbone: str, coco: Path, tmp_path: Path
+) -> None:
+    sorted((coco / "train2017").iterdir())[0].write_bytes(b"no image")
+    path = coco / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    sound, content["annotations"][0]["segmentation"] = path.read_text(), []
+    path.write_text(json.dumps(content))
+    with pytest.raises(Interrupted):  # what is trained is kept before it is evaluated
+        maskrcnn.run(
+            make_config(max_bad_images=0.4), job(tmp_path / "a", backbone), StopAfter(before="evaluate")
+        )
+    path.write_text(sound)
+    changed = make_config(max_bad_images=0.4, detections_per_image=5)
+    progress = StopAfter()
+    outcome = maskrcnn.run(changed, job(tmp_path / "b", backbone, tmp_path / "a"), progress)
+    fresh = maskrcnn.run(changed, job(tmp_path / "c", backbone), Progress())
+    assert progress.seen == [1, 2]  # the two batches of val2017
+    assert outcome.metrics == fresh.metrics
+    assert outcome.cost.keys() == fresh.cost.keys()
+    assert "/a trained on" in outcome.notes[0]
+    assert outcome.notes[1:] == fresh.notes != []
+    detections = [tmp_path / folder / "detections/coco_instances_results.json" for folder in "bc"]
+    assert detections[0].read_bytes() == detections[1].read_bytes()
+    assert (tmp_path / "b" / outcome.artefacts["trained"]).is_file()
+
+
+def test_a_model_of_another_training_or_a_damaged_one_is_not_scored(
+    make_config: MakeConfig, backbone: str, coco: Path, tmp_path: Path
+) -> None:
+    train_only(make_config(), tmp_path / "a", backbone)
+    weights = tmp_path / "a" / "trained" / "model.safetensors"
+
+    def notes_of_training(**changes: Any) -> list[str]:
+        progress = StopAfter(1)
+        with pytest.raises(Interrupted):
+            maskrcnn.run(make_config(**changes), job(tmp_path / "b", backbone, tmp_path / "a"), progress)
+        return progress.notes
+
+    assert notes_of_training(roi_batch_size=8) == []
+    shutil.rmtree(tmp_path / "b")
+    flip(weights)
+    assert [str(weights) in note for note in notes_of_training()] == [True]
+    shutil.rmtree(tmp_path / "b")
+    flip(weights)
+    path = coco / "annotations" / "instances_train2017.json"
+    path.write_text(path.read_text() + " ")
+    assert notes_of_training() == []
+
+
+def test_nothing_is_kept_on_request(make_config: MakeConfig, backbone: str, tmp_path: Path) -> None:
+    train_only(make_config(keep_weights=False), tmp_path / "job", backbone)
+    assert not (tmp_path / "job" / "trained").exists()
 
 
 def test_unreadable_images_are_still_counted_after_a_stop(

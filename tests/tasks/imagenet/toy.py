@@ -1,6 +1,7 @@
 """A toy ImageNet and backbone for the tests of the protocols; the three classes differ in colour."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,21 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 
 def run_protocol(
-    name: str, data: Path, folder: Path, backbone: str, progress: Progress | None = None, **changes: Any
+    name: str,
+    data: Path,
+    folder: Path,
+    backbone: str,
+    progress: Progress | None = None,
+    earlier: tuple[Path, ...] = (),
+    **changes: Any,
 ) -> Outcome:
     """Run one of PROTOCOLS in `folder`, as the worker does."""
     values = {**PROTOCOLS[name], **changes, "data": str(data)}
     table = kind(values["kind"])
     outcome: Outcome = load_object(table.run)(
-        build(load_object(table.config), values, "test"), job(folder, backbone), progress or Progress()
+        build(load_object(table.config), values, "test"),
+        replace(job(folder, backbone), earlier=earlier),
+        progress or Progress(),
     )
     return outcome
 

@@ -69,6 +69,32 @@ def test_the_digest_follows_content_not_place(layout, made, data):
     assert check_layout(layout, made / layout).digest != check_layout(layout, data / layout).digest
 
 
+@pytest.mark.parametrize(
+    ("layout", "image", "split"),
+    [
+        ("imagenet", "val/*/*", "val"),
+        ("imagenet", "train/*/*", "train"),
+        ("coco", "val2017/*", "val2017"),
+        ("coco", "annotations/instances_train2017.json", "train2017"),
+        ("ade20k", "annotations/validation/*", "validation"),
+        ("ade20k", "images/training/*", "training"),
+    ],
+)
+def test_the_digest_of_a_split_follows_its_own_files(layout, image, split, made, data):
+    path = next((data / layout).glob(image))
+    path.write_bytes(path.read_bytes() + b" ")
+    before, after = (check_layout(layout, root / layout).split_digests for root in (made, data))
+    assert len(set(before.values())) == len(before) == 2
+    assert [name for name in before if before[name] != after[name]] == [split]
+
+
+def test_the_class_table_belongs_to_both_splits(made, data):
+    (path,) = (data / "ade20k").glob("objectInfo*")
+    path.write_text(path.read_text() + "\n")
+    before, after = (check_layout("ade20k", root / "ade20k").split_digests for root in (made, data))
+    assert all(before[split] != after[split] for split in before)
+
+
 def test_annotations_count_by_content(made, data):
     path = next((data / "ade20k" / "annotations" / "training").iterdir())
     Image.fromarray(np.zeros((48, 48), np.uint8)).save(path)
