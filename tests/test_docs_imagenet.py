@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-from mae_bench.config import CONFIGS, JobConfig, load_yaml
+from mae_bench.config import CONFIGS, JobConfig, KeepConfig, load_yaml
 from mae_bench.registry import KINDS, load_object
 from tasks.imagenet import config as configs
 
@@ -17,7 +17,7 @@ TEXT, KEYS = PAGE.split("## Every key")
 SECTIONS: dict[str, tuple[type[BaseModel], ...]] = {
     "Every protocol": (JobConfig, configs.ImageConfig),
     "All but eval_only and robustness": (configs.PooledConfig,),
-    "Those that train": (configs.TrainConfig, configs.EvalConfig),
+    "Those that train": (configs.TrainConfig, KeepConfig, configs.EvalConfig),
     "finetune, supervised, partial_finetune": (configs.ClassifyConfig,),
     "supervised": (configs.SupervisedConfig,),
     "finetune, partial_finetune": (configs.FinetuneConfig,),

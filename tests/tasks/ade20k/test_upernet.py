@@ -176,21 +176,22 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(("num_damaged", "steps"), [(1, [3, 4]), (2, [1, 2, 3, 4])])
-def test_damaged_states_are_passed_over(work, train_only, tmp_path, num_damaged, steps):
+def test_damaged_states_are_passed_over(work, train_only, tmp_path):
     whole = train_only("whole")
     with pytest.raises(Interrupted):
-        work("stopped", StopAfter(3))
-    states = sorted(tmp_path.glob("stopped/checkpoints/step-*/state.pth"))
-    assert len(states) == 2
-    for path in states[2 - num_damaged :]:
-        flip(path)
-    progress = StopAfter(before="evaluate")
-    resumed = train_only("stopped", progress)
-    assert [done for stage, done, _ in progress.seen if stage == "train"] == steps
-    assert all(f"{path.parent} cannot be read" in "".join(progress.notes) for path in states[-num_damaged:])
-    assert ("starts from the beginning" in progress.notes[-1]) == (num_damaged == 2)
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+        work("one", StopAfter(3))
+    shutil.copytree(tmp_path / "one", tmp_path / "both")
+    for folder, steps in (("one", [3, 4]), ("both", [1, 2, 3, 4])):
+        states = sorted(tmp_path.glob(f"{folder}/checkpoints/step-*/state.pth"))
+        damaged = states[-1:] if folder == "one" else states
+        for path in damaged:
+            flip(path)
+        progress = StopAfter(before="evaluate")
+        resumed = train_only(folder, progress)
+        assert [done for stage, done, _ in progress.seen if stage == "train"] == steps
+        assert all(f"{path.parent} cannot be read" in "".join(progress.notes) for path in damaged)
+        assert ("starts from the beginning" in progress.notes[-1]) == (folder == "both")
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 class TestTrainedModelsAreEvaluatedAgain:
@@ -217,33 +218,29 @@ class TestTrainedModelsAreEvaluatedAgain:
         assert kept[0].read_bytes() == kept[1].read_bytes()
         weights = [load_file(path) for path in kept[1:]]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] | weights[1])
-        again = work("third", earlier=["second"], max_bad_images=0.4)
-        assert "/first trained on" in again.notes[0]
 
     def test_but_not_if_the_training_would_differ_or_the_model_is_damaged(self, work, ade20k, tmp_path):
         with pytest.raises(Interrupted):  # what is trained is kept before it is evaluated
             work("first", StopAfter(before="evaluate"))
 
-        def notes_of_training(**changes):
+        def notes_of_training():
             progress = StopAfter(1)
             with pytest.raises(Interrupted):
-                work("second", progress, earlier=["first"], **changes)
+                work("second", progress, earlier=["first"])
             shutil.rmtree(tmp_path / "second")
             return progress.notes
 
-        assert notes_of_training(lr=2e-3) == notes_of_training(seed=4) == []
-        kept = tmp_path / "first" / "trained"
-        for file in ("model.safetensors", "training.json"):
-            flip(kept / file)
-            (note,) = notes_of_training()
-            assert str(kept / file) in note
-            flip(kept / file)
+        kept = tmp_path / "first" / "trained" / "model.safetensors"
+        flip(kept)
+        (note,) = notes_of_training()
+        assert str(kept) in note
+        flip(kept)
         path = ade20k / "annotations" / "training" / "0.png"
         Image.fromarray(np.maximum(np.asarray(Image.open(path)), 1)).save(path)
         assert notes_of_training() == []
 
     def test_unless_nothing_was_to_be_kept(self, work, tmp_path):
-        outcome = work(keep_weights=False)
+        outcome = work(keep_weights=False, iterations=3)
         assert "trained" not in outcome.artefacts
         assert not (tmp_path / "job" / "trained").exists()
 

@@ -118,18 +118,20 @@ class TestItIsTrained:
 
 def test_another_crop_of_the_evaluation_needs_no_training(own, tmp_path, backbone):
     run_protocol("finetune", own, tmp_path / "first", backbone, eval_epochs=None)
-    progress = Watching()
-    run_protocol(
-        "finetune",
-        own,
-        tmp_path / "second",
-        backbone,
-        progress,
-        (tmp_path / "first",),
-        eval_epochs=None,
-        crop_pct=0.5,
-    )
-    assert progress.steps == 0
+    for before, folder, crop_pct in (("first", "second", 0.5), ("second", "third", 0.6)):
+        progress = Watching()
+        outcome = run_protocol(
+            "finetune",
+            own,
+            tmp_path / folder,
+            backbone,
+            progress,
+            (tmp_path / before,),
+            eval_epochs=None,
+            crop_pct=crop_pct,
+        )
+        assert progress.steps == 0
+        assert f"{tmp_path.name}/first trained on" in outcome.notes[0]
 
 
 def test_a_partial_curve_trains_only_what_it_lacks(own, tmp_path, backbone):
