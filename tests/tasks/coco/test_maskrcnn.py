@@ -170,7 +170,7 @@ def test_a_corrected_annotation_is_scored_without_training(
     sorted((coco / "train2017").iterdir())[0].write_bytes(b"no image")
     path = coco / "annotations" / "instances_val2017.json"
     content = json.loads(path.read_text())
-    sound, content["annotations"][0]["segmentation"] = path.read_text(), []
+    sound, content["annotations"][0]["bbox"] = path.read_text(), [0, 0, 16, 16]
     path.write_text(json.dumps(content))
     with pytest.raises(Interrupted):  # what is trained is kept before it is evaluated
         maskrcnn.run(
