@@ -77,6 +77,8 @@ def read(checkpoint: Checkpoint) -> Translation:
     result.assumed, result.needed = family("clip"), ("act_layer",)
     result.facts = _read_facts(checkpoint, result.weights, vision)
     result.facts["options"] = _infer_options(checkpoint, result.weights)
+    if "num_heads" in result.facts and "head_width" not in vision:
+        result.sources["num_heads"] = f"{HEAD_WIDTH} channels per head, as in the authors' code"
     return result
 
 

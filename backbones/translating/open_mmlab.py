@@ -8,6 +8,7 @@ import torch
 
 from backbones.families import family
 from backbones.reading.source import Checkpoint
+from backbones.translating.heads import STATED
 from backbones.translating.naming import Naming
 from backbones.translating.structure import INDEX, INDEX_REASON, TABLE, infer_beit_facts, infer_vit_options
 from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, explain
@@ -89,7 +90,9 @@ def read_mmlab_vit(checkpoint: Checkpoint, library: str) -> Translation:
         result.assumed["global_pool"] = "avg"
         _drop_second_norm(result)
     config = parse_config(checkpoint.extras)
-    result.facts |= _read_config(config, checkpoint.source, result)
+    stated = _read_config(config, checkpoint.source, result)
+    result.facts |= stated
+    result.sources |= dict.fromkeys(stated, STATED)
     described = _get_section(config, "model", "backbone") or checkpoint.stated_spec
     if "norm_pre.weight" in result.weights and not described:
         # CLIP's towers have GELU or quick GELU (configs/clip), which only a config shows.

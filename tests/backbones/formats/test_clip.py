@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from backbones.adapters.features import get_layer_id
+from backbones.inspection import inspect_checkpoint
 from backbones.load import load_backbone
 from mae_bench.errors import UserError
 from mae_bench.models.cost import backbone_gmacs
@@ -66,6 +67,12 @@ def stored(path) -> dict[str, torch.Tensor]:
         for name, t in bare.items()
         if "visual.class_embedding" not in bare or "visual." in name
     }
+
+
+def test_heads_that_no_tensor_shows_are_not_said_to_be_read_from_the_tensors(files):
+    origin = inspect_checkpoint(files["openai"][0])["origins"]["num_heads"]
+    assert origin == "64 channels per head, as in the authors' code"
+    assert f"num_heads 3: {origin}" in load_backbone(files["openai"][0])[2].assumptions
 
 
 @pytest.mark.parametrize(

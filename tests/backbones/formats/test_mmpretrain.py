@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from backbones.inspection import inspect_checkpoint
 from backbones.load import load_backbone
 from mae_bench.errors import UserError
 from tests.backbones.formats import toys_mmpretrain as toys
@@ -270,6 +271,8 @@ def test_moco_v3s_small_has_twelve_heads(tmp_path, told):
             load_backbone(tmp_path / "x.pth")
         return
     overrides = {"num_heads": 6} if told == "user" else {}
+    if told == "config":
+        assert inspect_checkpoint(tmp_path / "x.pth")["origins"]["num_heads"] == "stated by the file"
     assert load_backbone(tmp_path / "x.pth", overrides=overrides)[1].num_heads == (
         6 if told == "user" else 12
     )
