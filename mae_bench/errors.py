@@ -12,7 +12,8 @@ MAX_NAMES = 10_000  # of a folder that are compared
 
 
 class UserError(Exception):
-    """An error the user can fix; the command line prints it without a traceback and exits with 2.
+    """An error the user can fix; the command line prints it without a traceback and exits with 2,
+    or with 1 if a full disk is its cause.
 
     Args:
         given: what was found, with its place (a path, a key, a value).

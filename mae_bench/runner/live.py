@@ -194,15 +194,23 @@ def detail(result: ResultRecord | Failure) -> str:
 
 @contextmanager
 def counting(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a function (name, done, total) that updates bars and prints a line for what is complete."""
+    """Yield a function (name, done, total) that updates bars and prints a line for what is complete.
+
+    Without a terminal it prints a line every LINE_SECONDS instead of bars.
+    """
     bars = Progress(console=console, transient=True, disable=not console.is_terminal)
     tasks: dict[str, TaskID] = {}
     complete: set[str] = set()
+    told = time.monotonic()
 
     def show(name: str, done: int, total: int) -> None:
+        nonlocal told
         if name not in tasks:
             tasks[name] = bars.add_task(escape(name), total=total)
         bars.update(tasks[name], completed=done, total=total)
+        if bars.disable and time.monotonic() - told >= LINE_SECONDS:
+            told = time.monotonic()
+            console.print(f"{escape(name)}: {done} of {total}", highlight=False)
         if done >= total and name not in complete:
             complete.add(name)
             console.print(f"{escape(name)}: {done}", highlight=False)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from mae_bench.data.sets.fetch import file_lock
 from mae_bench.data.sets.index import cache_folder
 from mae_bench.data.sets.source import BadImages, ImageSource
 from mae_bench.data.sets.subset import Subset
@@ -24,6 +23,7 @@ from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.errors import UserError
 from mae_bench.files import json_digest
 from mae_bench.job import Job, Outcome
+from mae_bench.locks import file_lock
 from mae_bench.models.cost import num_params
 from mae_bench.models.vit import ViT
 from mae_bench.progress import Progress
@@ -217,7 +217,7 @@ def _load_split(
 def _prepare(files: FeatureFiles, progress: Progress, stack: ExitStack) -> None:
     """Lock the files of a set until `stack` closes, create those that are missing, and check the rest."""
     files.folder.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(file_lock(files.folder / VALUES_FILE))
+    stack.enter_context(file_lock(files.folder / VALUES_FILE, progress.note))
     files.reserve()
     num_damaged = files.discard_damaged()
     if num_damaged:

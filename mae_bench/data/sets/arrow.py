@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from mae_bench.data.sets.fetch import file_lock
 from mae_bench.data.sets.index import Index, IndexedImages, build_index, cache_folder, stamp
 from mae_bench.data.sets.packed import HEADER, is_packed, open_packed
 from mae_bench.data.sets.packing import PackOptions, pack_sources
@@ -19,6 +18,7 @@ from mae_bench.data.sets.shards import split_names
 from mae_bench.data.sets.source import ImageSource
 from mae_bench.errors import NotInstalled, UserError
 from mae_bench.files import json_digest
+from mae_bench.locks import file_lock
 from mae_bench.seal import BrokenSeal
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-from mae_bench.data.sets.fetch import file_lock
 from mae_bench.data.sets.index import cache_path, read_cached, try_to_cache
+from mae_bench.locks import file_lock
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """Download files into the cache once, resumably and atomically."""
 
-import fcntl
 import hashlib
 import http.client
 import logging
@@ -8,9 +7,8 @@ import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -18,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 from mae_bench.data.sets.index import cache_folder
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.files import is_full
+from mae_bench.locks import file_lock
 
 log = logging.getLogger(__name__)
 
@@ -81,14 +80,6 @@ def fetch(url: str, check: Check | None = None, stop: threading.Event | None = N
 def partial_path(path: Path) -> Path:
     """Return the path of the partial download."""
     return path.with_name(f"{path.name}.part")
-
-
-@contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock next to `path`; the system releases it when the process ends."""
-    with open(path.with_name(f"{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _download(url: str, path: Path, stop: threading.Event) -> None:

@@ -303,6 +303,15 @@ def test_counting_says_what_is_whole_once() -> None:
     assert text.getvalue().splitlines() == ["train: 9", "val: 2"]
 
 
+def test_counting_without_a_terminal_says_how_far_it_is(fake_clock: FakeClock) -> None:
+    text = StringIO()
+    with counting(Console(file=text)) as show:
+        for done in range(0, 9):
+            show("train", done, 9)
+            fake_clock.now += LINE_SECONDS / 3
+    assert text.getvalue().splitlines() == ["train: 3 of 9", "train: 6 of 9"]
+
+
 def test_a_row_without_a_total_has_no_count(tmp_path: Path) -> None:
     assert len(row(WorkerStatus("mae", tmp_path / "none"))) == 7
 
