@@ -22,7 +22,8 @@ class Official:
     format: a name in `backbones.translating.detect.FORMATS`. source: where the address is published. weights:
     which set of weights in the file. checksum: "md5:" or "sha256:" and at least the first digits; "" if none
     is published. licence: of the weights, "" if unknown. score: published for this file. head: what a file
-    without a backbone is, "" for any other.
+    without a backbone is, "" for any other. gated: the page on which the authors grant access to a file that
+    is not public, "" for a public one.
     """
 
     url: str
@@ -33,6 +34,7 @@ class Official:
     licence: str = ""
     score: str = ""
     head: str = ""
+    gated: str = ""
 
 
 @cache
@@ -52,6 +54,7 @@ def load_table() -> dict[str, Official]:
                 licence=group.get("licence", ""),
                 score=entry.get("score", ""),
                 head=entry.get("head", ""),
+                gated=group.get("gated", ""),
             )
     return table
 
@@ -64,7 +67,8 @@ def find_name(url: str) -> str | None:
 def fetch_official(name: str) -> tuple[Path, Official]:
     """Return the cached file of official:NAME, downloaded once.
 
-    Raises UserError for an unknown name, a failed download, and a file without the published checksum.
+    Raises UserError for an unknown name, a head, a gated file, a failed download, and a file without the
+    published checksum.
     """
     table = load_table()
     if name not in table:
@@ -79,6 +83,12 @@ def fetch_official(name: str) -> tuple[Path, Official]:
             f"official:{name} is {entry.head.partition(' for ')[0]}, without a backbone",
             expected="weights of a vision transformer",
             fix=f"give {entry.head.partition(' for ')[2]}, the backbone it was trained on",
+        )
+    if entry.gated:
+        raise UserError(
+            f"official:{name} is gated: its authors send the address on request",
+            expected=f"{entry.url.rpartition('/')[2]}, downloaded by hand",
+            fix=f"ask for it on {entry.gated} and give the path of the file with --format {entry.format}",
         )
     path = _fetch(entry)
     try:

@@ -25,6 +25,7 @@ from tests.backbones.formats import toys_detectron2, toys_mmseg
 
 pytestmark = pytest.mark.usefixtures("toy_heads")
 
+GATED = [name for name, entry in load_table().items() if entry.gated and not entry.head]
 HEADS = [name for name, entry in load_table().items() if entry.head]
 
 
@@ -72,7 +73,7 @@ def test_official_weights_state_licence_and_score(
     monkeypatch: pytest.MonkeyPatch, files: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(official, "_fetch", lambda entry: files["encoder"][0])
-    monkeypatch.setattr(official, "_check_checksum", lambda *_: None)
+    monkeypatch.setattr(official, "_check_content", lambda *_: None)
     checkpoint = open_source("official:mae_vit_base_finetuned")
     assert (checkpoint.licence, checkpoint.score) == ("CC-BY-NC-4.0", "ImageNet-1k top1 83.664")
 
@@ -89,6 +90,19 @@ def test_a_released_head_is_refused_before_it_is_downloaded(
     backbone = error.value.fix.partition("official:")[2].partition(",")[0]
     assert not load_table()[backbone].head
     assert len(str(error.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_a_gated_file_is_asked_for_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(official, "_fetch", lambda _: pytest.fail("it was downloaded"))
+    with pytest.raises(UserError, match=f"official:{name} is gated") as error:
+        open_source(f"official:{name}")
+    entry = load_table()[name]
+    file = error.value.expected.partition(",")[0]
+    assert file.startswith("dinov3_vit")
+    assert entry.url.endswith(f"/{file}")
+    assert entry.gated in error.value.fix
+    assert f"--format {entry.format}" in error.value.fix
 
 
 def test_released_detectors_are_read(tmp_path: Path) -> None:
