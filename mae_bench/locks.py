@@ -62,6 +62,5 @@ def _lock_at_once(file: TextIO) -> bool:
 def _sign(file: TextIO) -> None:
     """Write this process's name to the lock file."""
     with suppress(OSError):  # on a full disk the lock holds nevertheless
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now()}")
-        file.flush()
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()} since {now()}".encode())

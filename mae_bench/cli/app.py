@@ -45,11 +45,10 @@ def main() -> None:
     except OSError as error:  # for example a folder that cannot be written; the message includes its path
         if not _is_full(error):
             _exit_with(UserError(str(error)), USAGE_ERROR)
-        if error.filename is None:  # standard output: what is left in its buffer would fail again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        place = error.filename or "standard output"
-        full = UserError(f"the disk is full: {error}", expected=f"free space for {place}", fix=FREE_SPACE)
-        _exit_with(full, FAILED)
+        place = f"for {error.filename}" if error.filename else "where this command writes, or its output goes"
+        _exit_with(
+            UserError(f"the disk is full: {error}", expected=f"free space {place}", fix=FREE_SPACE), FAILED
+        )
     except Interrupted:
         if os.environ.get("RANK", "0") == "0":
             print("Stopped; finished work is saved. Re-run the same command to resume.", file=sys.stderr)
@@ -74,6 +73,10 @@ def _exit_with(error: UserError, code: int) -> NoReturn:
     print(f"Error: {error}", file=sys.stderr)
     if "--json" in sys.argv:
         print_json({"error": error.given, "expected": error.expected, "fix": error.fix})
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk behind it: what is left in the buffer would fail again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

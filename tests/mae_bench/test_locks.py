@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import socket
 import threading
 from pathlib import Path
@@ -47,6 +48,18 @@ def test_the_name_of_the_last_holder_is_replaced(tmp_path: Path) -> None:
         assert try_lock(file)
         assert holder_of(file).startswith(f"process {os.getpid()} on ")
         assert "yesterday" not in holder_of(file)
+
+
+def test_a_disk_that_takes_no_byte_does_not_hinder_a_lock(tmp_path: Path) -> None:
+    """Nor when the file is closed, which must not write once more."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with open(tmp_path / ".lock", "a+", encoding="utf-8") as file:
+            assert try_lock(file)
+            assert holder_of(file) == "another process"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_disk_without_locks_is_an_error_of_the_disk(
