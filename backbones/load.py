@@ -10,6 +10,7 @@ import torch
 from backbones.reading.safe import check_values
 from backbones.reading.source import Checkpoint, open_source
 from backbones.translating.detect import detect, find_formats, get_format
+from backbones.translating.grids import find_img_sizes
 from backbones.translating.heads import add_num_heads
 from backbones.translating.infer import infer_spec
 from backbones.translating.origins import find_assumptions
@@ -142,6 +143,7 @@ def translate(
     translation.notes += _make_notes(checkpoint, translation, format)
     _restore_names(checkpoint, translation)
     add_num_heads(name, checkpoint, translation)
+    translation.img_sizes = find_img_sizes(name, checkpoint, translation)
     spec = infer_spec(translation, checkpoint.source, checkpoint.stated_spec, overrides)
     translation.assumptions = find_assumptions(name, translation, checkpoint, spec, overrides)
     return name, translation, spec

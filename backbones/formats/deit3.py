@@ -2,8 +2,6 @@
 
 from math import isqrt
 
-import torch
-
 from backbones.reading.source import Checkpoint
 from backbones.translating.structure import has_timm_description
 from backbones.translating.translation import HEAD, Translation, is_plain_vit, read_timm_vit
@@ -18,7 +16,8 @@ def fits(checkpoint: Checkpoint) -> bool:
         return False
     if not {"cls_token", "pos_embed", "blocks.0.gamma_1"} <= set(keys):
         return False
-    return _grid_side(keys["pos_embed"]) > 0
+    table = keys["pos_embed"]
+    return table.ndim == 3 and isqrt(table.shape[1]) ** 2 == table.shape[1] > 0
 
 
 def read(checkpoint: Checkpoint) -> Translation:
@@ -26,16 +25,6 @@ def read(checkpoint: Checkpoint) -> Translation:
     result = read_timm_vit(checkpoint, "deit3", DROP)
     result.facts["options"] = {"no_embed_class": True, **result.facts.get("options", {})}
     table = checkpoint.tensors.get("pos_embed")
-    side = 0 if table is None else _grid_side(table)
-    if side:
-        result.notes.append(
-            f"its position embedding of {side * side} rows is read as {side} x {side} patches without the "
-            "class token's row"
-        )
+    if table is not None and table.ndim == 3:
+        result.notes.append(f"its {table.shape[1]} positions are read as those of patches alone")
     return result
-
-
-def _grid_side(table: torch.Tensor) -> int:
-    """Return the side of the square grid with one row per patch in a position embedding (1, L, D), else 0."""
-    side = isqrt(table.shape[1]) if table.ndim == 3 else 0
-    return side if side and side * side == table.shape[1] else 0

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from backbones.families import family
 from backbones.reading.source import SPEC_KEY, Checkpoint
+from backbones.translating.grids import describe_square
 from backbones.translating.structure import has_timm_description
 from backbones.translating.translation import (
     Translation,
@@ -158,6 +159,8 @@ def _convert_pos_embed(result: Translation, grid: tuple[int, int] | None, source
         maps = table.permute(0, 3, 1, 2).float()
         resized = F.interpolate(maps, size=grid, mode="bicubic", align_corners=False)
         table = resized.permute(0, 2, 3, 1).to(table.dtype)
+    elif not grid:
+        result.sources["img_size"] = describe_square("detectron2")
     result.weights["pos_embed"] = table.contiguous()
     result.reshaped["pos_embed"] = "; ".join(steps)
 

@@ -6,15 +6,15 @@ is therefore never evidence; a size (width, depth, MLP width) is, within a famil
 exactly one number of heads.
 """
 
-from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from backbones.reading.source import Checkpoint
+from backbones.translating.arguments import as_mapping, find_values
 from backbones.translating.structure import count_blocks
-from backbones.translating.translation import Translation
+from backbones.translating.translation import FILE, Translation
 
 Size = tuple[int, int, int]  # width, depth, MLP width (input of its second layer)
 TI, S, B = (192, 12, 768), (384, 12, 1536), (768, 12, 3072)
@@ -84,7 +84,7 @@ SIZES: dict[str, dict[Size, int]] = {
     # A bare file has no family. These sizes have one number of heads in every code base read here.
     "timm": BASE_AND_LARGER | {GIANT: 16, GIGANTIC: 16, (1536, 40, 4096): 24} | EVA02,
 }
-BARE, STATED = "timm", "stated by the file"
+BARE = "timm"
 NO_CLASS_TOKEN = "timm, no class token"  # 768 channels have 16 heads in timm's vit_base_patch16_gap_224
 SIZES[NO_CLASS_TOKEN] = {size: heads for size, heads in SIZES[BARE].items() if size != B}
 VIT_NAMES = {"vit_tiny": 3, "vit_small": 6, "vit_base": 12, "vit_large": 16, "vit_huge": 16, "vit_giant": 16}
@@ -103,9 +103,7 @@ NAMES: dict[str, dict[str, int]] = {
         "vit_huge_patch14": 16,
     },
 }
-SECTIONS = ("model_kwargs", "model_args", "hyper_parameters", "args", "config", "cfg", "backbone", "kwargs")
 MIN_HEAD_DIM = 8  # channels; the families above have 16 to 112
-MAX_DEPTH = 4  # nested sections of a file that are searched
 TIMM_0_3_SMALL = ("vit_small_patch16_224", 768, 8)  # name, width and heads (and depth) in timm 0.3.2 and 0.4
 
 
@@ -119,11 +117,11 @@ def add_num_heads(format: str, checkpoint: Checkpoint, translation: Translation)
     if any("num_heads" in fields for fields in known):
         return
     size = get_size(translation.weights)
-    stated = next(_find_stated(checkpoint.extras, MAX_DEPTH), None)
+    stated = next(filter(_is_count, find_values(checkpoint.extras, ("num_heads",))), None)
     named = _heads_of_name(format, checkpoint.extras, size)
     if stated is not None or named is not None:
         translation.facts["num_heads"] = named if stated is None else stated
-        translation.sources["num_heads"] = STATED
+        translation.sources["num_heads"] = FILE
         return
     family = translation.family or format
     if family == BARE and "cls_token" not in translation.weights:
@@ -161,20 +159,13 @@ def list_plausible(width: int) -> list[int]:
     return [heads for heads in list_divisors(width) if width // heads >= MIN_HEAD_DIM] or [1]
 
 
-def _find_stated(section: Any, levels: int) -> Iterator[int]:
-    """Yield `num_heads` of the saved arguments, those of the model's own sections first."""
-    content = _as_mapping(section)
-    heads = content.get("num_heads")
-    if isinstance(heads, int) and not isinstance(heads, bool) and heads > 0:
-        yield heads
-    for name in SECTIONS if levels else ():
-        if name in content:
-            yield from _find_stated(content[name], levels - 1)
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _heads_of_name(format: str, extras: Mapping[str, Any], size: Size) -> int | None:
     """Return the heads of the architecture that the saved arguments or `arch` name, if its width fits."""
-    args = _as_mapping(extras.get("args"))
+    args = as_mapping(extras.get("args"))
     for name in (extras.get("arch"), args.get("arch"), args.get("model"), args.get("model_name")):
         if not isinstance(name, str):
             continue
@@ -182,7 +173,7 @@ def _heads_of_name(format: str, extras: Mapping[str, Any], size: Size) -> int | 
             return NAMES[format][name]
         if (name, *size[:2]) == TIMM_0_3_SMALL:
             return TIMM_0_3_SMALL[2]
-        heads = _heads_in_timm(name, size, _as_mapping(args.get("model_kwargs")))
+        heads = _heads_in_timm(name, size, as_mapping(args.get("model_kwargs")))
         if heads is not None:
             return heads
     return None
@@ -201,9 +192,3 @@ def _heads_in_timm(name: str, size: Size, kwargs: Mapping[str, Any]) -> int | No
     width = kwargs.get("embed_dim", getattr(model, "embed_dim", 0))
     depth = kwargs.get("depth", len(getattr(model, "blocks", ())))
     return attention.num_heads if attention is not None and (width, depth) == size[:2] else None
-
-
-def _as_mapping(value: Any) -> Mapping[str, Any]:
-    if isinstance(value, Namespace):
-        return vars(value)
-    return value if isinstance(value, Mapping) else {}

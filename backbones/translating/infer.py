@@ -4,23 +4,27 @@ L patches, D width, C channels, H W image, p patch side.
 """
 
 import math
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from backbones.translating.grids import MissingGrid, count_prefix_tokens, find_grids
 from backbones.translating.heads import list_divisors, list_plausible
 from backbones.translating.structure import count_blocks
-from backbones.translating.translation import Translation, find_sincos_grid, is_sincos
+from backbones.translating.translation import Translation, is_sincos
 from mae_bench.errors import UserError
 from mae_bench.models.create import parse_size
-from mae_bench.models.vit import ARCHS, LAYERS
+from mae_bench.models.vit import LAYERS
 from mae_bench.spec import BackboneSpec
 
 GIVE = "give {0} to inspect or convert, backbones.NAME.spec.{0} to evaluate or run, --set {0} to reconstruct"
 HIDDEN = ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight")  # first layer of a plain and of a gated MLP
+TABLES = re.compile("pos_embed|relative_position_bias_table")
+MAX_LISTED = 4  # image sizes in an error message
 MAX_IMG_SIZE = 4096  # pixels, for an image size that only a description states
 NAMES = [f.name for f in fields(BackboneSpec)]
 SIZES = ("img_size", "patch_size")
@@ -46,7 +50,7 @@ def infer_spec(
 
     Order of preference: the tensors' shapes, the user's `overrides`, the facts of the file, the spec `stated`
     in the file, its family. Raise UserError where a description contradicts the shapes, for an unknown
-    override, and where the number of heads cannot be inferred.
+    override, and where the number of heads or the grid of patches cannot be inferred.
     """
     try:
         return _infer(translation, source, stated or {}, overrides or {})
@@ -62,6 +66,8 @@ def _infer(
     given = _merge(translation, stated, overrides)
     if "options" not in stated:  # a complete spec leaves out options with timm's default
         _require_needed(translation, given, source)
+    if "img_size" not in given:
+        given |= _choose_img_size(translation, given)
     shapes = infer_shape_facts(translation.weights, source, given)
     wrong = [key for key, value in shapes.items() if key in given and given[key] != value]
     if wrong:
@@ -88,6 +94,20 @@ def _merge(
         options |= dict(part.get("options", {}))
     given["options"] = options
     return given
+
+
+def _choose_img_size(translation: Translation, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the image size with the best evidence where several grids explain the tables; {} for none."""
+    weights, grids = translation.weights, find_grids(translation.weights, given) or []
+    for size, evidence in translation.img_sizes.items() if len(grids) > 1 else ():
+        if _count_patches(size, weights["patch_embed.proj.weight"].shape[2:]) in grids:
+            translation.sources["img_size"] = evidence
+            return {"img_size": size}
+    return {}
+
+
+def _count_patches(size: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
+    return tuple(side // pixels for side, pixels in zip(size, patch, strict=True))
 
 
 def _require_needed(translation: Translation, given: Mapping[str, Any], source: str) -> None:
@@ -170,15 +190,13 @@ class MissingHeads(UserError):
 def infer_shape_facts(
     weights: Mapping[str, torch.Tensor], source: str, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the fields that the tensors' shapes determine.
+    """Return the fields that the tensors' shapes determine, and `img_size`.
 
-    A position embedding for an image that is not square needs `img_size` in `given`. Raise UserError for
-    shapes that are no ViT's.
+    Where several grids explain the position tables, `img_size` is that of `given`, and MissingGrid is raised
+    without one. Raise UserError for shapes that are no ViT's.
     """
     proj, fc1 = _get_layers(weights, source)
     embed_dim, in_chans, *patch_size = proj.shape
-    num_registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
-    num_prefix_tokens = int("cls_token" in weights) + num_registers
     hidden = fc1.shape[0] // _num_fc1_halves(weights, given)
     facts = {
         "patch_size": tuple(patch_size),
@@ -186,17 +204,15 @@ def infer_shape_facts(
         "embed_dim": embed_dim,
         "depth": count_blocks(weights),
         "mlp_ratio": _infer_mlp_ratio(hidden, embed_dim),
-        "num_prefix_tokens": num_prefix_tokens,
+        "num_prefix_tokens": count_prefix_tokens(weights),
     }
-    table = weights.get("pos_embed")
-    if given.get("arch", "vit") in ARCHS and table is not None:
-        rows = table.flatten(1, -2) if table.ndim > 2 else table
-        num_prefix_rows = 0 if given.get("options", {}).get("no_embed_class") else num_prefix_tokens
-        size = given.get("img_size")
-        facts["img_size"] = _infer_img_size(rows, num_prefix_rows, tuple(patch_size), size, source)
-    if "img_size" not in facts:
+    grids = find_grids(weights, given)
+    if grids is None:
         _check_img_size(given.get("img_size"), source)
-    return facts
+        return facts
+    return facts | {
+        "img_size": _infer_img_size(weights, grids, (patch_size[0], patch_size[1]), given, source)
+    }
 
 
 def _get_layers(weights: Mapping[str, torch.Tensor], source: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,28 +271,33 @@ def _infer_mlp_ratio(hidden: int, width: int) -> float:
 
 
 def _infer_img_size(
-    table: torch.Tensor, num_prefix_rows: int, patch: tuple[int, ...], given: Any, source: str
+    weights: Mapping[str, torch.Tensor],
+    grids: list[tuple[int, int]],
+    patch: tuple[int, int],
+    given: Mapping[str, Any],
+    source: str,
 ) -> tuple[int, int]:
-    """Return the image size of a position embedding (1, num_prefix_rows + L, D).
-
-    The grid of a sine-cosine table, which its values show; else the given size if it has L patches, else the
-    square one, which is an assumption.
-    """
-    num_patches = table.shape[1] - num_prefix_rows if table.ndim == 3 else 0
-    grid = find_sincos_grid(table, num_prefix_rows)
-    if grid is not None:
-        return grid[0] * patch[0], grid[1] * patch[1]
-    if given and (given[0] // patch[0]) * (given[1] // patch[1]) == num_patches:
-        return tuple(given)
-    side = round(max(num_patches, 0) ** 0.5)
-    if not num_patches or side * side != num_patches:
+    """Return the image size of position tables that `grids` explain: the only one, or the one given."""
+    size = given.get("img_size")
+    if size and _count_patches(size, patch) in grids:
+        return tuple(size)
+    sizes = [(h * patch[0], w * patch[1]) for h, w in grids]
+    if len(grids) > 1 and not size:
+        raise MissingGrid(source, grids, sizes, GIVE.format("img_size=[H,W]"))
+    if len(grids) > 1:
+        listed = " or ".join(map(str, sizes[:MAX_LISTED]))
         raise UserError(
-            f"{source}: a position embedding of shape {tuple(table.shape)} with {num_prefix_rows} prefix "
-            "tokens fits no square image",
-            expected="one row per prefix token and one per patch",
-            fix="if the images were not square, " + GIVE.format("img_size=[H,W]"),
+            f"{source}: img_size {size} where the shapes say {listed}",
+            expected="a description that fits the weights",
         )
-    return side * patch[0], side * patch[1]
+    if not grids:
+        tables = [f"{name} {tuple(t.shape)}" for name, t in weights.items() if TABLES.search(name)]
+        raise UserError(
+            f"{source}: its position tables fit no grid of patches: {', '.join(tables[:2])}, with "
+            f"{count_prefix_tokens(weights)} prefix tokens",
+            expected="one row per prefix token and one per patch",
+        )
+    return sizes[0]
 
 
 def infer_pos_embed(weights: Mapping[str, torch.Tensor], spec: Mapping[str, Any]) -> str:

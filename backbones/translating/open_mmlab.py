@@ -8,10 +8,9 @@ import torch
 
 from backbones.families import family
 from backbones.reading.source import Checkpoint
-from backbones.translating.heads import STATED
 from backbones.translating.naming import Naming
 from backbones.translating.structure import INDEX, INDEX_REASON, TABLE, infer_beit_facts, infer_vit_options
-from backbones.translating.translation import HEAD, MASK_TOKEN, Translation, explain
+from backbones.translating.translation import FILE, HEAD, MASK_TOKEN, Translation, explain
 from mae_bench.errors import UserError
 
 ANCHOR = "layers.0.ffn.layers.0.0.weight"
@@ -92,7 +91,7 @@ def read_mmlab_vit(checkpoint: Checkpoint, library: str) -> Translation:
     config = parse_config(checkpoint.extras)
     stated = _read_config(config, checkpoint.source, result)
     result.facts |= stated
-    result.sources |= dict.fromkeys(stated, STATED)
+    result.sources |= dict.fromkeys(stated, FILE)
     described = _get_section(config, "model", "backbone") or checkpoint.stated_spec
     if "norm_pre.weight" in result.weights and not described:
         # CLIP's towers have GELU or quick GELU (configs/clip), which only a config shows.
@@ -177,7 +176,7 @@ def _parse_value(node: ast.expr) -> Any:
 
 
 def _read_config(config: dict[str, Any], source: str, result: Translation) -> dict[str, Any]:
-    """Return heads, eps, mean and std of a config; the activation becomes an option.
+    """Return heads, eps, mean and std of a config; the activation becomes an option, the image size evidence.
 
     Raise UserError for an unknown activation.
     """
@@ -194,6 +193,7 @@ def _read_config(config: dict[str, Any], source: str, result: Translation) -> di
             f"{source}: its config leaves out the class token (with_cls_token=False) that the file has",
             expected="a class token that the model uses",
         )
+    result.stated_sizes.append(backbone.get("img_size"))
     eps = _get_section(backbone, "norm_cfg").get("eps")
     if isinstance(eps, float):
         facts["norm_eps"] = eps

@@ -6,13 +6,13 @@ from typing import Any
 
 from backbones.families import families, family, published_in
 from backbones.reading.source import Checkpoint
+from backbones.translating.grids import find_grids
 from backbones.translating.infer import infer_shape_facts
-from backbones.translating.translation import Translation
+from backbones.translating.translation import FILE, GIVEN, TENSORS, Translation
 from mae_bench.spec import BackboneSpec
 
 # Fields that families.yaml states or has a default for.
 PREPROCESSING = ("mean", "std", "interpolation", "global_pool", "norm_eps", "pos_resample")
-GIVEN, FILE, TENSORS = "given", "stated by the file", "inferred from the tensors"
 SHARED_METHODS = ("unknown", "none", "supervised")  # pretraining methods of many families
 
 
@@ -25,12 +25,15 @@ def find_origins(
 ) -> dict[str, str]:
     """Return where each field of the spec comes from, in the order of preference of `infer_spec`."""
     name = find_family(format, translation.assumed)
+    shapes = infer_shape_facts(translation.weights, checkpoint.source, vars(spec))
+    if len(find_grids(translation.weights, vars(spec)) or ()) > 1:
+        del shapes["img_size"]  # the tensors alone do not show it
     described = FILE if checkpoint.beside or checkpoint.stated_spec else TENSORS
     known = (
         dict.fromkeys(overrides or {}, GIVEN),
         translation.sources,
-        dict.fromkeys(infer_shape_facts(translation.weights, checkpoint.source, vars(spec)), TENSORS),
-        dict.fromkeys(translation.facts, described),
+        dict.fromkeys(shapes, TENSORS),
+        {key: FILE if key in PREPROCESSING else described for key in translation.facts},
         dict.fromkeys(checkpoint.stated_spec, FILE),
         _fields_of_family(name, translation.assumed),
         dict.fromkeys(("arch", "options", "pos_embed"), TENSORS),

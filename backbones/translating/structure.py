@@ -107,10 +107,7 @@ def infer_vit_options(weights: Weights) -> dict[str, Any]:
 
 
 def infer_beit_facts(weights: Weights, source: str) -> dict[str, Any]:
-    """Return arch, options, and the heads and grid of the bias tables, for a BEiT in timm's names.
-
-    Raise UserError for a table that fits no square grid: such a file needs img_size.
-    """
+    """Return arch, options, and the heads of the bias tables, for a BEiT in timm's names."""
     options: dict[str, Any] = {
         "use_abs_pos_emb": "pos_embed" in weights,
         "use_rel_pos_bias": f"blocks.0.attn.{TABLE}" in weights,
@@ -121,21 +118,14 @@ def infer_beit_facts(weights: Weights, source: str) -> dict[str, Any]:
     if "blocks.0.gamma_1" in weights:
         options["init_values"] = INIT_VALUES
     facts: dict[str, Any] = {"arch": "beit", "options": options}
-    table, proj = find_bias_table(weights), weights["patch_embed.proj.weight"]
-    if table is not None and table.ndim != 2:
+    table = find_bias_table(weights)
+    if table is None:
+        return facts
+    if table.ndim != 2:
         raise UserError(
             f"{source}: a relative bias table of shape {tuple(table.shape)}", expected="(rows, heads)"
         )
-    if table is None or proj.ndim != 4:
-        return facts
-    facts |= {"num_heads": table.shape[1], "pos_embed": "relative"}
-    side = (round(max(table.shape[0] - 3, 0) ** 0.5) + 1) // 2
-    if (2 * side - 1) ** 2 + 3 == table.shape[0]:
-        return facts | {"img_size": (side * proj.shape[2], side * proj.shape[3])}
-    raise UserError(
-        f"{source}: a relative bias table of {table.shape[0]} rows",
-        expected="(2n - 1)^2 + 3 rows for n x n patches",
-    )
+    return facts | {"num_heads": table.shape[1], "pos_embed": "relative"}
 
 
 def infer_eva_options(weights: Weights) -> dict[str, Any]:

@@ -25,6 +25,9 @@ MASK_TOKEN = "pretraining mask token: not part of the backbone"
 BLOCK = r"(?:norm[12]|attn\.(?:qkv|proj)|mlp\.fc[12])"
 PLAIN_VIT = rf"(?:cls_token|pos_embed|(?:patch_embed\.proj|norm|blocks\.\d+\.{BLOCK})\.(?:weight|bias))$"
 
+# Origins of a BackboneSpec field that are no assumption.
+GIVEN, FILE, TENSORS = "given", "stated by the file", "inferred from the tensors"
+
 
 @dataclass
 class Translation:
@@ -47,6 +50,9 @@ class Translation:
         hint: What to answer when a needed field is missing.
         assumptions: The spec fields that are assumed or the family's (`origins.find_assumptions`).
         family: Entry of `backbones.translating.heads.SIZES`, where it is not the format's name.
+        stated_sizes: Image sizes that a config in the file states, which its tables need not have.
+        img_sizes: Image size -> evidence, to choose from if several grids explain the position tables
+            (`grids.find_img_sizes`).
         sources: BackboneSpec field -> its origin in words, where it is not that of all facts or assumptions.
     """
 
@@ -64,6 +70,8 @@ class Translation:
     hint: str = ""
     assumptions: list[str] = field(default_factory=list)
     family: str = ""
+    stated_sizes: list[Any] = field(default_factory=list)
+    img_sizes: dict[tuple[int, int], str] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from backbones.translating.grids import RELEASED
 from backbones.translating.heads import SIZES
 from tests.backbones.formats import toys_official_mae
-from tests.backbones.formats.plain_vit import DEPTH, SIZE, WIDTH, encoder_shapes
+from tests.backbones.formats.plain_vit import DEPTH, PATCH, SIZE, WIDTH, encoder_shapes
 from tests.backbones.formats.toys_official_mae import DECODER, decoder_shapes
 
 TOY_HIDDEN = (4 * WIDTH, 2 * WIDTH, 488, 512)  # MLP widths of the toys
@@ -19,7 +20,18 @@ HEADS = 3  # of the toys, whose files do not state it
 
 
 @pytest.fixture(scope="module")
-def toy_heads() -> Iterator[None]:
+def toy_grids() -> Iterator[None]:
+    """State the grid of the toys, as each family's released files have theirs.
+
+    Without this fixture, every reader asks for the image size of a toy with a learned table.
+    """
+    stated = {family: (*sides, SIZE // PATCH) for family, sides in RELEASED.items()}
+    with mock.patch.dict(RELEASED, stated):
+        yield
+
+
+@pytest.fixture(scope="module")
+def toy_heads(toy_grids) -> Iterator[None]:
     """State the number of heads of the toys' sizes, as each family's code states that of its own sizes.
 
     Without this fixture, the toys of depth 2 are no size of any family, and every reader asks.

@@ -19,6 +19,7 @@ import torch
 
 from backbones.load import load_backbone
 from backbones.mae import load_mae
+from backbones.translating.grids import SQUARE
 from mae_bench.errors import UserError
 from tests.foreign import layouts
 from tests.foreign.drawing import draw_images, draw_noise, draw_state, pick_values, unfold_blocks
@@ -69,30 +70,8 @@ REFUSED = {
     "moco_v3/conv-stem",
     "deit3/parallel",
     "deit3/parallel-unscaled",
-    # an oblong bias table, a ViT that two formats fit
-    "beit/grid-2x3",
-    "beit/grid-5x14",
-    "beit/fine-grid-2x3",
-    "simmim/grid-2x3",
-    "simmim/grid-5x14",
-    "simmim/fine-grid-2x3",
+    # a ViT that two formats fit
     "mae_lite/fine-cls",
-}
-# What today's code reads wrongly or refuses although it is to be read: the finding of each. Remove an entry
-# with its fix.
-KNOWN_WRONG = {
-    "W2": (
-        "mae/grid-2x8-learned/checkpoint/no-img_size",
-        "mae/grid-4x9-learned/checkpoint/no-img_size",
-        "mae_lite/grid-2x8-learned/checkpoint/no-img_size",
-        "mae_lite/grid-4x9-learned/checkpoint/no-img_size",
-        "deit/grid-4x9/released/no-img_size",
-        "deit/distilled-grid-4x9/released/no-img_size",
-        "deit3/grid-4x9/released/no-img_size",
-        "deit3/grid-9x4/released/no-img_size",
-        "beit/absolute-grid-4x9/checkpoint/no-img_size",
-        "simmim/absolute-grid-4x9/checkpoint/no-img_size",
-    ),
 }
 FAMILIES = tuple(LAYOUTS)
 PARTS = {
@@ -100,11 +79,6 @@ PARTS = {
     "ijepa": ("target_encoder.", "predictor."),
 }  # wrapped each by itself
 FORMATS = {"mae": "official_mae", "mae_lite": "official_mae", "crossmae": "official_mae", "timm_032": "timm"}
-
-
-def is_square(record: dict[str, Any]) -> bool:
-    height, width = record.get("img_size", record["imgs"][2:])
-    return bool(height == width)
 
 
 def make_cases() -> list[Case]:
@@ -147,11 +121,12 @@ def make_base_cases(family: str, base: str, models: dict[str, Any]) -> list[Case
 
 
 def make_unsaid_cases(family: str, base: str, models: dict[str, Any]) -> list[Case]:
-    """Return models whose heads or whose oblong images the user does not state."""
+    """Return models whose heads or whose image size the user does not state."""
     first = next(iter(LAYOUTS[family]))
     heads = [name for name in models if name == base or re.search("192|384|released|vit-small", name)]
-    oblong = [name for name, record in models.items() if not is_square(record)]
-    unsaid = [("num_heads", name) for name in heads] + [("img_size", name) for name in oblong]
+    shapes = re.compile(f"{base}|fine|absolute|learned|distilled|registers|.*grid.*")
+    unsaid = [("num_heads", name) for name in heads]
+    unsaid += [("img_size", name) for name in models if shapes.fullmatch(name)]
     return [
         Case(family, name, first, unsaid=(what,), expect=expect_unsaid(family, name, what))
         for what, name in unsaid
@@ -162,11 +137,12 @@ def expect_unsaid(family: str, name: str, what: str) -> str:
     """Return "equal" where the file shows what the user does not say.
 
     Heads: bias tables have a column for each, and a family's code builds its released sizes with one number.
-    Images: the values of a sine table show its grid.
+    Images: the values of a sine table and the index of a bias table show the grid, and the code of some
+    families builds squares only.
     """
     record = read_golden(family)[name]
     if what == "img_size":
-        shown = any(table["kind"] in ("mae", "moco") for table in record["tables"].values())
+        shown = family in SQUARE or bool(record["tables"])
     else:
         has_columns = any(tensor.endswith("relative_position_bias_table") for tensor in record["tensors"])
         shown = has_columns or name.startswith("released")
@@ -215,10 +191,11 @@ def write_file(case: Case, record: dict[str, Any], folder: Path) -> Path:
 
 def get_options(case: Case, record: dict[str, Any]) -> dict[str, Any]:
     """Return what a user says to load the file."""
-    overrides: dict[str, Any] = {"num_heads": record["num_heads"]}
     size = tuple(record["imgs"][2:])
-    if not is_square(record):
-        overrides["img_size"] = size
+    overrides: dict[str, Any] = {
+        "num_heads": record["num_heads"],
+        "img_size": tuple(record.get("img_size", size)),
+    }
     if case.family == "timm_032":
         overrides["norm_eps"] = 1e-5 if case.model == "vit-small" else 1e-6
     options: dict[str, Any] = {
@@ -275,27 +252,7 @@ def reconstruct(
     return model(imgs, 0.75, draw_noise(record["seed"], len(imgs), num_patches))[1]
 
 
-def find_known(case: Case) -> str:
-    """Return the finding because of which a case fails today, "" for none."""
-    return next((finding for finding, names in KNOWN_WRONG.items() if str(case) in names), "")
-
-
-def make_param(case: Case) -> Any:
-    finding = find_known(case)
-    marks = (
-        [pytest.mark.xfail(strict=True, raises=AssertionError, reason=f"finding {finding}")]
-        if finding
-        else []
-    )
-    return pytest.param(case, id=str(case), marks=marks)
-
-
-def test_every_known_wrong_case_exists():
-    names = {str(case) for case in CASES}
-    assert all(name in names for listed in KNOWN_WRONG.values() for name in listed)
-
-
-@pytest.mark.parametrize("case", [make_param(case) for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_features_of_the_authors_code(case, tmp_path):
     try:
         difference = compare(case, tmp_path)

@@ -159,7 +159,7 @@ def test_several_sets_are_listed_with_what_reads_each(tmp_path, encoder):
     first, second, third = told["sets"]
     assert (first["format"], first["architecture"]) == ("official_mae", "ViT (width 192, depth 2, 3 heads)/8")
     assert second["parameters"]["backbone"] == sum(tensor.numel() for tensor in encoder.values())
-    assert "no square image" in third["error"]
+    assert "img_size cannot be inferred" in third["error"]
     text = shown(render(told))
     assert "holds 3 sets" in text
     assert "--weights model_ema" in text

@@ -141,7 +141,7 @@ def test_without_classes_crops_find_each_other(textures):
 def test_a_checkpoint_is_probed_and_stays_as_it_is(tmp_path, classes):
     spec = BackboneSpec("vit", (16, 16), (8, 8), 3, 192, 1, 3)
     save_file(randomise(build_vit(spec)).state_dict(), tmp_path / "x.safetensors")
-    options: ReadOptions = {"format": "timm", "overrides": {"num_heads": 3}}
+    options: ReadOptions = {"format": "timm", "overrides": {"num_heads": 3, "img_size": 16}}
     found = suggest_preprocessing(tmp_path / "x.safetensors", classes, max_images=24, **options)
     assert found.images == 24
     assert len(found.candidates) == 4 * 2 * 2
@@ -183,6 +183,6 @@ def test_what_cannot_be_probed_says_why(tmp_path, channels, count, expected):
     (tmp_path / "images").mkdir()
     for number in range(count):
         Image.new("RGB", (16, 16)).save(tmp_path / "images" / f"{number}.png")
-    given = {"mean": spec.mean, "std": spec.std, "num_heads": 3}
+    given = {"mean": spec.mean, "std": spec.std, "num_heads": 3, "img_size": 16}
     with pytest.raises(UserError, match=expected):
         suggest_preprocessing(tmp_path / "x.safetensors", tmp_path / "images", format="timm", overrides=given)

@@ -446,13 +446,15 @@ def test_what_a_checkpoint_does_not_tell_can_be_given(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "odd.safetensors")
     asked = mae_bench("inspect", "odd.safetensors", cwd=tmp_path)
     assert asked.returncode == 2
+    assert "give img_size=[H,W]" in asked.stderr
+    asked = mae_bench("inspect", "odd.safetensors", "img_size=16", cwd=tmp_path)
+    assert asked.returncode == 2
     assert "give num_heads=N" in asked.stderr
-    told = mae_bench(
-        "inspect", "odd.safetensors", "num_heads=3", "mean=[0.5,0.5,0.5]", "--json", cwd=tmp_path
-    )
+    given = ("img_size=[8,32]", "num_heads=3")
+    told = mae_bench("inspect", "odd.safetensors", *given, "mean=[0.5,0.5,0.5]", "--json", cwd=tmp_path)
     spec = json.loads(told.stdout)["spec"]
-    assert (spec["num_heads"], spec["mean"]) == (3, [0.5, 0.5, 0.5])
-    done = mae_bench("convert", "odd.safetensors", "ours", "num_heads=3", "--to", "mae_bench", cwd=tmp_path)
+    assert (spec["num_heads"], spec["img_size"], spec["mean"]) == (3, [8, 32], [0.5, 0.5, 0.5])
+    done = mae_bench("convert", "odd.safetensors", "ours", *given, "--to", "mae_bench", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     refused = mae_bench("convert", "ours", "odd.safetensors/out", "--to", "mae_bench", cwd=tmp_path)
     assert refused.returncode == 2
@@ -527,15 +529,17 @@ def test_doctor_answers_in_json() -> None:
     assert json.loads(done.stdout)["problems"] == []
 
 
-HEADS = {"spec": json.dumps({"num_heads": 3})}  # what the toys state, as metadata and as arguments
-ARGS = {"args": {"model_kwargs": {"num_heads": 3}}}
+STATED = {
+    "spec": json.dumps({"num_heads": 3, "img_size": [16, 16]})
+}  # what the toys state, as metadata and as arguments
+ARGS = {"args": {"model_kwargs": {"num_heads": 3, "img_size": 16}}}
 
 
 @pytest.fixture
 def vit(tmp_path: Path) -> VisionTransformer:
     """A small ViT, saved as vit.safetensors, and in several.pth beside its average."""
     model = VisionTransformer(img_size=16, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0)
-    save_file(model.state_dict(), tmp_path / "vit.safetensors", HEADS)
+    save_file(model.state_dict(), tmp_path / "vit.safetensors", STATED)
     average = {name: tensor * 0.5 for name, tensor in model.state_dict().items()}
     torch.save(
         {"state_dict": model.state_dict(), "state_dict_ema": average, "optimizer": {"lr": 1.0}, **ARGS},
@@ -676,7 +680,7 @@ def test_a_bad_checkpoint_among_many_does_not_stop_the_others(
     save_file(
         {name: tensor for name, tensor in vit.state_dict().items() if name != "norm.bias"},
         tmp_path / "a_bad.safetensors",
-        HEADS,
+        STATED,
     )
     given = [
         "--checkpoint",

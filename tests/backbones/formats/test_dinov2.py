@@ -193,7 +193,7 @@ def test_without_qkv_bias_and_layer_scale(tmp_path):
         (lambda w: w.update({"blocks.0.1.norm1.bias": torch.zeros(192)}), "are one weight"),
         (lambda w: w.pop("cls_token"), "has registers"),
         (lambda w: w.update({"pos_embed": torch.zeros(17, 192)}), "has registers"),
-        (lambda w: w.update({"pos_embed": torch.zeros(1, 1, 192)}), "no square image"),
+        (lambda w: w.update({"pos_embed": torch.zeros(1, 1, 192)}), "no grid of patches"),
         (lambda w: w.update({"register_tokens": torch.tensor(1.0)}), "has registers"),
         (lambda w: w.update({"patch_embed.proj.weight": torch.tensor(1.0)}), "patch embedding"),
         (

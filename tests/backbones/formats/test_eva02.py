@@ -123,7 +123,7 @@ def change_of(name: str, tensor: torch.Tensor) -> Any:
         (change_of("rope.freqs_cos", torch.zeros(15, 64)), "square grid"),
         (change_of("rope.freqs_cos", torch.zeros(())), "square grid"),
         (change_of("rope.freqs_sin", torch.zeros(16, 2)), "square grid"),
-        (change_of("pos_embed", torch.zeros(())), r"position embedding of shape \(\)"),
+        (change_of("pos_embed", torch.zeros(())), r"no grid of patches: pos_embed \(\)"),
         (change_of("blocks.0.mlp.w1.weight", torch.zeros(())), r"first layer of its MLP \(fc1\) is \(\)"),
     ],
 )

@@ -145,7 +145,7 @@ def test_published_sizes(kind, width, heads, depth, patch):
         (lambda w: w.update({"layernorm2.bias": torch.zeros(3)}), "unexpected: layernorm2.bias"),
         (lambda w: w.pop("layers.1.attention.k_proj.weight"), "query"),
         (lambda w: w.update({f"layers.1.attention.{n}_proj.bias": torch.zeros(()) for n in "qkv"}), "query"),
-        (lambda w: w.update({"embeddings.position_embeddings": torch.zeros(())}), "position embedding"),
+        (lambda w: w.update({"embeddings.position_embeddings": torch.zeros(())}), "no grid of patches"),
     ],
 )
 def test_whatever_is_unexplained_is_refused(tmp_path, theirs, change, told):

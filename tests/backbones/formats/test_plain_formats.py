@@ -12,6 +12,7 @@ from backbones.convert import convert
 from backbones.load import load_backbone
 from backbones.reading.safe import read_file
 from backbones.reading.unwrap import SeveralSets
+from backbones.translating.grids import MissingGrid
 from backbones.translating.translation import has_moco_pos_embed
 from mae_bench.errors import UserError
 from mae_bench.models.cost import backbone_gmacs
@@ -333,15 +334,14 @@ def test_lightly_train_says_how_images_were_normalised(written):
 
 @torch.no_grad()
 def test_a_square_table_of_deit3_may_be_an_oblong_one_with_a_row_for_the_class_token(tmp_path, imgs):
-    """25 rows: the report states how they are read, another image size is refused, the user may override."""
+    """25 rows: the grid is asked for, the report states how they are read, and the user may override."""
     weights = fill(encoder_shapes(rows=0, scales=("gamma_1", "gamma_2")) | {"pos_embed": (1, 25, 192)})
     torch.save({"model": weights}, tmp_path / "x.pth")
-    _, spec, report = load_backbone(tmp_path / "x.pth")
-    assert spec.img_size == (40, 40)
-    assert any(
-        "25 rows is read as 5 x 5 patches without the class token's row" in note for note in report.notes
-    )
-    with pytest.raises(UserError, match=r"\(32, 48\) where the shapes say \(40, 40\)"):
+    with pytest.raises(MissingGrid, match="5 x 5, 1 x 25, 25 x 1"):
+        load_backbone(tmp_path / "x.pth")
+    _, _, report = load_backbone(tmp_path / "x.pth", overrides={"img_size": 40})
+    assert "its 25 positions are read as those of patches alone" in report.notes
+    with pytest.raises(UserError, match=r"\(32, 48\) where the shapes say \(40, 40\) or"):
         load_backbone(tmp_path / "x.pth", overrides={"img_size": (32, 48)})
     told = {"img_size": (32, 48), "options": {"no_embed_class": False}}
     model, _, _ = load_backbone(tmp_path / "x.pth", overrides=told)

@@ -316,7 +316,7 @@ def test_a_description_that_cannot_be_followed_is_refused(tmp_path, config):
         (lambda w: w.pop("blocks.1.gamma_2"), "missing: blocks.1.gamma_2"),
         (lambda w: w.pop("blocks.0.attn.q_bias"), "missing: blocks.0.attn.q_bias"),
         (lambda w: w.update({"blocks.0.mystery": torch.zeros(3)}), "unexpected: blocks.0.mystery"),
-        (lambda w: w.update({"blocks.0.attn.relative_position_bias_table": torch.zeros(7, 3)}), "shape"),
+        (lambda w: w.update({"blocks.0.attn.relative_position_bias_table": torch.zeros(7, 3)}), "no grid"),
     ],
 )
 def test_a_missing_and_a_surplus_key_are_refused(tmp_path, change, told):

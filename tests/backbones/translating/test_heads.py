@@ -23,7 +23,7 @@ def write(tmp_path):
     """Write a small ViT of 192 channels with other contents of the file."""
 
     def save(depth: int = 1, **content: Any) -> Any:
-        torch.save({"state_dict": fill(encoder_shapes(192, depth, 16, 8)), **content}, tmp_path / "x.pth")
+        torch.save({"state_dict": fill(encoder_shapes(192, depth, 112, 8)), **content}, tmp_path / "x.pth")
         return tmp_path / "x.pth"
 
     return save
