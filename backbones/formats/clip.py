@@ -75,6 +75,8 @@ def read(checkpoint: Checkpoint) -> Translation:
     result.outside = {name: TEXT for name in checkpoint.outside if ".visual." not in f".{name}"}
     result.outside |= dict.fromkeys(OPENAI_MARKS & set(checkpoint.outside), "a size of the model: no weights")
     result.assumed, result.needed = family("clip"), ("act_layer",)
+    # mlfoundations/open_clip src/open_clip/model.py (resize_pos_embed); OpenAI's code resamples nothing
+    result.assumed["pos_resample"] = "bicubic_antialias"
     result.facts = _read_facts(checkpoint, result.weights, vision)
     result.facts["options"] = _infer_options(checkpoint, result.weights)
     if "num_heads" in result.facts and "head_width" not in vision:

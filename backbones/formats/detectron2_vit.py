@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from backbones.families import family
 from backbones.reading.source import SPEC_KEY, Checkpoint
@@ -26,6 +25,7 @@ from backbones.translating.translation import (
 from mae_bench.errors import UserError
 from mae_bench.export import SPEC_FILE
 from mae_bench.files import write_atomic
+from mae_bench.models.resampling import resize_table
 from mae_bench.spec import BackboneSpec
 
 PREFIX = "backbone.net."  # of a detector's SimpleFeaturePyramid around the ViT
@@ -156,9 +156,8 @@ def _convert_pos_embed(result: Translation, grid: tuple[int, int] | None, source
     if grid and grid != (side, side):
         sizes = f"{side} x {side} to {grid[0]} x {grid[1]}"
         steps.append(f"resampled from {sizes} as in detectron2's forward (bicubic)")
-        maps = table.permute(0, 3, 1, 2).float()
-        resized = F.interpolate(maps, size=grid, mode="bicubic", align_corners=False)
-        table = resized.permute(0, 2, 3, 1).to(table.dtype)
+        result.originals["pos_embed"] = (table, (side, side))
+        table = resize_table(table.flatten(1, 2), (side, side), grid, "bicubic").unflatten(1, grid)
     elif not grid:
         result.sources["img_size"] = describe_square("detectron2")
     result.weights["pos_embed"] = table.contiguous()

@@ -31,7 +31,7 @@ CLIP = (7, 8, 14, 15, 16, 20, 24, 27)
 # Family -> patches along a side of the square grids of its released files, from the places named.
 RELEASED: dict[str, tuple[int, ...]] = {
     "official_mae": (14, 16, 32),  # facebookresearch/mae FINETUNE.md: 224/16, 224/14, 448/14
-    "mae_lite": (14,),  # wangsr126/MAE-Lite projects/mae_lite/README.md: 224/16
+    "mae_lite": (14,),  # wangsr126/MAE-Lite README.md: 224/16
     "crossmae": (14,),  # TonyLianLong/CrossMAE README.md: 224/16
     "moco_v3": (14, 16),  # facebookresearch/moco-v3 README.md: 224/16; arXiv 2104.02057: 224/14
     "deit": (14, 24),  # facebookresearch/deit README_deit.md: 224/16, 384/16

@@ -76,7 +76,8 @@ def _resample_tables(translation: Translation, spec: BackboneSpec, new: Backbone
         distances = DISTANCES.fullmatch(name)
         if name == TABLE:
             method = str(spec.pos_resample)
-            resized = resize_table(table.flatten(1, -2), old_grid, grid, spec.pos_resample)
+            original, old = translation.originals.get(name, (table, old_grid))
+            resized = resize_table(original.flatten(1, -2), old, grid, spec.pos_resample).to(table.dtype)
             weights[name] = torch.unflatten(resized, 1, grid) if table.ndim == 4 else resized
         elif BIAS_TABLE.fullmatch(name):
             method = "geometric"

@@ -50,6 +50,8 @@ class Translation:
         hint: What to answer when a needed field is missing.
         assumptions: The spec fields that are assumed or the family's (`origins.find_assumptions`).
         family: Entry of `backbones.translating.heads.SIZES`, where it is not the format's name.
+        originals: timm's name -> table and grid (h, w) from which the table in `weights` was resampled; a
+            further size is resampled from it too.
         stated_sizes: Image sizes that a config in the file states, which its tables need not have.
         img_sizes: Image size -> evidence, to choose from if several grids explain the position tables
             (`grids.find_img_sizes`).
@@ -70,6 +72,7 @@ class Translation:
     hint: str = ""
     assumptions: list[str] = field(default_factory=list)
     family: str = ""
+    originals: dict[str, tuple[torch.Tensor, tuple[int, int]]] = field(default_factory=dict)
     stated_sizes: list[Any] = field(default_factory=list)
     img_sizes: dict[tuple[int, int], str] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)

@@ -1,5 +1,7 @@
 """Resample position tables and patch filters to another size, each with the method that its family publishes.
 
+Half precision is resampled in float32, all else in its own precision.
+
 Legend: L patches, D width, C channels, h w grid of patches, p patch side.
 """
 
@@ -37,7 +39,7 @@ def resize_table(table: torch.Tensor, old: Grid, new: Grid, method: PosResample)
     if table.shape[1] < rows:
         raise ValueError(f"a table of {table.shape[1]} rows for {old[0]} x {old[1]} patches")
     prefix, patches = table[:, : table.shape[1] - rows], table[:, table.shape[1] - rows :]
-    maps = patches.float().reshape(len(patches), *old, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
+    maps = _widen(patches).reshape(len(patches), *old, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
     if method == "bicubic_offset":
         scale = ((new[0] + OFFSET) / old[0], (new[1] + OFFSET) / old[1])
         maps = F.interpolate(maps, scale_factor=scale, mode="bicubic")
@@ -70,7 +72,7 @@ def resize_distances(table: torch.Tensor, length: int) -> torch.Tensor:
 
     Same method as detectron2 (modeling/backbone/utils.py).
     """
-    return F.interpolate(table.float().T[None], size=length, mode="linear")[0].T.to(table.dtype)
+    return F.interpolate(_widen(table).T[None], size=length, mode="linear")[0].T.to(table.dtype)
 
 
 def resize_filters(filters: torch.Tensor, patch_size: tuple[int, int], method: str) -> torch.Tensor:
@@ -82,9 +84,13 @@ def resize_filters(filters: torch.Tensor, patch_size: tuple[int, int], method: s
         Their response to a constant patch grows with its area.
     """
     if method == "bicubic":
-        return F.interpolate(filters.float(), size=patch_size, mode="bicubic").to(filters.dtype)
+        return F.interpolate(_widen(filters), size=patch_size, mode="bicubic").to(filters.dtype)
     out: torch.Tensor = resample_patch_embed(filters, list(patch_size))
     return out
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @lru_cache(maxsize=16)

@@ -1,6 +1,8 @@
 """Run the authors' own model code on drawn weights and images, and store its features as golden files.
 
-    python -m tests.foreign.make_golden --repos DIR --timm 0.3.2=DIR --timm 0.4.12=DIR [FAMILY ...]
+    python -m tests.foreign.make_golden --repos DIR --timm 0.3.2=DIR --timm 0.4.12=DIR [--tables] [FAMILY ...]
+
+`--tables` makes `resampled.json`, the position tables at other sizes, from the models of the golden files.
 
 `--repos` holds a checkout of each repository of `SOURCES` under its own name (DIR/mae, DIR/dino, ...),
 `--timm` the unpacked wheels of the old timm versions that some of them need. Nothing is downloaded, and none
@@ -21,7 +23,8 @@ import numpy as np
 import torch
 
 from tests.foreign.authors import FAMILIES, Toy
-from tests.foreign.drawing import draw_images, draw_noise, draw_state, fold_blocks, pick_values
+from tests.foreign.drawing import draw_images, draw_noise, draw_state, fold_blocks, pick_values, unfold_blocks
+from tests.foreign.resampling import CASES, double_precision
 
 GOLDEN = Path(__file__).parent / "golden"
 SEED = 11
@@ -115,12 +118,44 @@ def check_tables(toy: Toy, saved: dict[str, torch.Tensor], state: dict[str, torc
             torch.testing.assert_close(state[name], theirs, rtol=0, atol=1e-6, msg=f"{toy.name}: {name}")
 
 
-def make_family(family: str, repos: Path, timms: dict[str, str]) -> None:
-    """Write the golden file of one family."""
-    repository, folder, commit, paths, timm = SOURCES[family]
+def import_from(family: str, repos: Path, timms: dict[str, str]) -> None:
+    """Put a family's code, and the timm that it needs, on the import path."""
+    _, folder, _, paths, timm = SOURCES[family]
     stand_in()
-    added = [str(repos / folder / path) for path in paths] + ([timms[timm]] if timm else [])
-    sys.path[:0] = added
+    sys.path[:0] = [str(repos / folder / path) for path in paths] + ([timms[timm]] if timm else [])
+
+
+def make_tables(family: str) -> None:
+    """Write the resampled tables of one family's code into resampled.json."""
+    path = GOLDEN / "resampled.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    for name, (process, code, sizes, resample) in CASES.items():
+        if process != family:
+            continue
+        file, _, model = name.partition("/")
+        models = json.loads((GOLDEN / f"{file}.json").read_text())["models"]
+        record = models[model]
+        tensors = (
+            record["tensors"] if isinstance(record["tensors"], dict) else models[record["tensors"]]["tensors"]
+        )
+        tables: dict[str, list[float]] = {}
+        for size in sizes:
+            state = draw_state(unfold_blocks(tensors), record["seed"], record["tables"])
+            wide = {key: t.double() if t.is_floating_point() else t for key, t in state.items()}
+            with double_precision():
+                table = resample(wide, record, size)
+            assert table.dtype == torch.float64, name
+            tables["x".join(map(str, size))] = pick_values(table)
+        found[name] = {"code": code, "tables": tables}
+    lines = [
+        f"{json.dumps(name)}: {json.dumps(found[name], separators=(',', ':'))}" for name in sorted(found)
+    ]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def make_family(family: str) -> None:
+    """Write the golden file of one family."""
+    repository, _, commit, _, timm = SOURCES[family]
     models: dict[str, Any] = {}
     layouts: dict[str, str] = {}
     for toy in FAMILIES[family]():
@@ -154,15 +189,17 @@ def main() -> None:
     parser.add_argument(
         "--timm", action="append", default=[], metavar="VERSION=DIR", help="an unpacked timm wheel"
     )
+    parser.add_argument("--tables", action="store_true", help="make resampled.json alone")
     args = parser.parse_args()
     families = args.families or list(SOURCES)
     if len(families) == 1:
-        make_family(families[0], args.repos, dict(each.split("=", 1) for each in args.timm))
+        import_from(families[0], args.repos, dict(each.split("=", 1) for each in args.timm))
+        make_tables(families[0]) if args.tables else make_family(families[0])
         return
+    options = [part for each in args.timm for part in ("--timm", each)] + ["--tables"] * args.tables
     for family in families:
-        timms = [part for each in args.timm for part in ("--timm", each)]
         subprocess.run(
-            [sys.executable, "-m", __spec__.name, family, "--repos", args.repos, *timms], check=True
+            [sys.executable, "-m", __spec__.name, family, "--repos", args.repos, *options], check=True
         )
 
 

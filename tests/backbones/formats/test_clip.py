@@ -146,6 +146,12 @@ def test_how_images_are_fed(files):
     assert (folder.mean, folder.std, folder.interpolation) == ((0.5,) * 3, (0.4,) * 3, "bilinear")
 
 
+def test_tables_are_resampled_as_by_open_clip(files):
+    """open_clip/model.py resize_pos_embed antialiases; transformers' port does not."""
+    path, options = next(iter(files.values()))
+    assert load_backbone(path, **options)[1].pos_resample == "bicubic_antialias"
+
+
 def test_nothing_is_guessed_of_the_activation(files, imgs):
     path = files["training"][0]
     with pytest.raises(UserError, match="act_layer"):

@@ -8,12 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.interpolate import RectBivariateSpline
-from timm.layers import resample_abs_pos_embed
-from transformers import Dinov2WithRegistersConfig, ViTConfig
-from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
-    Dinov2WithRegistersEmbeddings,
-)
-from transformers.models.vit.modeling_vit import ViTEmbeddings
 
 from backbones.adapters.features import FeatureMaps
 from backbones.load import load_backbone
@@ -73,21 +67,6 @@ class TestTables:
     """(1, 1 + 16, 8): a class token and 4 x 4 patches."""
 
     table = torch.randn(1, 17, 8, generator=torch.Generator().manual_seed(0))
-
-    @pytest.mark.parametrize(
-        ("method", "embeddings", "config"),
-        [
-            ("bicubic", ViTEmbeddings, ViTConfig),
-            ("bicubic_antialias", Dinov2WithRegistersEmbeddings, Dinov2WithRegistersConfig),
-        ],
-    )
-    @pytest.mark.parametrize("grid", [(7, 9), (3, 2)])
-    def test_equals_transformers(self, method, embeddings, config, grid):
-        theirs = embeddings(config(hidden_size=8, num_attention_heads=2, image_size=32, patch_size=8))
-        theirs.position_embeddings.data = self.table
-        tokens = torch.empty(1, 1 + grid[0] * grid[1], 8)
-        wanted = theirs.interpolate_pos_encoding(tokens, grid[0] * 8, grid[1] * 8)
-        assert_within_rounding(resize_table(self.table, (4, 4), grid, method), wanted, roundings=RESAMPLED)
 
     @pytest.mark.parametrize(("method", "offset"), [("bicubic", 0.0), ("bicubic_offset", 0.1)])
     @pytest.mark.parametrize("grid", [(7, 9), (3, 2)])
@@ -332,18 +311,6 @@ def test_a_table_of_no_grid_is_refused():
 def test_a_model_that_is_built_by_its_name_keeps_its_patches():
     with pytest.raises(UserError, match="the patch size of this architecture"):
         translated({}, replace(VIT, arch="test_vit2"), None, (16, 16))
-
-
-@pytest.mark.parametrize("grid", [(7, 7), (3, 2), (2, 6)])
-def test_timms_weights_are_resampled_as_timm_does(tmp_path, grid):
-    """timm/layers/pos_embed.py resample_abs_pos_embed, which antialiases."""
-    vit = randomise(build_vit(replace(VIT, embed_dim=32)))
-    torch.save(vit.state_dict(), tmp_path / "x.pth")
-    size = (grid[0] * 8, grid[1] * 8)
-    model, _, _ = load_backbone(tmp_path / "x.pth", img_size=size, overrides={"num_heads": 2})
-    table = vit.state_dict()["pos_embed"]
-    wanted = resample_abs_pos_embed(table, list(grid), num_prefix_tokens=1)
-    assert_within_rounding(model.state_dict()["pos_embed"], wanted, roundings=RESAMPLED)
 
 
 @pytest.mark.parametrize("grid", [(4, 9), (9, 4), (6, 6), (9, 16), (2, 8)])
