@@ -27,7 +27,6 @@ SIZE_NAMES = ("img_size", "image_size", "input_size")  # in saved arguments and 
 # timm's pretrained ViTs with position tables, from 7 (patches of 32 at 224) to 64 (of 14 at 896)
 TIMM = (7, 8, 12, 14, 15, 16, 24, 27, 28, 32, 37, 40, 64)
 BEIT = (14, 24, 32, 40)  # 224, 384, 512 and, for ADE20K, 640 pixels in patches of 16
-CLIP = (7, 8, 14, 15, 16, 20, 24, 27)
 # Family -> patches along a side of the square grids of its released files, from the places named.
 RELEASED: dict[str, tuple[int, ...]] = {
     "official_mae": (14, 16, 32),  # facebookresearch/mae FINETUNE.md: 224/16, 224/14, 448/14
@@ -48,9 +47,16 @@ RELEASED: dict[str, tuple[int, ...]] = {
     "hf_beit": BEIT,  # microsoft/beit-*, facebook/data2vec-vision-*
     "hf_dinov2": (37,),  # facebook/dinov2-*: 518/14
     "hf_ijepa": (14, 16, 28),  # facebook/ijepa_*
-    "hf_clip": CLIP,  # openai/clip-*, laion/CLIP-*
-    "hf_siglip": (14, 16, 24, 27, 32),  # google/siglip-*, google/siglip2-*
-    "clip": CLIP,  # openai/CLIP clip/clip.py; mlfoundations/open_clip src/open_clip/model_configs
+    "clip": (
+        7,
+        8,
+        14,
+        15,
+        16,
+        20,
+        24,
+        27,
+    ),  # openai/CLIP clip/clip.py; mlfoundations/open_clip src/open_clip/model_configs
     "mmpretrain": (7, 12, 14, 16, 24, 28, 32, 37, 40),  # open-mmlab/mmpretrain configs/*/metafile.yml
     "mmseg": (14, 32, 40, 48),  # open-mmlab/mmsegmentation configs/vit, segmenter, setr, beit, mae
     "timm": TIMM,
@@ -62,6 +68,8 @@ SQUARE: dict[str, str] = {
     "dinov2": "dinov2/models/vision_transformer.py (interpolate_pos_encoding)",
     "ijepa": "src/models/vision_transformer.py (PatchEmbed)",
     "eva02": "EVA-02/asuka/modeling_finetune.py (VisionRotaryEmbeddingFast)",
+    "hf_clip": "src/transformers/models/clip/modeling_clip.py (CLIPVisionEmbeddings)",
+    "hf_siglip": "src/transformers/models/siglip, siglip2 (SiglipVisionEmbeddings, Siglip2VisionEmbeddings)",
     "detectron2": "detectron2/modeling/backbone/utils.py (get_abs_pos)",
 }
 MAX_LISTED = 6  # grids in a question

@@ -46,7 +46,7 @@ def test_features_equal_theirs(files, theirs, name):
 
 def test_without_a_config_the_activation_is_asked_for(files):
     with pytest.raises(UserError, match="act_layer"):
-        load_backbone(files["older"][0], overrides={"num_heads": 4, "img_size": 32})
+        load_backbone(files["older"][0], overrides={"num_heads": 4})
 
 
 @pytest.mark.parametrize(

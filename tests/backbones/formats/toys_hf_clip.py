@@ -56,5 +56,5 @@ def write(folder: Path) -> Files:
     # Files of transformers before 4.31 have position_ids.
     older["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     torch.save(older, folder / "older.bin")
-    told = {"num_heads": 4, "img_size": 32, "options": {"act_layer": "quick_gelu"}}
+    told = {"num_heads": 4, "options": {"act_layer": "quick_gelu"}}
     return files | {"older": (folder / "older.bin", {"overrides": told})}

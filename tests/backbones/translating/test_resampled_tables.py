@@ -25,6 +25,7 @@ from transformers import (
     DeiTConfig,
     Dinov2WithRegistersConfig,
     IJepaConfig,
+    SiglipVisionConfig,
     ViTConfig,
     ViTMAEConfig,
 )
@@ -36,6 +37,8 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
 )
 from transformers.models.ijepa.modeling_ijepa import IJepaEmbeddings
 from transformers.models.sam.modeling_sam import SamVisionAttention
+from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
+from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
 
@@ -50,6 +53,7 @@ from tests.backbones.formats import (
     toys_hf_dinov2,
     toys_hf_ijepa,
     toys_hf_sam,
+    toys_hf_siglip,
     toys_hf_vit,
     toys_hf_vitmae,
     toys_ijepa,
@@ -134,6 +138,12 @@ def interpolate_dinov2(table: torch.Tensor, old: Grid, new: Grid) -> torch.Tenso
     return out
 
 
+def resize_naflex(table: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor:
+    resize: Any = Siglip2VisionEmbeddings.resize_positional_embeddings
+    out: torch.Tensor = resize(table.unflatten(0, old), torch.tensor([new]), new[0] * new[1])
+    return out
+
+
 def resample_timm(table: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor:
     num_prefix_tokens = table.shape[1] - old[0] * old[1]
     return resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens)
@@ -197,6 +207,15 @@ LIBRARIES = {
         "vision",
         interpolate_transformers(CLIPVisionEmbeddings, CLIPVisionConfig),
         "embeddings.position_embedding.weight",
+    ),
+    "hf_siglip: SiglipVisionEmbeddings.interpolate_pos_encoding": Library(
+        toys_hf_siglip,
+        "vision",
+        interpolate_transformers(SiglipVisionEmbeddings, SiglipVisionConfig),
+        "embeddings.position_embedding.weight",
+    ),
+    "hf_siglip: Siglip2VisionEmbeddings.resize_positional_embeddings": Library(
+        toys_hf_siglip, "naflex", resize_naflex, "embeddings.position_embedding.weight"
     ),
     # The authors' own function expects a class token's row, which their tables lack: it fails.
     "ijepa: transformers' IJepaEmbeddings.interpolate_pos_encoding": Library(
