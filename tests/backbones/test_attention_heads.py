@@ -256,7 +256,7 @@ def red_quadrants(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_heads_of_constructed_weights_without_a_decoder_are_found(tmp_path, red_quadrants):
     torch.save(construct_of_two_heads(), tmp_path / "x.pth")
-    found = suggest_heads(tmp_path / "x.pth", red_quadrants)
+    found = suggest_heads(tmp_path / "x.pth", red_quadrants, overrides={"img_size": SIDE})
     assert found is not None
     assert (found.measure, found.images, found.fields) == (KNN, 96, (ENCODER,))
     assert (found.best.num_heads, found.best.score) == (2, 1.0)
