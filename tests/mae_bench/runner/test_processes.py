@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from benchmarks.orphans import is_alive
 from mae_bench.errors import UserError
 from mae_bench.record import FAILURE_FILE, Failure, ResultRecord
 from mae_bench.runner import processes
@@ -44,14 +45,6 @@ def run(suite: dict[str, Any], *overrides: str) -> ResultRecord | Failure:
 def folder_of(suite: dict[str, Any]) -> Path:
     (file,) = Path(suite["out"]).rglob("cell.json")
     return file.parent
-
-
-def is_there(pid: int) -> bool:
-    """Whether the process runs: one that has ended and that nobody has waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def start(script: Path, suite: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
@@ -100,7 +93,7 @@ def test_the_failure_of_any_rank_is_the_cells(
     assert fix in failure.fix
     pids = [int(path.read_text()) for path in folder_of(pretraining).glob("pid-*")]
     assert len(pids) == 2
-    assert not [pid for pid in pids if is_there(pid)]
+    assert not [pid for pid in pids if is_alive(pid)]
 
 
 @pytest.mark.parametrize(("number", "resumed_on"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 1)])
@@ -114,7 +107,7 @@ def test_a_stopped_pretraining_saves_and_goes_on(
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Re-run the same command to resume" in err
-    assert not [pid for pid in pids if is_there(pid)]
+    assert not [pid for pid in pids if is_alive(pid)]
     assert not (folder_of(pretraining) / FAILURE_FILE).exists()
     done = int((folder_of(pretraining) / "state").read_text().split()[0])
     record = run(pretraining, f"processes={resumed_on}")
@@ -133,7 +126,7 @@ def test_a_rank_that_is_killed_ends_the_cell_and_the_same_command_goes_on(
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "killed by SIGKILL" in out
-    assert not [pid for pid in pids if is_there(pid)]
+    assert not [pid for pid in pids if is_alive(pid)]
     (folder_of(pretraining) / "state").write_text("3 6")  # its last checkpoint
     record = run(pretraining, "processes=1")
     assert isinstance(record, ResultRecord)
@@ -147,9 +140,9 @@ def test_ranks_whose_runner_is_killed_save_and_end(fake_kinds: Path, pretraining
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 30
-    while any(is_there(pid) for pid in pids) and time.monotonic() < deadline:
+    while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not [pid for pid in pids if is_there(pid)]
+    assert not [pid for pid in pids if is_alive(pid)]
     assert (folder_of(pretraining) / "state").is_file()
 
 
