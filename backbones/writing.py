@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save
 
 from backbones.reading.source import SPEC_KEY
+from mae_bench.export import seal_metadata
 from mae_bench.files import write_atomic
 from mae_bench.spec import BackboneSpec
 
@@ -22,7 +23,7 @@ def write_safetensors(
     """Write the file atomically with a sorted header: the library's order of metadata varies."""
     metadata = {"format": "pt", SPEC_KEY: json.dumps(spec.to_dict()), "provenance": json.dumps(provenance)}
     contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-    data = memoryview(save(contiguous, metadata=metadata))
+    data = memoryview(save(contiguous, metadata=seal_metadata(metadata, contiguous)))
     (length,) = struct.unpack("<Q", data[:8])
     described = json.loads(bytes(data[8 : 8 + length]))
     header = json.dumps(described, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

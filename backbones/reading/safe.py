@@ -22,6 +22,7 @@ from backbones.reading.no_weights import FETCH, FIRST, describe_archive, describ
 from backbones.reading.pickled import Refused, build_value, scan_pickle
 from backbones.reading.stand_ins import ALLOWED
 from mae_bench.errors import UserError
+from mae_bench.export import check_metadata_seal
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_INFLATION = 4  # bytes of tensors per byte of the file; 1 in files as libraries write them
@@ -135,9 +136,12 @@ def _read_safetensors(file: IO[bytes], path: Path) -> tuple[dict[str, torch.Tens
         _check_header(file)
         with safe_open(_get_path(file), framework="pt") as opened:
             names = opened.keys()
-            return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
+            content = {name: opened.get_tensor(name) for name in names}
+            metadata = opened.metadata() or {}
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise _broken(path, f"a damaged safetensors file: {_first_line(str(error))}") from error
+    check_metadata_seal(metadata, content, path)
+    return content, metadata
 
 
 def _check_header(file: IO[bytes]) -> None:

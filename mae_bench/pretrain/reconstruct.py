@@ -21,6 +21,7 @@ from mae_bench.data.sets.source import BadImage, BadImages, ImageSource
 from mae_bench.engine.distributed import gather_over_ranks, sum_over_ranks, world
 from mae_bench.engine.precision import autocast
 from mae_bench.errors import UserError
+from mae_bench.export import seal_metadata
 from mae_bench.files import write_atomic
 from mae_bench.models.mae import MAE
 from mae_bench.models.masking import sample_noise
@@ -47,7 +48,9 @@ def save_mae(model: MAE, folder: Path) -> None:
         "spec": json.dumps(model.spec.to_dict()),
         "decoder": json.dumps(asdict(model.options)),
     }
-    write_atomic(folder / MAE_FILE, lambda file: file.write(save(weights, metadata=metadata)))
+    write_atomic(
+        folder / MAE_FILE, lambda file: file.write(save(weights, metadata=seal_metadata(metadata, weights)))
+    )
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 N images, n rows of a batch or chunk, D width, C channels, H W image.
 """
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from mae_bench.data.sets.source import BadImages, ImageSource
 from mae_bench.data.sets.subset import Subset
 from mae_bench.engine.distributed import gather_over_ranks, world
 from mae_bench.errors import UserError
+from mae_bench.export import digest_tensors
 from mae_bench.files import json_digest
 from mae_bench.job import Job, Outcome
 from mae_bench.locks import file_lock
@@ -165,7 +165,7 @@ def load_features(
     config, spec = context.config, context.spec
     decisive = {
         "version": VERSION,
-        "weights": digest_weights(model.vit),
+        "weights": digest_tensors(model.vit.state_dict()),
         "spec": spec.to_dict(),
         "feed": [spec.img_size, config.crop_pct, config.amp_dtype],
     }
@@ -176,16 +176,6 @@ def load_features(
             context, cache_folder() / "features" / key[:32] / split, model, images, bad
         )
     return found
-
-
-def digest_weights(model: nn.Module) -> str:
-    """Return the SHA-256 over the names and values of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        if tensor.numel():
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _load_split(

@@ -1,0 +1,147 @@
+"""Flip single bytes of every file that mae-bench reads back, and see whether a result changes unnoticed."""
+
+import argparse
+import logging
+import os
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from benchmarks.measure import Table, positive_int, run_main, write_table
+from benchmarks.read_back import Case, Listener, Observed, build_cases, observe, small_caches
+from mae_bench.errors import UserError
+
+NOTICED, HARMLESS, UNNOTICED, TRACEBACK = "noticed", "harmless", "unnoticed", "traceback"
+OUTCOMES = (NOTICED, HARMLESS, UNNOTICED, TRACEBACK)
+MAX_SHOWN = 5  # tracebacks that are printed
+
+
+@dataclass
+class Flips:
+    """The outcomes of the flips of one file."""
+
+    case: str
+    file: str
+    num_bytes: int
+    outcomes: Counter[str]
+    tracebacks: list[str]
+
+
+def classify(expected: Observed, found: Observed) -> str:
+    """Return one of OUTCOMES: a message counts as noticed, whether or not the result was recovered."""
+    if found.traceback:
+        return TRACEBACK
+    if set(found.messages) - set(expected.messages):
+        return NOTICED
+    return HARMLESS if found.result == expected.result else UNNOTICED
+
+
+def read_tree(folder: Path) -> dict[Path, bytes]:
+    """Return the content of every file below a folder."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def restore(folder: Path, tree: dict[Path, bytes]) -> None:
+    """Undo all changes below a folder; unchanged files keep their times."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file() and path not in tree:
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+    for path, content in tree.items():
+        if not path.is_file() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
+def flip_all(case: Case, per_file: int, seed: int, listener: Listener) -> Iterator[Flips]:
+    """Yield the outcomes of `per_file` flips of each file of a case."""
+    tree, files = read_tree(case.folder), case.list_files()
+    expected = observe(case, listener)
+    restore(case.folder, tree)
+    again = observe(case, listener)
+    restore(case.folder, tree)
+    if (
+        expected.traceback
+        or expected.result == "refused"
+        or classify(expected, again) != HARMLESS
+        or not files
+    ):
+        raise UserError(f"{case.name} cannot be read twice with the same result: {expected}, {again}")
+    for path in files:
+        name = path.relative_to(case.folder).as_posix()
+        draw = random.Random(f"{seed} {case.name} {path.name}")
+        flips = Flips(case.name, name, len(tree[path]), Counter(), [])
+        for _ in range(per_file):
+            damaged = bytearray(tree[path])
+            damaged[draw.randrange(len(damaged))] ^= draw.randrange(1, 256)
+            path.write_bytes(damaged)
+            found = observe(case, listener)
+            flips.outcomes[classify(expected, found)] += 1
+            if found.traceback:
+                flips.tracebacks.append(found.traceback)
+            restore(case.folder, tree)
+        yield flips
+
+
+def flip(per_file: int, seed: int = 0) -> list[Flips]:
+    """Write the toy files, and damage and read each of them `per_file` times."""
+    listener, logger, threads = Listener(), logging.getLogger(), torch.get_num_threads()
+    cache = os.environ.get("MAE_BENCH_CACHE")
+    logger.addHandler(listener)
+    torch.set_num_threads(1)
+    try:
+        with TemporaryDirectory() as temporary, small_caches():
+            cases = build_cases(Path(temporary).resolve(), listener)
+            return [flips for case in cases for flips in flip_all(case, per_file, seed, listener)]
+    finally:
+        logger.removeHandler(listener)
+        torch.set_num_threads(threads)
+        os.environ.pop("MAE_BENCH_CACHE", None)
+        if cache is not None:
+            os.environ["MAE_BENCH_CACHE"] = cache
+
+
+def summarise(flips: list[Flips]) -> Table:
+    """Return a row per file, and the sums."""
+    rows: list[list[object]] = [
+        [each.case, each.file, each.num_bytes, *(each.outcomes[name] for name in OUTCOMES)] for each in flips
+    ]
+    total: Counter[str] = sum((each.outcomes for each in flips), Counter())
+    rows.append(["all", f"{len(flips)} files", "", *(total[name] for name in OUTCOMES)])
+    return Table(
+        "Flipped bytes",
+        ["what is read", "file", "bytes", *OUTCOMES],
+        rows,
+        "Each flip changes one byte of one file, which is then read as in use: resumed, evaluated, reported. "
+        "`noticed`: with a message to the user, after which the data is refused, left out by name, computed "
+        "again or taken from an earlier state. `harmless`: without a message, and the result is equal. "
+        "`unnoticed`: without a message, and the result differs.",
+    )
+
+
+def main() -> None:
+    """Measure, print and write the table; exit with 1 if a flip was unnoticed or ended in a traceback."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    flipping = commands.add_parser("flip", help="flip single bytes of every file that is read back")
+    flipping.add_argument("--per-file", type=positive_int, default=200, help="number of flips per file")
+    flipping.add_argument("--seed", type=int, default=0, help="seed of the flips")
+    flipping.add_argument("--out", type=Path, help="also write OUT.md and OUT.json")
+    given = parser.parse_args()
+    flips = flip(given.per_file, given.seed)
+    write_table("Flipped bytes", [summarise(flips)], {"flips": [asdict(each) for each in flips]}, given.out)
+    for text in [text for each in flips for text in each.tracebacks][:MAX_SHOWN]:
+        print(text, file=sys.stderr)
+    if any(each.outcomes[name] for each in flips for name in (UNNOTICED, TRACEBACK)):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_main(main)
