@@ -17,8 +17,9 @@ from benchmarks.measure import Table, positive_int, run_main, write_table
 from benchmarks.read_back import Case, Listener, Observed, build_cases, observe, small_caches
 from mae_bench.errors import UserError
 
-NOTICED, HARMLESS, UNNOTICED, TRACEBACK = "noticed", "harmless", "unnoticed", "traceback"
-OUTCOMES = (NOTICED, HARMLESS, UNNOTICED, TRACEBACK)
+RECOVERED, REFUSED, LEFT_OUT, HARMLESS = "recovered", "refused", "left out", "harmless"
+UNNOTICED, TRACEBACK = "unnoticed", "traceback"
+OUTCOMES = (RECOVERED, REFUSED, LEFT_OUT, HARMLESS, UNNOTICED, TRACEBACK)
 MAX_SHOWN = 5  # tracebacks that are printed
 
 
@@ -34,12 +35,15 @@ class Flips:
 
 
 def classify(expected: Observed, found: Observed) -> str:
-    """Return one of OUTCOMES: a message counts as noticed, whether or not the result was recovered."""
+    """Return one of OUTCOMES, by the result and whether there was a new message to the user."""
     if found.traceback:
         return TRACEBACK
-    if set(found.messages) - set(expected.messages):
-        return NOTICED
-    return HARMLESS if found.result == expected.result else UNNOTICED
+    if found.is_refused:
+        return REFUSED
+    is_told, is_equal = bool(set(found.messages) - set(expected.messages)), found.result == expected.result
+    if is_told:
+        return RECOVERED if is_equal else LEFT_OUT
+    return HARMLESS if is_equal else UNNOTICED
 
 
 def read_tree(folder: Path) -> dict[Path, bytes]:
@@ -67,16 +71,12 @@ def flip_all(case: Case, per_file: int, seed: int, listener: Listener) -> Iterat
     restore(case.folder, tree)
     again = observe(case, listener)
     restore(case.folder, tree)
-    if (
-        expected.traceback
-        or expected.result == "refused"
-        or classify(expected, again) != HARMLESS
-        or not files
-    ):
+    is_read = not (expected.traceback or expected.is_refused)
+    if not files or not is_read or classify(expected, again) != HARMLESS:
         raise UserError(f"{case.name} cannot be read twice with the same result: {expected}, {again}")
-    for path in files:
+    for number, path in enumerate(files):
         name = path.relative_to(case.folder).as_posix()
-        draw = random.Random(f"{seed} {case.name} {path.name}")
+        draw = random.Random(f"{seed} {case.name} {number}")
         flips = Flips(case.name, name, len(tree[path]), Counter(), [])
         for _ in range(per_file):
             damaged = bytearray(tree[path])
@@ -120,9 +120,9 @@ def summarise(flips: list[Flips]) -> Table:
         ["what is read", "file", "bytes", *OUTCOMES],
         rows,
         "Each flip changes one byte of one file, which is then read as in use: resumed, evaluated, reported. "
-        "`noticed`: with a message to the user, after which the data is refused, left out by name, computed "
-        "again or taken from an earlier state. `harmless`: without a message, and the result is equal. "
-        "`unnoticed`: without a message, and the result differs.",
+        "With a message to the user: `recovered`, computed again or taken from an earlier state, and the "
+        "result is equal; `refused`, with what to do next; `left out` by name. Without a message: "
+        "`harmless`, the result is equal; `unnoticed`, it differs.",
     )
 
 

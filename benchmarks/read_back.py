@@ -93,10 +93,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Observed:
-    """What came of reading: a result, the messages to the user, or the traceback of an unexpected error."""
+    """What came of reading: a result and messages, or a refusal, or the traceback of an unexpected error."""
 
-    result: object
-    messages: tuple[str, ...]
+    result: object = None
+    messages: tuple[str, ...] = ()
+    is_refused: bool = False
     traceback: str = ""
 
 
@@ -134,9 +135,9 @@ def observe(case: Case, listener: Listener) -> Observed:
     try:
         result = case.read()
     except UserError as error:
-        return Observed("refused", (str(error),))
+        return Observed(messages=(str(error),), is_refused=True)
     except Exception:
-        return Observed("failed", (), traceback.format_exc())
+        return Observed(traceback=traceback.format_exc())
     return Observed(result, tuple(listener.messages))
 
 
