@@ -28,7 +28,7 @@ from mae_bench.data.sets.open import open_images
 from mae_bench.errors import Interrupted, UserError
 from mae_bench.export import digest_tensors
 from mae_bench.files import write_json
-from mae_bench.job import Job, Outcome
+from mae_bench.job import STATES, Job, Outcome
 from mae_bench.progress import EVENTS_FILE, Progress
 from mae_bench.record import FAILURE_FILE, write_failure
 from mae_bench.registry import kind, load_object
@@ -86,9 +86,11 @@ class Case:
     files: tuple[str, ...]
 
     def list_files(self) -> list[Path]:
-        """Return the files to damage, in order; empty ones, such as locks, are left out."""
+        """Return the files to damage, in order, without empty ones and locks."""
         found = {path for pattern in self.files for path in self.folder.glob(pattern)}
-        return sorted(path for path in found if path.is_file() and path.stat().st_size)
+        return sorted(
+            path for path in found if path.is_file() and path.stat().st_size and path.suffix != ".lock"
+        )
 
 
 @dataclass(frozen=True)
@@ -153,14 +155,14 @@ def write_images(root: Path) -> None:
 
 
 def run_job(
-    values: dict[str, Any], images: Path, folder: Path, progress: Progress, backbone: str = ""
+    values: dict[str, Any], images: Path, folder: Path, progress: Progress, backbone: str = "", *earlier: Path
 ) -> Outcome:
     """Run a job in a folder, as the worker does; return its outcome without times."""
     table = kind(values["kind"])
     config = build(load_object(table.config), {**values, "data": str(images)}, "faults")
     folder.mkdir(parents=True, exist_ok=True)
     outcome: Outcome = load_object(table.run)(
-        config, Job("toy", values["kind"], {}, folder, 0, backbone), progress
+        config, Job("toy", values["kind"], {}, folder, 0, backbone, earlier=earlier), progress
     )
     return replace(outcome, cost={})
 
@@ -171,8 +173,9 @@ def build_cases(root: Path, listener: Listener) -> list[Case]:
     write_images(images)
     run_job(PRETRAIN, images, backbone, listener)
     source = str(backbone / "export")
-    builders = (build_state, build_caches, build_exports, build_description, build_packed, build_part)
-    cases = [builder(root, images, source, listener) for builder in (*builders, build_epochs, build_blocks)]
+    builders = [build_state, build_caches, build_exports, build_description, build_packed, build_part]
+    builders += [build_epochs, build_blocks, build_trained]
+    cases = [builder(root, images, source, listener) for builder in builders]
     return [*cases, *build_runs(root, images, source, listener)]
 
 
@@ -284,6 +287,19 @@ def build_blocks(root: Path, images: Path, source: str, listener: Listener) -> C
     )
     observe(case, listener)
     return case
+
+
+def build_trained(root: Path, images: Path, source: str, listener: Listener) -> Case:
+    """A trained model that another cell evaluates; a damaged one is trained again."""
+    folder = root / "trained"
+    run_job(FINETUNE, images, folder / "earlier", listener, source)
+    shutil.rmtree(folder / "earlier" / STATES)
+
+    def read() -> object:
+        shutil.rmtree(folder / "cell", ignore_errors=True)
+        return run_job(FINETUNE, images, folder / "cell", listener, source, folder / "earlier").metrics
+
+    return Case("trained model of another cell", folder, read, ("earlier/trained/*",))
 
 
 def build_runs(root: Path, images: Path, source: str, listener: Listener) -> list[Case]:
