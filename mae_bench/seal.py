@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,9 @@ def read_sealed_json(path: str | Path, *, fix: str = FIX, required: bool = True)
 def seal(folder: str | Path) -> None:
     """Write `manifest.json`: size and SHA-256 of every file below `folder`. Flush all of it to disk."""
     folder = Path(folder)
-    files = {}
-    for name, path in _list_files(folder).items():
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        files[name] = {"bytes": path.stat().st_size, "sha256": digest}
+    paths = _list_files(folder)
+    with ThreadPoolExecutor() as pool:
+        files = dict(zip(paths, pool.map(_describe_and_sync, paths.values()), strict=True))
     write_json(folder / MANIFEST_FILE, seal_json({"version": VERSION, "files": files}))
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
@@ -101,8 +99,19 @@ def check_seal(folder: str | Path, *, fix: str = FIX) -> None:
     found, sealed = _list_files(folder), manifest["files"]
     for name in sorted(found.keys() | sealed.keys()):
         _check_presence(folder / name, found.get(name), sealed.get(name), fix)
-    for name in sorted(sealed):
-        _check_digest(found[name], sealed[name]["sha256"], fix)
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(
+            lambda name: _check_digest(found[name], sealed[name]["sha256"], fix), sorted(sealed)
+        ):
+            pass  # the first error is raised here
+
+
+def _describe_and_sync(path: Path) -> dict[str, Any]:
+    """Return size and SHA-256 of a file, and flush it to disk."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
 
 
 def _check_presence(path: Path, found: Path | None, entry: dict[str, Any] | None, fix: str) -> None:
