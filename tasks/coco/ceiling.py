@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from pycocotools.mask import area
+from pycocotools.mask import area, decode, encode
 
 from mae_bench.data.sets.cache import load_or_compute
 from mae_bench.files import file_digest, json_digest
@@ -51,21 +51,37 @@ def compute_ceiling(annotations: Path) -> Ceiling:
     with redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
         objects = [item for item in truth.dataset["annotations"] if not item["iscrowd"]]
-        masks = [truth.annToRLE(item) for item in objects]
+        boxes = [_round_box(item["bbox"]) for item in objects]
+        masks = [_encode(truth, item) for item in objects]
+        values: dict[str, list[Any]] = {"bbox": boxes, "segm": masks}
         scores = {
-            f"AP_{suffix}": _score(truth, objects, task, values)
-            for (task, suffix), values in zip(
-                SUFFIXES.items(), ([item["bbox"] for item in objects], masks), strict=True
-            )
+            f"AP_{suffix}": _score(truth, objects, task, values[task]) for task, suffix in SUFFIXES.items()
         }
     counts = Counter((item["image_id"], item["category_id"]) for item in objects)
     found = {
         f"images with more than {MAX_DETECTIONS} objects of a category, of which COCO's AP counts "
         f"{MAX_DETECTIONS}": len({image for (image, _), n in counts.items() if n > MAX_DETECTIONS}),
-        "boxes without area": sum(item["bbox"][2] * item["bbox"][3] == 0 for item in objects),
+        "boxes without area": sum(width * height == 0 for _, _, width, height in boxes),
         "masks without a pixel": sum(area(mask) == 0 for mask in masks),  # pycocotools fails on long lists
     }
     return Ceiling(scores, [f"{what}: {count}" for what, count in found.items() if count])
+
+
+def _round_box(box: list[float]) -> list[float]:
+    """Return a box as a detector has it: with its corners in float32."""
+    x, y, width, height = box
+    corners = np.array([[x, y], [x + width, y + height]], np.float32)
+    return [*corners[0].tolist(), *(corners[1] - corners[0]).tolist()]
+
+
+def _encode(truth: COCO, item: dict[str, Any]) -> dict[str, Any]:
+    """Return the mask as pycocotools encodes it, as that of a detection.
+
+    Run lengths from elsewhere may have runs of length 0 in their midst: compared with themselves, pycocotools
+    stops at the first.
+    """
+    mask: dict[str, Any] = truth.annToRLE(item)
+    return encode(decode(mask)) if isinstance(item["segmentation"], dict) else mask
 
 
 def _score(truth: COCO, objects: list[dict[str, Any]], task: str, values: list[Any]) -> float:

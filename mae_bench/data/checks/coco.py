@@ -117,7 +117,9 @@ def _check_split(path: Path, digest: str, folder: Path, present: Stamps) -> Spli
         raise UserError(
             f"{path} lists {len(absent)} images that are missing: {join_names(absent)}",
             expected=f"each of its {len(images)} images in {folder}",
-            fix="unpack the images again, or remove their entries",
+            fix="move images out of subfolders, also in file_name"
+            if any("/" in name for name in absent)
+            else "unpack the images again, or remove their entries",
         )
     _check_images(path, images, folder)
     return Split(

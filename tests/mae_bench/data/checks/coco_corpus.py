@@ -322,12 +322,14 @@ ACCEPTED = [
     Variant("compressed run lengths", as_runs(compress)),
     Variant("run lengths and polygons", with_runs()),
     Variant("runs of length 0", with_runs(counts=[0, 5, 0, 7, AREA - 12])),
+    Variant("two runs of length 0", with_runs(counts=[5, 4, 0, 0, 9, AREA - 18])),
     Variant("an object of two parts", lambda content: content["annotations"][0]["segmentation"].append(PART)),
     Variant("a polygon that crosses itself", first("annotations", segmentation=BOW)),
     Variant("a polygon without area", first("annotations", segmentation=LINE), ceiling=(100.0, ONE_IS_LOST)),
     Variant("an empty mask", with_runs(counts=[AREA]), ceiling=(100.0, ONE_IS_LOST)),
     Variant("a mask of all pixels", with_runs(counts=[0, AREA])),
     Variant("a sub-pixel box", first("annotations", bbox=[2.25, 3.5, 0.5, 0.25])),
+    Variant("a box below float32", first("annotations", bbox=[40, 3, 1e-9, 9]), ceiling=(ONE_IS_LOST, 100.0)),
     Variant("a box without height", first("annotations", bbox=[2, 3, 12, 0]), ceiling=(ONE_IS_LOST, 100.0)),
     Variant("an object that sticks out", move_last(10, 3), note="1 of 6 boxes"),
     Variant("an object outside", move_last(30, 3), ceiling=(100.0, THE_LAST_IS_LOST), note="1 of 6 boxes"),
@@ -366,6 +368,9 @@ REFUSED = [
     Variant("a file name that is null", first("images", file_name=None), refused=("images[0].file_name",)),
     Variant("a file name that is a number", first("images", file_name=1), refused=("images[0].file_name",)),
     Variant("a missing image", first("images", file_name="gone.png"), refused=("missing", "gone.png")),
+    Variant(
+        "an image in a subfolder", first("images", file_name="a/1.png"), refused=("a/1.png", "subfolders")
+    ),
     Variant("an unknown image", first("annotations", image_id=77), refused=("unknown images", "77")),
     Variant(
         "an unknown category", first("annotations", category_id=77), refused=("unknown categories", "77")
