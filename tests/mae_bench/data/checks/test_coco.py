@@ -1,6 +1,5 @@
 """COCO data sets as people write them: each is read as it is meant, or refused with the file and the fix."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from mae_bench.cli import data as commands
 from mae_bench.data.checks import coco
 from mae_bench.data.checks.layouts import check_layout
 from mae_bench.data.checks.run_lengths import decode_counts
+from mae_bench.data.sets.index import try_to_cache
 from mae_bench.errors import UserError
 from tests.mae_bench.data.checks.coco_corpus import ACCEPTED, REFUSED, Variant, compress, write
 
@@ -64,11 +64,20 @@ def test_what_changed_is_checked_again(sound: Path) -> None:
 
 def test_a_damaged_cache_is_written_again(sound: Path, cache: Path) -> None:
     report = check_layout("coco", sound)
-    entries = sorted((cache / "coco").glob("*.json"))
-    for entry, text in zip(entries, ('{"names": 1', '{"digest": ""}'), strict=True):
-        entry.write_text(text)
+    entries = {path: path.read_bytes() for path in (cache / "coco").glob("*.json")}
+    for path, content in entries.items():
+        path.write_bytes(content.replace(b"png", b"jpg"))
     assert check_layout("coco", sound) == report
-    assert all("classes" in json.loads(entry.read_text()) for entry in entries)
+    assert {path: path.read_bytes() for path in entries} == entries
+
+
+def test_a_cache_of_another_version_is_written_again(sound: Path, cache: Path) -> None:
+    report = check_layout("coco", sound)
+    entries = {path: path.read_bytes() for path in (cache / "coco").glob("*.json")}
+    for path in entries:
+        try_to_cache(path, b'{"digest": ""}')
+    assert check_layout("coco", sound) == report
+    assert {path: path.read_bytes() for path in entries} == entries
 
 
 def test_an_image_that_does_not_open_is_left_to_training(sound: Path) -> None:
