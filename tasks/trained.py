@@ -25,6 +25,7 @@ from tasks.context import TaskContext
 TRAINED = "trained"  # subfolder of a job with its trained model
 WEIGHTS_FILE = "model.safetensors"
 TRAINING_FILE = "training.json"
+FORMAT = 1  # of that folder
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -35,7 +36,7 @@ class Training:
 
     Attributes:
         seconds: over all runs of the job.
-        num_images: number of images trained on per second.
+        images_per_second: number of images trained on per second.
         bad_images: the reason by name for each training image that does not decode.
         epochs: number of passes over the images, where the protocol counts them.
         peak_memory_mib: see `mae_bench.models.cost`.
@@ -89,6 +90,7 @@ def compute_training_key(context: TaskContext[KeepConfig], split: str, shapes: d
     """
     config, layout = context.config, context.layout
     decisive = {
+        "format": FORMAT,
         "version": kind(config.kind).version,
         "config": training_identity(type(config), config.model_dump(mode="json")),
         "data": layout.split_digests[split],
@@ -107,7 +109,7 @@ def _find_trained(context: TaskContext[KeepConfig], key: str) -> Path | None:
         if not folder.is_dir():
             continue
         try:
-            if read_sealed_json(folder / TRAINING_FILE)["key"] == key:
+            if read_sealed_json(folder / TRAINING_FILE).get("key") == key:
                 check_seal(folder)
                 return folder
         except (BrokenSeal, FileNotFoundError) as error:
@@ -175,6 +177,6 @@ def add_training(context: TaskContext[KeepConfig], outcome: Outcome, training: T
 def _describe_origin(training: Training) -> str:
     commit = f" by commit {training.git_hash}" if training.git_hash else ""
     return (
-        f"evaluated the model that cells/{training.cell} trained on {training.finished}{commit}: "
+        f"evaluated the model that {training.cell} trained on {training.finished}{commit}: "
         "what decides the training is the same"
     )

@@ -20,6 +20,7 @@ pytest.importorskip("mmseg", reason="mmsegmentation is not installed")
 
 from mmengine.config import Config
 from mmengine.runner import IterBasedTrainLoop
+from mmseg.registry import MODELS
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -131,7 +132,9 @@ def test_outcome(work, tmp_path, capfd):
     assert "".join(capfd.readouterr()) == ""  # the frameworks write only to the log
     job = tmp_path / "job"
     assert "per class results" in (job / "mmseg.log").read_text()
-    assert Config.fromfile(job / "mmseg_config.py").model.decode_head.num_classes == 3
+    dumped = Config.fromfile(job / "mmseg_config.py")
+    assert dumped.model.decode_head.num_classes == 3
+    MODELS.build(dumped.model).load_state_dict(load_file(job / outcome.artefacts["trained"]))
     assert [row["class"] for row in json.loads((job / "per_class.json").read_text())] == [
         "sky",
         "grass",
@@ -209,7 +212,7 @@ class TestTrainedModelsAreEvaluatedAgain:
         assert second.metrics == fresh.metrics
         assert second.metrics != first.metrics
         assert second.cost["seconds_train"] == first.cost["seconds_train"]
-        assert second.notes[0].startswith(f"evaluated the model that cells/{tmp_path.name}/first trained on ")
+        assert second.notes[0].startswith(f"evaluated the model that {tmp_path.name}/first trained on ")
         assert second.notes[1:] == fresh.notes != []
         kept = [
             tmp_path / folder / "trained" / "model.safetensors" for folder in ("first", "second", "fresh")

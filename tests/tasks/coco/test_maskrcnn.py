@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("detectron2", reason="detectron2 is optional: make setup")
 
@@ -97,6 +98,9 @@ def test_the_dumped_setup_builds_the_same_model(
     make_config: MakeConfig, backbone: str, tmp_path: Path
 ) -> None:
     weights = train_only(make_config(), tmp_path / "job", backbone)
+    kept = load_file(tmp_path / "job" / "trained" / "model.safetensors")
+    assert kept.keys() == weights.keys()
+    assert all(torch.equal(kept[name], weights[name]) for name in weights)
     setup = LazyConfig.load(str(tmp_path / "job" / "detectron2.yaml"))
     instantiate(setup.model).load_state_dict(weights)
     assert (setup.optimizer.lr, setup.optimizer.weight_decay) == (1e-3, 0.1)

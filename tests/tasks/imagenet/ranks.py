@@ -48,6 +48,7 @@ def run_together(folder: Path, size: int, runs: dict[str, dict[str, Any]]) -> Re
 def run_one(run: dict[str, Any]) -> dict[str, Any]:
     """Return the outcome of a run on this process, or its error."""
     name, data, folder, backbone = (run.pop(key) for key in ("name", "data", "folder", "backbone"))
+    run["earlier"] = tuple(map(Path, run.get("earlier", ())))
     try:
         return asdict(run_protocol(name, Path(data), Path(folder), backbone, **run))
     except (UserError, Interrupted) as error:

@@ -70,6 +70,8 @@ def three(place: Path, faint: Path, sources: dict[str, str], alone: dict[str, Ou
         key: {"name": "partial", "folder": place / "partial", "global_batch_size": 12}
         for key in ("partial", "again")
     }
+    runs["kept"] = {"name": "finetune", "folder": place / "kept", **RUNS["finetune"]}
+    runs["kept"]["earlier"] = [place / "alone" / "finetune"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MAE_BENCH_CACHE", str(place / "cache 3"))
         return run_together(
@@ -141,6 +143,18 @@ def test_three_processes_train_what_one_trains(
     momenta = [key for key in compared if key.startswith("optimizer.heads.")]
     assert name == "finetune" or len(momenta) == 8 * 2, "weights and biases of all heads got gradients"
     assert len({json.dumps(each["metrics"]) for each in three[f"copied {name}"]}) == 1
+
+
+def test_three_processes_evaluate_the_model_that_one_has_kept(
+    alone: dict[str, Outcome], three: Results, place: Path
+) -> None:
+    for each in three["kept"]:
+        assert each["cost"]["seconds_train"] == alone["finetune"].cost["seconds_train"]
+        assert each["metrics"] == three["kept"][0]["metrics"]
+        assert each["metrics"]["top1"]["value"] == alone["finetune"].metrics["top1"].value
+        assert "the model that alone/finetune trained on" in "".join(each["notes"])
+    kept = [place / folder / "trained/model.safetensors" for folder in ("alone/finetune", "kept")]
+    assert kept[0].read_bytes() == kept[1].read_bytes()
 
 
 def test_a_curve_of_three_processes_is_everyones_and_not_trained_again(three: Results, place: Path) -> None:

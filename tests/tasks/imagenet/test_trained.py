@@ -172,7 +172,7 @@ def test_a_cell_of_a_suite_finds_what_an_earlier_cell_trained(own, tmp_path, bac
         if place:
             correct(own, place)
     record = json.loads((second.dir / "record.json").read_text())
-    assert "cells/mae/tuned-s0-a trained on" in record["notes"][0]
+    assert "the model that mae/tuned-s0-a trained on" in record["notes"][0]
     events = [json.loads(line) for line in (second.dir / "events.jsonl").read_text().splitlines()]
     assert "train" not in {event["stage"] for event in events}
     assert (second.dir / record["artefacts"]["trained"]).is_file(), "it outlives the training states"
