@@ -47,8 +47,12 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write text as UTF-8, atomically."""
-    write_atomic(path, lambda file: file.write(text.encode()))
+    """Write text as UTF-8, atomically.
+
+    Bytes of a file's name that are not UTF-8, which Python reads as lone surrogates, are escaped; in JSON the
+    escapes stand for the same bytes.
+    """
+    write_atomic(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -68,4 +72,4 @@ def json_digest(value: Any) -> str:
     Raise ValueError for NaN and infinities.
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

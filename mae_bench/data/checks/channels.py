@@ -22,7 +22,7 @@ def check_channels(layout: str, root: str | Path, in_chans: int) -> None:
         problem = _find_problem(images, in_chans)
         if problem:
             raise UserError(
-                f"{split} of {root} has images of another number of channels: {problem}",
+                f"{split} of {root} has images that a model of {in_chans} channels does not take: {problem}",
                 expected=f"images of {in_chans} channels, which the backbone takes (in_chans)",
                 fix="give a set of as many channels, or leave the backbone out: backbones.NAME=null",
             )

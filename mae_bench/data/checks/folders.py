@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mae_bench.data.sets.folders import file_size
 from mae_bench.data.sets.source import is_image
 from mae_bench.errors import UserError
 
@@ -60,7 +61,7 @@ def describe_folder(folder: Path) -> str:
 
 def list_images(folder: Path) -> dict[str, int]:
     """Return names and sizes of the images directly in `folder`."""
-    return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if is_image(entry.name)}
+    return {entry.name: file_size(entry) for entry in os.scandir(folder) if is_image(entry.name)}
 
 
 def require_images(folder: Path, expected: str) -> dict[str, int]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from mae_bench.data.checks.folders import EXPECTED, Content, describe_folder, join_names, require_images
 from mae_bench.data.sets.decode import decode_size
-from mae_bench.data.sets.index import IndexedImages
+from mae_bench.data.sets.index import IndexedImages, escape_name
 from mae_bench.data.sets.open import digest_dataset, find_splits, open_images
 from mae_bench.data.sets.packed import is_packed, verify_packed
 from mae_bench.data.sets.source import BadImage, ImageSource
@@ -138,7 +138,8 @@ def _find_classes(root: str | Path, split: str, source: ImageSource) -> list[str
     folder = Path(root) / split
     if isinstance(source, IndexedImages) and not source.index.files:
         for path in map(Path, source.index.stamps):
-            if path.parent == folder and path.name not in source.classes and source.classes != [""]:
+            is_empty = path.parent == folder and escape_name(path.name) not in source.classes
+            if is_empty and source.classes != [""]:
                 require_images(path, "at least one image in every class folder")
     if source.classes != [""]:
         return source.classes

@@ -3,7 +3,8 @@
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mae_bench.data.sets.index import Index, IndexedImages, build_index, cache_folder, stamp
+from mae_bench.data.sets.folders import file_size
+from mae_bench.data.sets.index import Index, IndexedImages, build_index, cache_folder, name_numbers, stamp
 from mae_bench.data.sets.packed import HEADER, is_packed, open_packed
 from mae_bench.data.sets.packing import PackOptions, pack_sources
 from mae_bench.data.sets.shards import split_names
@@ -39,6 +41,25 @@ def _import_pyarrow() -> Any:
             f"Arrow and Parquet sets need pyarrow: {error}", fix='python -m pip install "mae_bench[arrow]"'
         ) from error
     return pyarrow
+
+
+@contextmanager
+def _explain_errors(pa: Any, path: Path, kind: str) -> Iterator[None]:
+    """Turn the errors that pyarrow raises for a damaged file into UserErrors."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, EOFError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{path} cannot be read as {kind} file: {error}",
+            fix="copy the set again: it may be truncated or damaged",
+        ) from error
+
+
+def _read_column(batch: Any, name: str) -> Any:
+    """Return a column of a record batch or table, checked: pyarrow trusts offsets, also those beyond it."""
+    column = batch.column(name)
+    column.validate(full=True)
+    return column
 
 
 @dataclass(frozen=True)
@@ -112,14 +133,18 @@ def index_arrow(files: Sequence[Path]) -> Index:
     places: list[np.ndarray] = []
     labels: list[Any] = []
     for number, path in enumerate(files):
-        with pa.memory_map(str(path)) as mapped:
+        file_size(path)
+        with _explain_errors(pa, path, "an Arrow"), pa.memory_map(str(path)) as mapped:
             base, row = mapped.read_buffer(1).address, 0
             columns, batches = _read_batches(pa, mapped, path)
             for batch in batches:
-                found = _locate_values(pa, batch.column(columns.image), base, mapped.size(), path)
+                images = _read_column(batch, columns.image)
+                found = _locate_values(pa, images, base, mapped.size(), path)
                 places.append(np.insert(found, 0, number, axis=1))
-                names += _name_rows(pa, batch.column(columns.image), path.name, row)
-                labels += batch.column(columns.label).to_pylist() if columns.label else [None] * len(batch)
+                names += _name_rows(pa, images, path.name, row)
+                labels += (
+                    _read_column(batch, columns.label).to_pylist() if columns.label else [None] * len(batch)
+                )
                 row += len(batch)
     shard, starts, sizes = np.concatenate(places).T if places else np.empty((3, 0), np.int64)
     targets, classes = _classify(labels, columns, files[0])
@@ -137,31 +162,20 @@ def index_arrow(files: Sequence[Path]) -> Index:
 
 def _read_batches(pa: Any, mapped: Any, path: Path) -> tuple[Columns, Iterable[Any]]:
     """Return the columns and record batches of a file in the streaming format or the file format."""
-    try:
-        mapped.seek(0)
-        is_file_format = mapped.read(6) == b"ARROW1"
-        mapped.seek(0)
-        if is_file_format:
-            reader = pa.ipc.open_file(mapped)
-            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-            return find_columns(pa, reader.schema, path), batches
-        stream = pa.ipc.open_stream(mapped)
-        return find_columns(pa, stream.schema, path), list(stream)
-    except (pa.ArrowInvalid, OSError, EOFError) as error:
-        raise UserError(
-            f"{path} cannot be read as an Arrow file: {error}", fix="copy the set again: it may be truncated"
-        ) from error
+    mapped.seek(0)
+    is_file_format = mapped.read(6) == b"ARROW1"
+    mapped.seek(0)
+    if is_file_format:
+        reader = pa.ipc.open_file(mapped)
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        return find_columns(pa, reader.schema, path), batches
+    stream = pa.ipc.open_stream(mapped)
+    return find_columns(pa, stream.schema, path), list(stream)
 
 
 def find_columns(pa: Any, schema: Any, path: Path) -> Columns:
     """Find the image and label columns: those declared in the set's `features`, else by name."""
-    info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
-    info_file = path.parent / "dataset_info.json"
-    if not info and info_file.is_file():
-        info = json.loads(info_file.read_text(encoding="utf-8"))
-    features = {
-        name: value for name, value in (info.get("features") or {}).items() if isinstance(value, dict)
-    }
+    features = _read_features(schema, path)
     kinds = {name: features.get(name, {}).get("_type") for name in schema.names}
     image = _find_column(schema.names, [name for name, kind in kinds.items() if kind == "Image"], IMAGE_NAMES)
     label = _find_column(
@@ -169,7 +183,29 @@ def find_columns(pa: Any, schema: Any, path: Path) -> Columns:
     )
     if not image or not _holds_bytes(pa, schema.field(image).type):
         raise UserError(f"{path} has no image column; found: {', '.join(schema.names)}", expected=IMAGE)
-    return Columns(image, label, tuple(features.get(label, {}).get("names") or ()))
+    names = features.get(label, {}).get("names") or ()
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"{path}: the class names of {label} are {str(names)[:80]}", expected="a list of texts"
+        )
+    return Columns(image, label, tuple(names))
+
+
+def _read_features(schema: Any, path: Path) -> dict[str, dict[str, Any]]:
+    """Return the features that a set declares, by column, in its schema or its dataset_info.json."""
+    info_file = path.parent / "dataset_info.json"
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
+        if not info and info_file.is_file():
+            info = json.loads(info_file.read_text(encoding="utf-8"))
+        declared = (info.get("features") or {}).items()
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: its metadata, or {info_file.name} next to it, cannot be read: {error!r}",
+            expected="JSON with the features of the set",
+            fix="copy the set again: it may be damaged",
+        ) from error
+    return {name: value for name, value in declared if isinstance(value, dict)}
 
 
 def _find_column(present: Sequence[str], declared: Sequence[str], usual: Sequence[str]) -> str:
@@ -228,7 +264,7 @@ def _classify(labels: list[Any], columns: Columns, path: Path) -> tuple[list[int
         )
     if set(labels) == {-1}:  # how the Hugging Face Hub marks a split whose labels are withheld
         return [0] * len(labels), [""]
-    names = list(columns.names) or [str(i) for i in range(max(labels) + 1)]
+    names = list(columns.names) or name_numbers(labels, path)
     if min(labels) < 0 or max(labels) >= len(names):
         raise UserError(
             f"{path}: labels from {min(labels)} to {max(labels)}",
@@ -247,12 +283,13 @@ class ParquetImages(ImageSource):
     @cached_property
     def _readers(self) -> list[Any]:
         pa = _import_pyarrow()
-        try:
-            return [pa.parquet.ParquetFile(path, memory_map=True) for path in self.files]
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(
-                f"{self.files[0].parent}: a Parquet file cannot be read: {error}", fix="copy the set again"
-            ) from error
+        readers = []
+        for path in self.files:
+            file_size(path)
+            with _explain_errors(pa, path, "a Parquet"):
+                reader = pa.parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+                readers.append(reader)
+        return readers
 
     @cached_property
     def _columns(self) -> Columns:
@@ -279,8 +316,9 @@ class ParquetImages(ImageSource):
         if not label:
             labels = [None] * len(self)
         else:
-            for reader in self._readers:
-                labels += reader.read([label])[label].to_pylist()
+            for path, reader in zip(self.files, self._readers, strict=True):
+                with _explain_errors(_import_pyarrow(), path, "a Parquet"):
+                    labels += _read_column(reader.read([label]), label).to_pylist()
         return _classify(labels, self._columns, self.files[0])
 
     @property
@@ -303,8 +341,9 @@ class ParquetImages(ImageSource):
         position = int(np.searchsorted(self._ends, i, side="right"))
         number, group = self._groups[position]
         if self._group[0] != position:
-            table = self._readers[number].read_row_group(group, [self._columns.image])
-            self._group = (position, table[0].combine_chunks())
+            with _explain_errors(_import_pyarrow(), self.files[number], "a Parquet"):
+                table = self._readers[number].read_row_group(group, [self._columns.image])
+                self._group = (position, _read_column(table, self._columns.image).combine_chunks())
         return self._group[1], i - self._first_row(position), number
 
     def _first_row(self, position: int) -> int:

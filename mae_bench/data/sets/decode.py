@@ -4,13 +4,23 @@ Dimensions: H height, W width, C channels.
 """
 
 import io
+import math
+import tokenize
 from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
-from mae_bench.data.sets.source import BadImage, ImageSource, decode, open_image
+from mae_bench.data.sets.source import (
+    DEEP,
+    BadImage,
+    ImageSource,
+    convert_to_rgb,
+    open_image,
+    read_deep,
+    require_finite,
+)
 
 JPEG, NUMPY = b"\xff\xd8\xff", b"\x93NUMPY"  # first bytes of such files
 END = b"\xff\xd9"  # last bytes of a JPEG
@@ -74,8 +84,12 @@ def decode_size(data: bytes) -> tuple[int, int]:
     if data.startswith(NUMPY):
         height, width = _load_array(data).shape[:2]
         return height, width
-    image = decode(data)
-    return image.height, image.width
+    with open_image(data) as image:
+        if image.mode.startswith(DEEP):
+            read_deep(image)
+        else:
+            convert_to_rgb(image)
+        return image.height, image.width
 
 
 def _open_baseline_jpeg(data: bytes, in_chans: int) -> Jpeg | None:
@@ -116,9 +130,10 @@ def _is_too_large(height: int, width: int) -> bool:
 def decode_pixels(data: bytes, in_chans: int = 3, *, fast: bool = True) -> np.ndarray:
     """Decode a file to (H, W, in_chans): uint8 RGB for 3 channels, grey for 1, else the channels of the file.
 
-    A .npy file holds (H, W, C) or (H, W) of uint8, uint16 or float32. A grey image of 16 bits or floats keeps
-    its depth if one channel is requested. The single-channel pages of a TIFF are its channels. EXIF rotation
-    is not applied, as in torchvision.
+    Of 16 bits the upper 8 are kept, but a grey image keeps its values, uint16 or float32, if one channel is
+    requested. The single-channel pages of a TIFF are its channels. Alpha is dropped for 3 channels and 1, and
+    neither EXIF rotation nor a colour profile is applied, as in torchvision. A .npy file holds (H, W, C) or
+    (H, W) of uint8, uint16 or floats, which are read as float32. docs/imagenet.md has the whole table.
 
     fast: decode JPEG with simplejpeg, which gives Pillow's pixels bit for bit; Pillow decodes what simplejpeg
     does not.
@@ -132,7 +147,7 @@ def decode_pixels(data: bytes, in_chans: int = 3, *, fast: bool = True) -> np.nd
             return pixels
     with open_image(data) as image:
         if in_chans == 3:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(convert_to_rgb(image))
         return _to_grey(image) if in_chans == 1 else _to_bands(image, in_chans)
 
 
@@ -153,10 +168,8 @@ def _decode_jpeg(data: bytes, in_chans: int) -> np.ndarray | None:
 
 
 def _to_grey(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I;16"):
-        return np.asarray(image)[..., None].astype(np.uint16)
-    if image.mode in ("I", "F"):
-        return np.asarray(image, np.float32)[..., None]
+    if image.mode.startswith(DEEP):
+        return read_deep(image)[..., None]
     return np.asarray(image.convert("L"))[..., None]
 
 
@@ -177,15 +190,30 @@ def _to_bands(image: Image.Image, in_chans: int) -> np.ndarray:
 def _load_array(data: bytes) -> np.ndarray:
     """Load a .npy file as (H, W, C) of one of DTYPES."""
     try:
+        _check_array_size(data)
         array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise BadImage(f"not a complete .npy file: {error}") from error
+    except (ValueError, EOFError, OSError, TypeError, SyntaxError, tokenize.TokenError) as error:
+        raise BadImage(f"not a complete .npy file: {error}", "write it again with numpy.save") from error
     if array.dtype.name in ("float16", "float64"):
         array = array.astype(np.float32)
     if array.ndim not in (2, 3) or not array.size or array.dtype.name not in DTYPES:
         expected = f"(height, width, channels) of {', '.join(DTYPES)}"
-        raise BadImage(f"an array of {array.dtype} {array.shape}, expected {expected}")
+        raise BadImage(f"an array of {array.dtype} {array.shape}, expected {expected}", "convert it")
+    array = require_finite(array.astype(array.dtype.newbyteorder("="), copy=False))  # torch reads no others
     return array if array.ndim == 3 else array[..., None]
+
+
+def _check_array_size(data: bytes) -> None:
+    """Raise ValueError if the header states more values than follow it: numpy would allocate them first."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    else:
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    needed, found = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
+    if needed > found:
+        raise ValueError(f"{shape} of {dtype} takes {needed} bytes, it has {found}")
 
 
 def _as_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:

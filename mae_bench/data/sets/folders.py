@@ -1,10 +1,20 @@
 """Index images in folders: one folder per class, or images at any depth without classes."""
 
 import os
+import stat
 from pathlib import Path
 
 from mae_bench.data.sets.index import Index, Stamps, build_index, classify_by_folder, stamp
 from mae_bench.data.sets.source import is_image
+from mae_bench.errors import UserError
+
+KINDS = {  # of what is neither a file nor a folder
+    stat.S_IFIFO: "a named pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
 
 
 def index_folder(folder: Path) -> Index:
@@ -45,8 +55,22 @@ def list_images(top: str, stamps: Stamps) -> dict[tuple[str, ...], dict[str, int
         with os.scandir(path) as entries:
             for entry in entries:
                 if is_image(entry.name):
-                    images[entry.name] = entry.stat().st_size
+                    images[entry.name] = file_size(entry)
                 elif not entry.name.startswith(".") and entry.is_dir():
                     todo.append((*parts, entry.name))
         found[parts] = images
     return found
+
+
+def file_size(path: os.DirEntry[str] | Path) -> int:
+    """Return the size of a file in bytes; raise UserError for what is no file.
+
+    To open a named pipe would wait for ever, and a device has no end.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = KINDS.get(stat.S_IFMT(status.st_mode), "no file")
+        raise UserError(
+            f"{os.fspath(path)} is {kind}", expected="a file", fix="remove it, or give it another name"
+        )
+    return status.st_size

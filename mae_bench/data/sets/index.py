@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 VERSION = 1
 CACHE_VERSION = 2  # of all entries of the cache
 NUM_CHECKSUM_BYTES = 4  # at the end of an entry
+MAX_CLASSES = 1_000_000  # that only their labels name: a damaged label would be a huge number of classes
 MIN_CACHED = 10_000  # images; indexing a smaller set again is faster than a stale index is worth
 SETTLED_SECONDS = 2.0  # a folder changed this recently may change again within the file system's clock tick
 MAX_OPEN = 64  # files that a process keeps open
@@ -107,8 +108,8 @@ ARRAYS = ("names", "ends", "sizes", "targets", "shard", "starts", "shapes")
 def build_index(
     names: Sequence[str], sizes: Iterable[int], targets: Iterable[int], classes: Sequence[str], **rest: Any
 ) -> Index:
-    """Build an Index from lists."""
-    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+    """Build an Index from lists. A zero byte in a name, which no file has, is escaped."""
+    encoded = [name.replace("\0", r"\0").encode("utf-8", "surrogateescape") for name in names]
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
     blob = b"".join(name + SEPARATOR for name in encoded)
     return Index(
@@ -136,7 +137,23 @@ def classify_by_folder(names: Sequence[str]) -> tuple[list[int], list[str]]:
     folders = [name.partition("/")[0] for name in names]
     classes = sorted(set(folders))
     number = {name: i for i, name in enumerate(classes)}
-    return [number[name] for name in folders], classes
+    return [number[name] for name in folders], [escape_name(name) for name in classes]
+
+
+def escape_name(name: str) -> str:
+    """Return the name of a file or folder as printable UTF-8: other bytes become backslash escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def name_numbers(labels: Sequence[int], place: str | Path) -> list[str]:
+    """Return the classes 0 to max(labels), named by number; raise UserError for labels that number none."""
+    if min(labels) < 0 or max(labels) >= MAX_CLASSES:
+        raise UserError(
+            f"{place}: labels from {min(labels)} to {max(labels)}",
+            expected=f"0, 1, ... for at most {MAX_CLASSES} classes",
+            fix="check the labels, or copy the set again: it may be damaged",
+        )
+    return [str(number) for number in range(max(labels) + 1)]
 
 
 def digest_indexes(indexes: Mapping[str, Index]) -> str:
@@ -280,12 +297,12 @@ def read_index(path: Path) -> Index | None:
         if meta.pop("version") != VERSION:
             return None
         arrays: dict[str, Any] = {name: _view(data, header[name]) for name in ARRAYS}
+        return Index(**meta, **arrays, path=path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         log.info("%s cannot be read and is built again: %s", path, error)
         return None
-    return Index(**meta, **arrays, path=path)
 
 
 DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}
@@ -330,7 +347,7 @@ class IndexedImages(ImageSource):
         return len(self.index)
 
     def name(self, i: int) -> str:
-        return self.index.name(i)
+        return escape_name(self.index.name(i))
 
     def read(self, i: int) -> bytes:
         return _encode_png(self._pixels(i)) if self.raw else self.stored(i)

@@ -15,7 +15,7 @@ from mae_bench.data.sets.folders import list_images
 from mae_bench.data.sets.index import Index, Stamps, build_index, stamp
 from mae_bench.errors import UserError
 
-LINE = re.compile(r"/?(\S.*?)[\s,]+(\d+)")  # of a list of Places: a path and a label
+LINE = re.compile(r"/?(\S.*?)[\s,]+(\d{1,9})")  # of a list of Places: a path and a label
 PARTS: dict[str, dict[str, type]] = {  # the parts of iNaturalist's JSON that are read
     "images": {"id": int, "file_name": str},
     "categories": {"id": int, "name": object},
@@ -275,7 +275,8 @@ def _read_places205(path: Path, class_file: Path | None) -> Listing:
                 f"{path}: label {label} is both {folders[label]} and {folder}",
                 expected="one folder per label",
             )
-    unused = sorted(set(range(max(folders) + 1)) - folders.keys())
+    candidates = range(min(max(folders) + 1, len(folders) + MAX_SHOWN))  # a damaged label may be huge
+    unused = [label for label in candidates if label not in folders]
     if unused:
         raise UserError(
             f"{path}: no image has the label {_join(unused)}", expected="labels 0, 1, ... without a gap"

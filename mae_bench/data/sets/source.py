@@ -2,12 +2,13 @@
 
 import io
 import logging
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mae_bench.errors import UserError
 
@@ -17,8 +18,32 @@ log = logging.getLogger(__name__)
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".npy")
 
 
+DEEP = ("I", "F")  # how Pillow's modes of more than 8 bits begin; all of them are grey
+DAMAGED = (  # raised by Pillow's decoders for damaged files
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    NotImplementedError,
+    struct.error,
+)
+WHITE_IS_ZERO = 0  # of TIFF's PhotometricInterpretation
+
+
 class BadImage(Exception):
-    """Truncated or undecodable image data."""
+    """Image data that is truncated, does not decode, or has no defined pixels.
+
+    Args:
+        reason: what was found.
+        fix: what to do with such a file.
+    """
+
+    def __init__(self, reason: str, fix: str = ""):
+        super().__init__(f"{reason}; {fix}" if fix else reason)
 
 
 @contextmanager
@@ -28,15 +53,50 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(data)) as image:
             yield image
     except UnidentifiedImageError as error:
-        raise BadImage("not an image format that Pillow supports") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise BadImage(str(error) or type(error).__name__) from error
+        raise BadImage("not an image format that Pillow supports", "save it as JPEG or PNG") from error
+    except Image.DecompressionBombError as error:
+        raise BadImage(str(error), "reduce its size") from error
+    except DAMAGED as error:
+        raise BadImage(str(error) or type(error).__name__, "copy it again, or remove it") from error
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decode an image of any mode (grey, palette, CMYK, alpha) to RGB; raise BadImage if that fails."""
+    """Decode an image of any mode to RGB of 8 bits (see `convert_to_rgb`); raise BadImage if that fails."""
     with open_image(data) as image:
+        return convert_to_rgb(image)
+
+
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB of 8 bits; raise BadImage for values of an unknown range.
+
+    The upper 8 of 16 bits are kept, as Pillow does for colour. Pillow itself clips grey values to 255.
+    """
+    if not image.mode.startswith(DEEP):
         return image.convert("RGB")
+    values = read_deep(image)
+    if values.dtype != np.uint16:
+        raise BadImage(
+            f"signed, 32-bit or floating-point values (mode {image.mode}), whose range no file states",
+            "scale them to 8 or 16 bits, or take a model of one channel (in_chans=1)",
+        )
+    num_bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))[0]  # TIFF: 12 or 16
+    return Image.fromarray((values >> (num_bits - 8)).astype(np.uint8)).convert("RGB")
+
+
+def read_deep(image: Image.Image) -> np.ndarray:
+    """Return the stored values of a grey image of more than 8 bits, (H, W) uint16 or float32."""
+    if getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == WHITE_IS_ZERO:
+        raise BadImage("a TIFF of more than 8 bits in which 0 is white", "invert it, so that 0 is black")
+    if image.mode.startswith("I;16"):
+        return np.asarray(image).astype(np.uint16)
+    return require_finite(np.asarray(image, np.float32))
+
+
+def require_finite(values: np.ndarray) -> np.ndarray:
+    """Return the values; raise BadImage if one is infinite or not a number."""
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise BadImage("infinite values or NaN", "replace them by numbers")
+    return values
 
 
 class ImageSource(ABC):
@@ -67,7 +127,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def name(self, i: int) -> str:
-        """Return the name of image i, as messages show it."""
+        """Return the name of image i, as messages show it: bytes that are not UTF-8 are escaped."""
 
     @abstractmethod
     def read(self, i: int) -> bytes:

@@ -10,15 +10,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mae_bench.data.sets.index import Index, Stamps, build_index, classify_by_folder, sort_key, stamp
+from mae_bench.data.sets.folders import file_size
+from mae_bench.data.sets.index import (
+    Index,
+    Stamps,
+    build_index,
+    classify_by_folder,
+    name_numbers,
+    sort_key,
+    stamp,
+)
 from mae_bench.data.sets.source import is_image
 from mae_bench.errors import UserError
 
 LABELS = ("cls", "json", "txt")  # the first one that exists is the label of an image
 # Next to the shards: one line per class, in the order of the integer labels.
 CLASS_FILES = ("classes.txt", "classnames.txt")
-MAX_CLASSES = 1000  # more texts than this, if nearly all differ, are captions rather than classes
+MAX_TEXTS = 1000  # more than this, if nearly all differ, are captions rather than classes
+MAX_DIGITS = 18  # of a label in a text
 WHOLE = "an uncompressed tar file"
+DAMAGED = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError)  # raised for a damaged tar
 
 
 @dataclass
@@ -35,21 +46,28 @@ class Members:
 
 def read_members(path: Path) -> Members:
     """List the images and labels of a tar; raise UserError if it is no tar, compressed or truncated."""
-    found = Members()
+    found, size = Members(), file_size(path)
     try:
         with tarfile.open(path, "r:") as file:
             for member in file:
                 name = member.name.removeprefix("./")
                 if member.isreg():
+                    check_member(member, size)
                     _add_member(found, name, member, file)
             check_end(file)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except DAMAGED as error:
         raise UserError(
             f"{path} cannot be read as a tar file: {_explain(path, error)}",
             expected=WHOLE,
             fix=_suggest_fix(path),
         ) from error
     return found
+
+
+def check_member(member: tarfile.TarInfo, size: int) -> None:
+    """Raise ReadError if a member does not lie within the `size` bytes of its archive."""
+    if not 0 <= member.size <= size - member.offset_data:
+        raise tarfile.ReadError(f"it ends in the middle of {member.name}")
 
 
 def check_end(file: tarfile.TarFile) -> None:
@@ -107,12 +125,13 @@ def index_tar(path: Path) -> Index:
 
 def has_classes(path: Path) -> bool:
     """Return whether the first image of the tar is in a class folder; True for a tar that cannot be read."""
+    file_size(path)
     try:
         with tarfile.open(path, "r:") as file:
             for member in file:
                 if member.isreg() and is_image(member.name.rpartition("/")[2]):
                     return member.name.removeprefix("./").count("/") == 1
-    except (tarfile.TarError, OSError, EOFError):
+    except DAMAGED:
         return True  # indexing it reports the error
     return False
 
@@ -134,7 +153,7 @@ def index_shards(paths: Sequence[Path]) -> Index:
             f"{names[labels.index(None)]} has no label, but {names[labelled]} has one",
             expected="a label (.cls, .json or .txt) for every image, or for none",
         )
-    targets, classes = _classify(labels, _read_class_file(paths[0].parent, stamps))
+    targets, classes = _classify(labels, _read_class_file(paths[0].parent, stamps), paths[0].parent)
     return build_index(
         names,
         (size for _, _, size in places),
@@ -172,7 +191,7 @@ def _parse_integer(text: str, place: str) -> int:
 def _parse_json(text: str, place: str) -> int | str | None:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{place} is not JSON: {error}", expected='{"label": ...}, or metadata without a label'
         ) from None
@@ -184,7 +203,7 @@ def _parse_json(text: str, place: str) -> int | str | None:
 PARSERS: dict[str, Callable[[str, str], Any]] = {
     "cls": _parse_integer,
     "json": _parse_json,
-    "txt": lambda text, place: int(text) if text.isdecimal() else text,
+    "txt": lambda text, place: int(text) if text.isdecimal() and len(text) <= MAX_DIGITS else text,
 }
 
 
@@ -192,11 +211,15 @@ def _read_class_file(folder: Path, stamps: Stamps) -> list[str]:
     for path in (folder / name for name in CLASS_FILES):
         if path.is_file():
             stamps[str(path)] = stamp(path)
-            return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} cannot be read: {error}", expected="a UTF-8 text file") from error
+            return [line.strip() for line in lines if line.strip()]
     return []
 
 
-def _classify(labels: list[Any], listed: list[str]) -> tuple[list[int], list[str]]:
+def _classify(labels: list[Any], listed: list[str], place: Path) -> tuple[list[int], list[str]]:
     """Return targets and class names.
 
     Integers are targets themselves, texts are sorted; captions and missing labels give the single class "".
@@ -204,15 +227,14 @@ def _classify(labels: list[Any], listed: list[str]) -> tuple[list[int], list[str
     kinds = {type(label) for label in labels}
     distinct = set(labels)
     if kinds == {int}:
-        if min(distinct) < 0 or (listed and max(distinct) >= len(listed)):
-            with_classes = f" with {len(listed)} listed classes" if listed else ""
+        if listed and not 0 <= min(distinct) <= max(distinct) < len(listed):
             raise UserError(
-                f"labels from {min(distinct)} to {max(distinct)}{with_classes}",
+                f"labels from {min(distinct)} to {max(distinct)} with {len(listed)} listed classes",
                 expected="labels 0, 1, ... of the listed classes",
                 fix=f"check the labels, and {' or '.join(CLASS_FILES)} next to the shards",
             )
-        return labels, listed or [str(number) for number in range(max(distinct) + 1)]
-    if kinds == {str} and not (len(distinct) > MAX_CLASSES and len(distinct) > len(labels) // 10):
+        return labels, listed or name_numbers(labels, place)
+    if kinds == {str} and not (len(distinct) > MAX_TEXTS and len(distinct) > len(labels) // 10):
         classes = listed or sorted(distinct)
         unknown = distinct - set(classes)
         if unknown:

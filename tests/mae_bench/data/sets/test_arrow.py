@@ -226,7 +226,7 @@ def test_what_is_wrong_with_a_set_is_named(saved: Path, picture: Picture, change
 
 def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "train.parquet").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="Parquet file cannot be read"):
+    with pytest.raises(UserError, match="cannot be read as a Parquet file"):
         open_images(tmp_path, "train")
 
 
