@@ -1,6 +1,7 @@
 """The command line `mae-bench`: the list of its commands, its exit codes and its error output."""
 
 import inspect
+import io
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -32,6 +33,8 @@ def main() -> None:
     A failure is a cell that failed while the others ran, or a full disk.
     """
     bind_forks()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8, as on stderr
     try:
         _check_arguments()
         for package in PACKAGES:

@@ -1,11 +1,13 @@
 """Prepare ImageNet class folders from the original ILSVRC2012 archives: verified, resumable and atomic."""
 
 import csv
+import gzip
 import hashlib
 import io
 import re
 import shutil
 import tarfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,7 +148,7 @@ def _explain_errors(out: Path) -> Iterator[None]:
     """Turn errors of tar files and of the file system into UserErrors."""
     try:
         yield
-    except tarfile.TarError as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise UserError(f"an archive is damaged: {error}", fix="download it again") from error
     except OSError as error:
         full = is_full(error)
@@ -196,12 +198,25 @@ def _read_devkit(path: Path) -> list[str]:
             f"reading the devkit's meta.mat needs scipy: {error}",
             fix="python -m pip install scipy, or give a file with the classes of the validation images",
         ) from error
-    with tarfile.open(path, "r:gz") as file:
-        contents = {name: _read_member(file, name, path) for name in (META, TRUTH)}
-    synsets = loadmat(io.BytesIO(contents[META]), squeeze_me=True)["synsets"]
-    leaves = [row for row in synsets if int(row["num_children"]) == 0]  # the others are their ancestors
-    wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
-    return [wnids[int(number)] for number in contents[TRUTH].split()]
+    try:
+        with tarfile.open(path, "r:gz") as file:
+            contents = {name: _read_member(file, name, path) for name in (META, TRUTH)}
+        synsets = loadmat(io.BytesIO(contents[META]), squeeze_me=True)["synsets"]
+        leaves = [row for row in synsets if int(row["num_children"]) == 0]  # the others are their ancestors
+        wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
+        return [wnids[int(number)] for number in contents[TRUTH].split()]
+    except (
+        gzip.BadGzipFile,
+        EOFError,
+        zlib.error,
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+    ) as error:
+        raise UserError(
+            f"{path} is damaged: {error!r}", expected="the devkit of ILSVRC2012", fix="download it again"
+        ) from error
 
 
 def _read_member(file: tarfile.TarFile, ending: str, path: Path) -> bytes:
@@ -215,8 +230,12 @@ def _read_member(file: tarfile.TarFile, ending: str, path: Path) -> bytes:
 def _read_class_list(path: Path) -> dict[str, str]:
     """Return the WNID of each validation image, by name without suffix, from a text or CSV file."""
     labels: dict[str, str] = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for row in csv.reader(re.sub(r"[ \t]+", ",", line) for line in lines):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = list(csv.reader(re.sub(r"[ \t]+", ",", line) for line in lines))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {error}", expected="a text or CSV file in UTF-8") from error
+    for row in rows:
         wnid = next((cell for cell in row if WNID.fullmatch(cell)), None)
         if row and wnid and row[0] != wnid:
             labels[Path(row[0]).stem] = wnid

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mae_bench.data.checks.images import check_image_sets, check_imagenet, check
 from mae_bench.data.sets.listed import find_published
 from mae_bench.data.sets.open import find_splits, read_dataset_name
 from mae_bench.data.sets.shards import is_pattern
+from mae_bench.data.sets.source import is_image
 from mae_bench.errors import UserError, did_you_mean
 
 SOURCES = ("imagenet", "images", "imagenet_val")  # layouts that open_images reads, in any form
@@ -107,7 +109,18 @@ def _suggest_folder(layout: str, root: Path) -> str:
     for folder in folders:
         if _is_root(layout, folder):
             return f"give {folder}, which has the {layout} layout"
+    if layout in ("imagenet", "imagenet_val") and _has_class_folders(root):
+        return (
+            f"split each class: about a tenth of {root}/CLASS to {root}/val/CLASS, the rest to "
+            f"{root}/train/CLASS; pretraining needs no split: mae-bench data check images {root}"
+        )
     return f"give the folder that contains {MARKS[layout][0]}"
+
+
+def _has_class_folders(root: Path) -> bool:
+    """Return whether images are in at least two folders of `root`, and so in classes without a split."""
+    found = (any(map(is_image, os.listdir(path))) for path in sorted(root.glob("*")) if path.is_dir())
+    return sum(islice(filter(None, found), 2)) == 2
 
 
 CHECKS: dict[str, Callable[[Any, bool], Content]] = {

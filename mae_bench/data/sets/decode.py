@@ -195,7 +195,8 @@ def _load_array(data: bytes) -> np.ndarray:
     except (ValueError, EOFError, OSError, TypeError, SyntaxError, tokenize.TokenError) as error:
         raise BadImage(f"not a complete .npy file: {error}", "write it again with numpy.save") from error
     if array.dtype.name in ("float16", "float64"):
-        array = array.astype(np.float32)
+        with np.errstate(over="ignore"):  # infinity is refused below
+            array = array.astype(np.float32)
     if array.ndim not in (2, 3) or not array.size or array.dtype.name not in DTYPES:
         expected = f"(height, width, channels) of {', '.join(DTYPES)}"
         raise BadImage(f"an array of {array.dtype} {array.shape}, expected {expected}", "convert it")

@@ -13,7 +13,7 @@ from mae_bench.data.sets.arrow import (
     open_unpacked,
 )
 from mae_bench.data.sets.fetch import fetch_all
-from mae_bench.data.sets.folders import index_folder
+from mae_bench.data.sets.folders import file_size, index_folder
 from mae_bench.data.sets.index import IndexedImages, digest_indexes, load_cached_index, load_or_build_index
 from mae_bench.data.sets.listed import Published, find_published, index_listed
 from mae_bench.data.sets.packed import is_packed, open_packed, read_header
@@ -74,6 +74,7 @@ def read_dataset_name(root: str | Path) -> str:
     if is_packed(root):
         return str(read_header(root).get("name") or root.resolve().name)
     try:
+        file_size(root / "dataset.json")
         return str(json.loads((root / "dataset.json").read_text(encoding="utf-8"))["name"])
     except FileNotFoundError:
         published = find_published(root)

@@ -227,6 +227,23 @@ def test_what_lacks_or_is_damaged_is_named(devkit: Path, tmp_path: Path) -> None
         prepare_imagenet(devkit, tmp_path / "out", check=False)
 
 
+@pytest.mark.parametrize("name", [TRAIN, VAL, DEVKIT])
+def test_damage_to_an_archive_is_named_or_changes_only_the_images(
+    devkit: Path, tmp_path: Path, name: str
+) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow, which the mutants need, is not installed")
+    from tests.mae_bench.data.sets.mutants import mutate
+
+    data, draw, num_refused = (devkit / name).read_bytes(), np.random.default_rng(0), 0
+    for number in range(12):
+        (devkit / name).write_bytes(mutate(data, draw))
+        try:
+            prepare_imagenet(devkit, tmp_path / str(number), check=False)
+        except UserError:
+            num_refused += 1
+    assert num_refused > 0
+
+
 def test_without_scipy_the_command_is_given(
     devkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
