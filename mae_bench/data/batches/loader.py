@@ -86,11 +86,23 @@ class Images(Dataset[Batch | UserError]):
                 if found is not None:
                     indices.append(found[0])
                     views.append(found[1])
+            self._require_one_depth(indices, views)
         except UserError as error:
             return error
         imgs, crops = _stack(views)
         targets = torch.tensor([int(self.images.targets[index]) for index in indices], dtype=torch.int64)
         return Batch(imgs, targets, torch.tensor(indices, dtype=torch.int64), bad, items[0][2], crops)
+
+    def _require_one_depth(self, indices: list[int], views: list[View]) -> None:
+        """Raise UserError for a batch of 8-bit and of deeper images: mean and std are of one kind."""
+        names = {img.dtype: self.images.name(i) for i, (img, _) in zip(indices, views, strict=True)}
+        if len(names) > 1:
+            kinds = (f"{name} is {str(dtype).removeprefix('torch.')}" for dtype, name in names.items())
+            raise UserError(
+                f"images of several depths: {', '.join(kinds)}",
+                expected="one depth in a set of this number of channels, that of mean and std",
+                fix="convert the images to one depth",
+            )
 
     def _find_first_good(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, View] | None:
         tries = min(MAX_BAD_IN_A_ROW, len(self.images)) if self.replace_bad else 1

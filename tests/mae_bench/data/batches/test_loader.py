@@ -225,6 +225,20 @@ def test_multispectral_arrays_travel_in_their_dtype(dtype: str) -> None:
     assert batch.imgs[:, 0, 0, 0].tolist() == pytest.approx([10 * int(i) for i in batch.indices])
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_grey_images_of_several_depths_are_refused(tmp_path: Path, num_workers: int) -> None:
+    for name, dtype in (("a.png", np.uint8), ("b.png", np.uint16)):
+        Image.fromarray(np.full((20, 20), 200, dtype)).save(tmp_path / name)
+    images, transform = open_images(tmp_path, "train"), PretrainTransform((16, 16), in_chans=1)
+    order = TrainingOrder(len(images), 2, seed=0)
+    with pytest.raises(UserError) as caught:
+        list(load_training_batches(images, transform, order, 0, 1, num_workers=num_workers))
+    for word in ("a.png is uint8", "b.png is uint16", "convert the images to one depth"):
+        assert word in str(caught.value)
+    (batch,) = load_training_batches(images, PretrainTransform((16, 16)), order, 0, 1, num_workers=0)
+    assert batch.imgs[:, :, 0, 0].tolist() in ([[200] * 3, [0] * 3], [[0] * 3, [200] * 3])
+
+
 def test_raw_pixels_serve_every_transform() -> None:
     source = Arrays(
         [np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8) for i in range(4)], raw=True

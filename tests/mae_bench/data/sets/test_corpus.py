@@ -4,10 +4,8 @@ Pixels are drawn with numpy and written without loss, PNG and TIFF byte by byte.
 down here by the rules of docs/imagenet.md, without the decoder under test.
 """
 
-import io
 import os
 import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,19 @@ from mae_bench.data.sets.open import open_images
 from mae_bench.data.sets.packing import PackOptions
 from mae_bench.data.sets.source import BadImage, BadImages
 from mae_bench.errors import UserError
-
-HEIGHT, WIDTH = 10, 12
+from tests.mae_bench.data.sets.image_files import (
+    HEIGHT,
+    WIDTH,
+    encode_png,
+    encode_tiff,
+    make_chunk,
+    pack_12_bits,
+    pack_bits,
+    save,
+    save_array,
+    states_shape,
+    turn,
+)
 
 
 def draw(num_channels: int, dtype: Any = np.uint8) -> np.ndarray:
@@ -50,66 +59,10 @@ def as_rgb(grey: np.ndarray) -> np.ndarray:
     return np.repeat(grey.reshape(*grey.shape[:2], 1), 3, axis=2)
 
 
-def save(image: Image.Image | np.ndarray, form: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, form, **options)
-    return file.getvalue()
-
-
-def save_array(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
-def encode_png(rows: np.ndarray, num_bits: int, colour: int, *chunks: bytes, width: int = WIDTH) -> bytes:
-    """Return a PNG of rows of bytes, (H, bytes); colour: 0 grey, 2 RGB, 3 palette, 4 and 6 with alpha."""
-    header = struct.pack(">IIBBBBB", width, len(rows), num_bits, colour, 0, 0, 0)
-    lines = b"".join(b"\0" + row.tobytes() for row in rows)
-    pixels = [make_chunk(b"IDAT", zlib.compress(lines)), make_chunk(b"IEND", b"")]
-    return b"".join([b"\x89PNG\r\n\x1a\n", make_chunk(b"IHDR", header), *chunks, *pixels])
-
-
-def make_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def pack_bits(values: np.ndarray, num_bits: int) -> np.ndarray:
-    """Return the lowest bits of values (H, W, 1), packed to bytes, (H, bytes)."""
-    bits = np.unpackbits(values, axis=2)[..., 8 - num_bits :]
-    return np.packbits(bits.reshape(len(values), -1), axis=1)
-
-
-def encode_tiff(
-    data: bytes,
-    num_bits: int,
-    photometric: int,
-    channels: int = 1,
-    kind: int = 1,
-    order: str = "<",
-    **tags: int,
-) -> bytes:
-    """Return an uncompressed TIFF; photometric: 0 white is 0, 1 grey, 2 RGB, 5 CMYK; kind: SampleFormat."""
-    entries = {256: [WIDTH], 257: [HEIGHT], 258: [num_bits] * channels, 259: [1], 262: [photometric]}
-    entries |= {273: [8], 277: [channels], 278: [HEIGHT], 279: [len(data)], 339: [kind] * channels}
-    entries |= {int(tag[1:]): [value] for tag, value in tags.items()}
-    end = 8 + len(data)
-    fields, tail = [], b""
-    for tag, values in sorted(entries.items()):
-        packed = struct.pack(f"{order}{len(values)}H", *values)
-        if len(packed) > 4:
-            place = end + 2 + 12 * len(entries) + 4 + len(tail)
-            packed, tail = struct.pack(f"{order}I", place), tail + packed
-        fields.append(struct.pack(f"{order}HHI", tag, 3, len(values)) + packed.ljust(4, b"\0"))
-    start = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", end)
-    count = struct.pack(f"{order}H", len(entries))
-    return start + data + count + b"".join(fields) + bytes(4) + tail
-
-
-def pack_12_bits(values: np.ndarray) -> bytes:
-    """Return pairs of values below 4096 as three bytes each."""
-    first, second = values.reshape(-1, 2).astype(np.uint16).T
-    return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+def as_grey(colour: np.ndarray) -> np.ndarray:
+    """Return the luma of ITU-R 601 in Pillow's arithmetic of 16 bits."""
+    red, green, blue = np.moveaxis(colour.astype(np.int64), 2, 0)
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).astype(np.uint8)[..., None]
 
 
 def with_palette(**options: Any) -> bytes:
@@ -119,20 +72,6 @@ def with_palette(**options: Any) -> bytes:
 
 
 PALETTE = np.concatenate([GREY, 255 - GREY, GREY // 2], axis=2)
-
-
-def turn(image: np.ndarray, form: str) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return save(image, form, exif=exif, quality=100)
-
-
-def states_shape(shape: tuple[int, ...]) -> bytes:
-    """Return a .npy file whose header states a shape and whose values are few."""
-    file = io.BytesIO()
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-    return file.getvalue() + bytes(300)
 
 
 def add_nan(array: np.ndarray) -> np.ndarray:
@@ -186,6 +125,18 @@ PNG_FILES = [
     ),
     Variant("png-grey-16-as-stored", lambda: encode_png(GREY16.astype(">u2"), 16, 0), GREY16, in_chans=1),
     Variant("png-all-bands", lambda: encode_png(RGBA, 8, 6), RGBA, in_chans=4),
+    Variant("png-grey-and-alpha-bands", lambda: encode_png(PAIR, 8, 4), PAIR, in_chans=2),
+    Variant("png-rgb-to-grey", lambda: encode_png(RGB, 8, 2), as_grey(RGB), in_chans=1),
+    Variant("png-palette-to-grey", with_palette, as_grey(PALETTE), in_chans=1),
+    Variant(
+        "png-rgb-16-to-grey",
+        lambda: encode_png(RGB16.astype(">u2"), 16, 2),
+        as_grey(keep_upper_bits(RGB16)),
+        in_chans=1,
+    ),
+    Variant("png-alpha-to-grey", lambda: encode_png(RGBA, 8, 6), as_grey(RGBA[..., :3]), in_chans=1),
+    Variant("png-1-bit-to-grey", lambda: encode_png(pack_bits(GREY, 1), 1, 0), GREY % 2 * 255, in_chans=1),
+    Variant("png-of-other-bands", lambda: encode_png(RGB, 8, 2), words=("the model takes 5",), in_chans=5),
     Variant("png-gamma", lambda: encode_png(RGB, 8, 2, make_chunk(b"gAMA", struct.pack(">I", 10000))), RGB),
     Variant("png-turned", lambda: turn(RGB, "PNG"), RGB),
     Variant("png-animated", lambda: save(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]), RGB),
@@ -219,6 +170,13 @@ TIFF_FILES = [
         "tiff-cmyk",
         lambda: encode_tiff(np.concatenate([RGB, 0 * GREY], axis=2).tobytes(), 8, 5, 4),
         255 - RGB,
+    ),
+    Variant("tiff-cmyk-bands", lambda: encode_tiff(RGBA.tobytes(), 8, 5, 4), RGBA, in_chans=4),
+    Variant(
+        "tiff-pages-are-channels",
+        lambda: save(GREY16[..., 0], "TIFF", save_all=True, append_images=[Image.fromarray(PAIR16[..., 0])]),
+        np.concatenate([GREY16, PAIR16[..., :1]], axis=2),
+        in_chans=2,
     ),
     Variant(
         "tiff-16-white-is-0", lambda: encode_tiff(GREY16.tobytes(), 16, 0), words=("0 is white", "invert it")
