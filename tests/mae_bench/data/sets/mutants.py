@@ -103,7 +103,7 @@ def write_tar(path: Path, members: dict[str, bytes], kind: int = tarfile.GNU_FOR
 
 
 def write_shard(root: Path) -> Path:
-    members = {}
+    members: dict[str, bytes] = {}
     for n in range(NUM_IMAGES):
         members |= {f"{'é' * 60}{n}.png": encode(n), f"{'é' * 60}{n}.json": b'{"label": %d}' % (n % 2)}
     return write_tar(root / "train-0.tar", members, tarfile.PAX_FORMAT)
