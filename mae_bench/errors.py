@@ -26,6 +26,11 @@ class UserError(Exception):
         parts = [given, expected and f"Expected: {expected}", fix and f"Next: {fix}"]
         super().__init__("\n".join(part for part in parts if part))
 
+    @property
+    def reason(self) -> str:
+        """What was given and, in brackets, what was expected."""
+        return f"{self.given} (expected: {self.expected})" if self.expected else self.given
+
 
 class NotInstalled(UserError):
     """An optional package is missing: its cells are reported as "not installed", and the other cells run."""

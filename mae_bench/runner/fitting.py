@@ -126,11 +126,8 @@ def _find_misfit(cell: Cell, spec: BackboneSpec, image_sets: ImageSets) -> UserE
         problem = image_sets.find_problem(place, spec.in_chans)
     if problem is None:
         return None
-    names = {"tasks.NAME": f"tasks.{cell.row}", "backbones.NAME": f"backbones.{cell.backbone}"}
-    fix = problem.fix
-    for name, own in names.items():
-        fix = fix.replace(name, own)
     what = cell.backbone if cell.upstream is None else f"{cell.backbone} · {cell.row}"
+    fix = cell.insert_names(problem.fix)
     return UserError(f"{what}: {problem.given}", expected=problem.expected, fix=fix)
 
 

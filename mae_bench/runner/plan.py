@@ -13,7 +13,7 @@ from mae_bench.environment.provenance import visible_gpus
 from mae_bench.errors import UserError
 from mae_bench.record import RECORD_FILE, Failure, ResultRecord
 from mae_bench.registry import EXTRAS, kind, load_object
-from mae_bench.runner.fitting import find_misfits, preview_backbones
+from mae_bench.runner.fitting import Preview, find_misfits, preview_backbones
 from mae_bench.runner.runner import check_data, num_processes
 from mae_bench.seal import BrokenSeal, read_sealed_json
 from mae_bench.suite.cell import CELL_FILE, Cell
@@ -39,14 +39,15 @@ def plan_of(suite: SuiteConfig) -> dict[str, Any]:
     misfits = find_misfits(cells, previews, digests)
     planned = []
     for cell in cells:
-        result = cell.result()
+        result, preview = cell.result(), previews.get(cell.dir, Preview())
         error = misfits.get(cell.dir)
-        if error is None and result is None and cell.dir in previews:
-            error = previews[cell.dir].error  # a checkpoint that was tried has its failure
+        if error is None and result is None:
+            error = preview.error  # a checkpoint that was tried has its failure
         planned.append(
             as_dict(cell, result)
             | _prospect(cell, result, problems, error)
             | _devices(cell, result, processes)
+            | ({"assumptions": list(preview.assumptions)} if preview.assumptions else {})
         )
     return {"suite": suite.name, "out": suite.out, "cells": planned}
 
@@ -69,7 +70,7 @@ def _devices(cell: Cell, result: ResultRecord | Failure | None, processes: int) 
             plan_accumulation(cell.config["global_batch_size"], processes, cell.config["device_batch_size"])
         )
     except UserError as error:
-        return {"processes": processes, "state": "would fail", "reason": error.given, "fix": error.fix}
+        return {"processes": processes, "state": "would fail", "reason": error.reason, "fix": error.fix}
     return {"processes": processes, "batch": batch}
 
 
@@ -83,7 +84,7 @@ def _prospect(
     place: Any = (chosen.layout, cell.config.get("data"))
     problem = problems.get(place) or error
     if problem:
-        return {"state": "would fail", "reason": problem.given, "fix": problem.fix}
+        return {"state": "would fail", "reason": problem.reason, "fix": cell.insert_names(problem.fix)}
     missing = EXTRAS[chosen.extra].missing() if chosen.extra else []
     if missing:
         reason = f"{', '.join(missing)} missing"
@@ -172,13 +173,16 @@ def render(plan: dict[str, Any]) -> RenderableType:
         texts = (cell["backbone"], cell["task"], cell["protocol"], str(cell["seed"]))
         table.add_row(*map(Text, texts), Text(cell["state"], style=STYLES[cell["state"]]), Text(score))
     reasons: dict[str, None] = {}  # each once, in order
+    assumed: dict[str, None] = {}  # likewise
     rows: dict[str, dict[str, None]] = {}  # batch -> its backbones, each once
     for cell in plan["cells"]:
         if "reason" in cell:
             fix = f"\n  Next: {cell['fix']}" if cell["fix"] else ""
             reasons[f"{cell['state']}: {cell['reason']}{fix}"] = None
+        for assumption in cell.get("assumptions", ()):
+            assumed[f"{cell['backbone']}: {assumption}"] = None
         if "batch" in cell:
             rows.setdefault(cell["batch"], {})[cell["backbone"]] = None
-    batches = [f"{', '.join(names)}: {batch}" for batch, names in rows.items()]
+    known = [f"{', '.join(names)}: {batch}" for batch, names in rows.items()] + [*assumed]
     counted = f"\n{counts(plan['cells'])}, in {plan['out']}"
-    return Group(table, *(Text(line) for line in ([""] if batches else []) + batches + [counted, *reasons]))
+    return Group(table, *(Text(line) for line in ([""] if known else []) + known + [counted, *reasons]))

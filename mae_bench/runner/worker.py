@@ -189,8 +189,7 @@ def any_rank(*facts: bool) -> list[bool]:
 
 def failure_of(cell: Cell, error: UserError) -> Failure:
     """Return the failure for an error the user can fix."""
-    reason = f"{error.given} (expected: {error.expected})" if error.expected else error.given
-    return cell.failure(reason, error.fix, not_installed=isinstance(error, NotInstalled))
+    return cell.failure(error.reason, error.fix, not_installed=isinstance(error, NotInstalled))
 
 
 def run_order(order: Order, progress: Progress) -> ResultRecord:

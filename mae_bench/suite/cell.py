@@ -92,7 +92,14 @@ class Cell:
         """Return the failure to write instead of a record."""
         status: Any = "not installed" if not_installed else "failed"
         protocol = self.config.get("protocol", self.kind)
+        fix = self.insert_names(fix)
         return Failure(self.backbone, self.task, protocol, self.seed, status, reason, fix)
+
+    def insert_names(self, fix: str) -> str:
+        """Return what to do next with the names of this cell instead of tasks.NAME and backbones.NAME."""
+        backbone = f"backbones.{self.backbone}"
+        row = backbone if self.row == BACKBONE else f"tasks.{self.row}"
+        return fix.replace("tasks.NAME", row).replace("backbones.NAME", backbone)
 
 
 def _read(read: Callable[[Path], R], path: Path) -> R | None:

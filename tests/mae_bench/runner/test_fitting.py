@@ -21,7 +21,7 @@ from mae_bench.record import read_record
 from mae_bench.registry import EXTRAS, Extra, kind, load_object
 from mae_bench.runner.fitting import fit_to_backbone
 from mae_bench.runner.live import View
-from mae_bench.runner.plan import plan_of
+from mae_bench.runner.plan import plan_of, render
 from mae_bench.runner.runner import run_suite
 from mae_bench.spec import BackboneSpec
 from mae_bench.suite.config import load_suite
@@ -305,6 +305,30 @@ class TestDescription:
         (tmp_path / "bad.pth").write_bytes(b"no weights")
         cells = plan_of(load_suite(suite_of(tmp_path, str(tmp_path / "bad.pth"))))["cells"]
         assert [cell["state"] for cell in cells] == ["would fail", "left"]
+
+    def test_plan_and_failure_state_what_is_expected_and_what_to_set(
+        self, file: Path, data: Path, tmp_path: Path
+    ) -> None:
+        suite = suite_of(tmp_path, str(file))
+        cell = plan_of(load_suite(suite))["cells"][0]
+        assert "num_heads cannot be inferred" in cell["reason"]
+        assert cell["reason"].endswith("(expected: one of 1, 2, 4, 8, 16)")
+        assert "backbones.toy.spec.num_heads=N to evaluate" in cell["fix"]
+        assert cell["fix"] in run(suite)
+        tried = plan_of(load_suite(suite))["cells"][0]
+        assert tried["state"] == "failed"
+        assert (tried["reason"], tried["fix"]) == (cell["reason"], cell["fix"])
+        assert planned(suite, "backbones.toy.spec.num_heads=2")["state"] != "would fail"
+
+    def test_a_plan_prints_what_is_assumed(self, file: Path, data: Path, tmp_path: Path) -> None:
+        suite = suite_of(tmp_path, str(file))
+        suite["backbones"]["toy"]["spec"] = {"num_heads": 2}
+        _, assumptions = describe(self.config(file))
+        plan = plan_of(load_suite(suite))
+        assert [cell.get("assumptions") for cell in plan["cells"]] == [assumptions, None]
+        shown = StringIO()
+        Console(file=shown, width=500).print(render(plan))
+        assert all(shown.getvalue().count(f"toy: {assumption}") == 1 for assumption in assumptions)
 
     def test_assumptions_are_printed_once_and_kept_by_every_score(
         self, file: Path, data: Path, tmp_path: Path
