@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backbones.config import CheckpointConfig
-from backbones.reading.description import check_description, read_json
+from backbones.reading.description import check_description, get_conversion, read_json
 from backbones.translating.report import read_assumptions
 from mae_bench.data.sets.index import cache_path, read_cached, try_to_cache
 from mae_bench.errors import UserError
@@ -49,7 +49,8 @@ def describe(config: CheckpointConfig) -> Description:
 
 def _parse(export: dict[str, Any]) -> Description:
     try:
-        return BackboneSpec.from_dict(export["spec"]), read_assumptions(export)
+        assumptions = read_assumptions(get_conversion(export.get("provenance")))
+        return BackboneSpec.from_dict(export["spec"]), assumptions
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"a malformed {SPEC_FILE}: {error!r}", expected="an export of mae-bench") from error
 

@@ -18,6 +18,7 @@ from backbones.load import ReadOptions, read_backbone
 from backbones.reading.source import Checkpoint
 from backbones.reading.unwrap import SeveralSets
 from backbones.translating.origins import find_family, find_origins, get_published
+from backbones.translating.report import read_assumptions
 from mae_bench.errors import UserError
 from mae_bench.models.vit import ARCHS
 from mae_bench.spec import BackboneSpec
@@ -83,6 +84,7 @@ def inspect_checkpoint(source: str | Path, **options: Unpack[ReadOptions]) -> di
         "extras": {str(key): _summarise(value) for key, value in checkpoint.extras.items()},
         "spec": spec.to_dict(),
         "origins": find_origins(report.format, translation, checkpoint, spec, options.get("overrides")),
+        "assumed_before": read_assumptions(checkpoint.conversion),
         "published": get_published(find_family(report.format, translation.assumed)),
         "report": account,
     }
@@ -189,7 +191,10 @@ def _render_digests(files: Mapping[str, str]) -> RenderableType:
 
 
 def _render_spec(inspection: Mapping[str, Any]) -> RenderableType:
-    """Render each field of the spec with its value and origin; a family's sources are numbered footnotes."""
+    """Render each field of the spec with its value and origin.
+
+    A family's sources are numbered footnotes; what was assumed before a conversion follows them.
+    """
     sources: dict[str, int] = {}
     rows = {}
     for key, value in inspection["spec"].items():
@@ -199,6 +204,7 @@ def _render_spec(inspection: Mapping[str, Any]) -> RenderableType:
             origin = f"{family} [{sources.setdefault(source, len(sources) + 1)}]"
         rows[key] = (value, origin)
     footnotes = [_text(f"[{number}] {source}") for source, number in sources.items()]
+    footnotes += [_text(f"assumed before the conversion: {line}") for line in inspection["assumed_before"]]
     return Group(_table(rows, "spec"), *footnotes)
 
 

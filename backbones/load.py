@@ -19,7 +19,6 @@ from backbones.translating.resample import resample
 from backbones.translating.structure import count_blocks, infer_global_pool
 from backbones.translating.translation import Translation
 from mae_bench.errors import UserError
-from mae_bench.job import SPEC_FILE
 from mae_bench.models.create import Size, parse_size
 from mae_bench.models.vit import ARCHS, ViT, build_vit
 from mae_bench.spec import BackboneSpec
@@ -286,6 +285,6 @@ def make_report(checkpoint: Checkpoint, format: str, translation: Translation) -
         new=translation.new,
         files=checkpoint.files,
         notes=[*checkpoint.notes, *translation.notes],
-        assumptions=[*read_assumptions(checkpoint.beside.get(SPEC_FILE, {})), *translation.assumptions],
+        assumptions=[*read_assumptions(checkpoint.conversion), *translation.assumptions],
         licence=checkpoint.licence,
     )

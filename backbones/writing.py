@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from backbones.reading.source import SPEC_KEY
+from backbones.reading.source import PROVENANCE_KEY, SPEC_KEY
 from mae_bench.export import seal_metadata
 from mae_bench.files import write_atomic
 from mae_bench.spec import BackboneSpec
@@ -21,7 +21,7 @@ def write_safetensors(
     out: Path, weights: Mapping[str, torch.Tensor], spec: BackboneSpec, provenance: Mapping[str, Any]
 ) -> None:
     """Write the file atomically with a sorted header: the library's order of metadata varies."""
-    metadata = {"format": "pt", SPEC_KEY: json.dumps(spec.to_dict()), "provenance": json.dumps(provenance)}
+    metadata = {"format": "pt", SPEC_KEY: json.dumps(spec.to_dict()), PROVENANCE_KEY: json.dumps(provenance)}
     contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
     data = memoryview(save(contiguous, metadata=seal_metadata(metadata, contiguous)))
     (length,) = struct.unpack("<Q", data[:8])

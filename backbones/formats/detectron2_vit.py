@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from backbones.families import family
-from backbones.reading.source import SPEC_KEY, Checkpoint
+from backbones.reading.source import PROVENANCE_KEY, SPEC_KEY, Checkpoint
 from backbones.translating.grids import describe_square
 from backbones.translating.structure import has_timm_description
 from backbones.translating.translation import (
@@ -195,7 +195,7 @@ def write(
         raise UserError(
             f"images {spec.img_size}, patches {spec.patch_size}", expected="squares, for detectron2's ViT"
         )
-    model, content = dict(weights), {SPEC_KEY: spec.to_dict(), "provenance": provenance}
+    model, content = dict(weights), {SPEC_KEY: spec.to_dict(), PROVENANCE_KEY: provenance}
     if spec.arch == "sam" and not spec.options.get("neck_chans", 256):
         if "pos_embed" in model:
             model["pos_embed"] = model["pos_embed"].flatten(1, 2)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from backbones.reading.source import SPEC_KEY, Checkpoint
+from backbones.reading.source import PROVENANCE_KEY, SPEC_KEY, Checkpoint
 from backbones.translating.open_mmlab import VIT, is_mmlab_vit, is_mmseg, read_mmlab_vit
 from backbones.translating.translation import Translation, not_expressible
 from mae_bench.errors import UserError
@@ -48,5 +48,5 @@ def write(
             f"patches {spec.patch_size}, mlp_ratio {spec.mlp_ratio}",
             expected="square patches, a whole mlp_ratio",
         )
-    content = {"state_dict": VIT.write(weights), SPEC_KEY: spec.to_dict(), "provenance": provenance}
+    content = {"state_dict": VIT.write(weights), SPEC_KEY: spec.to_dict(), PROVENANCE_KEY: provenance}
     write_atomic(out, lambda file: torch.save(content, file))

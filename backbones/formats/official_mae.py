@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from backbones.formats import deit, moco_v3
-from backbones.reading.source import SPEC_KEY, Checkpoint
+from backbones.reading.source import PROVENANCE_KEY, SPEC_KEY, Checkpoint
 from backbones.translating.translation import (
     HEAD,
     Translation,
@@ -81,5 +81,5 @@ def write(
 ) -> None:
     """Write `{"model": weights, "spec": ..., "provenance": ...}`; the authors' scripts read `model`."""
     require_plain_vit(spec, weights, "official_mae", fc_norm=True)
-    content = {"model": weights, SPEC_KEY: spec.to_dict(), "provenance": provenance}
+    content = {"model": weights, SPEC_KEY: spec.to_dict(), PROVENANCE_KEY: provenance}
     write_atomic(out, lambda file: torch.save(content, file))

@@ -28,3 +28,9 @@ def check_description(value: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return our own description of an export without its seal; raise UserError if it was changed."""
     fix = f"export the backbone again; if you changed the file on purpose, remove its key {SEAL!r}"
     return check_json_seal(value, path, fix=fix, required=False)
+
+
+def get_conversion(provenance: Any) -> dict[str, Any]:
+    """Return the report of the conversion that wrote a file of ours, from its provenance; {} without one."""
+    report = provenance.get("converted") if isinstance(provenance, dict) else None
+    return report if isinstance(report, dict) else {}

@@ -5,25 +5,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mae_bench.export import SPEC_FILE
-
 CARD = "README.md"  # of a hub's repository; its metadata stands between two lines of dashes
 MAX_CARD = 64 << 10  # bytes that are looked at
 MAX_LICENCE = 100  # characters that are kept
 FIELD = re.compile(r"^license(_name)?:[ \t]*[\"']?([\w.+ -]+)", re.MULTILINE)
 
 
-def find_licence(folder: Path, beside: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the licence of a folder's weights: from our own export, or from the card; "" if unknown.
+def find_licence(conversion: Mapping[str, Any], folder: Path | None) -> str:
+    """Return the licence of weights: from the report of their conversion, or from a card; "" if unknown.
 
-    The licence of a checkpoint travels with its export, so that transfers state it too.
+    The licence of a checkpoint travels with its conversions, so that transfers state it too.
+
+    folder: whose card describes the weights.
     """
-    provenance = beside.get(SPEC_FILE, {}).get("provenance")
-    converted = provenance.get("converted") if isinstance(provenance, dict) else None
-    if isinstance(converted, dict):
-        return str(converted.get("licence") or "")[:MAX_LICENCE]
-    card = folder / CARD
-    return parse_card(card.read_bytes()[:MAX_CARD].decode(errors="replace")) if card.is_file() else ""
+    if conversion:
+        return str(conversion.get("licence") or "")[:MAX_LICENCE]
+    if folder is None or not (folder / CARD).is_file():
+        return ""
+    return parse_card((folder / CARD).read_bytes()[:MAX_CARD].decode(errors="replace"))
 
 
 def parse_card(text: str) -> str:

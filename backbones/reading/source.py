@@ -15,7 +15,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 
-from backbones.reading.description import check_description, read_json
+from backbones.reading.description import check_description, get_conversion, read_json
 from backbones.reading.hub import fetch_repo, log_once
 from backbones.reading.licence import find_licence
 from backbones.reading.official import fetch_official, find_name
@@ -41,7 +41,8 @@ WEIGHT_FILES = (
     "open_clip_pytorch_model.bin",
 )
 VIT_CLASSES = (VisionTransformer, Beit, Eva, VisionTransformerSAM)  # of timm
-SPEC_KEY = "spec"  # metadata key under which our files carry the BackboneSpec
+# Metadata keys under which our files carry the BackboneSpec, and what they were made from.
+SPEC_KEY, PROVENANCE_KEY = "spec", "provenance"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Checkpoint:
     names there.
     outside: the dictionary's other tensors, by full name. extras: everything else in the file.
     beside: the JSON descriptions in the same folder, by file name. stated_spec: the BackboneSpec in our own
-    files.
+    files. conversion: the report of the conversion that wrote one of them.
     files: SHA-256 of every file that was read, by name: weights, then descriptions.
     format: if the source determines it, else None and it is detected. notes: what a reader of the report
     should know.
@@ -72,6 +73,7 @@ class Checkpoint:
     extras: dict[str, Any] = field(default_factory=dict)
     beside: dict[str, dict[str, Any]] = field(default_factory=dict)
     stated_spec: dict[str, Any] = field(default_factory=dict)
+    conversion: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     format: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -147,6 +149,11 @@ def _open_path(source: str, path: Path, sha256: str | None, weights: str | None)
 
     # 3. Read the descriptions in its folder.
     beside = _read_descriptions(file, read.digest, in_named_folder=path.is_dir())
+    stated_spec = _parse(SPEC_KEY, read.metadata, part.extras, file)
+    described = beside.get(SPEC_FILE, {})
+    if stated_spec and not described:
+        described = {PROVENANCE_KEY: _parse(PROVENANCE_KEY, read.metadata, part.extras, file)}
+    conversion = get_conversion(described.get(PROVENANCE_KEY))
     notes = []
     if not path.is_dir() and file.name not in WEIGHT_FILES:  # they may describe another file
         notes = [f"{name} in the same folder was used" for name in sorted(set(beside) - {SPEC_FILE})]
@@ -160,10 +167,11 @@ def _open_path(source: str, path: Path, sha256: str | None, weights: str | None)
         outside=part.outside,
         extras=part.extras,
         beside=beside,
-        stated_spec=_parse_spec(read.metadata.get(SPEC_KEY), part.extras.get(SPEC_KEY), file),
+        stated_spec=stated_spec,
+        conversion=conversion,
         files=files | {name: file_digest(file.parent / name) for name in beside},
         notes=notes,
-        licence=find_licence(file.parent, beside) if path.is_dir() else "",
+        licence=find_licence(conversion, file.parent if path.is_dir() else None),
         states=read.states,
     )
 
@@ -201,11 +209,12 @@ def _find_weights(folder: Path) -> Path:
     )
 
 
-def _parse_spec(in_metadata: str | None, in_extras: Any, path: Path) -> dict[str, Any]:
+def _parse(key: str, metadata: Mapping[str, str], extras: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return what one of our files holds under a key, as JSON or as a dictionary; {} for another file."""
     try:
-        value = json.loads(in_metadata) if in_metadata else in_extras or {}
+        value = json.loads(metadata[key]) if key in metadata else extras.get(key)
     except ValueError as error:
-        raise UserError(f"{path}: {SPEC_KEY} in its metadata is not JSON: {error}") from error
+        raise UserError(f"{path}: {key} in its metadata is not JSON: {error}") from error
     return dict(value) if isinstance(value, dict) else {}
 
 

@@ -23,8 +23,8 @@ class ConversionReport:
         files: File name -> SHA-256, for every file that was read.
         notes: What the user should know about these weights.
         assumptions: Spec fields that are assumed, or taken from what the family publishes, with their values
-            and the source of the assumption. Those of an export are those of the checkpoint that it was
-            converted from.
+            and the source of the assumption. A file that was converted has those of the checkpoint that
+            it was converted from.
         licence: Licence of the weights as their publisher states it; "" if unknown.
     """
 
@@ -45,6 +45,7 @@ class ConversionReport:
         return asdict(self)
 
 
-def read_assumptions(export: Mapping[str, Any]) -> list[str]:
-    """Return the assumptions about the checkpoint that an export was converted from, from its description."""
-    return list(export.get("provenance", {}).get("converted", {}).get("assumptions", []))
+def read_assumptions(conversion: Mapping[str, Any]) -> list[str]:
+    """Return the assumptions about a checkpoint from the report of its conversion, as a file holds it."""
+    found = conversion.get("assumptions")
+    return [str(assumption) for assumption in found] if isinstance(found, list) else []

@@ -1,5 +1,6 @@
 """convert: round trips between all formats are bit-identical, and the libraries load what is written."""
 
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from rich.console import Console
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from backbones.convert import convert
+from backbones.inspection import inspect_checkpoint, render
 from backbones.load import load_backbone, translate
 from backbones.reading.source import open_source
 from backbones.translating.detect import FORMATS, WRITABLE, get_format
@@ -239,3 +243,28 @@ def randomise(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if "pos" not in name:
             parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+@pytest.mark.parametrize("to", sorted(PLAIN))
+def test_what_was_assumed_and_the_licence_stay_known_through_conversions(tmp_path, files, to):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    shutil.copy(files["timm.safetensors"][0], folder / "model.safetensors")
+    (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# A model")
+    report = convert(folder, place(tmp_path, to), to)
+    assert any("norm_eps 1e-06" in assumption for assumption in report.assumptions)
+    convert(place(tmp_path, to), place(tmp_path, "timm", "again"), "timm")
+    for path in (place(tmp_path, to), place(tmp_path, "timm", "again")):
+        read = load_backbone(path)[2]
+        assert (read.assumptions, read.licence) == (report.assumptions, "cc-by-nc-4.0")
+        found = inspect_checkpoint(path)
+        assert found["assumed_before"] == report.assumptions
+        console = Console(width=500, record=True)
+        console.print(render(found))
+        assert f"assumed before the conversion: {report.assumptions[0]}" in console.export_text()
+
+
+@pytest.mark.parametrize("provenance", ["a person", "[3]", '{"converted": {"assumptions": ["x"]}}'])
+def test_provenance_of_other_writers_is_no_report(tmp_path, encoder, provenance):
+    save_file(encoder, tmp_path / "x.safetensors", metadata={"provenance": provenance})
+    assert "x" not in load_backbone(tmp_path / "x.safetensors")[2].assumptions
