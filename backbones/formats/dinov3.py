@@ -17,6 +17,7 @@ BASE = 100.0  # of the rotary periods
 PERIODS = "rope_embed.periods"
 TOLERANCE = 0.02  # of periods computed in bfloat16, the default of the code
 ROTARY = {"use_abs_pos_emb": False, "use_rot_pos_emb": True, "rope_type": "dinov3", "rope_rotate_half": True}
+ROTATIONS = f"assumed: rotations of base {BASE:.0f}, as in all published models"
 SAT493M = (
     "mean and std are those of the LVD-1689M models; "
     "weights of SAT-493M need mean 0.430 0.411 0.296, std 0.213 0.156 0.143"
@@ -68,7 +69,9 @@ def read(checkpoint: Checkpoint) -> Translation:
     result.facts = {"arch": "eva", "pos_embed": "rope", "options": infer_options(result.weights)}
     result.assumed = family("dinov3")
     result.notes.append(SAT493M)
-    if PERIODS in keys:
+    if PERIODS not in keys:
+        result.sources["options"] = ROTATIONS
+    else:
         periods = keys[PERIODS]
         result.facts["num_heads"] = _infer_num_heads(periods, get_embed_dim(result.weights), source)
         if not torch.allclose(periods.float(), _compute_periods(periods.numel()), rtol=1e-5):

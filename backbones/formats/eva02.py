@@ -55,6 +55,8 @@ def read(checkpoint: Checkpoint) -> Translation:
     width = get_embed_dim(result.weights)
     if FREQS[0] in tensors and tensors[FREQS[0]].ndim == 2:
         result.facts["num_heads"] = width // tensors[FREQS[0]].shape[1]
+    if not set(FREQS) <= set(tensors):
+        result.sources["options"] = f"assumed: rotations for a grid of {SEQ_LEN} x {SEQ_LEN} patches"
     result.assumed = family("eva02") | {"norm_eps": 1e-6}
     if "fc_norm.weight" in result.weights:
         result.assumed["pretrain_method"] += ", fine-tuned"

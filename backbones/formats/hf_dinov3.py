@@ -7,7 +7,7 @@ import torch
 
 from backbones.families import family
 from backbones.formats.dinov2 import MASK_TOKEN
-from backbones.formats.dinov3 import BASE, INIT_VALUES, SAT493M, infer_options
+from backbones.formats.dinov3 import BASE, INIT_VALUES, ROTATIONS, SAT493M, infer_options
 from backbones.reading.source import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
 from backbones.translating.hugging_face import (
     build_config,
@@ -69,6 +69,8 @@ def read(checkpoint: Checkpoint) -> Translation:
     drop_empty_registers(result)
     result.assumed = family("dinov3")
     result.facts = _read_facts(checkpoint, result.weights, gated)
+    if CONFIG_FILE not in checkpoint.beside and not checkpoint.stated_spec:
+        result.sources["options"] = ROTATIONS
     if PREPROCESSOR_FILE not in checkpoint.beside:
         result.notes.append(SAT493M)
     return result

@@ -56,6 +56,8 @@ def read(checkpoint: Checkpoint) -> Translation:
         _unflatten_filters(result, checkpoint)
     result.outside = dict.fromkeys(checkpoint.outside, "outside the image tower: text tower, logits' scale")
     result.facts = _read_facts(checkpoint, result, is_naflex)
+    if CONFIG_FILE not in checkpoint.beside and not checkpoint.stated_spec:
+        result.sources["options"] = f"assumed: {DEFAULT_ACT}, the default of transformers' SigLIP"
     result.assumed = family("siglip")
     if is_naflex:
         result.assumed |= {"interpolation": "bilinear", "pos_resample": "bilinear_antialias"}

@@ -11,6 +11,7 @@ from backbones.formats.official_mae import WRAPPERS, is_marked
 from backbones.reading.source import CONFIG_FILE, Checkpoint
 from backbones.translating.detect import get_format
 from backbones.translating.structure import (
+    NO_PREFIX_ROWS,
     has_post_norms,
     has_timm_description,
     infer_beit_facts,
@@ -147,6 +148,8 @@ def _infer_structure(result: Translation, checkpoint: Checkpoint) -> None:
         if not has_timm_description(checkpoint) and _may_be_clip(checkpoint.tensors):
             result.needed = (*result.needed, "act_layer")  # CLIP and SigLIP differ in their GELU
             result.assumed["norm_eps"] = 1e-5 if "norm_pre.weight" in weights else 1e-6
+    if "no_embed_class" in result.assumed["options"] and not checkpoint.stated_spec:
+        result.sources["options"] = NO_PREFIX_ROWS
 
 
 def _may_be_clip(tensors: dict[str, torch.Tensor]) -> bool:

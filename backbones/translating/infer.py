@@ -22,6 +22,8 @@ from mae_bench.models.vit import LAYERS
 from mae_bench.spec import BackboneSpec
 
 GIVE = "give {0} to inspect or convert, backbones.NAME.spec.{0} to evaluate or run, --set {0} to reconstruct"
+HAS_ROWS = GIVE.format("options.no_embed_class=false")
+PREFIX_ROWS = f"if class token and registers have rows in the position table, {HAS_ROWS}"
 HIDDEN = ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1_g.weight")  # first layer of a plain and of a gated MLP
 TABLES = re.compile("pos_embed|relative_position_bias_table")
 MAX_LISTED = 4  # image sizes in an error message
@@ -289,6 +291,7 @@ def _infer_img_size(
         raise UserError(
             f"{source}: img_size {size} where the shapes say {listed}",
             expected="a description that fits the weights",
+            fix=PREFIX_ROWS if given.get("options", {}).get("no_embed_class") else "",
         )
     if not grids:
         tables = [f"{name} {tuple(t.shape)}" for name, t in weights.items() if TABLES.search(name)]

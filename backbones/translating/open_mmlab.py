@@ -9,7 +9,14 @@ import torch
 from backbones.families import family
 from backbones.reading.source import Checkpoint
 from backbones.translating.naming import Naming
-from backbones.translating.structure import INDEX, INDEX_REASON, TABLE, infer_beit_facts, infer_vit_options
+from backbones.translating.structure import (
+    INDEX,
+    INDEX_REASON,
+    NO_PREFIX_ROWS,
+    TABLE,
+    infer_beit_facts,
+    infer_vit_options,
+)
 from backbones.translating.translation import FILE, HEAD, MASK_TOKEN, Translation, explain
 from mae_bench.errors import UserError
 
@@ -85,6 +92,8 @@ def read_mmlab_vit(checkpoint: Checkpoint, library: str) -> Translation:
         if library == "mmseg":
             _add_patch_bias(result)
         result.facts = {"arch": "vit", "options": infer_vit_options(result.weights)}
+        if "no_embed_class" in result.facts["options"] and not checkpoint.stated_spec:
+            result.sources["options"] = NO_PREFIX_ROWS
     if "fc_norm.weight" in result.weights:
         result.assumed["global_pool"] = "avg"
         _drop_second_norm(result)

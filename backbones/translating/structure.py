@@ -13,6 +13,7 @@ INIT_VALUES = 1e-5  # any number but 0 builds the layer scales; the file fills t
 INDEX = r"(.*\.)?relative_position_index$"
 INDEX_REASON = "index of each pair of patches in the bias table: follows from the grid, timm computes it"
 TABLE = "relative_position_bias_table"
+NO_PREFIX_ROWS = "assumed: as many patches as the position table has rows, a square number"
 
 
 def has_timm_description(checkpoint: Checkpoint) -> bool:
