@@ -81,6 +81,9 @@ def test_no_number_is_quoted_twice() -> None:
         "metric",
         "source",
         "place",
+        "note",
+        "ablation",
+        "blocks",
     )
     keys = [tuple(getattr(row, name) for name in names) for row in load_published()]
     assert len(keys) == len(set(keys))
