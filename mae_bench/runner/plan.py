@@ -89,7 +89,10 @@ def _prospect(
     if missing:
         reason = f"{', '.join(missing)} missing"
         return {"state": "not installed", "reason": reason, "fix": EXTRAS[chosen.extra].command}
-    return {} if result else _finished_otherwise(cell)
+    if result:
+        return {}
+    invalid = cell.explain_rerun()
+    return {"reason": f"{cell.name}: {invalid}", "fix": ""} if invalid else _finished_otherwise(cell)
 
 
 def _finished_otherwise(cell: Cell) -> dict[str, str]:
