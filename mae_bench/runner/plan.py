@@ -109,7 +109,8 @@ def _finished_otherwise(cell: Cell) -> dict[str, str]:
     if len(changes) > MAX_CHANGES:
         listed.append(f"{len(changes) - MAX_CHANGES} more")
     if not listed:
-        listed = ["another backbone" if cell.upstream else "other data", "or another version of its code"]
+        listed = ["another backbone"] if cell.upstream else []
+        listed += ["other data", "or another version of its code"]
     why = ", ".join(listed)
     return {"reason": f"{cell.name}: {last} is finished, but with {why}", "fix": ""}
 
