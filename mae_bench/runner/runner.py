@@ -127,11 +127,11 @@ def run_suite(
             raise UserError("\n".join(misfits))
         for cell in cells:
             view.say_assumptions(cell.backbone, previews.get(cell.dir, Preview()).assumptions)
+        runner = Runner(cells, capacity, suite.threads, command, view, group)
         for cell in cells:
-            invalid = cell.explain_rerun()
+            invalid = "" if cell.dir in runner.results else cell.explain_rerun()
             if invalid:
                 view.say(f"{cell.name} is not done: {invalid}")
-        runner = Runner(cells, capacity, suite.threads, command, view, group)
         runner.run(stop)
     return [(cell, runner.results[cell.dir]) for cell in runner.cells]
 
