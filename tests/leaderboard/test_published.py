@@ -57,7 +57,13 @@ def test_every_row_has_its_source() -> None:
 
 def test_every_source_states_where_it_was_read() -> None:
     """A file of a repository is cited at its commit, a paper by its number and title."""
-    known = ("full text of the paper", "secondary: a reading note of the paper", "thread of the issue")
+    known = (
+        "full text of the paper",
+        "text of the paper, its tables not included",
+        "a copy of the paper's tables",
+        "secondary: a reading note of the paper",
+        "thread of the issue",
+    )
     for row in load_results():
         if row.source.startswith("arXiv "):
             assert row.url == f"https://arxiv.org/abs/{row.source.removeprefix('arXiv ')}"
