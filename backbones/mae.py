@@ -30,6 +30,7 @@ DECODER = re.compile(r"decoder_|mask_token$|target\.")
 # (width, depth, MLP width) of a decoder -> heads, from facebookresearch/mae models_mae.py and from
 # wangsr126/MAE-Lite projects/mae_lite/models_mae.py.
 REFERENCE_HEADS = {(512, 8, 2048): 16}
+REFERENCE = "the only number that the reference builds for a decoder of this size"
 MAE_LITE_HEADS = {(96, 1, 384): 3, (192, 1, 768): 6, **REFERENCE_HEADS}
 HF_DEFAULT_HEADS = 16  # of transformers' ViTMAEConfig
 # Names of the decoder's layers in transformers before version 5, and as version 5 writes them.
@@ -70,11 +71,13 @@ def load_mae(
     spec, options, tensors, report = _read(_find_file(path), weights, overrides or {})
     if norm_pix_loss is not None:
         options["norm_pix_loss"] = norm_pix_loss
+    elif "norm_pix_loss" not in options:
+        report.assumptions.append("norm_pix_loss False: assumed: the default of the reference's constructor")
     if decoder_num_heads is not None:
         options["decoder_num_heads"] = decoder_num_heads
     elif "decoder_num_heads" not in options:
         options["decoder_num_heads"] = get_reference_heads(tensors, str(path))
-        report.notes.append(f"{options['decoder_num_heads']} decoder heads, the reference's for its size")
+        report.assumptions.append(f"decoder_num_heads {options['decoder_num_heads']}: {REFERENCE}")
 
     # 2. Resample the position tables to another image size.
     if img_size is not None:

@@ -7,7 +7,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -136,7 +136,7 @@ def main() -> None:
     flipping.add_argument("--out", type=Path, help="also write OUT.md and OUT.json")
     given = parser.parse_args()
     flips = flip(given.per_file, given.seed)
-    write_table("Flipped bytes", [summarise(flips)], {"flips": [asdict(each) for each in flips]}, given.out)
+    write_table("Flipped bytes", [summarise(flips)], {"flips": [vars(each) for each in flips]}, given.out)
     for text in [text for each in flips for text in each.tracebacks][:MAX_SHOWN]:
         print(text, file=sys.stderr)
     if any(each.outcomes[name] for each in flips for name in (UNNOTICED, TRACEBACK)):

@@ -6,7 +6,7 @@ from typing import Any
 
 from leaderboard.columns import PRETRAIN, group_by
 from leaderboard.index import Runs
-from leaderboard.published import PublishedRow, load_published
+from leaderboard.published import PublishedRow, get_kind, load_published
 from leaderboard.sections import Bullets, Header, Paragraph, Results, Section, Table, TableCell, Tone
 from leaderboard.table import Column, Comparison, PublishedComparison
 from leaderboard.wording import (
@@ -60,8 +60,7 @@ def match_published(runs: Runs, columns: list[Column], rows: list[str]) -> list[
 
 def _matches(row: PublishedRow, column: Column) -> bool:
     """Return whether both were fine-tuned or both were probed, which is the first word of a protocol."""
-    kinds = [protocol.partition("-")[0] for protocol in (row.protocol, column.protocol)]
-    return (row.task, row.metric, kinds[0]) == (column.task, column.metric, kinds[1])
+    return (row.task, row.metric, row.kind) == (column.task, column.metric, get_kind(column.protocol))
 
 
 def _find_differences(runs: Runs, column: Column, row: PublishedRow) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """Pictures of a report: what each pretraining reconstructs."""
 
+import hashlib
+
 from leaderboard.columns import PRETRAIN
 from leaderboard.index import Run, Runs
 from leaderboard.sections import Figure, Figures, Picture, Results, Section
@@ -51,8 +53,8 @@ def _build_figure(run: Run) -> Figure:
 def _read_picture(run: Run) -> bytes:
     """Return the artefact's bytes.
 
-    Raise ValueError for a path outside the record's folder, and for a file that is missing, too large, or
-    not a PNG.
+    Raise ValueError for a path outside the record's folder, and for a file that is missing, too large,
+    not a PNG, or not the one that the record describes.
     """
     folder = run.path.parent.resolve()
     path = (folder / str(run.record.artefacts[ARTEFACT])).resolve()
@@ -65,4 +67,7 @@ def _read_picture(run: Run) -> bytes:
     data = path.read_bytes()
     if not data.startswith(SIGNATURE):
         raise ValueError("it is not a PNG")
+    digest = run.record.artefact_digests.get(ARTEFACT)
+    if digest and digest != {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}:
+        raise ValueError("its file was changed or damaged after the record was written")
     return data

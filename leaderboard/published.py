@@ -1,6 +1,8 @@
 """Published results with their sources, for reference next to the runs and never mixed with them."""
 
+import csv
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,9 +22,13 @@ from leaderboard.sections import (
     Table,
     TableCell,
 )
+from leaderboard.table import Column
 
 FOLDER = Path(__file__).parent / "published"
 TITLE = "Published results for reference, not comparable with the runs above"
+RESULTS = FOLDER / "results.csv"  # one number per line
+TITLES = FOLDER / "titles.json"  # of papers; a repository is its own title
+SETTINGS = ("ablations.json", "partial.json")  # tables whose rows have a setting: an ablation, tuned blocks
 SHARED = ("task", "dataset", "split", "metric", "unit", "direction", "note")  # of all rows of a table
 TEXTS = ("method", "backbone", "protocol", "data", "metric")  # headers to the left of the value
 
@@ -31,10 +37,14 @@ TEXTS = ("method", "backbone", "protocol", "data", "metric")  # headers to the l
 class PublishedRow:
     """One quoted number.
 
-    source: short name of the source; `title`: its full reference; `place`: where in the source, for example
-        "Table 3"; `url`: its address.
+    protocol: named as our config where the recipe has one; others begin with the same kind (`finetune`,
+        `linear`, `maskrcnn` ...) and add what sets them apart.
+    source: "arXiv ID" or OWNER/REPOSITORY; `title`: its full reference; `place`: where in the source, for
+        example "Table 3" or "README.md at COMMIT"; `url`: its address.
     ablation: the setting of an ablation, named as the row of our suites; "" for a result of its own.
     blocks: number of tuned blocks, for a point of a curve of partial fine-tuning.
+    data, epochs: of the pretraining; "" and None where the source does not state them.
+    verification: what the number was compared with.
     """
 
     method: str
@@ -54,16 +64,53 @@ class PublishedRow:
     note: str = ""
     ablation: str = ""
     blocks: float | None = None
+    data: str = ""
+    epochs: int | None = None
+    verification: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The kind of protocol, which is its first word: `finetune`, `linear`, `maskrcnn` ..."""
+        return get_kind(self.protocol)
+
+    @property
+    def pretraining(self) -> str:
+        """The data and epochs of the pretraining, as far as the source states them."""
+        epochs = "" if self.epochs is None else f"{self.epochs} epochs"
+        return ", ".join(text for text in (self.data, epochs) if text)
+
+
+def get_kind(protocol: str) -> str:
+    """Return the kind of a protocol, which is its first word."""
+    return protocol.partition("-")[0]
 
 
 @cache
 def load_published() -> tuple[PublishedRow, ...]:
-    """Load every quoted number in `published/*.json`, each a list of tables with a source and rows."""
-    rows = []
-    for path in sorted(FOLDER.glob("*.json")):
-        for table in json.loads(path.read_text(encoding="utf-8")):
+    """Load every quoted number: `results.csv`, then the tables of ablations and curves."""
+    rows = load_results()
+    for name in SETTINGS:
+        for table in json.loads((FOLDER / name).read_text(encoding="utf-8")):
             rows += [_build_row(table, row) for row in table["rows"]]
     return tuple(rows)
+
+
+def load_results() -> list[PublishedRow]:
+    """Load `results.csv`, in the order of its lines."""
+    titles = json.loads(TITLES.read_text(encoding="utf-8"))
+    with RESULTS.open(encoding="utf-8", newline="") as file:
+        return [_read_line(line, titles) for line in csv.DictReader(file, strict=True)]
+
+
+def _read_line(line: dict[str, str], titles: dict[str, str]) -> PublishedRow:
+    texts = {name: text for name, text in line.items() if name not in ("architecture", "epochs", "value")}
+    return PublishedRow(
+        **texts,  # type: ignore[arg-type]
+        backbone=line["architecture"],
+        value=float(line["value"]),
+        epochs=int(line["epochs"]) if line["epochs"] else None,
+        title=titles.get(line["source"], line["source"]),
+    )
 
 
 def _build_row(table: dict[str, Any], row: dict[str, Any]) -> PublishedRow:
@@ -78,21 +125,35 @@ def _build_row(table: dict[str, Any], row: dict[str, Any]) -> PublishedRow:
     )
 
 
-def select_published(tasks: set[str]) -> list[PublishedRow]:
-    """Return the quoted numbers of these tasks, without those of ablations and curves."""
-    return [row for row in load_published() if row.task in tasks and not row.ablation and row.blocks is None]
+def select_published(columns: Iterable[Column]) -> list[PublishedRow]:
+    """Return the quoted numbers of the tasks and kinds of protocol of these columns, without settings."""
+    kinds = {(column.task, get_kind(column.protocol)) for column in columns}
+    return [row for row in load_published() if (row.task, row.kind) in kinds and not has_setting(row)]
+
+
+def has_setting(row: PublishedRow) -> bool:
+    """Return whether a row belongs to an ablation or a curve, which have tables of their own."""
+    return bool(row.ablation) or row.blocks is not None
 
 
 def build_section(results: Results) -> Section | None:
-    """Return the published results of the tasks of a comparison, with their sources."""
-    rows = select_published({column.task for column in results.comparison.columns})
+    """Return the published results of the protocols of a comparison, with their sources."""
+    rows = select_published(results.comparison.columns)
     if not rows:
         return None
     groups = group_by(rows, lambda row: task_sort_key(row.task))
     folds: list[Block] = [_build_fold(task, members) for (_, task), members in groups]
-    sources = sorted({(row.source, row.title, row.url) for row in rows})
-    links = tuple(Link(f"{name}: {title}", url) for name, title, url in sources)
-    return Section(TITLE, (*folds, Paragraph("Sources:"), Bullets(links)))
+    return Section(TITLE, (*folds, Paragraph("Sources:"), Bullets(build_links(rows))))
+
+
+def build_links(rows: Iterable[PublishedRow]) -> tuple[Link, ...]:
+    """Return one link per source: papers with their titles, files of repositories at their commits."""
+    found = sorted({(row.source, row.title, row.place, row.url) for row in rows})
+    texts = {
+        url: f"{source}: {title}" if title != source else f"{source}: {place}"
+        for source, title, place, url in found
+    }
+    return tuple(Link(text, url) for url, text in texts.items())
 
 
 def _build_fold(task: str, rows: list[PublishedRow]) -> Fold:
@@ -105,7 +166,6 @@ def _build_fold(task: str, rows: list[PublishedRow]) -> Fold:
 
 def _build_cells(row: PublishedRow) -> tuple[TableCell, ...]:
     texts = (
-        row.method,
         row.backbone,
         row.protocol,
         f"{row.dataset} {row.split}",
@@ -113,4 +173,6 @@ def _build_cells(row: PublishedRow) -> tuple[TableCell, ...]:
     )
     note = (Line(row.note),) if row.note else ()
     source = TableCell(f"{row.source}, {row.place}", lines=note, url=row.url)
-    return (*map(TableCell, texts), TableCell(f"{row.value}", value=row.value), source)
+    pretraining = (Line(row.pretraining),) if row.pretraining else ()
+    method = TableCell(row.method, lines=pretraining)
+    return (method, *map(TableCell, texts), TableCell(f"{row.value}", value=row.value), source)

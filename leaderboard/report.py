@@ -18,12 +18,11 @@ from leaderboard import (
 from leaderboard.compare import compare
 from leaderboard.index import Runs, load_runs
 from leaderboard.render.csv import render_csv
+from leaderboard.render.files import write_texts
 from leaderboard.render.html import render_html
 from leaderboard.render.json import render_json
 from leaderboard.render.markdown import render_markdown
 from leaderboard.sections import Report, Results, Section
-from mae_bench.files import write_text
-from mae_bench.record import RecordError
 
 TITLE = "mae_bench leaderboard"
 SECTIONS: tuple[Callable[[Results], Section | None], ...] = (  # in reading order
@@ -100,14 +99,4 @@ def write_files(results: Results, report: Report, out_dir: str | Path) -> list[P
         "leaderboard.json": render_json(results.comparison, report.title),
         "leaderboard.html": render_html(report),
     }
-    paths = []
-    try:
-        for name, text in texts.items():
-            path = Path(out_dir) / name
-            write_text(path, text)
-            paths.append(path)
-    except OSError as error:
-        raise RecordError(
-            f"the report cannot be written to {out_dir}: {error}", expected="a folder that can be written"
-        ) from error
-    return paths
+    return write_texts(out_dir, texts)

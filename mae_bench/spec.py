@@ -64,7 +64,10 @@ class BackboneSpec:
                 fix=f"use img_size {divisible}",
             )
         if self.embed_dim % self.num_heads:
-            raise UserError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+            raise UserError(
+                f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}",
+                expected="a number of heads that divides the width",
+            )
         if len(self.mean) != self.in_chans or len(self.std) != self.in_chans:
             raise UserError(
                 f"mean has {len(self.mean)} and std {len(self.std)} values, in_chans is {self.in_chans}",

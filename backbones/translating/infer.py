@@ -3,6 +3,7 @@
 L patches, D width, C channels, H W image, p patch side.
 """
 
+import json
 import math
 import re
 import shlex
@@ -78,7 +79,7 @@ def _infer(
     merged = {"arch": "vit", **given, **shapes}
     merged.setdefault("pos_embed", infer_pos_embed(translation.weights, merged))
     if "num_heads" not in merged:
-        raise MissingHeads(source, merged["embed_dim"], merged["depth"])
+        raise MissingHeads(source, merged["embed_dim"], merged["depth"], given=overrides)
     return BackboneSpec(**merged)
 
 
@@ -171,6 +172,8 @@ class MissingHeads(UserError):
     Attributes:
         divisors: numbers of heads that divide the width.
         plausible: those that are compared on images, see `backbones.attention_heads`.
+
+    given: the overrides so far, which the command that compares them repeats.
     """
 
     def __init__(
@@ -180,12 +183,15 @@ class MissingHeads(UserError):
         depth: int,
         field: str = "num_heads",
         fix: str = GIVE.format("num_heads=N"),
+        given: Mapping[str, Any] | None = None,
     ) -> None:
+        words = [source, *(f"{key}={json.dumps(value, default=str)}" for key, value in (given or {}).items())]
+        command = f"mae-bench inspect {shlex.join(words)} --images FOLDER"
         self.divisors, self.plausible = list_divisors(width), list_plausible(width)
         super().__init__(
             f"{source}: {field} cannot be inferred from the file (width {width}, depth {depth})",
             expected=f"one of {', '.join(map(str, self.divisors))}",
-            fix=f"{fix}; mae-bench inspect {shlex.quote(source)} --images FOLDER compares them on images",
+            fix=f"{fix}; {command} compares them on images",
         )
 
 

@@ -11,8 +11,8 @@ SCHEMA_VERSION = 2  # 2: `beside` is `published_comparisons`; docs/records.md de
 
 
 def build_json(comparison: Comparison, title: str) -> dict[str, Any]:
-    """Return the fields of the comparison, with the published results of its tasks under `published`."""
-    rows = select_published({column.task for column in comparison.columns})
+    """Return the fields of the comparison, with the published results of its protocols under `published`."""
+    rows = select_published(comparison.columns)
     published = {"note": TITLE, "rows": [asdict(row) for row in rows]}
     return {
         "schema_version": SCHEMA_VERSION,

@@ -80,7 +80,7 @@ def _draw_header(header: Header) -> str:
 def _draw_cell(cell: TableCell) -> str:
     text = _escape(cell.text + cell.rest)
     if cell.url:
-        text = _draw_link(cell.text, cell.url)
+        text = f"{_draw_link(cell.text, cell.url)} {_escape(cell.rest)}".strip()
     if cell.is_best:
         text = f"**{text}**"
     return "<br>".join((text, *(_escape(line.text) for line in cell.lines)))

@@ -1,5 +1,6 @@
 """Commands on one checkpoint: inspect, convert, verify, reconstruct."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -167,12 +168,26 @@ def reconstruct(
             "--decoder-num-heads", min=1, help="Heads of the decoder, if the file does not state them."
         ),
     ] = None,
+    norm_pix_loss: Annotated[
+        bool | None,
+        typer.Option(
+            "--norm-pix-loss/--no-norm-pix-loss",
+            help="Whether it was trained on normalised pixels, if the file does not state it.",
+        ),
+    ] = None,
 ) -> None:
-    """Draw what a masked autoencoder reconstructs, one row per image: original, masked, reconstructed."""
+    """Draw what a masked autoencoder reconstructs, one row per image: original, masked, reconstructed.
+
+    Print to stderr what is assumed about the checkpoint.
+    """
     from backbones.mae import load_mae
     from mae_bench.pretrain.reconstruct import reconstruct_files
 
     overrides = reading_options(None, None, fields)["overrides"]
-    model, _, _ = load_mae(checkpoint, decoder_num_heads=decoder_num_heads, overrides=overrides)
+    model, _, report = load_mae(
+        checkpoint, norm_pix_loss=norm_pix_loss, decoder_num_heads=decoder_num_heads, overrides=overrides
+    )
+    for assumption in report.assumptions:
+        print(f"{checkpoint}: {assumption}", file=sys.stderr)
     reconstruct_files(model, images, out, mask_ratio, seed)
     print(out)

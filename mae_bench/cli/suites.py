@@ -171,9 +171,20 @@ def _print_plan(source: Source, changes: list[str], out: Path | None, as_json: b
 
 
 def report(
-    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="A folder that contains runs, at any depth.")],
+    runs: Annotated[
+        Path | None, typer.Argument(metavar="RUNS", help="A folder that contains runs, at any depth.")
+    ] = None,
+    published: Annotated[
+        str | None,
+        typer.Option(
+            "--published",
+            metavar="NAME",
+            help="A board of published results instead of runs: imagenet-finetune, coco, mae ...",
+        ),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The folder to write; RUNS/report by default.")
+        Path | None,
+        typer.Option("--out", help="The folder to write; RUNS/report by default, none for --published."),
     ] = None,
     baseline: Annotated[
         str | None,
@@ -188,11 +199,35 @@ def report(
     """Write the leaderboard of all records in a folder: terminal, Markdown, CSV, JSON and HTML."""
     from mae_bench.suite.config import baseline_of
 
+    if published is not None and runs is None:
+        _report_published(published, out, as_json)
+        return
+    if runs is None or published is not None:
+        raise typer.BadParameter("name either a folder of runs or, with --published, a board")
     baseline = baseline or baseline_of(runs) or "supervised"
     files = _write_report(runs, out or runs / "report", baseline, title, None, quiet=as_json)
     if as_json:
         print_json({"report": files})
     else:
+        print(*files, sep="\n")
+
+
+def _report_published(name: str, out: Path | None, as_json: bool) -> None:
+    """Print a board of published results, and write it to a folder if one is named."""
+    from rich.console import Console
+
+    from leaderboard.boards import build_board, build_json, write_board
+    from leaderboard.render.terminal import print_report
+
+    board = build_board(name)
+    files = [str(path) for path in write_board(name, out)] if out else []
+    if as_json:
+        print_json(build_json(name) | {"report": files})
+        return
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False, markup=False)
+    console.print(f"{board.title}\n{board.lead}\n")
+    print_report(board, console)
+    if files:
         print(*files, sep="\n")
 
 

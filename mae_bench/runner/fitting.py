@@ -162,9 +162,15 @@ def fit_to_backbone(chosen: Kind, config: Any, spec: BackboneSpec, *, arrays: bo
 
 
 def read_exported_spec(folder: Path) -> BackboneSpec | None:
-    """Return the spec of the backbone that the cell in `folder` made; None if it exported none."""
+    """Return the spec of the backbone that the cell in `folder` made; None if it exported none.
+
+    Raise UserError if the description of the export is damaged.
+    """
     path = folder / EXPORT / SPEC_FILE
     if not path.is_file():
         return None
-    fix = f"remove {folder} to make the backbone again"
-    return BackboneSpec.from_dict(read_sealed_json(path, fix=fix, required=False)["spec"])
+    spec = read_sealed_json(path, required=False).get("spec")
+    try:
+        return BackboneSpec.from_dict(spec if isinstance(spec, dict) else {})
+    except UserError as error:
+        raise UserError(f"{path}: {error.given}", expected=error.expected) from error

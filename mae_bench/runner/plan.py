@@ -89,7 +89,10 @@ def _prospect(
     if missing:
         reason = f"{', '.join(missing)} missing"
         return {"state": "not installed", "reason": reason, "fix": EXTRAS[chosen.extra].command}
-    return {} if result else _finished_otherwise(cell)
+    if result:
+        return {}
+    invalid = cell.explain_rerun()
+    return {"reason": f"{cell.name}: {invalid}", "fix": ""} if invalid else _finished_otherwise(cell)
 
 
 def _finished_otherwise(cell: Cell) -> dict[str, str]:
@@ -106,7 +109,8 @@ def _finished_otherwise(cell: Cell) -> dict[str, str]:
     if len(changes) > MAX_CHANGES:
         listed.append(f"{len(changes) - MAX_CHANGES} more")
     if not listed:
-        listed = ["another backbone" if cell.upstream else "other data", "or another version of its code"]
+        listed = ["another backbone"] if cell.upstream else []
+        listed += ["other data", "or another version of its code"]
     why = ", ".join(listed)
     return {"reason": f"{cell.name}: {last} is finished, but with {why}", "fix": ""}
 

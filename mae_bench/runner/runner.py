@@ -128,6 +128,10 @@ def run_suite(
         for cell in cells:
             view.say_assumptions(cell.backbone, previews.get(cell.dir, Preview()).assumptions)
         runner = Runner(cells, capacity, suite.threads, command, view, group)
+        for cell in cells:
+            invalid = "" if cell.dir in runner.results else cell.explain_rerun()
+            if invalid:
+                view.say(f"{cell.name} is not done: {invalid}")
         runner.run(stop)
     return [(cell, runner.results[cell.dir]) for cell in runner.cells]
 

@@ -189,7 +189,10 @@ def any_rank(*facts: bool) -> list[bool]:
 
 def failure_of(cell: Cell, error: UserError) -> Failure:
     """Return the failure for an error the user can fix."""
-    return cell.failure(error.reason, error.fix, not_installed=isinstance(error, NotInstalled))
+    fix = error.fix
+    if cell.upstream and str(cell.upstream / EXPORT) in error.given:  # it is damaged or was removed
+        fix = f"restore it from a copy, or remove {cell.upstream} to make the backbone again"
+    return cell.failure(error.reason, fix, not_installed=isinstance(error, NotInstalled))
 
 
 def run_order(order: Order, progress: Progress) -> ResultRecord:

@@ -88,6 +88,22 @@ class Cell:
             return record
         return _read(read_failure, self.dir / FAILURE_FILE)
 
+    def explain_rerun(self) -> str:
+        """Return why the record in the folder does not count; "" if it does or if there is none."""
+        path = self.dir / RECORD_FILE
+        if not path.is_file():
+            return ""
+        try:
+            record = read_record(path)
+        except RecordError as error:
+            return error.given
+        maker = _read(read_record, self.upstream / RECORD_FILE) if self.upstream else record
+        if maker is None:
+            return f"{path} counts only if its backbone, which runs again, gets the same weights"
+        if record.backbone_digest != maker.backbone_digest:
+            return f"{path} is the record of other weights than those of {self.upstream}"
+        return ""
+
     def failure(self, reason: str, fix: str = "", *, not_installed: bool = False) -> Failure:
         """Return the failure to write instead of a record."""
         status: Any = "not installed" if not_installed else "failed"

@@ -5,15 +5,19 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from typer.testing import CliRunner
 
 import mae_bench
 from backbones.mae import load_mae
 from backbones.translating.infer import MissingHeads
+from mae_bench.cli.app import app
 from mae_bench.errors import UserError
 from mae_bench.export import write_export
 from mae_bench.models.mae import MAE
@@ -226,6 +230,22 @@ def test_a_file_that_is_silent_takes_the_constructors_default(files):
     )
 
 
+def test_reconstruct_prints_what_is_assumed(files, tmp_path):
+    """norm_pix_loss decides how predictions become pixels; an option states it."""
+    Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(tmp_path / "x.png")
+    given = ["reconstruct", str(tmp_path / "x.png"), "--decoder-num-heads", "16"]
+    given += ["--checkpoint", str(files["full"][0]), "--out", str(tmp_path / "y.png")]
+    done = CliRunner().invoke(app, given)
+    assert (done.exit_code, done.stdout) == (0, f"{tmp_path / 'y.png'}\n")
+    assert f"{files['full'][0]}: norm_pix_loss False: assumed" in done.stderr
+    assert "num_heads 3: the only number that official_mae builds" in done.stderr
+    plain = (tmp_path / "y.png").read_bytes()
+    done = CliRunner().invoke(app, [*given, "--norm-pix-loss"])
+    assert done.exit_code == 0
+    assert "norm_pix_loss" not in done.stderr
+    assert (tmp_path / "y.png").read_bytes() != plain
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -365,7 +385,7 @@ def test_decoder_heads_come_from_the_user_the_file_or_the_references_size(tmp_pa
     torch.save({"model": full}, tmp_path / "x.pth")
     model, _, report = load_mae(tmp_path / "x.pth")
     assert model.options.decoder_num_heads == 16
-    assert any("16 decoder heads" in note for note in report.notes)
+    assert any(line.startswith("decoder_num_heads 16: the only number") for line in report.assumptions)
     args = argparse.Namespace(decoder_num_heads=8)
     torch.save({"model": full, "args": args}, tmp_path / "stated.pth")
     assert load_mae(tmp_path / "stated.pth")[0].options.decoder_num_heads == 8

@@ -1,8 +1,23 @@
 """No flipped byte of a file that is read back changes a result unnoticed: a few flips per file."""
 
+import json
+from collections import Counter
 from pathlib import Path
 
-from benchmarks.faults import HARMLESS, LEFT_OUT, RECOVERED, TRACEBACK, UNNOTICED, classify, flip, restore
+import pytest
+
+from benchmarks.faults import (
+    HARMLESS,
+    LEFT_OUT,
+    RECOVERED,
+    TRACEBACK,
+    UNNOTICED,
+    Flips,
+    classify,
+    flip,
+    main,
+    restore,
+)
 from benchmarks.read_back import Observed
 
 
@@ -15,6 +30,20 @@ def test_no_flip_is_unnoticed() -> None:
             assert not each.outcomes[LEFT_OUT], f"{each.file}: read or computed again, it is the same"
         if each.case in ("state of a training", "trained model of another cell"):
             assert each.outcomes[RECOVERED] == 5
+
+
+def test_the_table_is_written_with_its_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flips = [Flips("state", "values.json", 9, Counter({RECOVERED: 4, UNNOTICED: 1}), [])]
+    monkeypatch.setattr("benchmarks.faults.flip", lambda per_file, seed: flips)
+    monkeypatch.setattr("sys.argv", ["faults", "flip", "--out", str(tmp_path / "flips")])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 1, "one is unnoticed"
+    written = json.loads((tmp_path / "flips.json").read_text())["data"]["flips"]
+    assert written[0]["outcomes"] == {"recovered": 4, "unnoticed": 1}
+    assert "| state | values.json | 9 | 4 | 0 | 0 | 0 | 1 | 0 |" in capsys.readouterr().out
 
 
 def test_outcomes_are_told_apart() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import shutil
@@ -201,6 +202,25 @@ def test_a_picture_that_cannot_be_shown_is_named(
     assert "<img" not in html
     assert "the reconstruction cannot be shown" in html
     assert named in html
+
+
+def test_a_picture_that_is_not_the_one_of_its_record_is_named(folder: Folder, tmp_path: Path) -> None:
+    picture = b"\x89PNG\r\n\x1a\n" + bytes(100)
+    digest = {"sha256": hashlib.sha256(picture).hexdigest(), "bytes": len(picture)}
+    path = folder.add(
+        "mae",
+        0.4,
+        task="pretrain",
+        main_metric="loss",
+        artefacts={"reconstruction": "reconstruction.png"},
+        artefact_digests={"reconstruction": digest},
+    ).with_name("reconstruction.png")
+    path.write_bytes(picture)
+    assert "<img" in write_report(folder.root, tmp_path / "out")[-1].read_text()
+    path.write_bytes(picture[:-1] + b"\1")
+    html = write_report(folder.root, tmp_path / "out")[-1].read_text()
+    assert "<img" not in html
+    assert "changed or damaged after the record was written" in html
 
 
 def test_charts_start_at_zero(folder: Folder, seeds: Callable, tmp_path: Path) -> None:

@@ -1,9 +1,7 @@
 """Check that a folder has the ADE20K layout, and read every label map once."""
 
-import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +17,12 @@ from mae_bench.data.checks.folders import (
     join_names,
     require_images,
 )
-from mae_bench.data.sets.index import cache_path, stamp, try_to_cache
+from mae_bench.data.sets.cache import load_or_compute
+from mae_bench.data.sets.index import stamp
 from mae_bench.errors import UserError
 from mae_bench.files import file_digest, json_digest
-from mae_bench.seal import BrokenSeal, read_sealed_json, seal_json
 
+VERSION = 1  # of the rules: a higher one has every map read again
 SPLITS = ("training", "validation")
 NUM_LABELS = 256  # of a map of 8 bits
 MAX_CLASSES = 254  # 0 and 255 are not classes to mmsegmentation
@@ -144,19 +143,19 @@ def _load_or_count_labels(
     They are cached by the digests of the maps, and by size and time of change of the images.
     """
     stamps = {str(pair.image): stamp(pair.image) for pair in pairs}
-    key = json_digest({"files": files, "images": stamps, "classes": num_classes})
-    path = cache_path("labels", key, ".json")
-    if not refresh:
-        with suppress(FileNotFoundError, BrokenSeal):
-            return tuple(read_sealed_json(path)["counts"])
+    key = json_digest({"version": VERSION, "files": files, "images": stamps, "classes": num_classes})
+    return load_or_compute("labels", key, lambda: _count_all_labels(pairs, num_classes), tuple, refresh)
+
+
+def _count_all_labels(pairs: list[Pair], num_classes: int) -> list[int]:
+    """Return the pixels of each label in all maps; raise UserError for a label that is not listed."""
     with ThreadPoolExecutor() as pool:
         counts = sum(pool.map(_count_labels, pairs), np.zeros(NUM_LABELS, np.int64))
     unknown = np.flatnonzero(counts[num_classes + 1 :]) + num_classes + 1
     if len(unknown):
         _raise_unknown_label(pairs, int(unknown[-1]), num_classes)
-    found = counts[: num_classes + 1].tolist()
-    try_to_cache(path, json.dumps(seal_json({"counts": found})).encode())
-    return tuple(found)
+    found: list[int] = counts[: num_classes + 1].tolist()
+    return found
 
 
 def _count_labels(pair: Pair) -> np.ndarray:

@@ -343,7 +343,11 @@ class ParquetImages(ImageSource):
         if self._group[0] != position:
             with _explain_errors(_import_pyarrow(), self.files[number], "a Parquet"):
                 table = self._readers[number].read_row_group(group, [self._columns.image])
-                self._group = (position, _read_column(table, self._columns.image).combine_chunks())
+                images = _read_column(table, self._columns.image).combine_chunks()
+                stated = int(self._ends[position]) - self._first_row(position)
+                if len(images) != stated:
+                    raise EOFError(f"row group {group} has {len(images)} of {stated} rows")
+            self._group = (position, images)
         return self._group[1], i - self._first_row(position), number
 
     def _first_row(self, position: int) -> int:

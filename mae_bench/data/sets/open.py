@@ -14,7 +14,13 @@ from mae_bench.data.sets.arrow import (
 )
 from mae_bench.data.sets.fetch import fetch_all
 from mae_bench.data.sets.folders import file_size, index_folder
-from mae_bench.data.sets.index import IndexedImages, digest_indexes, load_cached_index, load_or_build_index
+from mae_bench.data.sets.index import (
+    IndexedImages,
+    digest_indexes,
+    load_cached_index,
+    load_or_build_index,
+    stamp,
+)
 from mae_bench.data.sets.listed import Published, find_published, index_listed
 from mae_bench.data.sets.packed import is_packed, open_packed, read_header
 from mae_bench.data.sets.shards import EXPECTED as PATTERNS
@@ -157,7 +163,8 @@ def _open(root: str, split: str, refresh: bool) -> ImageSource | None:
         return _open_arrow(arrow_files, refresh)
     parquet_files = find_parquet_files(place, split)
     if parquet_files:
-        return open_unpacked(ParquetImages(parquet_files), str(parquet_files[0].absolute()))
+        stamps = [[str(path.absolute()), *stamp(path)[:2]] for path in parquet_files]  # size, modified
+        return open_unpacked(ParquetImages(parquet_files), json_digest(stamps))
     return _open_tars(place, split, refresh) or _open_folder(place, split, refresh)
 
 

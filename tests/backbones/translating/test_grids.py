@@ -13,6 +13,7 @@ from backbones.inspection import inspect_checkpoint
 from backbones.load import load_backbone
 from backbones.translating.detect import FORMATS
 from backbones.translating.grids import RELEASED, SQUARE, TIMM, MissingGrid, find_grids
+from backbones.translating.infer import MissingHeads
 from mae_bench.errors import UserError
 from mae_bench.models.vit import build_vit
 from mae_bench.spec import BackboneSpec
@@ -55,6 +56,15 @@ def test_a_learned_table_of_several_grids_asks(write):
     assert error.value.fix.startswith(
         "give img_size=[H,W] to inspect or convert, backbones.NAME.spec.img_size="
     )
+
+
+def test_the_question_for_the_heads_repeats_the_size_that_was_given(tmp_path):
+    """Typed literally, its command must not ask for the size again."""
+    path = tmp_path / "x.pth"
+    torch.save(fill(shapes(36)), path)
+    with pytest.raises(MissingHeads) as error:
+        load_backbone(path, overrides={"img_size": [64, 144]})
+    assert f"mae-bench inspect {path} 'img_size=[64, 144]' --images FOLDER" in error.value.fix
 
 
 @pytest.mark.parametrize("rows", [35, 37])

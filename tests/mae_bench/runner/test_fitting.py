@@ -19,7 +19,7 @@ from mae_bench.errors import UserError
 from mae_bench.models.vit import build_vit
 from mae_bench.record import read_record
 from mae_bench.registry import EXTRAS, Extra, kind, load_object
-from mae_bench.runner.fitting import fit_to_backbone
+from mae_bench.runner.fitting import fit_to_backbone, read_exported_spec
 from mae_bench.runner.live import View
 from mae_bench.runner.plan import plan_of, render
 from mae_bench.runner.runner import run_suite
@@ -346,3 +346,13 @@ class TestDescription:
             assert record.conversion_report["assumptions"] == assumptions
         suite["tasks"]["again"] = KNN | {"k": 2, "ks": [2]}
         assert run(suite).count(assumptions[0]) == 1, "a new task repeats them, from the record"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"spec": 3}', '{"spec": {}}', '{"spec": {"depth": 1}}'])
+def test_a_damaged_description_of_an_export_is_named(tmp_path: Path, content: str) -> None:
+    write_backbone(tmp_path / "export")
+    assert read_exported_spec(tmp_path) == SPEC
+    path = tmp_path / "export" / "backbone.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=str(path)):
+        read_exported_spec(tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mae_bench.record import RECORD_FILE, read_record, write_record
 from mae_bench.registry import EXTRAS, KINDS, Extra, Kind
 from mae_bench.runner.live import View
 from mae_bench.runner.plan import counts, plan_of, render
@@ -72,7 +73,7 @@ def test_a_cell_that_is_left_beside_a_finished_one_says_what_differs(suite: dict
     left = plan_of(load_suite(suite, ["backbones.good.score=5"]))["cells"]
     assert [cell["state"] for cell in left] == ["left", "done", "left", "done"]
     assert left[0]["reason"].endswith("is finished, but with score: 1.0 (here 5.0)")
-    assert "is finished, but with another backbone" in left[2]["reason"]
+    assert "is finished, but with another backbone, other data, or another version" in left[2]["reason"]
     assert "score: 1.0 (here 5.0)" in text(suite, "backbones.good.score=5")
 
 
@@ -84,6 +85,34 @@ def test_a_damaged_file_of_a_finished_cell_breaks_no_plan(suite: dict[str, Any])
         left = plan_of(load_suite(suite, ["backbones.good.score=5"]))["cells"]
         assert [cell["state"] for cell in left] == ["left", "done", "left", "done"]
         assert "reason" not in left[0]
+
+
+def test_a_record_that_does_not_count_is_named_with_the_reason(suite: dict[str, Any]) -> None:
+    run_suite(load_suite(suite), View(Console(file=StringIO())), "")
+    cells = plan_of(load_suite(suite))["cells"]
+    backbone, transfer = (Path(cells[i]["dir"]) / RECORD_FILE for i in (0, 2))
+    intact = {path: path.read_bytes() for path in (backbone, transfer)}
+
+    transfer.write_bytes(b"{}")
+    plan = plan_of(load_suite(suite))["cells"]
+    assert [cell["state"] for cell in plan] == ["done", "done", "left", "done"]
+    assert str(transfer) in plan[2]["reason"]
+    assert str(transfer) in text(suite)
+
+    transfer.write_bytes(intact[transfer])
+    backbone.write_bytes(intact[backbone][:-9])
+    plan = plan_of(load_suite(suite))["cells"]
+    assert [cell["state"] for cell in plan] == ["left", "done", "left", "done"]
+    assert str(backbone) in plan[0]["reason"]
+    assert f"{transfer} counts only if its backbone" in plan[2]["reason"]
+
+    write_record(replace(read_record(Path(cells[1]["dir"]) / RECORD_FILE), backbone_digest="0"), backbone)
+    plan = plan_of(load_suite(suite))["cells"]
+    assert [cell["state"] for cell in plan] == ["done", "done", "left", "done"]
+    assert f"{transfer} is the record of other weights" in plan[2]["reason"]
+    shown = StringIO()
+    run_suite(load_suite(suite), View(Console(file=shown)), "")
+    assert f"is not done: {transfer} is the record of other weights" in shown.getvalue()
 
 
 def test_a_pretraining_shows_its_batch_on_the_devices_at_hand(

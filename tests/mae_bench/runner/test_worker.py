@@ -13,13 +13,21 @@ from typing import Any
 import pytest
 
 from mae_bench.environment.code import digest_kind
+from mae_bench.errors import UserError
 from mae_bench.files import file_digest, json_digest
 from mae_bench.job import STATES
 from mae_bench.locks import try_lock
 from mae_bench.progress import EVENTS_FILE
 from mae_bench.record import read_failure, read_record
 from mae_bench.registry import kind
-from mae_bench.runner.worker import INTERRUPTED, LOCK_FILE, Order, digest_artefacts, environment
+from mae_bench.runner.worker import (
+    INTERRUPTED,
+    LOCK_FILE,
+    Order,
+    digest_artefacts,
+    environment,
+    failure_of,
+)
 from mae_bench.seal import BrokenSeal
 from mae_bench.suite.cell import CELL_FILE, Cell
 
@@ -88,6 +96,15 @@ def test_each_file_of_an_artefact_that_is_a_folder_has_a_digest(tmp_path: Path) 
         },
         "weights/spec.json": {"sha256": file_digest(tmp_path / "model" / "spec.json"), "bytes": 2},
     }
+
+
+def test_a_damaged_or_missing_export_is_made_again_by_its_own_cell(fake_kinds: Path, tmp_path: Path) -> None:
+    maker = tmp_path / "maker"
+    cell = Cell(**vars(order(tmp_path / "transfer").cell) | {"upstream": maker})
+    for given in (f"no weight file {maker}/export", f"{maker}/export/backbone.json: its seal is broken"):
+        failure = failure_of(cell, UserError(given, fix="export the backbone again"))
+        assert failure.fix == f"restore it from a copy, or remove {maker} to make the backbone again"
+    assert failure_of(cell, UserError("no data", fix="unpack it")).fix == "unpack it"
 
 
 @pytest.mark.parametrize("behave", ["user error", "not installed", "exception"])

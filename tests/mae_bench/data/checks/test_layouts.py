@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mae_bench.data.checks import ade20k
 from mae_bench.data.checks.layouts import check_layout
 from mae_bench.data.demo.demo import DemoConfig, DemoSet, make_demo_data
 from mae_bench.errors import UserError
@@ -263,3 +264,31 @@ def test_ade20k_class_table(data):
     refused("ade20k", data / "ade20k", path, "UTF-8")
     path.unlink()
     refused("ade20k", data / "ade20k", "objectInfo")
+
+
+def test_label_maps_are_read_once(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("MAE_BENCH_CACHE", str(tmp_path / "cache"))
+    read = []
+
+    def count(pair):
+        read.append(pair.labels.name)
+        return count_labels(pair)
+
+    count_labels = ade20k._count_labels
+    monkeypatch.setattr(ade20k, "_count_labels", count)
+    first = check_layout("ade20k", data / "ade20k")
+    assert len(read) == 8, "all of both splits"
+    assert check_layout("ade20k", data / "ade20k").labels == first.labels
+    assert len(read) == 8
+    check_layout("ade20k", data / "ade20k", thorough=True)
+    assert len(read) == 16
+    path = next((data / "ade20k" / "annotations" / "validation").glob("*.png"))
+    labels = np.array(Image.open(path))
+    labels[0, 0] = 0 if labels[0, 0] else labels.max()
+    Image.fromarray(labels).save(path)
+    assert check_layout("ade20k", data / "ade20k").labels != first.labels
+    assert len(read) == 18, "only the split that changed"
+    for cached in (tmp_path / "cache" / "labels").glob("*.json"):
+        cached.write_bytes(cached.read_bytes()[:-1])
+    assert check_layout("ade20k", data / "ade20k").labels["training"] == first.labels["training"]
+    assert len(read) == 26, "damaged entries are computed again"

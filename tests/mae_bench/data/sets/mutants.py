@@ -6,6 +6,7 @@ crash of a decoder ends.
 
 import io
 import json
+import os
 import sys
 import tarfile
 import warnings
@@ -228,8 +229,9 @@ def main(number: int, seed: int, forms: list[str]) -> None:
             root.mkdir()
             path = FORMS[form](root)
             data, intact, draw = path.read_bytes(), read(root), np.random.default_rng(seed)
-            for _ in range(number):
+            for i in range(number):
                 path.write_bytes(mutate(data, draw))
+                os.environ["MAE_BENCH_CACHE"] = f"{folder}/cache-{i}"  # of this file alone
                 print(json.dumps([form, judge(root, intact)]), flush=True)
 
 

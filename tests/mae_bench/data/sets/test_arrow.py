@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -136,6 +137,14 @@ def test_parquet_that_changed_is_unpacked_again(tmp_path: Path, picture: Picture
     assert len(open_images(tmp_path, "train")) == 5
     pq.write_table(table(range(6), picture), tmp_path / "train.parquet")
     assert contents(open_images(tmp_path, "train")) == expected(range(6), picture)
+
+
+def test_parquet_of_the_same_size_is_unpacked_again(tmp_path: Path, picture: Picture) -> None:
+    for number in (1, 2):
+        rows = table(range(2), lambda n, number=number: picture(0) + bytes([number] * 4))
+        pq.write_table(rows, tmp_path / "train.parquet", compression="none", use_dictionary=False)
+        os.utime(tmp_path / "train.parquet", (number, number))
+        assert open_images(tmp_path, "train").read(0) == picture(0) + bytes([number] * 4)
 
 
 @pytest.mark.parametrize("name", ["packed.json", "all.index", "all.data"])
