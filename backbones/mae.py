@@ -76,7 +76,7 @@ def load_mae(
     if decoder_num_heads is not None:
         options["decoder_num_heads"] = decoder_num_heads
     elif "decoder_num_heads" not in options:
-        options["decoder_num_heads"] = get_reference_heads(tensors, str(path))
+        options["decoder_num_heads"] = get_reference_heads(tensors, str(path), overrides)
         report.assumptions.append(f"decoder_num_heads {options['decoder_num_heads']}: {REFERENCE}")
 
     # 2. Resample the position tables to another image size.
@@ -107,11 +107,14 @@ def build_autoencoder(spec: BackboneSpec, options: Mapping[str, Any], weights: W
     return model.eval()
 
 
-def get_reference_heads(weights: Weights, source: str) -> int:
-    """Return the heads of a decoder of the reference's size; raise MissingHeads for another one."""
+def get_reference_heads(weights: Weights, source: str, given: Mapping[str, Any] | None = None) -> int:
+    """Return the heads of a decoder of the reference's size; raise MissingHeads for another one.
+
+    given: the overrides so far, as in MissingHeads.
+    """
     size = _get_decoder_size(weights)
     if size not in REFERENCE_HEADS:
-        raise MissingHeads(source, *size[:2], "decoder_num_heads", fix=GIVE_DECODER.format("N"))
+        raise MissingHeads(source, *size[:2], "decoder_num_heads", GIVE_DECODER.format("N"), given)
     return REFERENCE_HEADS[size]
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from backbones.writing import write_safetensors
 from mae_bench.config import KeepConfig, training_identity
 from mae_bench.engine.distributed import gather_over_ranks, world
+from mae_bench.environment.code import digest_kind
 from mae_bench.environment.provenance import git_hash, now
 from mae_bench.files import json_digest, write_json
 from mae_bench.job import Outcome
@@ -40,7 +41,7 @@ class Training:
         bad_images: the reason by name for each training image that does not decode.
         epochs: number of passes over the images, where the protocol counts them.
         peak_memory_mib: see `mae_bench.models.cost`.
-        cell, finished, git_hash: which cell trained, when, and by which commit.
+        cell, finished, git_hash, code_digest: which cell trained, when, and with which code.
         reused: whether another cell trained.
     """
 
@@ -52,6 +53,7 @@ class Training:
     cell: str = ""
     finished: str = ""
     git_hash: str = ""
+    code_digest: str = ""
     reused: bool = False
 
 
@@ -131,6 +133,7 @@ def _complete(context: TaskContext[KeepConfig], training: Training) -> Training:
         cell="/".join(context.job.dir.parts[-2:]),
         finished=now(),
         git_hash=git_hash(),
+        code_digest=digest_kind(kind(context.config.kind)),
     )
 
 
@@ -164,7 +167,7 @@ def add_training(context: TaskContext[KeepConfig], outcome: Outcome, training: T
         "images_per_second": training.images_per_second,
         "peak_memory_mib": max(training.peak_memory_mib, outcome.cost["peak_memory_mib"]),
     }
-    notes = [_describe_origin(training)] if training.reused else []
+    notes = [_describe_origin(context, training)] if training.reused else []
     files = {"trained": f"{TRAINED}/{WEIGHTS_FILE}"} if context.config.keep_weights else {}
     return replace(
         outcome,
@@ -174,9 +177,12 @@ def add_training(context: TaskContext[KeepConfig], outcome: Outcome, training: T
     )
 
 
-def _describe_origin(training: Training) -> str:
+def _describe_origin(context: TaskContext[KeepConfig], training: Training) -> str:
     commit = f" by commit {training.git_hash}" if training.git_hash else ""
+    change = ""
+    if training.code_digest != digest_kind(kind(context.config.kind)):
+        change = f", but the code has changed since (digest {training.code_digest[:8] or 'unknown'})"
     return (
         f"evaluated the model that {training.cell} trained on {training.finished}{commit}: "
-        "what decides the training is the same"
+        f"what decides the training is the same{change}"
     )

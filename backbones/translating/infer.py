@@ -80,7 +80,10 @@ def _infer(
     merged.setdefault("pos_embed", infer_pos_embed(translation.weights, merged))
     if "num_heads" not in merged:
         raise MissingHeads(source, merged["embed_dim"], merged["depth"], given=overrides)
-    return BackboneSpec(**merged)
+    try:
+        return BackboneSpec(**merged)
+    except UserError as error:
+        raise UserError(f"{source}: {error.given}", expected=error.expected, fix=error.fix) from error
 
 
 def _merge(

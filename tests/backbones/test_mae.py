@@ -390,3 +390,9 @@ def test_decoder_heads_come_from_the_user_the_file_or_the_references_size(tmp_pa
     torch.save({"model": full, "args": args}, tmp_path / "stated.pth")
     assert load_mae(tmp_path / "stated.pth")[0].options.decoder_num_heads == 8
     assert load_mae(tmp_path / "stated.pth", decoder_num_heads=4)[0].options.decoder_num_heads == 4
+
+
+def test_the_question_for_the_decoders_heads_repeats_what_was_given(files):
+    with pytest.raises(MissingHeads) as error:
+        load_mae(files["full"][0], overrides={"num_heads": 3})
+    assert f"mae-bench inspect {files['full'][0]} num_heads=3 --images FOLDER" in error.value.fix

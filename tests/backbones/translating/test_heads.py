@@ -137,7 +137,7 @@ def test_the_user_comes_before_the_file_and_the_file_before_the_family(write):
 
 
 def test_a_number_that_does_not_divide_the_width_is_refused(write):
-    with pytest.raises(UserError, match="192 is not divisible by num_heads 7"):
+    with pytest.raises(UserError, match=r"x.pth: embed_dim 192 is not divisible by num_heads 7\nExpected: "):
         load_backbone(write(args=Namespace(num_heads=7)))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mae_bench.environment.code import digest_kind
 from mae_bench.errors import Interrupted
 from mae_bench.files import file_digest
 from mae_bench.progress import Progress
@@ -132,6 +133,21 @@ def test_another_crop_of_the_evaluation_needs_no_training(own, tmp_path, backbon
         )
         assert progress.steps == 0
         assert f"{tmp_path.name}/first trained on" in outcome.notes[0]
+
+
+def test_a_model_that_other_code_trained_is_told(own, tmp_path, backbone, monkeypatch):
+    run_protocol("finetune", own, tmp_path / "first", backbone)
+    correct(own, "val/class0/0.png")
+    notes = []
+    for folder in ("second", "third"):
+        outcome = run_protocol(
+            "finetune", own, tmp_path / folder, backbone, None, (tmp_path / "first",), crop_pct=0.9
+        )
+        notes.append(outcome.notes[0])
+        monkeypatch.setattr("tasks.trained.digest_kind", lambda kind: "2" * 64)
+    assert notes[0].endswith("what decides the training is the same")
+    digest = digest_kind(kind("finetune"))
+    assert notes[1].endswith(f"but the code has changed since (digest {digest[:8]})")
 
 
 def test_a_partial_curve_trains_only_what_it_lacks(own, tmp_path, backbone):
