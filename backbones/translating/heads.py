@@ -103,6 +103,14 @@ NAMES: dict[str, dict[str, int]] = {
         "vit_huge_patch14": 16,
     },
 }
+WIDTHS = {
+    "tiny": 192,
+    "small": 384,
+    "base": 768,
+    "large": 1024,
+    "huge": 1280,
+    "giant": 1408,
+}  # of these names
 MIN_HEAD_DIM = 8  # channels; the families above have 16 to 112
 TIMM_0_3_SMALL = ("vit_small_patch16_224", 768, 8)  # name, width and heads (and depth) in timm 0.3.2 and 0.4
 
@@ -169,7 +177,7 @@ def _heads_of_name(format: str, extras: Mapping[str, Any], size: Size) -> int | 
     for name in (extras.get("arch"), args.get("arch"), args.get("model"), args.get("model_name")):
         if not isinstance(name, str):
             continue
-        if name in NAMES.get(format, {}):
+        if name in NAMES.get(format, {}) and any(word in name and size[0] == WIDTHS[word] for word in WIDTHS):
             return NAMES[format][name]
         if (name, *size[:2]) == TIMM_0_3_SMALL:
             return TIMM_0_3_SMALL[2]

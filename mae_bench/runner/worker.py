@@ -29,7 +29,7 @@ from mae_bench.record import (
 )
 from mae_bench.registry import Kind, load_object
 from mae_bench.runner.fitting import fit_to_backbone, read_exported_spec
-from mae_bench.seal import read_sealed_json, seal_json
+from mae_bench.seal import read_sealed_json, seal_json, sync_folder
 from mae_bench.suite.cell import CELL_FILE, LOG_FILE, Cell
 
 LOCK_FILE = ".lock"
@@ -157,6 +157,7 @@ def work(order: Order, progress: Progress) -> None:
         if is_main():
             digests = digest_artefacts(order.cell.dir, record.artefacts)
             write_record(replace(record, artefact_digests=digests), order.cell.dir / RECORD_FILE)
+            sync_folder(order.cell.dir)  # the record must not be lost after the states are gone
             shutil.rmtree(order.cell.dir / STATES, ignore_errors=True)
 
 

@@ -152,6 +152,18 @@ def test_a_name_whose_size_is_not_the_files_is_no_evidence(write):
         load_backbone(write(arch="vit_base_patch16_224"))
 
 
+@pytest.mark.parametrize("width", [384, 192])
+def test_a_name_of_the_family_states_the_heads_of_its_width_only(width):
+    head = {"head.last_layer.weight_g": (9, 1), "head.last_layer.weight_v": (9, 4)}
+    trimmed = {**prefixed("backbone.", sized(width, 5)), **head}
+    content = {"teacher": trimmed, "args": Namespace(arch="vit_small")}
+    if width == 384:
+        assert check_real_size("dino", content).num_heads == 6
+        return
+    with pytest.raises(MissingHeads):
+        check_real_size("dino", content)
+
+
 def test_vit_small_of_timm_0_3_2_has_8_heads_of_96_channels():
     """timm 0.3.2 built vit_small_patch16_224 with 768 channels and 8 blocks, today's timm with 384 and 12."""
     content = {"state_dict": sized(768, 8, 2304), "arch": "vit_small_patch16_224", "epoch": 3}
