@@ -3,14 +3,13 @@
 Imports no framework for an export of ours, nor for a checkpoint that was described before.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from backbones.config import CheckpointConfig
 from backbones.reading.description import check_description, get_conversion, read_json
 from backbones.translating.report import read_assumptions
-from mae_bench.data.sets.index import cache_path, read_cached, try_to_cache
+from mae_bench.data.sets.cache import load_or_compute
 from mae_bench.errors import UserError
 from mae_bench.files import json_digest
 from mae_bench.job import EXPORT, SPEC_FILE
@@ -38,12 +37,10 @@ def describe(config: CheckpointConfig) -> Description:
         return _parse(check_description(read_json(path / SPEC_FILE), path / SPEC_FILE))
     options = [config.format, config.weights, config.sha256, config.spec]
     key = json_digest([str(path.resolve()), _identify(_list_files(path)), options, _identify(_list_code())])
-    path = cache_path(CACHE, key, ".json")
-    cached = read_cached(path)
-    if cached is None:
-        cached = json.dumps(_read(config)).encode()
-        try_to_cache(path, cached)
-    value = json.loads(cached)
+    return load_or_compute(CACHE, key, lambda: _read(config), _parse_entry)
+
+
+def _parse_entry(value: dict[str, Any]) -> Description:
     return BackboneSpec.from_dict(value["spec"]), value["assumptions"]
 
 
